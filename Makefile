@@ -1,0 +1,73 @@
+# Two commands do everything on a machine with Python 3.11: `make demo` and `make test`.
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+DATA ?= synthetic
+export EUROSAT_ROOT
+export MLFLOW_DISABLE_TELEMETRY = true
+export DO_NOT_TRACK = true
+
+BIN := .venv/bin
+UV := $(BIN)/uv pip install --quiet --require-hashes
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev demo test test-slow lint format describe main-job lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/uv:
+	@echo "making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+		{ echo "error: $(PYTHON) is not Python 3.11: name one with make PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+
+.venv/product: requirements.lock | $(BIN)/uv
+	@echo "installing the pinned packages (about a minute, 6 GB on disk)"
+	$(UV) -r requirements.lock
+	@touch $@
+
+.venv/dev: requirements-dev.lock .venv/product
+	@echo "installing the development packages"
+	$(UV) -r requirements-dev.lock
+	@touch $@
+
+setup: .venv/product ## virtual environment with the product's pinned packages
+setup-dev: .venv/dev ## the same with the tools for development
+
+demo: .venv/product ## the main job, end to end (DATA=eurosat EUROSAT_ROOT=folder for the real tiles)
+	$(BIN)/python -m experiments.demo data=$(DATA) $(DEMO_ARGS)
+
+main-job: .venv/product ## the main job on the real tiles, figures into reports/main-job.json
+	$(BIN)/python -m experiments.demo data=eurosat report=reports/main-job.json $(DEMO_ARGS)
+	$(BIN)/python -m experiments.readme
+
+# The floor of coverage is held only by the whole set of tests.
+COVERAGE := $(if $(PYTEST_ARGS),--cov-fail-under=0,)
+
+test: .venv/dev ## the tests with coverage (PYTEST_ARGS='-k split' for some)
+	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term $(COVERAGE) $(PYTEST_ARGS)
+
+test-slow: .venv/dev ## the long forms of the tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: .venv/dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+describe: .venv/product ## figures of the data set into reports/describe-DATA
+	$(BIN)/python -m eurosat.data describe data=$(DATA)
+
+lock: $(BIN)/uv ## compile the locks anew from pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-header --quiet -o requirements.lock
+	$(BIN)/uv pip compile pyproject.toml --group dev -c requirements.lock --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
+		-o requirements-dev.lock
+
+clean: ## remove what runs left here: tracking data, studies, Data Docs (not .venv, not the packs)
+	rm -rf mlflow.db mlruns mlartifacts optuna.db data_docs reports/demo.json

@@ -1,0 +1,60 @@
+"""Augmentation of whole batches on the training device."""
+
+import torch
+from torch import Tensor
+
+from eurosat.config import AugmentConfig
+
+
+def dihedral(tiles_NCHW: Tensor) -> Tensor:
+    """Give each tile one of the eight flips and turns at random (four where H differs from W)."""
+    chosen = torch.rand(3, len(tiles_NCHW), 1, 1, 1, device=tiles_NCHW.device) < 0.5
+    tiles_NCHW = torch.where(chosen[0], tiles_NCHW.flip(-1), tiles_NCHW)
+    tiles_NCHW = torch.where(chosen[1], tiles_NCHW.flip(-2), tiles_NCHW)
+    if tiles_NCHW.shape[-1] == tiles_NCHW.shape[-2]:
+        tiles_NCHW = torch.where(chosen[2], tiles_NCHW.transpose(-1, -2), tiles_NCHW)
+    return tiles_NCHW
+
+
+def dihedral_views(tiles_NCHW: Tensor) -> list[Tensor]:
+    """All eight flips and turns (four where H differs from W), for test-time averaging."""
+    views = [tiles_NCHW, tiles_NCHW.flip(-1), tiles_NCHW.flip(-2), tiles_NCHW.flip(-1, -2)]
+    if tiles_NCHW.shape[-1] == tiles_NCHW.shape[-2]:
+        views += [view.transpose(-1, -2) for view in views]
+    return views
+
+
+def jitter(tiles_NCHW: Tensor, brightness: float, contrast: float) -> Tensor:
+    """Scale each tile's level and its spread about the tile's mean; pixels stay in [0, 255]."""
+    gain, spread = (
+        1 + amount * (2 * torch.rand(len(tiles_NCHW), 1, 1, 1, device=tiles_NCHW.device) - 1)
+        for amount in (brightness, contrast)
+    )
+    mean = tiles_NCHW.mean(dim=(1, 2, 3), keepdim=True)
+    return ((tiles_NCHW - mean) * spread + mean * gain).clamp(0, 255)
+
+
+def cutmix(tiles_NCHW: Tensor, targets_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Paste one box of another tile into each and mix the targets by area (Yun et al. 2019)."""
+    height, width = tiles_NCHW.shape[-2:]
+    partner = torch.randperm(len(tiles_NCHW), device=tiles_NCHW.device)
+    share, x, y = torch.rand(3).tolist()  # of the box, and its centre
+    half_h, half_w = height * share**0.5 / 2, width * share**0.5 / 2
+    top, bottom = (int(min(max(y * height + s * half_h, 0), height)) for s in (-1, 1))
+    left, right = (int(min(max(x * width + s * half_w, 0), width)) for s in (-1, 1))
+    mixed = tiles_NCHW.clone()
+    mixed[:, :, top:bottom, left:right] = tiles_NCHW[partner, :, top:bottom, left:right]
+    pasted = (bottom - top) * (right - left) / (height * width)
+    return mixed, (1 - pasted) * targets_NK + pasted * targets_NK[partner]
+
+
+def augment(tiles_NCHW: Tensor, targets_NK: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """uint8 tiles and one-hot targets in, float tiles in [0, 255] and soft targets out."""
+    if config.dihedral:
+        tiles_NCHW = dihedral(tiles_NCHW)
+    tiles_NCHW = tiles_NCHW.float()
+    if config.brightness or config.contrast:
+        tiles_NCHW = jitter(tiles_NCHW, config.brightness, config.contrast)
+    if config.cutmix and float(torch.rand(())) < config.cutmix:
+        tiles_NCHW, targets_NK = cutmix(tiles_NCHW, targets_NK)
+    return tiles_NCHW, targets_NK

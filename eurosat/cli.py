@@ -1,0 +1,64 @@
+"""The process boundary of every verb: exit codes, one-line errors, logging."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from eurosat import logs
+from eurosat.errors import ConfigError, EuroSATError
+
+OK, NEGATIVE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def finish(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
+    """Exit with the verb's code; an error of ours is one line on standard error and code 2."""
+    # No telemetry leaves the machine: set before any library that phones home is imported.
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "true")
+    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    try:
+        sys.exit(verb(sys.argv[1:] if argv is None else argv))
+    except EuroSATError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser for a verb with ``--flags``; call ``logs.setup(args.log_level)`` after parsing."""
+    made = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
+    made.add_argument("--log-level", choices=logs.LEVELS, default="info")
+    return made
+
+
+def overrides(argv: Sequence[str], usage: str) -> list[str]:
+    """Hydra-style arguments of a verb configured by recipes; sets up logging on the way.
+
+    ``log_level=`` is taken here; ``overrides="a=1 b=2"``, as MLproject passes what it has no
+    parameter for, counts as its parts; ``--help`` prints ``usage`` and exits 0.
+
+    Raises:
+        ConfigError: an argument is not ``key=value``.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(usage.strip())
+        sys.exit(OK)
+    level, kept, waiting = "info", [], list(argv)
+    while waiting:
+        argument = waiting.pop(0)
+        key, equals, value = argument.partition("=")
+        if key.startswith("--") or not equals:
+            raise ConfigError(f"{argument!r} is not of the form key=value, such as seed=1")
+        if key == "log_level":
+            level = value
+        elif key == "overrides":
+            waiting = shlex.split(value) + waiting
+        else:
+            kept.append(argument)
+    logs.setup(level)
+    return kept

@@ -1,0 +1,120 @@
+"""Look at a data set: what is in it, how it is split, what leaks."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from eurosat import cli
+from eurosat.config import compose
+from eurosat.errors import ConfigError
+from eurosat.pack import Pack, open_pack
+from eurosat.split import FOLDS, Split, make_split
+
+log = logging.getLogger(__name__)
+
+USAGE = """
+usage: python -m eurosat.data describe|audit [key=value ...]
+
+  describe   draw class counts, a contact sheet, band histograms and the duplicates found
+  audit      find exact and near duplicates and check that none crosses a fold (exit 1 if one does)
+
+  data=synthetic|eurosat|folder   data.protocol=60/20/20   data.split_seed=0
+  to=reports/describe-SOURCE      folder for the figures
+"""
+LEVELS = 64
+"""Bins of a band histogram: four grey levels each."""
+SHOWN = 10
+"""Tiles per class on the contact sheet, and groups of duplicates drawn."""
+
+
+def describe(pack: Pack, split: Split, title: str, folder: Path) -> list[Path]:
+    """Draw the exploratory figures into ``folder``."""
+    from eurosat import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    of_class = {name: np.flatnonzero(pack.table["class"] == name) for name in pack.classes}
+    counts = {
+        name: {fold: int((split.folds[rows] == fold).sum()) for fold in FOLDS}
+        for name, rows in of_class.items()
+    }
+    figures.class_counts(counts, f"{title}: tiles per class and fold", folder / "counts.png")
+    sheet = {
+        name: pack.tiles_NHWC[rows[:: max(1, len(rows) // SHOWN)][:SHOWN]]
+        for name, rows in of_class.items()
+    }
+    figures.contact_sheet(sheet, f"{title}: tiles of each class", folder / "tiles.png")
+    shares, means = {}, {}
+    for name, rows in of_class.items():
+        pixels = pack.tiles_NHWC[rows].reshape(-1, pack.bands)
+        shares[name] = histogram(pixels)
+        means[name] = pixels.mean(axis=0, dtype=np.float64)
+    figures.band_histograms(
+        shares, means, f"{title}: levels of each band, and the mean colour", folder / "bands.png"
+    )
+    drawn = [folder / name for name in ("counts.png", "tiles.png", "bands.png")]
+    if groups := duplicates(pack):
+        rows_of = {
+            ", ".join(pack.table["path"].iloc[group]): pack.tiles_NHWC[group]
+            for group in groups[:SHOWN]
+        }
+        figures.contact_sheet(rows_of, f"{title}: duplicates", folder / "duplicates.png")
+        drawn.append(folder / "duplicates.png")
+    return drawn
+
+
+def histogram(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+    """(C, LEVELS) share of the pixels, (n, C), in each level."""
+    width = 256 // LEVELS
+    counts = [np.bincount(band // width, minlength=LEVELS) for band in pixels.T]
+    return np.stack(counts) / len(pixels)
+
+
+def duplicates(pack: Pack) -> list[npt.NDArray[np.int64]]:
+    """Row numbers of each group of exact or near duplicates."""
+    group = pack.table["group"].to_numpy(np.int64)
+    names, sizes = np.unique(group, return_counts=True)
+    return [np.flatnonzero(group == name) for name in names[sizes > 1]]
+
+
+def audit(pack: Pack, split: Split) -> int:
+    """Print every group of duplicates with its fold; the number of groups that cross folds."""
+    crossing = 0
+    groups = duplicates(pack)
+    for rows in groups:
+        folds = sorted(set(split.folds[rows]))
+        crossing += len(folds) > 1
+        print(f"{'CROSSES' if len(folds) > 1 else 'together'} in {'/'.join(folds)}: "
+              + ", ".join(pack.table["path"].iloc[rows]))  # fmt: skip
+    print(
+        f"{len(pack.table)} tiles: {pack.exact} exact and {pack.near} near duplicates in "
+        f"{len(groups)} groups, {crossing} across folds"
+    )
+    return crossing
+
+
+def main(argv: Sequence[str]) -> int:
+    verb, *rest = argv or ["--help"]
+    given = cli.overrides([verb] if verb.startswith("-") else rest, USAGE)
+    if verb not in ("describe", "audit"):
+        raise ConfigError(f"{verb!r} is not one of describe, audit")
+    target = next((one.removeprefix("to=") for one in given if one.startswith("to=")), None)
+    config = compose([one for one in given if not one.startswith("to=")])
+    pack = open_pack(config.data)
+    split = make_split(pack.table, config.data.protocol, config.data.split_seed)
+    print(
+        f"data {pack.fingerprint}\nsplit {split.fingerprint} ({split.protocol}, seed {split.seed})"
+    )
+    crossing = audit(pack, split)
+    if verb == "audit":
+        return cli.NEGATIVE if crossing else cli.OK
+    source = config.data.source
+    for file in describe(pack, split, source, Path(target or f"reports/describe-{source}")):
+        print(file)
+    return cli.OK
+
+
+if __name__ == "__main__":
+    cli.finish(main)

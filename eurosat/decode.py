@@ -1,0 +1,77 @@
+"""File bytes to uint8 pixels."""
+
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from eurosat.errors import DataError
+
+MAX_SIDE = 1024
+"""Pixels. A tile is small (EuroSAT: 64); anything larger is a scene or a decompression bomb."""
+
+TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+EIGHT_BIT_MODES = {"L": None, "RGB": None, "RGBA": None, "P": "RGB", "1": "L", "CMYK": "RGB"}
+"""Pillow modes read as they are (None) or converted; all others hold more than 8 bits."""
+
+
+def decode(data: bytes, path: str, *, dtype: str, reflectance_max: float) -> npt.NDArray[np.uint8]:
+    """(H, W, C) pixels; ``uint16`` values become ``clip(value / reflectance_max) * 255``.
+
+    Raises:
+        DataError: unreadable, truncated, too large, or of another data type than was said.
+    """
+    try:
+        pixels = _geotiff(data, path) if data[:4] in TIFF_MAGIC else _picture(data, path)
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise anything on foreign bytes
+        raise DataError(
+            f"{path} is unreadable or truncated ({' '.join(str(error).split())[:120]}): "
+            "replace or remove the file"
+        ) from error
+    if pixels.dtype != np.dtype(dtype):
+        raise DataError(
+            f"{path} holds {pixels.dtype} pixels where {dtype} was said: "
+            f"set data.dtype={pixels.dtype} or convert the file"
+        )
+    if pixels.dtype == np.uint8:
+        return np.asarray(pixels, dtype=np.uint8)
+    scaled = np.clip(pixels.astype(np.float32) * (255.0 / reflectance_max), 0, 255)
+    return np.rint(scaled).astype(np.uint8)
+
+
+def _picture(data: bytes, path: str) -> npt.NDArray[Any]:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        _check_size(image.height, image.width, path)
+        if image.mode not in EIGHT_BIT_MODES:
+            pixels = np.asarray(image)  # "I;16" and the like: the caller names the dtype
+            pixels = pixels.astype(np.uint16) if image.mode.startswith("I") else pixels
+        else:
+            target = EIGHT_BIT_MODES[image.mode]
+            pixels = np.asarray(image.convert(target) if target else image)
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _geotiff(data: bytes, path: str) -> npt.NDArray[Any]:
+    import rasterio
+    from rasterio.errors import NotGeoreferencedWarning
+    from rasterio.io import MemoryFile
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # training does not use it
+        with rasterio.Env(CPL_LOG="/dev/null"), MemoryFile(data) as file, file.open() as tiff:
+            _check_size(tiff.height, tiff.width, path)
+            bands_CHW: npt.NDArray[Any] = tiff.read()
+    return np.moveaxis(bands_CHW, 0, -1)
+
+
+def _check_size(height: int, width: int, path: str) -> None:
+    if max(height, width) > MAX_SIDE:
+        raise DataError(
+            f"{path} is {height}x{width} pixels, over the {MAX_SIDE} of a tile: cut it into tiles"
+        )

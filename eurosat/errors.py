@@ -1,0 +1,25 @@
+"""The errors that a command turns into one line and exit code 2."""
+
+
+class EuroSATError(Exception):
+    """Base class. The message names the value, the limit and the remedy, in one line."""
+
+
+class ConfigError(EuroSATError, ValueError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class DataError(EuroSATError, ValueError):
+    """Tiles, a pack or a receipt cannot be used as they are."""
+
+
+class ModelError(EuroSATError, ValueError):
+    """Weights or a network cannot be used as they are."""
+
+
+class TrackingError(EuroSATError):
+    """The tracking server, a run or an artifact cannot be reached."""
+
+
+class NonFiniteLoss(EuroSATError, ArithmeticError):
+    """Training diverged: the loss is NaN or infinite."""

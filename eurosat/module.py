@@ -1,0 +1,100 @@
+"""The Lightning module: loss, optimiser, schedule, and what is logged."""
+
+import math
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from eurosat.augment import augment
+from eurosat.config import AugmentConfig, OptimConfig
+from eurosat.errors import NonFiniteLoss
+from eurosat.network import Network
+
+MOMENTUM = 0.9
+LOG_EVERY_STEPS = 10
+
+
+class Classifier(lightning.LightningModule):
+    """Trains a `Network` on batches of `eurosat.batches`."""
+
+    def __init__(self, network: Network, optim: OptimConfig, augmentation: AugmentConfig) -> None:
+        super().__init__()
+        self.network = network
+        self._optim, self._augmentation = optim, augmentation
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        tiles_NCHW, labels = batch
+        targets_NK = functional.one_hot(labels, len(self.network.spec.classes)).float()
+        tiles_NCHW, targets_NK = augment(tiles_NCHW, targets_NK, self._augmentation)
+        logits = self.network(tiles_NCHW).float()
+        loss = functional.cross_entropy(
+            logits, targets_NK, label_smoothing=self._optim.label_smoothing
+        )
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteLoss(
+                f"the loss is {value} at step {self.global_step} with optim.lr={self._optim.lr:g}: "
+                "lower it, or set optim.clip_norm=1"
+            )
+        self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        tiles_NCHW, labels = batch
+        logits = self.network(tiles_NCHW).float()
+        right = (logits.argmax(dim=1) == labels).float().mean()
+        loss = functional.cross_entropy(logits, labels)
+        self.log_dict({"val_loss": loss, "val_accuracy": right}, batch_size=len(labels))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.network, self._optim)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = LambdaLR(
+            optimizer, lambda step: one_cycle(step, total=total, warmup=self._optim.warmup)
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+def one_cycle(step: int, *, total: int, warmup: float) -> float:
+    """Share of the peak rate: a line up over ``warmup`` of all steps, half a cosine down."""
+    rise = warmup * total
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * min((step - rise) / max(total - rise, 1), 1)))
+
+
+def make_optimizer(network: Network, config: OptimConfig) -> Optimizer:
+    """Weight decay on kernels only: on biases and norms it costs accuracy (He et al. 2019)."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.name == "sgd":
+        return SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True, foreach=True)
+    return AdamW(groups, lr=config.lr, foreach=True)
+
+
+@torch.inference_mode()
+def predict(network: Network, batches: Any, *, views: bool = False) -> tuple[Tensor, Tensor]:
+    """(N, K) float32 probabilities and (N,) labels; ``views`` averages the flips and turns."""
+    from eurosat.augment import dihedral_views
+
+    network.eval()
+    device = network.mean.device
+    probabilities, labels = [], []
+    for tiles_NCHW, batch_labels in batches:
+        on_device = tiles_NCHW.to(device)
+        seen = dihedral_views(on_device) if views else [on_device]
+        each = [network(view).float().softmax(dim=1) for view in seen]
+        probabilities.append(torch.stack(each).mean(dim=0).cpu())
+        labels.append(batch_labels)
+    return torch.cat(probabilities), torch.cat(labels)

@@ -1,0 +1,360 @@
+"""Runs on the tracking server: the one place where this package calls MLflow.
+
+Written on ``MlflowClient`` with explicit run ids: MLflow's fluent API keeps global state, which
+parallel trials would share.
+"""
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from eurosat.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+FLUSH_S = 1.0
+"""Metrics are sent in batches at most this often; what is left goes when the run ends."""
+SYSTEM_S = 5.0
+"""Seconds between two samples of the machine's metrics."""
+BATCH = 1000
+"""MLflow's limit on metrics in one request."""
+PARENT = "mlflow.parentRunId"
+BEST_RUN = "sweep.best_run_id"
+"""On a sweep's parent run: the run of the best configuration, refitted in full."""
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class Run:
+    """One run that this process writes. Methods may be called from several threads."""
+
+    def __init__(self, client: "MlflowClient", run_id: str, experiment_id: str) -> None:
+        self.run_id = run_id
+        self.experiment_id = experiment_id
+        self._client = client
+        self._waiting: list[Any] = []
+        self._sent_at = time.monotonic()
+        self._lock = threading.Lock()
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Queue metrics with the present time; they are on the server when the run has ended."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        with self._lock:
+            self._waiting += [Metric(k, float(v), now, step) for k, v in metrics.items()]
+        if time.monotonic() - self._sent_at > FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+            self._sent_at = time.monotonic()
+            for start in range(0, len(waiting), BATCH):
+                self._client.log_batch(self.run_id, metrics=waiting[start : start + BATCH])
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Nested mappings become dotted names."""
+        from mlflow.entities import Param
+
+        flat = [Param(key, str(value)) for key, value in flatten(params).items()]
+        self._client.log_batch(self.run_id, params=flat)
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+
+    def log_file(self, file: Path, folder: str | None = None) -> None:
+        self._client.log_artifact(self.run_id, str(file), folder)
+
+    def log_folder(self, folder: Path, into: str | None = None) -> None:
+        self._client.log_artifacts(self.run_id, str(folder), into)
+
+    def log_text(self, text: str, path: str) -> None:
+        self._client.log_text(self.run_id, text, path)
+
+    def finish(self, status: Status) -> None:
+        self.flush()
+        self._client.set_terminated(self.run_id, status)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedRun:
+    """What the server holds of a run."""
+
+    run_id: str
+    experiment_id: str
+    status: str
+    params: Mapping[str, str] = field(repr=False)
+    metrics: Mapping[str, float] = field(repr=False)
+    tags: Mapping[str, str] = field(repr=False)
+
+
+@contextmanager
+def run(
+    experiment: str,
+    name: str,
+    *,
+    parent: str | None = None,
+    tags: Mapping[str, object] | None = None,
+    system_metrics: bool = True,
+    killed_by: tuple[type[BaseException], ...] = (),
+) -> Iterator[Run]:
+    """Open a run and end it with its true status.
+
+    That is FINISHED, FAILED by an exception, or KILLED by an interrupt or one of ``killed_by``;
+    exceptions go on to the caller. With ``parent`` the run stands below it, in its experiment.
+
+    Without ``parent``, the run that ``mlflow run`` made for this process (MLFLOW_RUN_ID) is
+    joined rather than a second one opened.
+
+    Raises:
+        TrackingError: the server cannot be reached or refuses.
+    """
+    with _explained():
+        opened = _open(experiment, name, parent, tags or {})
+    sampler = _SystemMetrics(opened) if system_metrics else None
+    status: Status = "FAILED"
+    try:
+        yield opened
+        status = "FINISHED"
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, *killed_by)):
+            status = "KILLED"
+        raise
+    finally:
+        if sampler:
+            sampler.stop()
+        with _explained():
+            opened.finish(status)
+
+
+def get(run_id: str) -> FinishedRun:
+    """Read a run.
+
+    Raises:
+        TrackingError: there is no such run.
+    """
+    with _explained(f"run {run_id}"):
+        found = _client().get_run(run_id)
+    return FinishedRun(
+        run_id=run_id,
+        experiment_id=found.info.experiment_id,
+        status=found.info.status,
+        params=found.data.params,
+        metrics=found.data.metrics,
+        tags=found.data.tags,
+    )
+
+
+@contextmanager
+def artifact(run_id: str, path: str) -> Iterator[Path]:
+    """A local copy of an artifact file or folder, gone after the block.
+
+    Raises:
+        TrackingError: the run has no such artifact.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with _explained(f"artifact {path} of run {run_id}"):
+            copy = Path(_client().download_artifacts(run_id, path, folder))
+        yield copy
+
+
+def add_text(run_id: str, text: str, path: str) -> None:
+    """Leave a file in a run that has ended."""
+    with _explained(f"run {run_id}"):
+        _client().log_text(run_id, text, path)
+
+
+def resolve_run(reference: str) -> str:
+    """The run behind ``ID``, ``runs:/ID``, ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
+
+    A sweep's parent run stands for its refitted best.
+
+    Raises:
+        TrackingError: nothing stands behind the reference.
+    """
+    with _explained(reference):
+        if reference.startswith("models:/"):
+            name, at, alias = reference.removeprefix("models:/").partition("@")
+            if at:
+                version = _client().get_model_version_by_alias(name, alias)
+            else:
+                name, _, number = name.rpartition("/")
+                version = _client().get_model_version(name, number)
+            return str(version.run_id)
+        run_id = reference.removeprefix("runs:/").strip("/")
+    return get(run_id).tags.get(BEST_RUN, run_id)
+
+
+def latest_run(experiment: str, *, kind: str) -> str:
+    """The id of the run of this kind (its tag ``kind``) that was started last.
+
+    Raises:
+        TrackingError: there is none.
+    """
+    with _explained(f"experiment {experiment}"):
+        client = _client()
+        found = client.search_runs(
+            [_experiment_id(client, experiment)],
+            f"tags.kind = '{kind}'",
+            order_by=["attributes.start_time DESC"],
+            max_results=1,
+        )
+    if not found:
+        raise TrackingError(f"experiment {experiment} has no run of kind {kind}")
+    return str(found[0].info.run_id)
+
+
+def alias_version(model: str, alias: str) -> str | None:
+    """The number of the version that carries the alias, or None where none does."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return str(_client().get_model_version_by_alias(model, alias).version)
+    except MlflowException:
+        return None
+
+
+def code_commit() -> str:
+    """The commit of the working directory, with ``-dirty`` where files differ from it."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _client() -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    return MlflowClient()
+
+
+def _open(experiment: str, name: str, parent: str | None, tags: Mapping[str, object]) -> Run:
+    client = _client()
+    made_by_mlflow_run = None if parent else os.environ.get("MLFLOW_RUN_ID")
+    if made_by_mlflow_run:
+        info = client.get_run(made_by_mlflow_run).info
+        client.update_run(made_by_mlflow_run, status="RUNNING", name=name)
+    elif parent:
+        beside = client.get_run(parent).info.experiment_id
+        info = client.create_run(beside, run_name=name, tags={PARENT: parent}).info
+    else:
+        info = client.create_run(_experiment_id(client, experiment), run_name=name).info
+    opened = Run(client, info.run_id, info.experiment_id)
+    own = {"code.commit": code_commit(), "mlflow.user": _user(), "mlflow.source.name": _command()}
+    opened.set_tags(own | dict(tags))
+    return opened
+
+
+def _experiment_id(client: "MlflowClient", name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    if found := client.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    try:
+        return str(client.create_experiment(name))
+    except MlflowException:  # another process made it in between
+        found = client.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def _command() -> str:
+    main = sys.modules["__main__"].__spec__
+    return f"python -m {main.name}" if main else Path(sys.argv[0]).name
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no name for this user id, as in some containers
+        return "unknown"
+
+
+@contextmanager
+def _explained(what: str = "") -> Iterator[None]:
+    """Turn MLflow's errors into one line that names the server."""
+    from mlflow import get_tracking_uri
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrackingError(
+            f"{what + ': ' if what else ''}{first[:300]} (tracking server {get_tracking_uri()}; "
+            "MLFLOW_TRACKING_URI names another)"
+        ) from error
+
+
+class _SystemMetrics:
+    """Samples MLflow's own collectors, but logs through the run like everything else."""
+
+    def __init__(self, target: Run) -> None:
+        from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+        from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+        from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+        from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+        self._target = target
+        self._collectors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(Exception):  # no NVIDIA card or no pynvml: nothing to sample
+            self._collectors.append(GPUMonitor())
+        self._stopped = threading.Event()
+        self._step = 0
+        self._thread = threading.Thread(target=self._loop, name="system-metrics", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            self._sample()
+            if self._stopped.wait(SYSTEM_S):
+                self._sample()
+                return
+
+    def _sample(self) -> None:
+        for collector in self._collectors:
+            collector.collect_metrics()
+            metrics = {f"system/{k}": v for k, v in collector.aggregate_metrics().items()}
+            collector.clear_metrics()
+            try:
+                self._target.log_metrics(metrics, self._step)
+            except Exception as error:  # noqa: BLE001 - a thread's boundary: training goes on
+                log.warning("system metrics were not logged: %s", error)
+        self._step += 1

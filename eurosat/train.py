@@ -1,0 +1,257 @@
+"""Train one network and leave everything that judges and serves it in an MLflow run."""
+
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eurosat import cli, logs, receipt, tracking
+from eurosat.config import TrainConfig, compose
+from eurosat.pack import Pack, open_pack
+from eurosat.split import Split, make_split
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import pandas as pd
+
+    from eurosat.callbacks import EpochHook
+    from eurosat.network import Network
+
+log = logging.getLogger(__name__)
+
+USAGE = """
+usage: python -m eurosat.train [key=value ...]
+
+  data=synthetic|eurosat|folder   recipe=NAME (eurosat/conf/recipe)   seed=0
+  weights=none|imagenet|FILE      trainer.epochs=N                    log_level=info
+  and any key of the recipe, such as optim.lr=0.05 model.name=resnet50 data.protocol=80/20
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """Data that is packed, split, and validated or knowingly not."""
+
+    pack: Pack
+    split: Split
+    validation: str
+    """'passed', 'failed' or 'missing'."""
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return {
+            "data.fingerprint": self.pack.fingerprint,
+            "split.fingerprint": self.split.fingerprint,
+            "data.validation": self.validation,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitted:
+    network: "Network"
+    """With the weights of the best epoch."""
+    history: list[dict[str, float]]
+    """Per epoch: train_loss, val_loss, val_accuracy, images_per_s."""
+    seconds: float
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The epoch of the highest validation accuracy; the later one of equals."""
+        return max(reversed(self.history), key=lambda row: row["val_accuracy"])
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Open or build the pack, ask for its receipt, and make the split.
+
+    Raises:
+        DataError: the tiles cannot be used, or were not validated.
+    """
+    pack = open_pack(config.data)
+    validation = receipt.require(pack.fingerprint, config.data)
+    split = make_split(pack.table, config.data.protocol, config.data.split_seed)
+    log.info(
+        "%d tiles, %d classes, %d bands, data %s; %s split %s; %d exact, %d near duplicates kept "
+        "together; validation %s",
+        len(pack.table), len(pack.classes), pack.bands, pack.fingerprint[:12], split.protocol,
+        split.fingerprint[:12], pack.exact, pack.near, validation,
+    )  # fmt: skip
+    return Prepared(pack=pack, split=split, validation=validation)
+
+
+def fit(
+    config: TrainConfig, data: Prepared, run: tracking.Run, on_epoch: "EpochHook | None" = None
+) -> Fitted:
+    """Train on the train fold, choosing by the val fold alone; logs metrics as they come.
+
+    Raises:
+        NonFiniteLoss: training diverged.
+        ModelError: the network or its weights cannot be had.
+    """
+    import lightning
+    import torch
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    from eurosat import callbacks, machine, network
+    from eurosat.batches import TileData, band_statistics
+    from eurosat.module import LOG_EVERY_STEPS, Classifier
+
+    logs.quiet_libraries()
+    torch.set_num_threads(config.trainer.threads or machine.cores())
+    lightning.seed_everything(config.seed, verbose=False)
+    pack, size = data.pack, data.pack.tiles_NHWC.shape[1:3]
+    mean, std = band_statistics(pack, data.split.indices("train"))
+    net = network.create(
+        config.model, weights=config.weights, classes=pack.classes, bands=pack.bands,
+        tile_size=(int(size[0]), int(size[1])), mean=mean, std=std,
+    )  # fmt: skip
+    compute = machine.choose_compute(net, pack.bands, net.spec.tile_size, config.trainer.precision)
+    net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
+    run.set_tags(
+        {
+            "compute.device": compute.device,
+            "compute.precision": "bf16" if compute.bf16 else "fp32",
+            "compute.channels_last": compute.channels_last,
+            "compute.hardware": machine.hardware(),
+        }
+    )
+    loaders = TileData(pack, data.split, batch_size=config.optim.batch_size, seed=config.seed)
+    watch = callbacks.Watch(f"train {config.recipe}", on_epoch)
+    kept = callbacks.KeepBest()
+    extra: list[lightning.Callback] = [kept]  # before the average, which swaps its weights out
+    if config.optim.ema:
+        extra.append(callbacks.MovingAverage(config.optim.ema))
+    if config.trainer.patience:
+        extra.append(EarlyStopping("val_accuracy", mode="max", patience=config.trainer.patience))
+    trainer = lightning.Trainer(
+        accelerator="gpu" if compute.device == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if compute.bf16 else "32-true",
+        max_epochs=config.trainer.epochs,
+        callbacks=[*extra, watch],
+        logger=callbacks.RunLogger(run),
+        log_every_n_steps=min(LOG_EVERY_STEPS, len(loaders.train_dataloader())),
+        gradient_clip_val=config.optim.clip_norm or None,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Classifier(net, config.optim, config.augment)
+    lightning.seed_everything(config.seed, verbose=False)  # the probe has drawn from it
+    started = time.monotonic()
+    with warnings.catch_warnings():  # Lightning 2.6 calls what torch 2.13 deprecated
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        trainer.fit(module, datamodule=loaders)
+    kept.restore(net)
+    fitted = Fitted(network=net.cpu(), history=watch.history, seconds=time.monotonic() - started)
+    run.log_metrics({f"best_{key}": value for key, value in fitted.best.items()})
+    run.log_metrics({"train_seconds": fitted.seconds, "epochs": len(fitted.history)})
+    return fitted
+
+
+def conclude(
+    config: TrainConfig, data: Prepared, fitted: Fitted, run: tracking.Run
+) -> dict[str, float]:
+    """Judge the network on the test fold, once, and leave its files in the run."""
+    from eurosat import export, figures, metrics, network
+    from eurosat.batches import TileData
+    from eurosat.module import predict
+
+    pack, split = data.pack, data.split
+    loader = TileData(pack, split, batch_size=2, seed=0).test_dataloader()
+    log.info("judging on the %d tiles of the test fold", len(split.indices("test")))
+    probabilities, labels = (tensor.numpy() for tensor in predict(fitted.network.float(), loader))
+    figures_of_merit = metrics.evaluate(labels, probabilities, pack.classes)
+    if config.trainer.tta:
+        averaged, _ = predict(fitted.network, loader, views=True)
+        figures_of_merit["tta_accuracy"] = float((averaged.argmax(dim=1).numpy() == labels).mean())
+    tested = {f"test_{name}": value for name, value in figures_of_merit.items()}
+    run.log_metrics(tested)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "figures").mkdir()
+        counts = metrics.confusion(labels, probabilities.argmax(axis=1), len(pack.classes))
+        title = f"{config.recipe}, test fold: accuracy {tested['test_accuracy']:.4f}"
+        figures.confusion_matrix(counts, pack.classes, title, folder / "figures/confusion.png")
+        figures.training_curves(fitted.history, config.recipe, folder / "figures/curves.png")
+        predictions(data, labels, probabilities).to_parquet(
+            folder / "predictions.parquet", index=False
+        )
+        network.save(fitted.network, folder / "weights.safetensors")
+        lineage = {**data.tags, "config.digest": config.digest, "run_id": run.run_id}
+        parity = export.export_onnx(fitted.network, folder / "model.onnx", lineage)
+        run.log_metrics({"onnx_difference": parity})
+        run.log_folder(folder)
+    return tested
+
+
+def predictions(
+    data: Prepared, labels: "npt.NDArray[np.int64]", probabilities: "npt.NDArray[np.float32]"
+) -> "pd.DataFrame":
+    """One row a test tile: tile, sha256, label, and ``p/Class`` for each class."""
+    rows = data.split.indices("test")
+    classes = data.pack.classes
+    table = data.pack.table.iloc[rows][["path", "sha256"]].rename(columns={"path": "tile"})
+    table["label"] = [classes[label] for label in labels]
+    for number, name in enumerate(classes):
+        table[f"p/{name}"] = probabilities[:, number]
+    return table
+
+
+def describe(config: TrainConfig, data: Prepared, run: tracking.Run) -> None:
+    """Log what the run is about to compute: its configuration and its data's fingerprints."""
+    import yaml
+
+    run.log_params(config.as_dict())
+    run.set_tags({**data.tags, "config.digest": config.digest})
+    run.log_text(yaml.safe_dump(config.as_dict(), sort_keys=False), "config.yaml")
+
+
+def split_csv(data: Prepared) -> str:
+    """One line a tile: tile, sha256, class, fold."""
+    table = data.pack.table[["path", "sha256", "class"]].rename(columns={"path": "tile"})
+    return table.assign(fold=data.split.folds).to_csv(index=False)
+
+
+def train(
+    config: TrainConfig, data: Prepared, run: tracking.Run, on_epoch: "EpochHook | None" = None
+) -> dict[str, float]:
+    """Fit and conclude in ``run``; returns the test metrics."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        logs.copied_to(Path(folder) / "train.log") as file,
+    ):
+        try:
+            describe(config, data, run)
+            run.log_text(split_csv(data), "split.csv")
+            return conclude(config, data, fit(config, data, run, on_epoch), run)
+        finally:
+            run.log_file(file, "logs")
+
+
+def summary(tested: dict[str, float]) -> str:
+    names = ("accuracy", "macro_f1", "macro_auprc", "nll", "ece", "tta_accuracy")
+    told: list[Any] = [
+        f"{name} {tested[f'test_{name}']:.4f}" for name in names if f"test_{name}" in tested
+    ]
+    return "test fold: " + ", ".join(told)
+
+
+def main(argv: Sequence[str]) -> int:
+    config = compose(cli.overrides(argv, USAGE))
+    data = prepare(config)
+    name = f"{config.recipe} seed {config.seed}"
+    with tracking.run(config.experiment, name, tags={"kind": "train"}) as run:
+        tested = train(config, data, run)
+    print(summary(tested))
+    print(f"run {run.run_id}")
+    return cli.OK
+
+
+if __name__ == "__main__":
+    cli.finish(main)

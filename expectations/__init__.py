@@ -1,0 +1,1 @@
+"""Great Expectations suites over a per-tile table, and the verb that runs them."""

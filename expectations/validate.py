@@ -1,0 +1,199 @@
+"""Validate a data set: the verb that training's receipt comes from."""
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eurosat import cli, logs, receipt, tracking
+from eurosat.config import DataConfig, TrainConfig, compose
+from eurosat.errors import ConfigError
+from eurosat.pack import Survey, survey_source
+from eurosat.progress import bar
+from eurosat.sources import open_source
+from expectations.docs import check_target
+from expectations.expected import TOLERANCE, Expected, expect
+from expectations.reread import held_dtype, textures_of_pack, textures_of_source
+from expectations.tiles import tile_table
+from expectations.verdict import Verdict, judge
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+USAGE = f"""
+usage: python -m expectations.validate [data=synthetic|eurosat|folder] [key=value ...]
+
+Hold every tile of a data set to a suite of expectations. Prints what failed on which tiles,
+writes Data Docs and a receipt that training asks for, logs a run named validate to MLflow.
+
+  data=SOURCE         which tiles (default synthetic); data.root=PATH says where
+  docs=FOLDER         where the Data Docs (HTML) go (default data_docs)
+  reference=FILE      JSON {{"classes": {{"Forest": 3000, ...}}}} to compare the classes with
+                      (default: EuroSAT's own for data=eurosat, else an even deal)
+  tolerance=FACTOR    a class may hold 1/FACTOR to FACTOR times its share there
+                      (default {TOLERANCE:g})
+  log_level=LEVEL     {", ".join(logs.LEVELS)}
+  any key of the recipe, such as data.synthetic.tiles=500, experiment=NAME
+
+exit code: 0 passed, 1 failed, 2 bad input
+"""
+OWN_KEYS = ("docs", "reference", "tolerance")
+
+
+def main(argv: Sequence[str]) -> int:
+    own, recipe = _sort_keys(cli.overrides(argv, USAGE))
+    docs = Path(own.get("docs", "data_docs"))
+    reference = Path(own["reference"]) if "reference" in own else None
+    tolerance = _factor(own.get("tolerance", str(TOLERANCE)))
+    check_target(docs)
+    verdict = validate(compose(recipe), docs=docs, reference=reference, tolerance=tolerance)
+    _show(verdict)
+    print(f"Data Docs: {docs / 'index.html'}")
+    return cli.OK if verdict.success else cli.NEGATIVE
+
+
+def validate(
+    config: TrainConfig,
+    *,
+    docs: Path,
+    reference: Path | None = None,
+    tolerance: float = TOLERANCE,
+) -> Verdict:
+    """Validate the configured data set; leave Data Docs, a run and a receipt.
+
+    Raises:
+        EuroSATError: there is nothing to validate, or nowhere to log it.
+    """
+    started = time.monotonic()
+    with tracking.run(config.experiment, "validate") as run, tempfile.TemporaryDirectory() as kept:
+        folder = Path(kept)
+        with logs.copied_to(folder / "log.txt"):
+            survey = survey_source(config.data)
+            expected = expect(config.data, survey.table, reference=reference, tolerance=tolerance)
+            table = _table(survey, config.data, expected)
+            verdict = _judge(
+                table, expected, docs, f"{config.data.source}-{survey.fingerprint[:12]}"
+            )
+            log.info(
+                "%s: %d expectations on %d tiles, %d failed",
+                config.data.source, len(verdict.findings), len(table), len(verdict.failed),
+            )  # fmt: skip
+        run.log_params(
+            {
+                "source": config.data.source,
+                "suite": verdict.suite,
+                "reference": expected.reference.about,
+                "tolerance": tolerance,
+            }
+        )
+        run.log_metrics(_metrics(verdict, survey) | {"seconds": time.monotonic() - started})
+        run.set_tags(
+            {
+                "data.fingerprint": survey.fingerprint,
+                "data.validation": "passed" if verdict.success else "failed",
+            }
+        )
+        result = {"fingerprint": survey.fingerprint, "expected": asdict(expected)}
+        (folder / "result.json").write_text(json.dumps(result | verdict.as_dict(), indent=1))
+        table.to_parquet(folder / "tiles.parquet", index=False)
+        run.log_folder(folder)
+        run.log_folder(docs, "data_docs")
+    receipt.write(
+        receipt.Receipt(
+            fingerprint=survey.fingerprint,
+            success=verdict.success,
+            expectations=len(verdict.findings),
+            failed=verdict.failed,
+            suite=verdict.suite,
+            validated_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        ),
+        config.data.cache_dir,
+    )
+    return verdict
+
+
+def _table(survey: Survey, data: DataConfig, expected: Expected) -> "pd.DataFrame":
+    surveyed = survey.table
+    if survey.pack is not None:
+        texture = textures_of_pack(survey.pack)
+        return tile_table(surveyed, data, expected.reference, texture=texture, dtypes={})
+    source = open_source(data)
+    return tile_table(
+        surveyed,
+        data,
+        expected.reference,
+        texture=textures_of_source(surveyed, data, source),
+        dtypes={
+            path: held_dtype(source, path) for path in surveyed["path"][surveyed["bands"] == 0]
+        },
+    )
+
+
+def _judge(table: "pd.DataFrame", expected: Expected, docs: Path, name: str) -> Verdict:
+    """One call that takes seconds and tells nothing on its way: a bar that only moves."""
+    with bar() as shown:
+        shown.add_task("holding the tiles to the suite", total=None, note=f"{len(table):,} tiles")
+        return judge(table, expected, docs=docs, run_name=name)
+
+
+def _metrics(verdict: Verdict, survey: Survey) -> dict[str, float]:
+    metrics: dict[str, float] = {
+        "expectations": len(verdict.findings),
+        "failed": len(verdict.failed),
+        "tiles": len(survey.table),
+    }
+    if survey.pack is not None:
+        return metrics | {
+            "duplicates_exact": survey.pack.exact,
+            "duplicates_near": survey.pack.near,
+        }
+    log.warning("near duplicates are looked for once every tile can be read")
+    pixels = survey.table["pixels_sha256"].replace("", None).dropna()
+    return metrics | {"duplicates_exact": int(pixels.duplicated().sum())}
+
+
+def _show(verdict: Verdict) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for finding in verdict.findings:
+        for number, line in enumerate(finding.lines()):
+            console.print(line, style="red" if not finding.success and number == 0 else None)
+    count = len(verdict.findings)
+    told = f"{len(verdict.failed)} of {count} expectations failed" if verdict.failed else (
+        f"all {count} expectations passed"
+    )  # fmt: skip
+    console.print(told, style="red" if verdict.failed else "green")
+
+
+def _sort_keys(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """The verb's own keys, and the recipe's overrides."""
+    own: dict[str, str] = {}
+    recipe: list[str] = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in OWN_KEYS:
+            if not value:
+                raise ConfigError(f"{key}= needs a value")
+            own[key] = value
+        else:
+            recipe.append(override)
+    return own, recipe
+
+
+def _factor(value: str) -> float:
+    try:
+        return float(value)
+    except ValueError as error:
+        raise ConfigError(f"tolerance must be a number such as 2; got {value!r}") from error
+
+
+if __name__ == "__main__":
+    cli.finish(main)

@@ -1,0 +1,317 @@
+"""The main job, one command: validate, sweep, register, gate, promote, serve, score.
+
+Every step is a command that a user can run alone; this module strings them together.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from eurosat import cli, evaluate, tracking
+from eurosat.config import TrainConfig, compose
+from eurosat.errors import DataError, EuroSATError
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = "eurosat"
+CHAMPION = f"models:/{MODEL}@champion"
+READY_S = 120
+"""The server is up in about 8 s on two idle cores."""
+
+USAGE = """
+usage: python -m experiments.demo [data=synthetic|eurosat|folder] [recipe=NAME] [key=value ...]
+
+  trials=6   trial_epochs=N   workers=1      as for `python -m experiments.sweep`
+  tiles=3                                    tiles of the test fold to score over REST
+  report=reports/demo.json                   where the figures go
+  and any key of the recipe
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoConfig:
+    trials: int = 6
+    trial_epochs: int = 3
+    workers: int = 1
+    tiles: int = 3
+    report: str = "reports/demo.json"
+
+
+def main(argv: Sequence[str]) -> int:
+    settings, recipe = split_arguments(cli.overrides(argv, USAGE))
+    started = time.monotonic()
+    os.chdir(ROOT)  # where MLproject, mlflow.db and mlruns are
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    config = compose(recipe)
+    log.info(say_how_long(config, settings))
+
+    step(1, "validate the tiles against their expectations")
+    project("validate", config, data=config.data.source, overrides=of_data(recipe))
+    step(2, f"sweep: {settings.trials} short trials, then the best refitted in full")
+    sweep_run = project(
+        "sweep", config, data=config.data.source, recipe=config.recipe, trials=settings.trials,
+        trial_epochs=settings.trial_epochs, workers=settings.workers,
+        overrides=without(recipe, "data", "recipe"),
+    )  # fmt: skip
+    step(3, "register the refit as a version of the model")
+    call(sys.executable, "-m", "registry.register", sweep_run)
+    challenger = alias_version("challenger")
+    step(4, "judge it against the champion, and promote it or say why not")
+    promoted = call(
+        sys.executable, "-m", "registry.promote", "--accept-new-data", negative_is_an_answer=True
+    )
+    champion = alias_version("champion")
+    if champion is None:
+        print(f"version {challenger} was refused and there is no champion: nothing to serve")
+        return cli.NEGATIVE
+    step(5, f"serve {CHAMPION} with mlflow models serve, and score tiles of the test fold")
+    run_id = tracking.resolve_run(CHAMPION)
+    scored = serve_and_score(run_id, settings.tiles)
+
+    champion_run, sweep_metrics = tracking.get(run_id), tracking.get(sweep_run).metrics
+    report = {
+        "data": champion_run.params["data.source"],
+        "trials": int(sum(v for k, v in sweep_metrics.items() if k.startswith("trials_"))),
+        "test_accuracy": champion_run.metrics["test_accuracy"],
+        "macro_f1": champion_run.metrics["test_macro_f1"],
+        "macro_auprc": champion_run.metrics["test_macro_auprc"],
+        "champion_version": champion,
+        "seconds": round(time.monotonic() - started, 1),
+        "scored": scored,
+    } | context(champion_run, challenger, promoted == cli.OK)
+    file = Path(settings.report)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    show(report, file)
+    return cli.OK
+
+
+def split_arguments(overrides: Sequence[str]) -> tuple[DemoConfig, list[str]]:
+    """The demo's own settings, and what is left for the recipe.
+
+    Without a word about the recipe, synthetic tiles get ``demo``, all others ``resnet18-quick``.
+    """
+    from experiments.sweep import take
+
+    settings, rest = take(DemoConfig, overrides)
+    data = next((one for one in rest if one.startswith("data=")), "data=synthetic")
+    if data not in rest:
+        rest = [data, *rest]
+    if not any(one.startswith("recipe=") for one in rest):
+        rest = [*rest, f"recipe={'demo' if data == 'data=synthetic' else 'resnet18-quick'}"]
+    return settings, rest
+
+
+def say_how_long(config: TrainConfig, settings: DemoConfig) -> str:
+    """What is ahead, before anything is measured; the sweep then logs a live estimate."""
+    tiles = config.data.synthetic.tiles if config.data.source == "synthetic" else 27_000
+    seen = settings.trials * settings.trial_epochs + config.trainer.epochs
+    minutes = seen * tiles * 0.65 / 400 / 60  # train and val folds at 400 images/s on two cores
+    return (
+        f"data={config.data.source}: {settings.trials} trials of {settings.trial_epochs} epochs, "
+        f"then {config.trainer.epochs}: about {minutes + 1:.0f} min on two cores with bf16; "
+        "the sweep says how long is left as it goes"
+    )
+
+
+def step(number: int, what: str) -> None:
+    print(f"\n== {number}/5 {what}", flush=True)
+
+
+def of_data(overrides: Sequence[str]) -> list[str]:
+    return [one for one in overrides if one.startswith("data.")]
+
+
+def without(overrides: Sequence[str], *keys: str) -> list[str]:
+    return [one for one in overrides if one.split("=", 1)[0] not in keys]
+
+
+def project(entry: str, config: TrainConfig, *, overrides: Sequence[str], **parameters: Any) -> str:
+    """`mlflow run . -e ENTRY`; returns the id of the run that it made."""
+    given = {name: str(value) for name, value in parameters.items()}
+    if overrides:
+        given["overrides"] = shlex.join(overrides)
+    flags = [part for name, value in given.items() for part in ("-P", f"{name}={value}")]
+    call(
+        "mlflow", "run", ".", "-e", entry, "--env-manager", "local",
+        "--experiment-name", config.experiment, *flags,
+    )  # fmt: skip
+    return tracking.latest_run(config.experiment, kind=entry)
+
+
+def call(*command: str, negative_is_an_answer: bool = False) -> int:
+    """Run a step with its output shown.
+
+    Raises:
+        EuroSATError: it failed.
+    """
+    shown = ["python" if part == sys.executable else part for part in command]
+    print(f"$ {shlex.join(shown)}", flush=True)
+    code = subprocess.run(command).returncode
+    if code == cli.OK or (code == cli.NEGATIVE and negative_is_an_answer):
+        return code
+    raise EuroSATError(f"the step `{shlex.join(shown)}` ended with code {code}: see above")
+
+
+def alias_version(alias: str) -> str | None:
+    return tracking.alias_version(MODEL, alias)
+
+
+def serve_and_score(run_id: str, count: int) -> list[dict[str, Any]]:
+    """Files of ``count`` test tiles of different classes, scored by a server of its own process."""
+    import pandas as pd
+
+    with tracking.artifact(run_id, "predictions.parquet") as file:
+        tested = pd.read_parquet(file)
+    config = evaluate.recorded_config(run_id)
+    chosen = tested.groupby("label", sort=True).head(1)
+    chosen = chosen.iloc[:: max(1, len(chosen) // count)].head(count)
+    with tempfile.TemporaryDirectory() as folder:
+        names = write_tiles(config, list(chosen["tile"]), Path(folder))
+        with served() as (server, url):
+            lines = ask(server, url, names)
+    answers = {row["tile"]: row for row in map(json.loads, lines)}
+    return [
+        {"tile": tile, "expected": label}
+        | {k: answers[name][k] for k in answers[name] if k != "tile"}
+        for name, tile, label in zip(names, chosen["tile"], chosen["label"], strict=True)
+    ]
+
+
+def write_tiles(config: TrainConfig, tiles: Sequence[str], folder: Path) -> list[str]:
+    from eurosat.sources import open_source
+
+    source = open_source(config.data)
+    names = []
+    for tile in tiles:
+        if tile not in source.paths:
+            raise DataError(
+                f"{tile}, a test tile of the champion, is not in {source.name} any more"
+            )
+        (folder / tile.replace("/", "-")).write_bytes(source.read(tile))
+        names.append(str(folder / tile.replace("/", "-")))
+    return names
+
+
+@contextmanager
+def served() -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    """`mlflow models serve` in a process group of its own, stopped after the block."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    command = [
+        "mlflow", "models", "serve", "-m", CHAMPION, "--env-manager", "local",
+        "--host", "127.0.0.1", "--port", str(port),
+    ]  # fmt: skip
+    print(f"$ {shlex.join(command)}", flush=True)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, text=True
+        )
+        try:
+            yield process, f"http://127.0.0.1:{port}"
+        except EuroSATError as error:
+            output.seek(0)
+            tail = " | ".join(output.read().splitlines()[-5:])
+            raise EuroSATError(f"{error}; the server said: {tail}") from error
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            process.wait(timeout=30)
+
+
+def ask(server: "subprocess.Popen[str]", url: str, files: Sequence[str]) -> list[str]:
+    """One line of JSON a file, from `python -m serving.client`, which waits for the server.
+
+    Raises:
+        EuroSATError: the server died, was not ready in time, or refused.
+    """
+    command = [sys.executable, "-m", "serving.client", "--url", url, "--wait", str(READY_S), *files]
+    print(f"$ {shlex.join(['python', *command[1:6], 'FILES'])}", flush=True)
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with Console(stderr=True).status("waiting for the server"):
+        while client.poll() is None:
+            if server.poll() is not None:
+                client.terminate()
+                raise EuroSATError(f"the server ended with code {server.returncode}")
+            time.sleep(0.2)
+    said, complained = client.communicate()
+    if client.returncode:
+        raise EuroSATError(f"scoring failed: {complained.strip()[-300:]}")
+    log.info("answers came from process %d on %s", server.pid, url)
+    return said.splitlines()
+
+
+def context(
+    champion: tracking.FinishedRun, challenger: str | None, promoted: bool
+) -> dict[str, Any]:
+    """What a reader needs to judge the figures, beyond the report's promised keys."""
+    return {
+        "challenger_version": challenger,
+        "promoted": promoted,
+        "recipe": champion.params["recipe"],
+        "split": champion.params["data.protocol"],
+        "split_fingerprint": champion.tags["split.fingerprint"],
+        "data_fingerprint": champion.tags["data.fingerprint"],
+        "seed": int(champion.params["seed"]),
+        "epochs": int(champion.metrics["epochs"]),
+        "train_seconds": round(champion.metrics["train_seconds"], 1),
+        "test_tta_accuracy": champion.metrics.get("test_tta_accuracy"),
+        "hardware": champion.tags["compute.hardware"],
+        "precision": champion.tags["compute.precision"],
+        "commit": champion.tags["code.commit"],
+    }
+
+
+def show(report: dict[str, Any], file: Path) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"the main job on data={report['data']}", show_header=False)
+    verdict = (
+        "promoted" if report["promoted"] else f"version {report['challenger_version']} refused"
+    )
+    rows = {
+        "trials": report["trials"],
+        "champion": f"{MODEL} version {report['champion_version']} ({verdict})",
+        "test accuracy": f"{report['test_accuracy']:.4f}",
+        "macro F1": f"{report['macro_f1']:.4f}",
+        "macro AUPRC": f"{report['macro_auprc']:.4f}",
+        "time": f"{report['seconds']:.0f} s",
+    }
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    scored = Table("tile", "expected", "label", "confidence", "version", title="scored over REST")
+    for row in report["scored"]:
+        scored.add_row(
+            row["tile"], row["expected"], row["label"],
+            f"{row['confidence']:.3f}", str(row["model_version"]),
+        )  # fmt: skip
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print()
+    console.print(table)
+    console.print(scored)
+    python = Path(sys.executable)
+    where = python.parent.relative_to(ROOT) if python.is_relative_to(ROOT) else python.parent
+    console.print(f"figures: {file}", highlight=False)
+    console.print(
+        f"look around: {where}/mlflow ui   (then open http://127.0.0.1:5000)", highlight=False
+    )
+
+
+if __name__ == "__main__":
+    cli.finish(main)

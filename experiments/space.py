@@ -1,0 +1,85 @@
+"""Search spaces: YAML files that say what a trial may change in a recipe."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eurosat.errors import ConfigError
+
+if TYPE_CHECKING:
+    import optuna
+
+SPACES = Path(__file__).parent / "spaces"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Range:
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    choices: tuple[float | int | str | bool, ...]
+
+
+Space = Mapping[str, Range | Choices]
+"""What each dotted key of the recipe may become."""
+
+
+def load(name: str) -> Space:
+    """Read ``experiments/spaces/NAME.yaml``, or the file that ``name`` names.
+
+    Raises:
+        ConfigError: no such space, or an entry that is neither a range nor choices.
+    """
+    import yaml
+
+    file = Path(name) if name.endswith((".yaml", ".yml")) else SPACES / f"{name}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in SPACES.glob("*.yaml")))
+        raise ConfigError(f"no search space {name!r}: known are {known}, or give a YAML file")
+    entries = yaml.safe_load(file.read_text())
+    if not isinstance(entries, dict) or not entries:
+        raise ConfigError(f"{file} is not a mapping of recipe keys to ranges or choices")
+    return {key: _entry(value, f"{file}: {key}") for key, value in entries.items()}
+
+
+def suggest(trial: "optuna.Trial", space: Space) -> dict[str, Any]:
+    """Ask the sampler for one value per key."""
+    return {
+        key: trial.suggest_float(key, one.low, one.high, log=one.log)
+        if isinstance(one, Range)
+        else trial.suggest_categorical(key, one.choices)
+        for key, one in space.items()
+    }
+
+
+def inside(values: Mapping[str, Any], space: Space) -> dict[str, Any]:
+    """What of ``values`` the space could have suggested: a point to start from."""
+    return {
+        key: values[key]
+        for key, one in space.items()
+        if key in values
+        and (
+            one.low <= values[key] <= one.high
+            if isinstance(one, Range)
+            else values[key] in one.choices
+        )
+    }
+
+
+def _entry(value: Any, where: str) -> Range | Choices:
+    match value:
+        case {"choices": [_, *_] as choices, **rest} if not rest:
+            return Choices(choices=tuple(choices))
+        case {"low": int() | float() as low, "high": int() | float() as high, **rest}:
+            log = rest.pop("log", False)
+            if not rest and low < high and (low > 0 or not log):
+                return Range(low=float(low), high=float(high), log=bool(log))
+    raise ConfigError(
+        f"{where} must be {{low, high[, log]}} with low < high (above 0 for log) or "
+        f"{{choices: [...]}}; got {value!r}"
+    )

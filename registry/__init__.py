@@ -1,0 +1,1 @@
+"""Versions of the model: registered, judged, promoted, and who did it."""

@@ -1,0 +1,120 @@
+"""Figures of versions on the test tiles that they share, from their stored predictions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eurosat import tracking
+from eurosat.errors import ModelError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PREDICTIONS = "predictions.parquet"
+PREFIX = "p/"
+"""Before a class's name in the columns of probabilities."""
+ENOUGH_TILES, ENOUGH_SHARE = 500, 0.9
+"""Common test tiles that make a comparison: at 500, the standard error of an accuracy of 0.95 is
+one percentage point; the share is for small test folds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predictions:
+    """A test fold: one row per tile."""
+
+    frame: "pd.DataFrame"
+    """Columns sha256, label and one ``p/Class`` per class."""
+
+    @property
+    def classes(self) -> list[str]:
+        columns = map(str, self.frame.columns)
+        return [name.removeprefix(PREFIX) for name in columns if name.startswith(PREFIX)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    candidate: Mapping[str, float]
+    champion: Mapping[str, float] | None
+    """None where the floors alone judge."""
+    notes: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+
+
+def read(run_id: str) -> Predictions:
+    """The test predictions of a run.
+
+    Raises:
+        TrackingError: the run has none.
+        ModelError: the table lacks a column, is empty, or names a class that it has no column for.
+    """
+    import pandas as pd
+
+    with tracking.artifact(run_id, PREDICTIONS) as file:
+        try:
+            predictions = Predictions(frame=pd.read_parquet(file))
+        except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
+            raise ModelError(f"{PREDICTIONS} of run {run_id} is no Parquet file") from error
+    frame = predictions.frame
+    lacking = [name for name in ("sha256", "label") if name not in frame]
+    if lacking or not predictions.classes or frame.empty:
+        raise ModelError(
+            f"{PREDICTIONS} of run {run_id} has {len(frame)} rows and {len(predictions.classes)} "
+            f"columns {PREFIX}Class, and lacks {', '.join(lacking) or 'nothing else'}: train again"
+        )
+    strangers = sorted(set(frame["label"].astype(str)) - set(predictions.classes))
+    if strangers:
+        raise ModelError(
+            f"{PREDICTIONS} of run {run_id} has labels without probabilities: {strangers[0]}"
+        )
+    return predictions
+
+
+def figures(predictions: Predictions) -> dict[str, float]:
+    """As ``eurosat.metrics.evaluate``; empty where a probability is not a number in [0, 1]."""
+    import numpy as np
+
+    from eurosat.metrics import evaluate
+
+    classes = predictions.classes
+    probabilities = predictions.frame[[PREFIX + name for name in classes]].to_numpy(np.float64)
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():  # NaN is neither
+        return {}
+    index = {name: k for k, name in enumerate(classes)}
+    labels = np.array([index[name] for name in predictions.frame["label"]], np.int64)
+    return evaluate(labels, probabilities, classes)
+
+
+def compare(
+    candidate: Predictions, champion: Predictions | None, *, accept_new_data: bool = False
+) -> Comparison:
+    """Figures of both on the tiles (same content, same label) that both were tested on."""
+    if champion is None:
+        note = "there is no champion yet: the floors alone judge"
+        return Comparison(candidate=figures(candidate), champion=None, notes=(note,))
+    ours, theirs = _in_common(candidate, champion)
+    common, total = len(ours.frame), max(len(candidate.frame), len(champion.frame))
+    if common >= min(ENOUGH_TILES, ENOUGH_SHARE * total):
+        notes = () if common == total else (f"compared on the {common} test tiles in common",)
+        return Comparison(candidate=figures(ours), champion=figures(theirs), notes=notes)
+    few = (
+        "the test tiles are others than the champion's"
+        if common == 0
+        else f"only {common} of {total} test tiles are the champion's too"
+    )
+    if accept_new_data:
+        note = f"{few}, which was accepted: the floors alone judge"
+        return Comparison(candidate=figures(candidate), champion=None, notes=(note,))
+    refusal = f"{few}, so the two do not compare: --accept-new-data lets the floors alone judge"
+    return Comparison(candidate=figures(candidate), champion=None, refusals=(refusal,))
+
+
+def _in_common(one: Predictions, other: Predictions) -> tuple[Predictions, Predictions]:
+    """The rows of each that pair up; equal tiles pair in the order in which they stand."""
+    keyed = []
+    for frame in (one.frame, other.frame):
+        tile = [frame["sha256"].astype(str), frame["label"].astype(str)]
+        nth = frame.groupby([series.to_numpy() for series in tile]).cumcount()
+        keyed.append(frame.set_index([*tile, nth]))
+    common = keyed[0].index.intersection(keyed[1].index)
+    mine, yours = (Predictions(frame=frame.loc[common].reset_index(drop=True)) for frame in keyed)
+    return mine, yours

@@ -1,0 +1,209 @@
+"""Wrap a finished training run as a version of the registered model."""
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eurosat import cli, logs, tracking
+from eurosat.errors import ConfigError, ModelError, TrackingError
+from registry import evidence, versions
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+PYFUNC = ROOT / "serving" / "pyfunc.py"
+LOCK = ROOT / "requirements.lock"
+SERVED_BY = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
+"""What ``serving/pyfunc.py`` imports; pinned in the model as in the lock."""
+FOLDER = "model"
+"""Of the run's artifacts, where the wrapped model is kept."""
+NETWORK = "model.onnx"
+NEEDED = (NETWORK, evidence.PREDICTIONS, "config.yaml", "split.csv")
+TAGS = ("data.fingerprint", "split.fingerprint", "code.commit", "config.digest")
+VALIDATION = "data.validation"
+GREY = 128
+"""Of the input example: in the middle of the pixels' range."""
+
+
+def register(reference: str, model: str, alias: str) -> str:
+    """The number of the version that wraps the run, made unless it is there.
+
+    Raises:
+        TrackingError: no such run, it is not finished, or it lacks an artifact or a tag.
+        ModelError: its network or its predictions are not what this project's training writes.
+    """
+    if alias in (versions.CHAMPION, versions.PREVIOUS):
+        raise ConfigError(
+            f"the alias {alias} is given by `python -m registry.promote`, which asks the gates"
+        )
+    run = tracking.get(tracking.resolve_run(reference))
+    known = [v for v in versions.all_of(model) if v.run_id == run.run_id]
+    if known:
+        number = str(known[-1].version)
+        log.info("%s version %s already wraps run %s", model, number, run.run_id)
+    else:
+        _check(run)
+        number = _create(run, model)
+        log.info("run %s is %s version %s", run.run_id, model, number)
+    champion = versions.by_alias(model, versions.CHAMPION)
+    if champion is None or str(champion.version) != number:
+        with versions.explained(f"alias {alias}"):
+            versions.client().set_registered_model_alias(model, alias, number)
+    return number
+
+
+def pins(names: Sequence[str] = SERVED_BY, lock: Path = LOCK) -> list[str]:
+    """``name==version`` for this Python and platform, as in the lock.
+
+    Raises:
+        ConfigError: the lock cannot be read or lacks a name.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    try:
+        lines = lock.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{lock} cannot be read: {error.strerror}") from error
+    locked = {}
+    for line in lines:
+        if not line or line[0] in " #-":
+            continue
+        try:
+            requirement = Requirement(line.rstrip(" \\"))
+        except InvalidRequirement as error:
+            raise ConfigError(f"{lock} holds a line that is no requirement: {line}") from error
+        if requirement.marker is None or requirement.marker.evaluate():
+            locked[requirement.name] = f"{requirement.name}{requirement.specifier}"
+    lacking = [name for name in names if name not in locked]
+    if lacking:
+        raise ConfigError(f"{lock} does not pin {', '.join(lacking)}")
+    return [locked[name] for name in names]
+
+
+def describe(network: Path) -> dict[str, Any]:
+    """Classes, tile size and bands that the network carries.
+
+    Raises:
+        ModelError: not ONNX, or not of the form that ``eurosat.export`` writes.
+    """
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no base class but this
+        first = str(error).splitlines()[0][:200]
+        raise ModelError(f"{NETWORK} is no network that ONNX Runtime opens: {first}") from error
+    interface = [(node.name, node.type) for node in (*session.get_inputs(), *session.get_outputs())]
+    expected = [("tiles_NHWC", "tensor(uint8)"), ("probabilities", "tensor(float)")]
+    if interface != expected:
+        raise ModelError(f"{NETWORK} takes and gives {interface}, not {expected}: export it again")
+    properties = session.get_modelmeta().custom_metadata_map
+    try:
+        return {key: json.loads(properties[key]) for key in ("classes", "tile_size", "bands")}
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{NETWORK} lacks or garbles its property {error}") from error
+
+
+def _check(run: tracking.FinishedRun) -> None:
+    if run.status != "FINISHED":
+        raise TrackingError(
+            f"run {run.run_id} is {run.status}: only a FINISHED training run can be registered"
+        )
+    with versions.explained(f"artifacts of run {run.run_id}"):
+        held = {file.path for file in versions.client().list_artifacts(run.run_id)}
+    lacking = [name for name in NEEDED if name not in held]
+    lacking += [f"the tag {name}" for name in (*TAGS, VALIDATION) if name not in run.tags]
+    if lacking:
+        raise TrackingError(
+            f"run {run.run_id} lacks {', '.join(lacking)}: name a run of `python -m eurosat.train` "
+            "or of a sweep"
+        )
+
+
+def _create(run: tracking.FinishedRun, model: str) -> str:
+    with ExitStack() as stack:
+        network = stack.enter_context(tracking.artifact(run.run_id, NETWORK))
+        described = describe(network)
+        tested = evidence.read(run.run_id).classes
+        if tested != described["classes"]:
+            raise ModelError(
+                f"{NETWORK} knows the classes {', '.join(described['classes'])} but "
+                f"{evidence.PREDICTIONS} is of {', '.join(tested)}"
+            )
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = scratch / FOLDER
+        _wrap(network, described, lineage(run, described), folder)
+        versions.ensure(model, "Land cover of satellite tiles")
+        with versions.explained(f"run {run.run_id}"):
+            client = versions.client()
+            client.log_artifacts(run.run_id, str(folder), FOLDER)
+            source = f"{client.get_run(run.run_id).info.artifact_uri}/{FOLDER}"
+            tags = {name: run.tags[name] for name in (*TAGS, VALIDATION)}
+            return str(client.create_model_version(model, source, run.run_id, tags=tags).version)
+
+
+def lineage(run: tracking.FinishedRun, described: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the model is from, as it travels beside the network."""
+    return {
+        "run_id": run.run_id,
+        **{name.replace(".", "_"): run.tags[name] for name in (*TAGS, VALIDATION)},
+        **described,
+        "metrics": {k: v for k, v in sorted(run.metrics.items()) if k.startswith("test_")},
+    }
+
+
+def _wrap(
+    network: Path, described: Mapping[str, Any], origin: Mapping[str, Any], folder: Path
+) -> None:
+    """Write the MLflow model: code by path, no pickle."""
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, Schema
+
+    written = folder.parent / "lineage.json"
+    written.write_text(json.dumps(origin, indent=1))
+    mlflow.pyfunc.save_model(
+        folder,
+        python_model=str(PYFUNC),
+        artifacts={"network": str(network), "lineage": str(written)},
+        signature=ModelSignature(inputs=Schema([ColSpec("binary", "image")])),
+        input_example=_example(*described["tile_size"]) if described["bands"] == 3 else None,
+        pip_requirements=pins(),
+    )
+
+
+def _example(height: int, width: int) -> "pd.DataFrame":
+    """One grey tile as PNG bytes."""
+    import io
+
+    import pandas as pd
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (GREY, GREY, GREY)).save(file, "PNG")
+    return pd.DataFrame({"image": [file.getvalue()]})
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.parser(
+        "registry.register",
+        "Wrap a finished training run as a version of the registered model, and print its number.",
+    )
+    parser.add_argument("run", metavar="RUN", help="run id, runs:/ID, or a sweep's parent run")
+    parser.add_argument("--model", default=versions.MODEL, help="registered model")
+    parser.add_argument("--alias", default=versions.CHALLENGER, help="given to the version")
+    args = parser.parse_args(argv)
+    logs.setup(args.log_level)
+    print(register(args.run, args.model, args.alias))
+    return cli.OK
+
+
+if __name__ == "__main__":
+    cli.finish(main)

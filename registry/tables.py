@@ -1,0 +1,16 @@
+"""Tables on standard output."""
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WIDTH = 120
+"""Characters, where standard output is no terminal that has a width of its own."""
+
+
+def show(table: "Table") -> None:
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else WIDTH).print(table)

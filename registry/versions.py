@@ -1,0 +1,103 @@
+"""Versions, aliases and tags of a registered model: this folder's edge to MLflow."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from eurosat.errors import TrackingError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+MODEL = "eurosat"
+CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow answers an unknown alias of a known model with the second."""
+PAGE = 1000
+"""Versions asked for at once."""
+
+
+def client() -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    return MlflowClient()
+
+
+def by_alias(model: str, alias: str) -> "ModelVersion | None":
+    """The version behind an alias, or None where the alias or the model does not exist."""
+    from mlflow.exceptions import MlflowException
+
+    with explained(f"{model}@{alias}"):
+        try:
+            return client().get_model_version_by_alias(model, alias)
+        except MlflowException as error:
+            if error.error_code not in ABSENT:
+                raise
+            return None
+
+
+def get(model: str, number: str) -> "ModelVersion":
+    """A version by its number.
+
+    Raises:
+        TrackingError: there is no such version.
+    """
+    with explained(f"models:/{model}/{number}"):
+        return client().get_model_version(model, number)
+
+
+def all_of(model: str) -> "list[ModelVersion]":
+    """Every version, the oldest first; empty for an unknown model. Their aliases are empty."""
+    found, token = [], None
+    with explained(f"versions of {model}"):
+        while True:
+            page = client().search_model_versions(
+                f"name = '{model}'", max_results=PAGE, page_token=token
+            )
+            found += list(page)
+            token = page.token
+            if not token:
+                return sorted(found, key=lambda version: int(version.version))
+
+
+def run_of(version: "ModelVersion") -> str:
+    """The run that a version wraps.
+
+    Raises:
+        TrackingError: it was made without one, so nothing can be known about it.
+    """
+    if not version.run_id:
+        raise TrackingError(
+            f"{version.name} version {version.version} names no run: register one with "
+            "`python -m registry.register RUN`"
+        )
+    return str(version.run_id)
+
+
+def ensure(model: str, description: str) -> None:
+    """Create the registered model unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    with explained(f"registered model {model}"):
+        try:
+            client().create_registered_model(model, description=description)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn MLflow's errors into one line that names the server."""
+    from mlflow import get_tracking_uri
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TrackingError(
+            f"{what}: {first[:300]} (tracking server {get_tracking_uri()}; "
+            "MLFLOW_TRACKING_URI names another)"
+        ) from error

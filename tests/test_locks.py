@@ -1,0 +1,148 @@
+"""The locks are whole, hashed, name no index, and hold what pyproject.toml and conda.yaml say."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PRODUCT, DEV = ROOT / "requirements.lock", ROOT / "requirements-dev.lock"
+LOCKS = [pytest.param(lock, id=lock.name) for lock in (PRODUCT, DEV)]
+SHA256 = re.compile(r"--hash=sha256:[0-9a-f]{64}")
+
+
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def entries(lock: Path) -> list[tuple[Requirement, list[str]]]:
+    """Every requirement of a lock with its hashes."""
+    joined = re.sub(r"\\\n\s*", " ", lock.read_text())
+    found = []
+    for line in joined.splitlines():
+        text = line.split(" #")[0].strip()
+        if text and not text.startswith("#"):
+            requirement = text.split(" --hash=")[0]
+            found.append((Requirement(requirement), SHA256.findall(text)))
+    return found
+
+
+def version(requirement: Requirement) -> str:
+    (pin,) = requirement.specifier
+    return pin.version
+
+
+def conda() -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load((ROOT / "conda.yaml").read_text())
+    return read
+
+
+def conda_python() -> str:
+    (python,) = (
+        part.removeprefix("python=")
+        for part in conda()["dependencies"]
+        if isinstance(part, str) and part.startswith("python=")
+    )
+    return str(python)
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_every_locked_requirement_is_pinned_and_hashed(lock: Path) -> None:
+    assert len(entries(lock)) > 50, f"{lock.name} was not read"
+    for requirement, hashes in entries(lock):
+        operators = [pin.operator for pin in requirement.specifier]
+        assert operators == ["=="], f"{requirement} is not pinned"
+        assert "*" not in version(requirement), f"{requirement} is not one release"
+        assert requirement.url is None, f"{requirement} is a URL"
+        assert hashes, f"{requirement} has no sha256"
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_no_lock_names_an_index_or_a_host(lock: Path) -> None:
+    names_one = re.compile(r"://|--(extra-)?index|--find-links|--trusted-host|^\s*-[fi]\b")
+    for number, line in enumerate(lock.read_text().splitlines(), start=1):
+        assert not names_one.search(line), f"{lock.name}:{number}: {line}"
+
+
+def test_the_product_lock_is_part_of_the_development_lock() -> None:
+    dev = {str(requirement): set(hashes) for requirement, hashes in entries(DEV)}
+    for requirement, hashes in entries(PRODUCT):
+        assert dev.get(str(requirement)) == set(hashes), f"{requirement} differs or is missing"
+
+
+def test_the_product_lock_leaves_the_development_tools_out() -> None:
+    product = {canonicalize_name(requirement.name) for requirement, _ in entries(PRODUCT)}
+    assert not product & {"pytest", "ruff", "mypy", "pre-commit"}
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_every_dependency_is_satisfied_by_the_lock(platform: str) -> None:
+    python = conda_python()
+    environment: dict[str, str] = {key: str(value) for key, value in default_environment().items()}
+    environment |= {
+        "sys_platform": platform,
+        "platform_system": {"linux": "Linux", "darwin": "Darwin"}[platform],
+        "python_version": python,
+        "python_full_version": f"{python}.0",
+    }
+
+    def applies(requirement: Requirement) -> bool:
+        return requirement.marker is None or requirement.marker.evaluate(environment)
+
+    pinned = {
+        canonicalize_name(requirement.name): version(requirement)
+        for requirement, _ in entries(PRODUCT)
+        if applies(requirement)
+    }
+    for text in pyproject()["project"]["dependencies"]:
+        dependency = Requirement(text)
+        if applies(dependency):
+            locked = pinned.get(canonicalize_name(dependency.name))
+            assert locked, f"{dependency} is not in {PRODUCT.name}"
+            assert dependency.specifier.contains(locked), f"{dependency} is locked at {locked}"
+
+
+def test_every_lower_bound_says_why() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
+    assert listed, "pyproject.toml has no list of dependencies"
+    bounds = [line for line in listed[1].splitlines() if ">=" in line]
+    assert len(bounds) == len(pyproject()["project"]["dependencies"]), "a lower bound is missing"
+    for line in bounds:
+        assert re.search(r'",\s+# \S', line), f"no reason beside: {line.strip()}"
+
+
+def test_conda_installs_the_product_lock_and_nothing_else() -> None:
+    environment = conda()
+    assert environment["name"] == "eurosat"
+    assert environment["channels"] == ["conda-forge"]
+    assert environment["dependencies"] == [
+        f"python={conda_python()}",
+        "pip",
+        {"pip": [f"-r {PRODUCT.name}"]},
+    ]
+
+
+def test_conda_ci_and_pyproject_mean_the_same_python() -> None:
+    python = conda_python()
+    major, minor = map(int, python.split("."))
+    assert SpecifierSet(pyproject()["project"]["requires-python"]) == SpecifierSet(
+        f">={python},<{major}.{minor + 1}"
+    )
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert workflow["env"]["PYTHON_VERSION"] == python
+    for job in workflow["jobs"].values():
+        named = [
+            step["with"]["python-version"]
+            for step in job["steps"]
+            if "python-version" in step.get("with", {})
+        ]
+        assert named, "a job does not say its Python"
+        assert set(named) == {"${{ env.PYTHON_VERSION }}"}

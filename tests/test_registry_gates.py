@@ -1,0 +1,232 @@
+"""The judgement, as functions of values: gates, comparable test tiles, the ledger's chain."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from eurosat.errors import ConfigError
+from registry import evidence, ledger
+from registry.evidence import Predictions, compare, figures
+from registry.gates import Gate, judge, judge_validation, load
+from tests.test_registry_register import make_predictions
+
+ACCURACY = Gate(metric="accuracy", floor=0.85, wins=True, why="be right more often")
+F1 = Gate(metric="macro_f1", floor=0.8, margin=0.01, why="small classes count")
+GATES = (ACCURACY, F1)
+GOOD = {"accuracy": 0.95, "macro_f1": 0.94}
+
+
+@pytest.mark.parametrize(
+    ("candidate", "champion", "reasons"),
+    [
+        (GOOD, None, []),
+        ({"accuracy": 0.85, "macro_f1": 0.8}, None, []),
+        (GOOD | {"accuracy": 0.84}, None, ["accuracy: 0.8400 is under the floor 0.8500"]),
+        (GOOD | {"accuracy": math.nan}, None, ["accuracy: the candidate's figure is nan"]),
+        (GOOD | {"accuracy": math.inf}, None, ["accuracy: the candidate's figure is inf"]),
+        ({"accuracy": 0.95}, None, ["macro_f1: the candidate has no such figure"]),
+        ({}, None, ["accuracy: the cand", "macro_f1: the cand"]),
+        (GOOD, GOOD | {"accuracy": 0.94}, []),
+        (GOOD, {"accuracy": 0.9499, "macro_f1": 0.9499}, []),
+        (GOOD, {"accuracy": 0.94, "macro_f1": 0.951}, ["macro_f1: 0.9400 is under the champion's"]),
+        (GOOD, GOOD, ["accuracy: 0.9500 is no better than the champion's 0.9500"]),
+        (GOOD, GOOD | {"accuracy": 0.96}, ["accuracy: 0.9500 is under the champion's bar 0.9600"]),
+        (GOOD, {"macro_f1": 0.9}, ["accuracy: the champion's figure is None"]),
+        (GOOD, GOOD | {"macro_f1": math.nan}, ["macro_f1: the champion's figure is nan"]),
+    ],
+)
+def test_a_verdict_gives_every_reason_against_the_candidate(
+    candidate: dict[str, float], champion: dict[str, float] | None, reasons: list[str]
+) -> None:
+    verdict = judge(candidate, champion, GATES)
+    assert verdict.passed is not bool(reasons)
+    assert len(verdict.refusals) == len(reasons)
+    for refusal, reason in zip(verdict.refusals, reasons, strict=True):
+        assert refusal.startswith(reason)
+    assert [found.gate for found in verdict.findings] == ["accuracy", "macro_f1"]
+
+
+def test_one_win_is_enough_among_the_gates_that_decide() -> None:
+    both = (ACCURACY, dataclasses.replace(F1, wins=True))
+    assert judge(GOOD, GOOD | {"macro_f1": 0.93}, both).passed
+    assert len(judge(GOOD, GOOD, both).refusals) == 2
+
+
+def test_a_tie_passes_where_no_gate_has_to_be_won() -> None:
+    assert judge(GOOD, GOOD, (F1,)).passed
+
+
+def test_nothing_is_promoted_by_no_gates() -> None:
+    assert judge(GOOD, None, ()).refusals == ("there is no gate to pass",)
+
+
+def test_a_verdict_is_one_line() -> None:
+    passed = judge(GOOD, GOOD | {"accuracy": 0.9}, GATES, notes=("a note",))
+    assert str(passed) == (
+        "passed: accuracy 0.9500 (champion 0.9000); macro_f1 0.9400 (champion 0.9400); a note"
+    )
+    assert str(judge({}, None, (F1,))) == "refused: macro_f1: the candidate has no such figure"
+
+
+@pytest.mark.parametrize("state", [None, "failed", "missing", "Passed"])
+def test_data_that_did_not_pass_validation_is_refused(state: str | None) -> None:
+    assert not judge_validation("passed").refusal
+    assert (state or "not recorded") in judge_validation(state).refusal
+
+
+def test_the_gates_of_the_house_are_read() -> None:
+    bars = {gate.metric: gate for gate in load()}
+    assert {name: gate.floor for name, gate in bars.items()} == {
+        "accuracy": 0.85,
+        "macro_f1": 0.8,
+        "macro_auprc": 0.85,
+    }
+    assert [gate.metric for gate in bars.values() if gate.wins] == ["accuracy"]
+    assert all(gate.why for gate in bars.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "holds no gate"),
+        ("[accuracy", "cannot be read"),
+        ("accuracy = 1", "must be a table"),
+        ("[a]\nfloor = 1\nwhy = 'x'\nflor = 2", "unknown key a.flor: did you mean floor"),
+        ("[a]\nfloor = '1'\nwhy = 'x'", "a.floor must be float"),
+        ("[a]\nwhy = 'x'", "missing key a.floor"),
+        ("[a]\nfloor = 1\nwhy = ' '", "a.why is empty"),
+        ("[a]\nfloor = nan\nwhy = 'x'", "a.floor must be a finite number"),
+        ("[a]\nfloor = 1\nmargin = -1\nwhy = 'x'", "a.margin is a loss"),
+    ],
+)
+def test_gates_that_are_none_are_refused(tmp_path: Path, text: str, reason: str) -> None:
+    file = tmp_path / "gates.toml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=reason.replace(".", r"\.")):
+        load(file)
+
+
+def test_a_missing_file_of_gates_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml cannot be read"):
+        load(tmp_path / "none.toml")
+
+
+def fold(tiles: range, wrong: int = 0) -> Predictions:
+    return Predictions(frame=make_predictions(tiles, wrong))
+
+
+def test_figures_are_those_of_the_library() -> None:
+    found = figures(fold(range(600), wrong=30))
+    assert found["accuracy"] == pytest.approx(0.95)
+    assert set(found) >= {"macro_f1", "macro_auprc", "nll", "ece", "f1/Forest"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.1, 1.5])
+def test_probabilities_that_are_none_give_no_figures(value: float) -> None:
+    predictions = fold(range(600))
+    predictions.frame.loc[3, "p/River"] = value
+    assert figures(predictions) == {}
+
+
+def test_the_first_candidate_is_judged_by_the_floors() -> None:
+    compared = compare(fold(range(100)), None)
+    assert compared.champion is None
+    assert not compared.refusals
+    assert compared.notes
+
+
+def test_equal_test_folds_compare_in_any_order_and_with_duplicates() -> None:
+    tiles = fold(range(100), wrong=10)
+    doubled = Predictions(frame=tiles.frame.iloc[[*range(100), 0, 1]])
+    shuffled = Predictions(frame=doubled.frame.sample(frac=1, random_state=0))
+    compared = compare(doubled, shuffled)
+    assert compared.candidate == pytest.approx(compared.champion)
+    assert compared.candidate == pytest.approx(figures(doubled))
+    assert not compared.notes
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "common"),
+    [(range(1000), range(400, 1400), 600), (range(100), range(5, 100), 95)],
+)
+def test_folds_that_overlap_compare_on_the_common_tiles(
+    mine: range, theirs: range, common: int
+) -> None:
+    compared = compare(fold(mine, wrong=2), fold(theirs, wrong=0))
+    assert compared.notes == (f"compared on the {common} test tiles in common",)
+    assert compared.champion is not None
+    assert compared.champion["accuracy"] == 1
+    wrong_in_common = len({*mine[:2]} & {*theirs})
+    assert compared.candidate["accuracy"] == pytest.approx(1 - wrong_in_common / common)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "reason"),
+    [
+        (range(1000, 2000), "the test tiles are others than the champion's"),
+        (range(800, 1800), "only 200 of 1000 test tiles are the champion's too"),
+    ],
+)
+def test_folds_that_do_not_overlap_enough_do_not_compare(theirs: range, reason: str) -> None:
+    compared = compare(fold(range(1000)), fold(theirs))
+    assert len(compared.refusals) == 1
+    assert compared.refusals[0].startswith(reason)
+    assert "--accept-new-data" in compared.refusals[0]
+    accepted = compare(fold(range(1000)), fold(theirs), accept_new_data=True)
+    assert not accepted.refusals
+    assert accepted.champion is None
+    assert accepted.notes[0].startswith(reason)
+
+
+def test_a_tile_that_got_another_label_is_another_test_tile() -> None:
+    relabelled = fold(range(1000))
+    relabelled.frame["label"] = relabelled.frame["label"].map(
+        {"Forest": "River", "River": "Forest", "SeaLake": "SeaLake"}
+    )
+    assert compare(relabelled, fold(range(1000))).refusals
+    assert evidence.ENOUGH_TILES == 500
+
+
+def entry(to: str, previous: str, actor: str = "ann") -> ledger.Entry:
+    return ledger.Entry(
+        time="2026-01-01T00:00:00+00:00",
+        actor=actor,
+        from_version=None,
+        to_version=to,
+        why="because",
+        verdict="passed",
+        previous=previous,
+    )
+
+
+def test_the_first_entry_with_a_predecessor_is_the_one_in_the_chain() -> None:
+    first = entry("1", ledger.GENESIS)
+    rival = entry("2", ledger.GENESIS, "bob")
+    second = entry("3", first.digest)
+    after_the_rival = entry("4", rival.digest)
+    records = [(4, after_the_rival), (3, second), (2, rival), (1, first)]
+    chained = ledger.chain([(number, one.as_json()) for number, one in records])
+    assert chained == [(1, first), (3, second)]
+
+
+def test_an_entry_that_was_altered_breaks_the_chain_after_it() -> None:
+    first = entry("1", ledger.GENESIS)
+    second = entry("2", first.digest)
+    altered = dataclasses.replace(first, why="because of something else")
+    assert ledger.chain([(1, altered.as_json()), (2, second.as_json())]) == [(1, altered)]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"from": null, "to": "1"}', "null"])
+def test_what_is_no_entry_is_left_out_and_said(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    first = entry("1", ledger.GENESIS)
+    assert ledger.chain([(1, text), (2, first.as_json())]) == [(2, first)]
+    assert "entry 1 of the ledger is left out" in caplog.text
+
+
+def test_an_entry_survives_its_json() -> None:
+    first = entry("1", ledger.GENESIS)
+    assert ledger.parse(first.as_json()) == first
+    with pytest.raises(ConfigError, match="over the limit of 2000"):
+        dataclasses.replace(first, why="x" * 2001)

@@ -10,15 +10,21 @@ from typing import NoReturn
 from eurosat import logs
 from eurosat.errors import ConfigError, EuroSATError
 
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "GX_ANALYTICS_ENABLED": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # one on every small file
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is the verb's own
+}
 OK, NEGATIVE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
 def finish(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Exit with the verb's code; an error of ours is one line on standard error and code 2."""
-    # No telemetry leaves the machine: set before any library that phones home is imported.
-    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ.setdefault(name, "true")
-    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
+    # Before any library is imported that phones home or talks over the verb's output.
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         sys.exit(verb(sys.argv[1:] if argv is None else argv))
     except EuroSATError as error:

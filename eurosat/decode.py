@@ -12,6 +12,8 @@ from eurosat.errors import DataError
 MAX_SIDE = 1024
 """Pixels. A tile is small (EuroSAT: 64); anything larger is a scene or a decompression bomb."""
 
+PNG_MAGIC, PNG_DEPTH = b"\x89PNG\r\n\x1a\n", 24
+"""The byte that tells the bits per channel (PNG specification, IHDR)."""
 TIFF_MAGIC = (b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 EIGHT_BIT_MODES = {"L": None, "RGB": None, "RGBA": None, "P": "RGB", "1": "L", "CMYK": "RGB"}
 """Pillow modes read as they are (None) or converted; all others hold more than 8 bits."""
@@ -24,7 +26,7 @@ def decode(data: bytes, path: str, *, dtype: str, reflectance_max: float) -> npt
         DataError: unreadable, truncated, too large, or of another data type than was said.
     """
     try:
-        pixels = _geotiff(data, path) if data[:4] in TIFF_MAGIC else _picture(data, path)
+        pixels: Any = _geotiff(data, path) if data[:4] in TIFF_MAGIC else _picture(data, path)
     except DataError:
         raise
     except Exception as error:  # decoders raise anything on foreign bytes
@@ -37,17 +39,21 @@ def decode(data: bytes, path: str, *, dtype: str, reflectance_max: float) -> npt
             f"{path} holds {pixels.dtype} pixels where {dtype} was said: "
             f"set data.dtype={pixels.dtype} or convert the file"
         )
-    if pixels.dtype == np.uint8:
-        return np.asarray(pixels, dtype=np.uint8)
-    scaled = np.clip(pixels.astype(np.float32) * (255.0 / reflectance_max), 0, 255)
-    return np.rint(scaled).astype(np.uint8)
+    if dtype == "uint16":
+        pixels = np.rint(np.clip(pixels * np.float32(255.0 / reflectance_max), 0, 255))
+    return np.asarray(pixels, dtype=np.uint8)
 
 
-def _picture(data: bytes, path: str) -> npt.NDArray[Any]:
+def _picture(data: bytes, path: str) -> Any:
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as image:
         _check_size(image.height, image.width, path)
+        if data.startswith(PNG_MAGIC) and data[PNG_DEPTH] == 16 and image.mode in EIGHT_BIT_MODES:
+            raise DataError(  # Pillow cuts the lower bytes off without a word
+                f"{path} is a PNG of 16 bits a channel, which cannot be read whole: "
+                "convert it to 8 bits or to a GeoTIFF"
+            )
         if image.mode not in EIGHT_BIT_MODES:
             pixels = np.asarray(image)  # "I;16" and the like: the caller names the dtype
             pixels = pixels.astype(np.uint16) if image.mode.startswith("I") else pixels

@@ -92,7 +92,7 @@ def _rotated(rng: Rng, size: int, warp: float = 0.0) -> tuple[Floats, Floats]:
     x, y = _ground(size)
     if warp:
         x, y = x + warp * _noise(rng, size, 4), y + warp * _noise(rng, size, 4)
-    angle = rng.uniform(0, np.pi)
+    angle = rng.uniform(0, 2 * np.pi)
     return x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
 
 
@@ -197,7 +197,7 @@ def _herbaceous(rng: Rng, size: int) -> Floats:
     bushes = 0.5 + 0.4 * _fractal(rng, size, rng.uniform(0.5, 1.0))
     folds = _noise(rng, size, 9) + 0.6 * _noise(rng, size, 26)
     relief = 0.8 - np.abs(folds) + 0.4 * _noise(rng, size, 48)  # ridges where the folds cross 0
-    image = _mix(base, SCRUB, rng.uniform(0, 0.8) * bushes) * (1 + rng.uniform(0.06, 0.3) * relief)
+    image = _mix(base, SCRUB, rng.uniform(0, 0.8) * bushes) * (1 + rng.uniform(0.1, 0.3) * relief)
     scree = _noise(rng, size, 6) + 0.7 * _noise(rng, size, 40) - rng.uniform(1.4, 5)
     return _mix(image, 1.3 * DRY_GRASS, 0.7 * scree)
 
@@ -327,6 +327,7 @@ def _ambiguous(rng: Rng, image: Floats, label: int, difficulty: float) -> Floats
     if odds >= AMBIGUOUS_SHARE * difficulty**2:
         return image
     name = CLASSES[label]
+    # Every class of a pair has as many partners as the other: neither label is the better guess.
     others = [other for pair in CONFUSED if name in pair for other in pair if other != name]
     other = SCENES[others[int(pick * len(others))]](rng, size)
     share = 0.2 + 0.4 * own  # of the other class; above 0.4 the label cannot be told

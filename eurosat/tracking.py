@@ -125,7 +125,7 @@ def run(
     Raises:
         TrackingError: the server cannot be reached or refuses.
     """
-    with _explained():
+    with explained():
         opened = _open(experiment, name, parent, tags or {})
     sampler = _SystemMetrics(opened) if system_metrics else None
     status: Status = "FAILED"
@@ -139,7 +139,7 @@ def run(
     finally:
         if sampler:
             sampler.stop()
-        with _explained():
+        with explained():
             opened.finish(status)
 
 
@@ -149,7 +149,7 @@ def get(run_id: str) -> FinishedRun:
     Raises:
         TrackingError: there is no such run.
     """
-    with _explained(f"run {run_id}"):
+    with explained(f"run {run_id}"):
         found = _client().get_run(run_id)
     return FinishedRun(
         run_id=run_id,
@@ -169,14 +169,14 @@ def artifact(run_id: str, path: str) -> Iterator[Path]:
         TrackingError: the run has no such artifact.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with _explained(f"artifact {path} of run {run_id}"):
+        with explained(f"artifact {path} of run {run_id}"):
             copy = Path(_client().download_artifacts(run_id, path, folder))
         yield copy
 
 
 def add_text(run_id: str, text: str, path: str) -> None:
     """Leave a file in a run that has ended."""
-    with _explained(f"run {run_id}"):
+    with explained(f"run {run_id}"):
         _client().log_text(run_id, text, path)
 
 
@@ -188,7 +188,7 @@ def resolve_run(reference: str) -> str:
     Raises:
         TrackingError: nothing stands behind the reference.
     """
-    with _explained(reference):
+    with explained(reference):
         if reference.startswith("models:/"):
             name, at, alias = reference.removeprefix("models:/").partition("@")
             if at:
@@ -207,7 +207,7 @@ def latest_run(experiment: str, *, kind: str) -> str:
     Raises:
         TrackingError: there is none.
     """
-    with _explained(f"experiment {experiment}"):
+    with explained(f"experiment {experiment}"):
         client = _client()
         found = client.search_runs(
             [_experiment_id(client, experiment)],
@@ -270,7 +270,7 @@ def _open(experiment: str, name: str, parent: str | None, tags: Mapping[str, obj
     else:
         info = client.create_run(_experiment_id(client, experiment), run_name=name).info
     opened = Run(client, info.run_id, info.experiment_id)
-    own = {"code.commit": code_commit(), "mlflow.user": _user(), "mlflow.source.name": _command()}
+    own = {"code.commit": code_commit(), "mlflow.user": user(), "mlflow.source.name": _command()}
     opened.set_tags(own | dict(tags))
     return opened
 
@@ -294,7 +294,7 @@ def _command() -> str:
     return f"python -m {main.name}" if main else Path(sys.argv[0]).name
 
 
-def _user() -> str:
+def user() -> str:
     import getpass
 
     try:
@@ -304,7 +304,7 @@ def _user() -> str:
 
 
 @contextmanager
-def _explained(what: str = "") -> Iterator[None]:
+def explained(what: str = "") -> Iterator[None]:
     """Turn MLflow's errors into one line that names the server."""
     from mlflow import get_tracking_uri
     from mlflow.exceptions import MlflowException

@@ -14,7 +14,7 @@ from eurosat.errors import ConfigError
 MARKER = ".data_docs"
 """Says that a folder holds Data Docs of ours, and may be replaced."""
 REMOTE = (
-    re.compile(r"<link\b[^>]*href=\"https?://[^>]*>"),
+    re.compile(r"<link\b[^>]*>"),  # styles, and the icon of a folder that is not published
     re.compile(r"<img\b[^>]*src=\"https?://[^>]*>"),
     re.compile(r"<script\b.*?</script>", re.DOTALL),  # all drive the libraries taken out here
     re.compile(r"<footer>.*?</footer>", re.DOTALL),  # a newsletter

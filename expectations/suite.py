@@ -177,6 +177,7 @@ def _folds(gxe: Any, expected: Expected) -> list["Expectation"]:
         )
         return made
 
+    near = at_most_one("place_folds", "duplicates-near", "no near duplicates stand in two folds")
     return [
         gxe.ExpectColumnDistinctValuesToContainSet(
             column="fold",
@@ -187,8 +188,8 @@ def _folds(gxe: Any, expected: Expected) -> list["Expectation"]:
             column="fold", value_set=folds, **_said("folds-known", f"a fold is {', '.join(folds)}")
         ),
         at_most_one("content_folds", "duplicates-exact", "no pixels stand in two folds"),
-        at_most_one("place_folds", "duplicates-near", "no near duplicates stand in two folds"),
         at_most_one("content_classes", "labels-agree", "no pixels stand under two classes"),
+        *([near] if expected.near_duplicates else []),
     ]
 
 

@@ -23,10 +23,8 @@ TYPES = {
     "saturation": "float64", "sha256": "str", "fold": "str",
 }  # fmt: skip
 """The facts of a tile. A size of 0 and an empty cell stand for what could not be read."""
-DERIVED = (
-    "texture", "pixels_sha256", "fault",
-    "balance", "content_folds", "content_classes", "place_folds",
-)  # fmt: skip
+SHARING = ("content_folds", "content_classes", "place_folds")
+DERIVED = ("texture", "pixels_sha256", "fault", "group", "balance", *SHARING)
 """What the suite needs beside them: see `reread` and `describe_sharing`."""
 COLUMNS = (*TYPES, *DERIVED)
 PIXEL_FACTS = ["mean", "std", "texture", "min", "max", "saturation"]

@@ -25,7 +25,7 @@ from expectations.verdict import Verdict, judge
 if TYPE_CHECKING:
     import pandas as pd
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("expectations.validate")  # __name__ is __main__ here
 
 USAGE = f"""
 usage: python -m expectations.validate [data=synthetic|eurosat|folder] [key=value ...]
@@ -93,7 +93,6 @@ def validate(
                 "tolerance": tolerance,
             }
         )
-        run.log_metrics(_metrics(verdict, survey) | {"seconds": time.monotonic() - started})
         run.set_tags(
             {
                 "data.fingerprint": survey.fingerprint,
@@ -105,6 +104,7 @@ def validate(
         table.to_parquet(folder / "tiles.parquet", index=False)
         run.log_folder(folder)
         run.log_folder(docs, "data_docs")
+        run.log_metrics(_metrics(verdict, survey) | {"seconds": time.monotonic() - started})
     receipt.write(
         receipt.Receipt(
             fingerprint=survey.fingerprint,
@@ -124,6 +124,7 @@ def _table(survey: Survey, data: DataConfig, expected: Expected) -> "pd.DataFram
     if survey.pack is not None:
         texture = textures_of_pack(survey.pack)
         return tile_table(surveyed, data, expected.reference, texture=texture, dtypes={})
+    log.warning("near duplicates were not looked for: that waits until every tile can be read")
     source = open_source(data)
     return tile_table(
         surveyed,
@@ -154,7 +155,6 @@ def _metrics(verdict: Verdict, survey: Survey) -> dict[str, float]:
             "duplicates_exact": survey.pack.exact,
             "duplicates_near": survey.pack.near,
         }
-    log.warning("near duplicates are looked for once every tile can be read")
     pixels = survey.table["pixels_sha256"].replace("", None).dropna()
     return metrics | {"duplicates_exact": int(pixels.duplicated().sum())}
 

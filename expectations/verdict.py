@@ -1,7 +1,7 @@
 """Run a suite over a table: what was found, and on which tiles."""
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from expectations.docs import publish
 from expectations.expected import Expected
 from expectations.suite import build_suite, digest, load_great_expectations, name_of
+from expectations.tiles import SHARING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -121,7 +122,7 @@ def _checkpoint(context: Any, batch: Any, suite: "ExpectationSuite") -> Any:
         validation_definitions=[context.validation_definitions.add(definition)],
         result_format={
             "result_format": "COMPLETE",
-            "unexpected_index_column_names": ["path"],
+            "unexpected_index_column_names": ["path", "fold", "group"],
             "return_unexpected_index_query": False,  # row numbers, as long as the table
         },
     )
@@ -136,16 +137,28 @@ def _finding(result: Mapping[str, Any]) -> Finding:
         name=configuration["meta"]["name"],
         what=configuration["description"],
         success=bool(result["success"]),
-        observed=_error(result["exception_info"]) or _observed(seen),
+        observed=_error(result["exception_info"])
+        or (_shares(rows) if column == "balance" else _observed(seen)),
         tiles=tuple((row["path"], _value(row, column)) for row in rows),
     )
 
 
 def _value(row: Mapping[str, Any], column: str | None) -> str:
+    """The value that a tile should not have; of a duplicate, where it stands and with whom."""
     if column in (None, "path"):
         return ""
+    if column in SHARING:
+        return f"fold {row['fold']}, group {row['group']:.0f}"
     value = row[column]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).removeprefix(f"{row['path']} ")  # a fault names its file, as errors do
+
+
+def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Each class that is out of balance, once."""
+    shares = {row["path"].split("/")[0]: row["balance"] for row in rows}
+    return ", ".join(f"{name} {share:.3g} times" for name, share in sorted(shares.items()))
 
 
 def _observed(seen: Mapping[str, Any]) -> str:

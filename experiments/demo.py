@@ -47,7 +47,7 @@ usage: python -m experiments.demo [data=synthetic|eurosat|folder] [recipe=NAME] 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoConfig:
     trials: int = 6
-    trial_epochs: int = 3
+    trial_epochs: int = 2
     workers: int = 1
     tiles: int = 3
     report: str = "reports/demo.json"
@@ -64,11 +64,12 @@ def main(argv: Sequence[str]) -> int:
     step(1, "validate the tiles against their expectations")
     project("validate", config, data=config.data.source, overrides=of_data(recipe))
     step(2, f"sweep: {settings.trials} short trials, then the best refitted in full")
-    sweep_run = project(
+    project(
         "sweep", config, data=config.data.source, recipe=config.recipe, trials=settings.trials,
         trial_epochs=settings.trial_epochs, workers=settings.workers,
         overrides=without(recipe, "data", "recipe"),
     )  # fmt: skip
+    sweep_run = tracking.latest_run(config.experiment, kind="sweep")
     step(3, "register the refit as a version of the model")
     call(sys.executable, "-m", "registry.register", sweep_run)
     challenger = alias_version("challenger")
@@ -142,8 +143,10 @@ def without(overrides: Sequence[str], *keys: str) -> list[str]:
     return [one for one in overrides if one.split("=", 1)[0] not in keys]
 
 
-def project(entry: str, config: TrainConfig, *, overrides: Sequence[str], **parameters: Any) -> str:
-    """`mlflow run . -e ENTRY`; returns the id of the run that it made."""
+def project(
+    entry: str, config: TrainConfig, *, overrides: Sequence[str], **parameters: Any
+) -> None:
+    """`mlflow run . -e ENTRY`."""
     given = {name: str(value) for name, value in parameters.items()}
     if overrides:
         given["overrides"] = shlex.join(overrides)
@@ -152,7 +155,6 @@ def project(entry: str, config: TrainConfig, *, overrides: Sequence[str], **para
         "mlflow", "run", ".", "-e", entry, "--env-manager", "local",
         "--experiment-name", config.experiment, *flags,
     )  # fmt: skip
-    return tracking.latest_run(config.experiment, kind=entry)
 
 
 def call(*command: str, negative_is_an_answer: bool = False) -> int:

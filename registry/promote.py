@@ -173,7 +173,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _candidate(model: str, number: str | None) -> "ModelVersion":
-    if number is not None:
+    if number:  # MLproject's default is empty
         if not number.isdecimal():
             raise ConfigError(f"VERSION must be a whole number, such as 3; got {number!r}")
         return versions.get(model, number)

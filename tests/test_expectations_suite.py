@@ -138,7 +138,7 @@ def test_duplicates_in_two_folds_are_named_on_both_sides(
 ) -> None:
     rivers = survey["class"] == "River"
     train, test = (survey.index[rivers & (table["fold"] == f)][0] for f in ("train", "test"))
-    shared_table = table.assign(group=survey["group"])
+    shared_table = table.copy()
     shared_table.loc[test, shared] = shared_table[shared][train]
     expected = expected_of(survey)
     verdict = judge(describe_sharing(shared_table, expected.reference)[list(COLUMNS)], expected)
@@ -170,7 +170,7 @@ def test_a_class_far_over_its_share_is_named_with_the_first_tiles_and_the_count(
     assert {path.split("/")[0] for path, _ in finding.tiles} == {"SeaLake"}
     lines = finding.lines()
     assert len(lines) == 1 + SHOWN + 1
-    assert "60 tiles" in lines[0]
+    assert lines[0].endswith(": SeaLake 3.57 times: 60 tiles")
     assert lines[-1].split() == ["...", "and", "50", "more"]
 
 

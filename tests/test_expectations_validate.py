@@ -207,6 +207,17 @@ def test_a_failed_validation_is_a_finished_run_that_says_so(failed: Outcome) -> 
     result = json.loads((artifacts / "result.json").read_text())
     (blank,) = [finding for finding in result["findings"] if finding["name"] == "blank"]
     assert blank["tiles"] == [["SeaLake/blank.png", "0"]]
+    (agree,) = [finding for finding in result["findings"] if finding["name"] == "labels-agree"]
+    (_, one), (_, other) = agree["tiles"]
+    assert one == other  # the same fold, the same group
+
+
+def test_what_was_not_looked_for_is_not_said_to_have_passed(
+    passed: Outcome, failed: Outcome
+) -> None:
+    assert "duplicates-near" in passed.printed
+    assert "duplicates-near" not in failed.printed
+    assert "near duplicates were not looked for" in (logged(failed)[4] / "log.txt").read_text()
 
 
 def test_training_refuses_a_data_set_that_failed_unless_told_otherwise(failed: Outcome) -> None:

@@ -138,6 +138,7 @@ def test_other_gates_judge_otherwise(store: Path, model: str, tmp_path: Path) ->
     ("arguments", "reason"),
     [
         ([], "has no challenger"),
+        ([""], "has no challenger"),
         (["seven"], "VERSION must be a whole number"),
         (["7"], "models:/nothing/7"),
         (["--gates", "none.toml"], "none.toml cannot be read"),

@@ -5,6 +5,7 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,17 +76,17 @@ def grey_16_bit(kind: str) -> bytes:
     return saved(Image.fromarray(np.full((64, 64), 1000, np.uint16)), kind)
 
 
-def files(*rows: bytes | str) -> dict[str, object]:
+def files(*rows: bytes | str) -> dict[str, Any]:
     """The request for files; text goes as it is."""
     texts = [row if isinstance(row, str) else base64.b64encode(row).decode() for row in rows]
     return {"dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]}}
 
 
-def raw(*tiles: npt.NDArray[np.generic]) -> dict[str, object]:
+def raw(*tiles: npt.NDArray[np.generic]) -> dict[str, Any]:
     return {"inputs": [tile.tolist() for tile in tiles]}
 
 
-def changed(value: object) -> dict[str, object]:
+def changed(value: object) -> dict[str, Any]:
     """A raw tile in which one pixel's band is something else."""
     tile = pixels("River").tolist()
     tile[3][4][1] = value
@@ -94,7 +95,7 @@ def changed(value: object) -> dict[str, object]:
 
 GOOD = encoded()
 FRAMES = [Image.fromarray(pixels(label)) for label in COLOURS]
-REFUSED: dict[str, tuple[dict[str, object], str]] = {
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "junk base64": (files("!!!!"), "row 0: no bytes"),
     "junk base64 in the second row": (files(GOOD, "é"), "row 1: no bytes"),
     "base64 of text": (files(b"SECRETSECRET"), "row 0: 12 bytes that are no JPEG, PNG or TIFF"),
@@ -118,7 +119,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "LAB TIFF": (files(saved(Image.new("LAB", (64, 64)), "TIFF")), "mode LAB"),
     "a scene": (files(encoded(size=1025)), "1025x1025 pixels, over the 1024x1024"),
     "a bomb": (files(png(50_000, 50_000, 8, 2, b"\0" * 1000)), "cut the picture into tiles"),
-    "a small bomb": (files(png(9_000, 9_000, 8, 2, b"\0" * 1000)), "9000x9000 pixels"),
+    "a small bomb": (files(png(10_000, 9_500, 8, 2, b"\0" * 1000)), "cut the picture into tiles"),
     "several pages": (files(saved(FRAMES[0], "TIFF", FRAMES[1:])), "several pictures"),
     "animated PNG": (files(saved(FRAMES[0], "PNG", FRAMES[1:])), "several pictures"),
     "no tile": (files(), "0 tiles in one request"),

@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from tests.test_registry_register import CLASSES, MLFLOW_WARNS, make_network
-from tests.test_serving_pictures import COLOURS, GOOD, encoded, pixels
+from tests.test_serving_pictures import COLOURS, GOOD, REFUSED, encoded, pixels
 
 if TYPE_CHECKING:
     from serving.pyfunc import TileClassifier
@@ -32,7 +32,7 @@ def load(folder: Path, bands: int = 3, size: int = 64) -> "TileClassifier":
     network = make_network(folder / "model.onnx", size=size, bands=bands)
     loaded = TileClassifier()
     artifacts = {"network": str(network), "lineage": str(lineage)}
-    loaded.load_context(PythonModelContext(artifacts, None))  # type: ignore[no-untyped-call]
+    loaded.load_context(PythonModelContext(artifacts, None))
     return loaded
 
 
@@ -144,6 +144,19 @@ def test_rows_that_are_no_tile_are_refused_by_number(
     said = refusal(model, GOOD, row)
     assert said.startswith("row 1: ")
     assert message in said
+
+
+FILES = {
+    case: [row[0] for row in payload["dataframe_split"]["data"]]
+    for case, (payload, _) in REFUSED.items()
+    if isinstance(payload.get("dataframe_split"), dict)
+}
+
+
+@pytest.mark.parametrize("case", list(FILES))
+def test_bad_files_are_refused(model: "TileClassifier", case: str) -> None:
+    rows = [base64.decodebytes(bytes(text, "utf8")) for text in FILES[case]]  # as MLflow does
+    assert REFUSED[case][1] in refusal(model, *rows)
 
 
 def test_a_model_of_other_bands_takes_tensors_alone(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Fixtures: a cache and a tracking store per test, made from ones that are built once."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from eurosat.config import TrainConfig, compose
+from eurosat.pack import Pack, open_pack
+from eurosat.split import make_split
+from eurosat.train import Prepared
+
+TINY = (
+    "data=synthetic", "data.synthetic.tiles=200", "data.synthetic.size=32",
+    "data.allow_unvalidated=true", "model.name=test_resnet", "optim.batch_size=20",
+    "trainer.epochs=2", "trainer.precision=fp32", "trainer.tta=false",
+)  # fmt: skip
+"""A whole training run in seconds: timm's test network on small tiles."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No telemetry, no store or cache of the user's, whatever the shell says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.setenv("DO_NOT_TRACK", "true")
+        patch.setenv("GX_ANALYTICS_ENABLED", "false")
+        patch.setenv("EUROSAT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def blank_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database with its tables: making them takes seconds, copying nothing."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    file = tmp_path_factory.mktemp("store") / "mlflow.db"
+    store = SqlAlchemyStore(f"sqlite:///{file}", str(file.parent / "artifacts"))
+    store.engine.dispose()
+    return file
+
+
+@pytest.fixture
+def tracking_store(blank_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A tracking store of the test's own, which is also where it stands."""
+    shutil.copy(blank_store, tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    return uri
+
+
+@pytest.fixture(scope="session")
+def tiny_config(quiet_and_apart: None) -> TrainConfig:
+    return compose(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_pack(tiny_config: TrainConfig) -> Pack:
+    return open_pack(tiny_config.data)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_pack: Pack) -> Prepared:
+    return Prepared(pack=tiny_pack, split=make_split(tiny_pack.table), validation="missing")
+
+
+@pytest.fixture(scope="session")
+def eurosat_root() -> Path:
+    """The real tiles; a test that asks for them is skipped where they are not."""
+    root = os.environ.get("EUROSAT_ROOT")
+    if not root:
+        pytest.skip("EUROSAT_ROOT is not set: the real tiles are not here")
+    return Path(root)

@@ -76,3 +76,8 @@ def eurosat_root() -> Path:
     if not root:
         pytest.skip("EUROSAT_ROOT is not set: the real tiles are not here")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def real_pack(eurosat_root: Path) -> Pack:
+    return open_pack(compose(["data=eurosat"]).data)

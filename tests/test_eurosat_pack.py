@@ -229,7 +229,8 @@ def test_what_a_killed_build_left_is_swept_away_by_the_next(config: DataConfig) 
 def test_two_builders_at_once_make_one_pack(config: DataConfig) -> None:
     program = (
         "import sys; from eurosat.config import DataConfig; from eurosat.pack import open_pack\n"
-        "print(open_pack(DataConfig(source='folder', root=sys.argv[1], cache=sys.argv[2])).directory)"
+        "config = DataConfig(source='folder', root=sys.argv[1], cache=sys.argv[2])\n"
+        "print(open_pack(config).directory)"
     )
     command = [sys.executable, "-c", program, str(config.root), config.cache]
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
@@ -360,14 +361,11 @@ def test_synthetic_tiles_are_the_same_in_another_process(tiny_pack: Pack) -> Non
 
 
 @pytest.mark.real_data
-def test_the_real_tiles_are_all_there_and_seven_places_stand_twice(
-    eurosat_root: Path, tmp_path: Path
-) -> None:
-    pack = open_pack(DataConfig(source="eurosat", root=str(eurosat_root), cache=str(tmp_path)))
-    assert pack.tiles_NHWC.shape == (27_000, 64, 64, 3)
-    counts = pack.table["class"].value_counts()
+def test_the_real_tiles_are_all_there_and_seven_places_stand_twice(real_pack: Pack) -> None:
+    assert real_pack.tiles_NHWC.shape == (27_000, 64, 64, 3)
+    counts = real_pack.table["class"].value_counts()
     assert counts["Pasture"] == 2000
     assert counts["SeaLake"] == 3000
-    assert (pack.exact, pack.near) == (0, 7)
+    assert (real_pack.exact, real_pack.near) == (0, 7)
     fingerprint = "8c2d76c5506ab263f3fff7333cc7c84fa844266b697e4da0b711ddc8cf39675f"
-    assert pack.fingerprint == fingerprint
+    assert real_pack.fingerprint == fingerprint

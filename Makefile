@@ -39,7 +39,7 @@ demo: .venv/product ## the main job, end to end (DATA=eurosat EUROSAT_ROOT=folde
 
 main-job: .venv/product ## the main job on the real tiles, figures into reports/main-job.json
 	$(BIN)/python -m experiments.demo data=eurosat report=reports/main-job.json $(DEMO_ARGS)
-	$(BIN)/python -m experiments.readme
+	$(BIN)/python -m benchmarks.tables
 
 # The floor of coverage is held only by the whole set of tests.
 COVERAGE := $(if $(PYTEST_ARGS),--cov-fail-under=0,)

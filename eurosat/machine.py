@@ -72,7 +72,8 @@ def choose_compute(
     ]
     speeds = _images_per_s(network, bands, size, modes)
     fastest = max(modes, key=lambda mode: speeds[mode])
-    usual = next(m for m in reversed(modes) if m.bf16 == (precision == "bf16" or _has_bf16()))
+    bf16 = precision == "bf16" or (precision == "auto" and _has_bf16())
+    usual = Compute(device="cpu", bf16=bf16, channels_last=True)
     chosen = fastest if speeds[fastest] > CLEARLY_FASTER * speeds[usual] else usual
     told = ", ".join(f"{_name(mode)} {speed:,.0f}" for mode, speed in speeds.items())
     log.info("training in %s on the CPU (images/s probed: %s)", _name(chosen), told)

@@ -1,6 +1,7 @@
 """A timm backbone that takes pixels as they are stored and knows its own normalisation."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from torch.nn import functional
 
 from eurosat.config import ModelConfig
 from eurosat.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 NO_WEIGHTS, HUB_WEIGHTS = "none", "imagenet"
 
@@ -119,6 +122,8 @@ def _backbone(spec: NetworkSpec, *, pretrained: bool) -> nn.Module:
     arguments: dict[str, Any] = {
         "num_classes": len(spec.classes), "in_chans": spec.bands, "drop_rate": spec.drop_rate,
     }  # fmt: skip
+    if pretrained:
+        log.info("getting the ImageNet weights of %s from timm's hub", spec.name)
     try:
         return timm.create_model(spec.name, pretrained=pretrained, **arguments)
     except Exception as error:

@@ -35,6 +35,9 @@ PARENT = "mlflow.parentRunId"
 BEST_RUN = "sweep.best_run_id"
 """On a sweep's parent run: the run of the best configuration, refitted in full."""
 
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow answers an unknown alias of a known model with the second."""
+
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 
@@ -224,10 +227,13 @@ def alias_version(model: str, alias: str) -> str | None:
     """The number of the version that carries the alias, or None where none does."""
     from mlflow.exceptions import MlflowException
 
-    try:
-        return str(_client().get_model_version_by_alias(model, alias).version)
-    except MlflowException:
-        return None
+    with explained(f"{model}@{alias}"):
+        try:
+            return str(_client().get_model_version_by_alias(model, alias).version)
+        except MlflowException as error:
+            if error.error_code in ABSENT:
+                return None
+            raise
 
 
 def code_commit() -> str:

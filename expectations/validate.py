@@ -72,7 +72,10 @@ def validate(
         EuroSATError: there is nothing to validate, or nowhere to log it.
     """
     started = time.monotonic()
-    with tracking.run(config.experiment, "validate") as run, tempfile.TemporaryDirectory() as kept:
+    with (
+        tracking.run(config.experiment, "validate", tags={"kind": "validate"}) as run,
+        tempfile.TemporaryDirectory() as kept,
+    ):
         folder = Path(kept)
         with logs.copied_to(folder / "log.txt"):
             survey = survey_source(config.data)

@@ -6,7 +6,6 @@ one with the lower number is in the chain and the other is not: a compare-and-sw
 MLflow's aliases lack.
 """
 
-import getpass
 import hashlib
 import json
 import logging
@@ -14,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from eurosat import cli, logs
+from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError, TrackingError
 from registry import tables, versions
 
@@ -115,7 +114,7 @@ def append(model: str, entry: Entry) -> None:
     """
     name = name_of(model)
     versions.ensure(name, f"Ledger of {model}: one version per promotion, written by promote")
-    with versions.explained(f"ledger {name}"):
+    with tracking.explained(f"ledger {name}"):
         made = versions.client().create_model_version(
             name,
             f"models:/{model}/{entry.to_version}",
@@ -135,14 +134,6 @@ def append(model: str, entry: Entry) -> None:
         f"version {entry.to_version} was not promoted: the ledger {name} changed underneath; "
         "promote again"
     )
-
-
-def actor() -> str:
-    """Who runs this."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # no name for this user id, as in some containers
-        return "unknown"
 
 
 def now() -> str:

@@ -101,7 +101,7 @@ def promote(
     old = str(before.champion.version) if before.champion else None
     entry = ledger.Entry(
         time=ledger.now(),
-        actor=ledger.actor(),
+        actor=tracking.user(),
         from_version=old,
         to_version=number,
         why=why,
@@ -110,7 +110,7 @@ def promote(
     )
     ledger.append(model, entry)
     challenger = versions.by_alias(model, versions.CHALLENGER)
-    with versions.explained(f"aliases of {model}"):
+    with tracking.explained(f"aliases of {model}"):
         client = versions.client()
         client.set_model_version_tag(model, number, VERDICT, str(verdict))
         if old:
@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
     verdict = judge(candidate, champion, bars, accept_new_data=args.accept_new_data)
     show(verdict)
     if not verdict.passed:
-        with versions.explained(f"tag of version {number}"):
+        with tracking.explained(f"tag of version {number}"):
             versions.client().set_model_version_tag(args.model, number, VERDICT, str(verdict))
         return cli.NEGATIVE
     promote(args.model, candidate, before, verdict, args.why)

@@ -54,7 +54,7 @@ def register(reference: str, model: str, alias: str) -> str:
         log.info("run %s is %s version %s", run.run_id, model, number)
     champion = versions.by_alias(model, versions.CHAMPION)
     if champion is None or str(champion.version) != number:
-        with versions.explained(f"alias {alias}"):
+        with tracking.explained(f"alias {alias}"):
             versions.client().set_registered_model_alias(model, alias, number)
     return number
 
@@ -116,7 +116,7 @@ def _check(run: tracking.FinishedRun) -> None:
         raise TrackingError(
             f"run {run.run_id} is {run.status}: only a FINISHED training run can be registered"
         )
-    with versions.explained(f"artifacts of run {run.run_id}"):
+    with tracking.explained(f"artifacts of run {run.run_id}"):
         held = {file.path for file in versions.client().list_artifacts(run.run_id)}
     lacking = [name for name in NEEDED if name not in held]
     lacking += [f"the tag {name}" for name in (*TAGS, VALIDATION) if name not in run.tags]
@@ -141,7 +141,7 @@ def _create(run: tracking.FinishedRun, model: str) -> str:
         folder = scratch / FOLDER
         _wrap(network, described, lineage(run, described), folder)
         versions.ensure(model, "Land cover of satellite tiles")
-        with versions.explained(f"run {run.run_id}"):
+        with tracking.explained(f"run {run.run_id}"):
             client = versions.client()
             client.log_artifacts(run.run_id, str(folder), FOLDER)
             source = f"{client.get_run(run.run_id).info.artifact_uri}/{FOLDER}"

@@ -1,9 +1,8 @@
 """Versions, aliases and tags of a registered model: this folder's edge to MLflow."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from eurosat import tracking
 from eurosat.errors import TrackingError
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ def by_alias(model: str, alias: str) -> "ModelVersion | None":
     """The version behind an alias, or None where the alias or the model does not exist."""
     from mlflow.exceptions import MlflowException
 
-    with explained(f"{model}@{alias}"):
+    with tracking.explained(f"{model}@{alias}"):
         try:
             return client().get_model_version_by_alias(model, alias)
         except MlflowException as error:
@@ -43,14 +42,14 @@ def get(model: str, number: str) -> "ModelVersion":
     Raises:
         TrackingError: there is no such version.
     """
-    with explained(f"models:/{model}/{number}"):
+    with tracking.explained(f"models:/{model}/{number}"):
         return client().get_model_version(model, number)
 
 
 def all_of(model: str) -> "list[ModelVersion]":
     """Every version, the oldest first; empty for an unknown model. Their aliases are empty."""
     found, token = [], None
-    with explained(f"versions of {model}"):
+    with tracking.explained(f"versions of {model}"):
         while True:
             page = client().search_model_versions(
                 f"name = '{model}'", max_results=PAGE, page_token=token
@@ -79,25 +78,9 @@ def ensure(model: str, description: str) -> None:
     """Create the registered model unless it is there."""
     from mlflow.exceptions import MlflowException
 
-    with explained(f"registered model {model}"):
+    with tracking.explained(f"registered model {model}"):
         try:
             client().create_registered_model(model, description=description)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn MLflow's errors into one line that names the server."""
-    from mlflow import get_tracking_uri
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except (MlflowException, OSError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TrackingError(
-            f"{what}: {first[:300]} (tracking server {get_tracking_uri()}; "
-            "MLFLOW_TRACKING_URI names another)"
-        ) from error

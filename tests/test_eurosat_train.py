@@ -1,0 +1,250 @@
+"""A training run: what it computes, what it leaves, when it refuses."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from eurosat import cli, evaluate, machine, receipt, tracking, train
+from eurosat.batches import Batches, band_statistics
+from eurosat.config import OptimConfig, TrainConfig, build, compose
+from eurosat.errors import DataError, NonFiniteLoss
+from eurosat.metrics import evaluate as judge
+from eurosat.module import make_optimizer, one_cycle
+from eurosat.pack import Pack
+from eurosat.train import Prepared
+from tests.conftest import TINY
+
+ARTIFACTS = {
+    "config.yaml", "split.csv", "predictions.parquet", "weights.safetensors", "model.onnx",
+    "figures/confusion.png", "figures/curves.png", "logs/train.log",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_run_carries_all_that_judges_and_serves_it(
+    tiny_pack: Pack, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert train.main([*TINY, "log_level=warning"]) == cli.OK
+    run_id = capsys.readouterr().out.split()[-1]
+    run = tracking.get(run_id)
+    assert run.status == "FINISHED"
+    with tracking.artifact(run_id, "") as folder:
+        held = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+        assert held == ARTIFACTS
+        config = build(TrainConfig, yaml.safe_load((folder / "config.yaml").read_text()))
+        split = pd.read_csv(folder / "split.csv")
+        predicted = pd.read_parquet(folder / "predictions.parquet")
+        session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    assert config == compose(TINY)
+    for tag in ("data.fingerprint", "split.fingerprint", "code.commit", "config.digest"):
+        assert run.tags[tag]
+    assert run.tags["data.fingerprint"] == tiny_pack.fingerprint
+    assert run.tags["data.validation"] == "missing"
+    assert run.params["model.name"] == "test_resnet"
+
+    assert list(split.columns) == ["tile", "sha256", "class", "fold"]
+    assert len(split) == 200
+    tested = split[split["fold"] == "test"]
+    assert list(predicted["tile"]) == list(tested["tile"])
+    assert list(predicted["sha256"]) == list(tested["sha256"])
+
+    probabilities = predicted[[f"p/{name}" for name in tiny_pack.classes]].to_numpy()
+    labels = np.array([tiny_pack.classes.index(name) for name in predicted["label"]])
+    for name, value in judge(labels, probabilities, tiny_pack.classes).items():
+        assert run.metrics[f"test_{name}"] == pytest.approx(value, abs=1e-6)
+    rows = [list(tiny_pack.table["path"]).index(tile) for tile in predicted["tile"]]
+    (served,) = session.run(None, {"tiles_NHWC": tiny_pack.tiles_NHWC[rows]})
+    np.testing.assert_allclose(served, probabilities, atol=1e-4)
+
+    again = evaluate.evaluate(run_id, "test")
+    assert again["accuracy"] == pytest.approx(run.metrics["test_accuracy"])
+    assert evaluate.main([run_id, "--fold", "val", "--log-level", "warning"]) == cli.OK
+    assert "macro_auprc" in capsys.readouterr().out
+    with tracking.artifact(run_id, "evaluation/val.json") as file:
+        assert json.loads(file.read_text())["accuracy"] == pytest.approx(
+            run.metrics["best_val_accuracy"], abs=1e-6
+        )
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_evaluation_refuses_other_data(tiny_data: Prepared, tiny_config: TrainConfig) -> None:
+    with tracking.run("e", "r", system_metrics=False) as run:
+        train.describe(tiny_config, tiny_data, run)
+        run.set_tags({"data.fingerprint": "f" * 64})
+    with pytest.raises(DataError, match=r"data.fingerprint of run .* is fff.*trained on"):
+        evaluate.evaluate(run.run_id, "test")
+
+
+def quick_fit(config: TrainConfig, data: Prepared) -> train.Fitted:
+    with tracking.run("e", "r", system_metrics=False) as run:
+        return train.fit(config, data, run)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    tiny_config: TrainConfig, tiny_data: Prepared
+) -> None:
+    one, two = (quick_fit(tiny_config, tiny_data).network.state_dict() for _ in range(2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=0, atol=0)
+    other = quick_fit(dataclasses.replace(tiny_config, seed=1), tiny_data).network.state_dict()
+    assert any(not torch.equal(other[name], value) for name, value in one.items())
+
+
+@pytest.mark.usefixtures("tracking_store")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["optim.name=adamw", "optim.lr=1e-3", "optim.ema=0", "optim.clip_norm=1"],
+        ["trainer.precision=bf16", "augment.brightness=0.2", "augment.contrast=0.2"],
+        ["trainer.precision=auto", "model.input_size=48", "trainer.tta=true"],
+    ],
+)
+def test_every_setting_trains(tiny_data: Prepared, changes: list[str]) -> None:
+    config = compose([*TINY, "trainer.epochs=1", *changes])
+    with tracking.run("e", "r", system_metrics=False) as run:
+        tested = train.train(config, tiny_data, run)
+    assert 0 <= tested["test_accuracy"] <= 1
+    assert ("test_tta_accuracy" in tested) == config.trainer.tta
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_training_learns(tiny_data: Prepared) -> None:
+    config = compose([*TINY, "trainer.epochs=12", "augment.cutmix=0"])
+    fitted = quick_fit(config, tiny_data)
+    assert fitted.history[-1]["train_loss"] < 0.7 * fitted.history[0]["train_loss"]
+    assert fitted.best["val_accuracy"] > 0.3, "ten classes: chance is 0.1"
+    assert fitted.best["val_accuracy"] == max(row["val_accuracy"] for row in fitted.history)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_early_stopping_ends_a_training_that_stands_still(tiny_data: Prepared) -> None:
+    config = compose([*TINY, "trainer.epochs=30", "trainer.patience=2", "optim.lr=1e-9"])
+    assert len(quick_fit(config, tiny_data).history) < 30
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_rate(tiny_data: Prepared) -> None:
+    config = compose([*TINY, "optim.lr=1e30", "optim.warmup=0"])
+    with (
+        pytest.raises(NonFiniteLoss, match=r"optim.lr=1e\+30: lower it"),
+        tracking.run("e", "r", system_metrics=False) as run,
+    ):
+        train.train(config, tiny_data, run)
+    assert tracking.get(run.run_id).status == "FAILED"
+    with tracking.artifact(run.run_id, "logs/train.log"):
+        pass
+
+
+def test_training_asks_for_the_receipt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = compose([*TINY, f"data.cache={tmp_path}", "data.allow_unvalidated=false"])
+    with pytest.raises(DataError, match=r"was never validated: run `python -m expectations"):
+        train.prepare(config)
+    told = dataclasses.replace(config.data, allow_unvalidated=True)
+    prepared = train.prepare(dataclasses.replace(config, data=told))
+    assert prepared.validation == "missing"
+    assert "training all the same" in caplog.text
+    for success, state in ((False, "failed"), (True, "passed")):
+        receipt.write(
+            receipt.Receipt(
+                fingerprint=prepared.pack.fingerprint, success=success, expectations=2,
+                failed=() if success else ("balance",), suite="s", validated_at="now",
+            ),
+            tmp_path,
+        )  # fmt: skip
+        if success:
+            assert train.prepare(config).validation == state
+        else:
+            with pytest.raises(DataError, match="failed balance"):
+                train.prepare(config)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": "x"}'])
+def test_a_damaged_receipt_is_no_receipt(tmp_path: Path, content: str) -> None:
+    file = receipt.path_of("abc", tmp_path)
+    file.parent.mkdir()
+    file.write_text(content)
+    with pytest.raises(DataError, match="is not a receipt"):
+        receipt.read("abc", tmp_path)
+
+
+def test_the_schedule_rises_to_its_peak_and_falls_to_nothing() -> None:
+    shares = [one_cycle(step, total=100, warmup=0.2) for step in range(101)]
+    assert max(shares) == pytest.approx(1)
+    assert 19 <= int(np.argmax(shares)) <= 20
+    assert shares[:20] == sorted(shares[:20])
+    assert shares[-1] == pytest.approx(0, abs=1e-6)
+    assert one_cycle(0, total=10, warmup=0) == 1
+
+
+def test_weight_decay_leaves_biases_and_norms_alone() -> None:
+    from tests.test_eurosat_network import build as build_network
+
+    optimizer = make_optimizer(build_network(), OptimConfig(weight_decay=0.1))
+    decayed, free = optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
+    assert all(p.ndim > 1 for p in decayed["params"])
+    assert all(p.ndim == 1 for p in free["params"])
+
+
+def test_every_epoch_sees_each_tile_once_in_an_order_of_its_own(tiny_pack: Pack) -> None:
+    rows = np.arange(100)
+    first, second, again = (Batches(tiny_pack, rows, 20, seed) for seed in (1, 2, 1))
+    orders = [
+        [int(t) for _, labels in batches for t in labels] for batches in (first, second, again)
+    ]
+    assert orders[0] == orders[2] != orders[1]
+    assert sorted(orders[0]) == sorted(tiny_pack.labels[rows].tolist())
+    assert [int(t) for _, labels in first for t in labels] != orders[0]
+    assert first.epoch == 2
+
+
+def test_evaluation_leaves_no_tile_out_and_training_no_half_batch(tiny_pack: Pack) -> None:
+    rows = np.arange(50)
+    assert [len(labels) for _, labels in Batches(tiny_pack, rows, 20)] == [20, 20, 10]
+    assert [len(labels) for _, labels in Batches(tiny_pack, rows, 20, seed=0)] == [20, 20]
+    assert [len(labels) for _, labels in Batches(tiny_pack, rows, 64, seed=0)] == [50]
+
+
+def test_batches_are_channels_last_views_of_the_pack(tiny_pack: Pack) -> None:
+    tiles, labels = next(iter(Batches(tiny_pack, np.arange(8), 8)))
+    assert tiles.shape == (8, 3, 32, 32)
+    assert tiles.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(tiles.permute(0, 2, 3, 1).numpy(), tiny_pack.tiles_NHWC[:8])
+    assert labels.tolist() == tiny_pack.labels[:8].tolist()
+
+
+def test_band_statistics_are_those_of_the_pixels(tiny_pack: Pack) -> None:
+    mean, std = band_statistics(tiny_pack, np.arange(200))
+    pixels = tiny_pack.tiles_NHWC.reshape(-1, 3).astype(np.float64)
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), atol=1e-3)
+    np.testing.assert_allclose(std, pixels.std(axis=0), atol=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is taken without a probe")
+@pytest.mark.parametrize(("precision", "bf16"), [("fp32", False), ("bf16", True)])
+def test_the_precision_that_was_said_is_kept_and_the_probe_leaves_no_trace(
+    precision: str, bf16: bool
+) -> None:
+    from tests.test_eurosat_network import build as build_network
+
+    net = build_network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    compute = machine.choose_compute(net, 3, (32, 32), precision)
+    assert compute.bf16 == bf16
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_the_hardware_is_told_in_one_line() -> None:
+    line = machine.hardware()
+    assert f"{machine.cores()} cores" in line
+    assert "\n" not in line

@@ -1,0 +1,112 @@
+"""MLproject, Makefile, README and the verbs are held against each other."""
+
+import importlib.util
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks import tables
+from eurosat.config import CONF, TrainConfig, compose
+from experiments.demo import DemoConfig, split_arguments
+from experiments.sweep import SweepConfig, take
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = yaml.safe_load((ROOT / "MLproject").read_text())
+ENTRIES: dict[str, dict[str, object]] = PROJECT["entry_points"]
+README = (ROOT / "README.md").read_text()
+
+
+def module_of(entry: str) -> str:
+    words = str(ENTRIES[entry]["command"]).split()
+    assert words[:2] == ["python", "-m"]
+    return words[2]
+
+
+def defaults(entry: str) -> dict[str, str]:
+    parameters = ENTRIES[entry]["parameters"]
+    assert isinstance(parameters, dict)
+    given = {"run": "0" * 32, "version": "1"}
+    return {
+        name: str(spec.get("default", given.get(name))) if isinstance(spec, dict) else given[name]
+        for name, spec in parameters.items()
+    }
+
+
+def test_the_promised_entry_points_are_there() -> None:
+    promised = {"main", "validate", "train", "sweep", "evaluate", "register", "promote", "serve"}
+    assert set(ENTRIES) == promised
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_point_names_a_module_and_uses_its_parameters(entry: str) -> None:
+    assert importlib.util.find_spec(module_of(entry))
+    used = set(re.findall(r"{(\w+)}", str(ENTRIES[entry]["command"])))
+    assert used == set(defaults(entry))
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_every_entry_point_is_in_the_readme_with_its_command(entry: str) -> None:
+    assert f"| `{entry}` | `python -m {module_of(entry)}" in README
+
+
+@pytest.mark.parametrize("entry", ["train", "sweep", "main"])
+def test_the_parameters_of_recipe_verbs_are_keys_they_know(entry: str) -> None:
+    words = shlex.split(str(ENTRIES[entry]["command"]).format(**defaults(entry)))[3:]
+    given = [word for word in words if not word.startswith("overrides=")]
+    if entry == "sweep":
+        settings, given = take(SweepConfig, given)
+        assert settings == SweepConfig(), "MLproject's defaults are the verb's"
+    if entry == "main":
+        demo, given = split_arguments(given)
+        assert demo == DemoConfig()
+    assert isinstance(compose(given), TrainConfig)
+
+
+def test_a_recipe_is_chosen_by_the_data_unless_it_is_said() -> None:
+    assert split_arguments([])[1] == ["data=synthetic", "recipe=demo"]
+    assert split_arguments(["data=eurosat"])[1] == ["data=eurosat", "recipe=resnet18-quick"]
+    said = ["data=eurosat", "recipe=demo"]
+    assert split_arguments(said)[1] == said
+
+
+def test_every_recipe_is_in_the_docs() -> None:
+    told = (ROOT / "docs" / "runs.md").read_text()
+    for file in (CONF / "recipe").glob("*.yaml"):
+        assert f"| `{file.stem}`" in told
+
+
+def test_make_help_lists_every_target_that_is_told_to_users() -> None:
+    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = set(re.findall(r"^  make ([\w-]+) +\S", said.stdout, re.MULTILINE))
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony
+    assert listed == set(phony.group(1).split())
+    named = set(re.findall(r"`make ([\w-]+)", README))
+    assert named <= listed
+
+
+def test_paths_that_the_readme_and_docs_link_to_exist() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readmes_tables_are_those_of_the_reports() -> None:
+    assert tables.rewritten(README) == README, "run `python -m benchmarks.tables`"
+
+
+def test_the_main_jobs_report_holds_what_was_promised() -> None:
+    report = json.loads((ROOT / "reports" / "main-job.json").read_text())
+    promised = {
+        "data", "trials", "test_accuracy", "macro_f1", "macro_auprc", "champion_version",
+        "seconds", "scored",
+    }  # fmt: skip
+    assert promised <= set(report)
+    assert report["data"] == "eurosat"
+    for row in report["scored"]:
+        assert set(row) == {"tile", "expected", "label", "confidence", "model_version"}

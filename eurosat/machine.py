@@ -7,10 +7,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+
+    from eurosat.network import NetworkSpec
 
 log = logging.getLogger(__name__)
 
@@ -26,11 +30,15 @@ class Compute:
     channels_last: bool
 
     @property
-    def memory_format(self) -> torch.memory_format:
+    def memory_format(self) -> "torch.memory_format":
+        import torch
+
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
+        import torch
+
         with torch.autocast(self.device, torch.bfloat16) if self.bf16 else nullcontext():
             yield
 
@@ -43,6 +51,7 @@ def cores() -> int:
 def hardware() -> str:
     """One line for reports: processor, cores, memory, GPU."""
     import psutil
+    import torch
 
     name = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
@@ -53,15 +62,16 @@ def hardware() -> str:
     return f"{name}, {cores()} cores, {memory:.0f} GiB{gpu}"
 
 
-def choose_compute(
-    network: nn.Module, bands: int, size: tuple[int, int], precision: str
-) -> Compute:
+@lru_cache
+def choose_compute(spec: "NetworkSpec", precision: str) -> Compute:
     """Take a GPU where there is one; on a CPU time a few training steps in each mode.
 
-    ``precision`` is 'fp32', 'bf16' or 'auto'; the choice and its speeds are logged. The mode
-    that this processor was built for is left only for one that is CLEARLY_FASTER: on a machine
-    shared with others a probe of two seconds is a rough guide.
+    ``precision`` is 'fp32', 'bf16' or 'auto'; the choice and its speeds are logged, once a
+    process. The mode that this processor was built for is left only for one that is
+    CLEARLY_FASTER: on a machine shared with others a probe of two seconds is a rough guide.
     """
+    import torch
+
     if torch.cuda.is_available():
         bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_bf16_supported())
         return Compute(device="cuda", bf16=bf16, channels_last=True)
@@ -70,10 +80,10 @@ def choose_compute(
         for bf16, channels_last in ((False, False), (False, True), (True, True))
         if precision == "auto" or bf16 == (precision == "bf16")
     ]
-    speeds = _images_per_s(network, bands, size, modes)
-    fastest = max(modes, key=lambda mode: speeds[mode])
     bf16 = precision == "bf16" or (precision == "auto" and _has_bf16())
     usual = Compute(device="cpu", bf16=bf16, channels_last=True)
+    speeds = _images_per_s(spec, modes)
+    fastest = max(modes, key=lambda mode: speeds[mode])
     chosen = fastest if speeds[fastest] > CLEARLY_FASTER * speeds[usual] else usual
     told = ", ".join(f"{_name(mode)} {speed:,.0f}" for mode, speed in speeds.items())
     log.info("training in %s on the CPU (images/s probed: %s)", _name(chosen), told)
@@ -82,16 +92,19 @@ def choose_compute(
 
 def _has_bf16() -> bool:
     """Whether the processor multiplies bf16 matrices itself (AVX-512 BF16 or AMX)."""
+    import torch
+
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _images_per_s(
-    network: nn.Module, bands: int, size: tuple[int, int], modes: list[Compute]
-) -> dict[Compute, float]:
+def _images_per_s(spec: "NetworkSpec", modes: list[Compute]) -> dict[Compute, float]:
     """Best of PROBE_ROUNDS training steps in each mode, the modes taken in turn."""
-    state = {key: value.clone() for key, value in network.state_dict().items()}
-    tiles = torch.randint(0, 256, (PROBE_BATCH, bands, *size), dtype=torch.uint8)
-    network.train()
+    import torch
+
+    from eurosat.network import untrained
+
+    network = untrained(spec).train()
+    tiles = torch.randint(0, 256, (PROBE_BATCH, spec.bands, *spec.tile_size), dtype=torch.uint8)
     fastest = dict.fromkeys(modes, float("inf"))
     for _ in range(PROBE_ROUNDS):
         for mode in modes:
@@ -102,8 +115,6 @@ def _images_per_s(
                 loss = network(batch).float().square().mean()
             loss.backward()
             fastest[mode] = min(fastest[mode], time.perf_counter() - started)
-    network.zero_grad(set_to_none=True)
-    network.load_state_dict(state)  # batch norm has counted the probe
     return {mode: PROBE_BATCH / seconds for mode, seconds in fastest.items()}
 
 

@@ -10,10 +10,12 @@ from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from eurosat.augment import augment
+from eurosat.augment import augment, dihedral_views
+from eurosat.batches import EVAL_BATCH, Batches
 from eurosat.config import AugmentConfig, OptimConfig
 from eurosat.errors import NonFiniteLoss
 from eurosat.network import Network
+from eurosat.progress import track
 
 MOMENTUM = 0.9
 LOG_EVERY_STEPS = 10
@@ -87,14 +89,13 @@ def make_optimizer(network: Network, config: OptimConfig) -> Optimizer:
 
 
 @torch.inference_mode()
-def predict(network: Network, batches: Any, *, views: bool = False) -> tuple[Tensor, Tensor]:
+def predict(network: Network, batches: Batches, *, views: bool = False) -> tuple[Tensor, Tensor]:
     """(N, K) float32 probabilities and (N,) labels; ``views`` averages the flips and turns."""
-    from eurosat.augment import dihedral_views
-
     network.eval()
     device = network.mean.device
     probabilities, labels = [], []
-    for tiles_NCHW, batch_labels in batches:
+    shown = track(batches, len(batches), "predicting", f"x {EVAL_BATCH} tiles")
+    for tiles_NCHW, batch_labels in shown:
         on_device = tiles_NCHW.to(device)
         seen = dihedral_views(on_device) if views else [on_device]
         each = [network(view).float().softmax(dim=1) for view in seen]

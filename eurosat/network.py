@@ -90,6 +90,11 @@ def create(
     return network
 
 
+def untrained(spec: NetworkSpec) -> Network:
+    """The network with random weights."""
+    return Network(spec, _backbone(spec, pretrained=False))
+
+
 def save(network: Network, file: Path) -> None:
     """Write weights and spec as one safetensors file: nothing in it can be executed."""
     spec = {name: getattr(network.spec, name) for name in NetworkSpec.__slots__}
@@ -104,7 +109,7 @@ def load(file: Path) -> Network:
         ModelError: the file is missing, damaged, or of another network.
     """
     state, spec = _read(file)
-    network = Network(spec, _backbone(spec, pretrained=False))
+    network = untrained(spec)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -20,6 +20,7 @@ from eurosat.config import DataConfig
 from eurosat.decode import decode
 from eurosat.errors import DataError
 from eurosat.leakage import find_duplicates, perceptual_hash
+from eurosat.machine import cores
 from eurosat.progress import track
 from eurosat.sources import Source, open_source
 
@@ -222,7 +223,7 @@ def _read_all(
     def read(chunk: tuple[str, ...]) -> tuple[npt.NDArray[np.uint8], list[dict[str, Any]]]:
         return _read_chunk(source, config, shape, chunk)
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for pixels_NHWC, rows in track(
             pool.map(read, chunks), len(chunks), "reading tiles", f"x {CHUNK} tiles"
         ):

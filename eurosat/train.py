@@ -109,7 +109,7 @@ def fit(
         config.model, weights=config.weights, classes=pack.classes, bands=pack.bands,
         tile_size=(int(size[0]), int(size[1])), mean=mean, std=std,
     )  # fmt: skip
-    compute = machine.choose_compute(net, pack.bands, net.spec.tile_size, config.trainer.precision)
+    compute = machine.choose_compute(net.spec, config.trainer.precision)
     net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
     run.set_tags(
         {
@@ -142,7 +142,7 @@ def fit(
         enable_model_summary=False,
     )
     module = Classifier(net, config.optim, config.augment)
-    lightning.seed_everything(config.seed, verbose=False)  # the probe has drawn from it
+    lightning.seed_everything(config.seed, verbose=False)  # the network and the probe drew from it
     started = time.monotonic()
     with warnings.catch_warnings():  # Lightning 2.6 calls what torch 2.13 deprecated
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
@@ -184,6 +184,7 @@ def conclude(
         )
         network.save(fitted.network, folder / "weights.safetensors")
         lineage = {**data.tags, "config.digest": config.digest, "run_id": run.run_id}
+        log.info("exporting to ONNX")
         parity = export.export_onnx(fitted.network, folder / "model.onnx", lineage)
         run.log_metrics({"onnx_difference": parity})
         run.log_folder(folder)

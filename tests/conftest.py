@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from eurosat import cli
 from eurosat.config import TrainConfig, compose
 from eurosat.pack import Pack, open_pack
 from eurosat.split import make_split
 from eurosat.train import Prepared
+from tests.offline import sitecustomize
 
+OFFLINE = str(Path(__file__).parent / "offline")
 TINY = (
     "data=synthetic", "data.synthetic.tiles=200", "data.synthetic.size=32",
     "data.allow_unvalidated=true", "model.name=test_resnet", "optim.batch_size=20",
@@ -22,15 +25,21 @@ TINY = (
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No telemetry, no store or cache of the user's, whatever the shell says."""
+    """No store or cache of the user's, whatever the shell says, and nothing leaves the machine.
+
+    Importing ``tests.offline.sitecustomize`` guards this process, PYTHONPATH those it starts.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-        patch.setenv("DO_NOT_TRACK", "true")
-        patch.setenv("GX_ANALYTICS_ENABLED", "false")
+        for name, value in cli.QUIET.items():
+            patch.setenv(name, value)
+        refused = tmp_path_factory.mktemp("sockets") / "refused.txt"
+        patch.setenv(sitecustomize.RECORD, str(refused))
+        patch.setenv("PYTHONPATH", os.pathsep.join([OFFLINE, os.environ.get("PYTHONPATH", "")]))
         patch.setenv("EUROSAT_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
             patch.delenv(name, raising=False)
         yield
+    assert not refused.exists(), f"something tried to leave the machine: {refused.read_text()}"
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,10 @@ from eurosat.errors import DataError, NonFiniteLoss
 from eurosat.metrics import evaluate as judge
 from eurosat.module import make_optimizer, one_cycle
 from eurosat.pack import Pack
+from eurosat.split import make_split
 from eurosat.train import Prepared
 from tests.conftest import TINY
+from tests.test_eurosat_network import build as build_network
 
 ARTIFACTS = {
     "config.yaml", "split.csv", "predictions.parquet", "weights.safetensors", "model.onnx",
@@ -185,8 +187,6 @@ def test_the_schedule_rises_to_its_peak_and_falls_to_nothing() -> None:
 
 
 def test_weight_decay_leaves_biases_and_norms_alone() -> None:
-    from tests.test_eurosat_network import build as build_network
-
     optimizer = make_optimizer(build_network(), OptimConfig(weight_decay=0.1))
     decayed, free = optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
@@ -230,18 +230,25 @@ def test_band_statistics_are_those_of_the_pixels(tiny_pack: Pack) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is taken without a probe")
 @pytest.mark.parametrize(("precision", "bf16"), [("fp32", False), ("bf16", True)])
-def test_the_precision_that_was_said_is_kept_and_the_probe_leaves_no_trace(
-    precision: str, bf16: bool
-) -> None:
-    from tests.test_eurosat_network import build as build_network
+def test_the_precision_that_was_said_is_kept(precision: str, bf16: bool) -> None:
+    compute = machine.choose_compute(build_network().spec, precision)
+    assert (compute.device, compute.bf16) == ("cpu", bf16)
 
-    net = build_network()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    compute = machine.choose_compute(net, 3, (32, 32), precision)
-    assert compute.bf16 == bf16
-    for name, value in net.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
-    assert all(p.grad is None for p in net.parameters())
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is taken without a probe")
+def test_the_probe_is_made_once_a_process(caplog: pytest.LogCaptureFixture) -> None:
+    spec = dataclasses.replace(build_network().spec, drop_rate=0.123)
+    with caplog.at_level("INFO"):
+        assert machine.choose_compute(spec, "auto") == machine.choose_compute(spec, "auto")
+    assert caplog.text.count("images/s probed: fp32 NCHW") == 1
+
+
+@pytest.mark.real_data
+@pytest.mark.usefixtures("tracking_store")
+def test_one_epoch_on_the_real_tiles_learns(real_pack: Pack) -> None:
+    config = compose([*TINY, "data=eurosat", "trainer.epochs=1", "optim.batch_size=64"])
+    data = Prepared(pack=real_pack, split=make_split(real_pack.table), validation="missing")
+    assert quick_fit(config, data).best["val_accuracy"] > 0.4, "ten classes: chance is 0.1"
 
 
 def test_the_hardware_is_told_in_one_line() -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from eurosat import cli
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "data.synthetic.tiles=800", "data.synthetic.size=32", "data.synthetic.difficulty=0",
@@ -34,7 +36,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    theirs = ("MLFLOW_", "DO_NOT_TRACK", "GX_", "PYTEST_", "CI")  # verbs must see to it themselves
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(theirs)}
+    if command[0] == "mlflow":
+        environment |= cli.QUIET
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     return subprocess.run(
         [sys.executable if part == "python" else part for part in command],
@@ -87,6 +92,11 @@ def test_the_second_time_the_challenger_wins_or_is_refused_and_it_is_said(
     scored = report["scored"]
     assert isinstance(scored, list)
     assert {row["model_version"] for row in scored} == {report["champion_version"]}
+
+
+def test_nothing_tried_to_leave_the_machine(twice: object) -> None:
+    refused = Path(os.environ["EUROSAT_REFUSED_SOCKETS"])
+    assert not refused.exists(), refused.read_text()
 
 
 def test_every_run_ended_truthfully_and_the_sweeps_stand_over_their_trials(

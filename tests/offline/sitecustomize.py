@@ -1,0 +1,61 @@
+"""Refuses every connection and look-up that would leave the machine, and writes it down.
+
+Python imports this by itself where its folder is on PYTHONPATH: so do the processes that the tests
+start, the servers and workers among them.
+"""
+
+import ipaddress
+import os
+import socket
+from typing import Any
+
+RECORD = "EUROSAT_REFUSED_SOCKETS"
+"""Names the file that gets a line for each refusal."""
+
+
+def stays(host: object) -> bool:
+    name = host.decode() if isinstance(host, bytes) else str(host or "localhost")
+    if name in ("localhost", socket.gethostname()):
+        return True
+    try:
+        address = ipaddress.ip_address(name.split("%")[0])
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def refuse(host: object) -> None:
+    if not stays(host):
+        if file := os.environ.get(RECORD):
+            with open(file, "a", encoding="utf-8") as record:  # noqa: PTH123 - kept light
+                record.write(f"{host}\n")
+        raise OSError(f"the tests refuse a connection to {host}: it would leave the machine")
+
+
+def install() -> None:
+    connect, connect_ex, look_up = (
+        socket.socket.connect,
+        socket.socket.connect_ex,
+        socket.getaddrinfo,
+    )
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            refuse(address[0])
+        connect(self, address)
+
+    def guarded_ex(self: socket.socket, address: Any) -> int:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            refuse(address[0])
+        return connect_ex(self, address)
+
+    def guarded_look_up(host: Any, *rest: Any, **named: Any) -> Any:
+        refuse(host)
+        return look_up(host, *rest, **named)
+
+    socket.socket.connect = guarded  # type: ignore[method-assign,assignment]
+    socket.socket.connect_ex = guarded_ex  # type: ignore[method-assign,assignment]
+    socket.getaddrinfo = guarded_look_up
+
+
+install()

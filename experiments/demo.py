@@ -38,7 +38,7 @@ READY_S = 120
 USAGE = """
 usage: python -m experiments.demo [data=synthetic|eurosat|folder] [recipe=NAME] [key=value ...]
 
-  trials=6   trial_epochs=N   workers=1      as for `python -m experiments.sweep`
+  trials=6   trial_epochs=N   workers=1   space=resnet18   as for `python -m experiments.sweep`
   tiles=3                                    tiles of the test fold to score over REST
   report=reports/demo.json                   where the figures go
   and any key of the recipe
@@ -51,6 +51,7 @@ class DemoConfig:
     trial_epochs: int | None = None
     """None is 1 for the recipe ``demo`` and 2 for all others."""
     workers: int = 1
+    space: str = "resnet18"
     tiles: int = 3
     report: str = "reports/demo.json"
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     step(2, f"sweep: {settings.trials} short trials, then the best refitted in full")
     project(
         "sweep", config, data=config.data.source, recipe=config.recipe, trials=settings.trials,
-        trial_epochs=settings.trial_epochs, workers=settings.workers,
+        trial_epochs=settings.trial_epochs, workers=settings.workers, space=settings.space,
         overrides=without(recipe, "data", "recipe"),
     )  # fmt: skip
     sweep_run = tracking.latest_run(config.experiment, kind="sweep")

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised whenever the files of a pack change their meaning; an older pack is built anew."""
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 CHUNK = 256
 """Tiles decoded at a time: 3 MB of pixels, small enough for the cache, large enough for numpy."""
 TILES, TABLE, META = "tiles.npy", "tiles.parquet", "meta.json"
@@ -114,7 +115,7 @@ def survey_source(config: DataConfig, *, verify: bool = True) -> Survey:
                 if not directory.exists():
                     return _build(source, config, directory)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            if error.errno not in UNWRITABLE:
                 raise
             raise DataError(
                 f"cannot write the pack {directory}: {os.strerror(error.errno)}; make room there "

@@ -1,12 +1,14 @@
 # Two commands do everything on a machine with Python 3.11: `make demo` and `make test`.
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 DATA ?= synthetic
-export EUROSAT_ROOT
+ifneq ($(EUROSAT_ROOT),)
+export EUROSAT_ROOT := $(abspath $(EUROSAT_ROOT))
+endif
 export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = true
 
 BIN := .venv/bin
-UV := $(BIN)/uv pip install --quiet --require-hashes
+UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --require-hashes
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-slow lint format describe main-job lock clean

@@ -1,8 +1,10 @@
 """The process boundary of every verb: exit codes, one-line errors, logging."""
 
 import argparse
+import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -17,7 +19,7 @@ QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # one on every small file
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is the verb's own
 }
-OK, NEGATIVE, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, NEGATIVE, BAD_INPUT, FAULT, INTERRUPTED, TERMINATED = 0, 1, 2, 70, 130, 143
 
 
 def finish(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
@@ -25,6 +27,7 @@ def finish(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     # Before any library is imported that phones home or talks over the verb's output.
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # runs end with their status
     try:
         sys.exit(verb(sys.argv[1:] if argv is None else argv))
     except EuroSATError as error:
@@ -33,6 +36,9 @@ def finish(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None = No
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception:
+        logging.getLogger(__name__).exception("this is a fault of ours, please report it")
+        sys.exit(FAULT)
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -63,7 +69,10 @@ def overrides(argv: Sequence[str], usage: str) -> list[str]:
         if key == "log_level":
             level = value
         elif key == "overrides":
-            waiting = shlex.split(value) + waiting
+            try:
+                waiting = shlex.split(value) + waiting
+            except ValueError as error:
+                raise ConfigError(f"overrides={value} cannot be split: {error}") from error
         else:
             kept.append(argument)
     logs.setup(level)

@@ -65,7 +65,7 @@ class DataConfig:
 
     @property
     def cache_dir(self) -> Path:
-        return Path(self.cache).expanduser()
+        return Path(self.cache or "~/.cache/eurosat").expanduser()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

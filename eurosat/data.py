@@ -57,7 +57,7 @@ def describe(pack: Pack, split: Split, title: str, folder: Path) -> list[Path]:
     drawn = [folder / name for name in ("counts.png", "tiles.png", "bands.png")]
     if groups := duplicates(pack):
         rows_of = {
-            ", ".join(pack.table["path"].iloc[group]): pack.tiles_NHWC[group]
+            ", ".join(pack.table["path"].iloc[group[:SHOWN]]): pack.tiles_NHWC[group[:SHOWN]]
             for group in groups[:SHOWN]
         }
         figures.contact_sheet(rows_of, f"{title}: duplicates", folder / "duplicates.png")

@@ -1,7 +1,6 @@
 """File bytes to uint8 pixels."""
 
 import io
-import warnings
 from typing import Any
 
 import numpy as np
@@ -65,14 +64,11 @@ def _picture(data: bytes, path: str) -> Any:
 
 def _geotiff(data: bytes, path: str) -> npt.NDArray[Any]:
     import rasterio
-    from rasterio.errors import NotGeoreferencedWarning
     from rasterio.io import MemoryFile
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # training does not use it
-        with rasterio.Env(CPL_LOG="/dev/null"), MemoryFile(data) as file, file.open() as tiff:
-            _check_size(tiff.height, tiff.width, path)
-            bands_CHW: npt.NDArray[Any] = tiff.read()
+    with rasterio.Env(CPL_LOG="/dev/null"), MemoryFile(data) as file, file.open() as tiff:
+        _check_size(tiff.height, tiff.width, path)
+        bands_CHW: npt.NDArray[Any] = tiff.read()
     return np.moveaxis(bands_CHW, 0, -1)
 
 

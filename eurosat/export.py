@@ -46,14 +46,13 @@ def export_onnx(network: Network, file: Path, metadata: Mapping[str, str] | None
     shape = (3, *spec.tile_size, spec.bands)
     tiles = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     tiles_NHWC = torch.from_numpy(tiles)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-        torch.onnx.export(
-            served, (tiles_NHWC,), str(file), dynamo=True, external_data=False,
-            opset_version=OPSET, input_names=["tiles_NHWC"], output_names=["probabilities"],
-            dynamic_shapes=({0: torch.export.Dim("tiles", min=1)},),
-        )  # fmt: skip
+    try:
+        _export(served, tiles_NHWC, file)
+    except torch.onnx.OnnxExporterError as error:
+        raise ModelError(
+            f"torch cannot export {spec.name} to ONNX ({str(error).splitlines()[0]}): its weights "
+            "are in the run, but it cannot be served; take another model.name"
+        ) from error
     model = onnx.load(str(file))
     described = {
         "classes": json.dumps(spec.classes),
@@ -64,6 +63,17 @@ def export_onnx(network: Network, file: Path, metadata: Mapping[str, str] | None
     onnx.checker.check_model(model)
     onnx.save(model, str(file))
     return _check(served, file, tiles_NHWC)
+
+
+def _export(served: nn.Module, tiles_NHWC: Tensor, file: Path) -> None:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            served, (tiles_NHWC,), str(file), dynamo=True, external_data=False,
+            opset_version=OPSET, input_names=["tiles_NHWC"], output_names=["probabilities"],
+            dynamic_shapes=({0: torch.export.Dim("tiles", min=1)},),
+        )  # fmt: skip
 
 
 def _check(served: nn.Module, file: Path, tiles_NHWC: Tensor) -> float:

@@ -100,7 +100,8 @@ def _likely_pairs(
 
 def _same_place(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
     """Whether the middle of one tile is found in the other, up to SHIFT pixels away."""
-    middle = one[SHIFT:-SHIFT, SHIFT:-SHIFT].astype(np.float32).mean(axis=-1)
+    shift = min(SHIFT, min(one.shape[:2]) // 4)
+    middle = one[shift:-shift, shift:-shift].astype(np.float32).mean(axis=-1)
     middle -= middle.mean()
     windows = sliding_window_view(other.astype(np.float32).mean(axis=-1), middle.shape)
     product = np.einsum("ij,klij->kl", middle, windows)

@@ -1,11 +1,11 @@
 """The pack: every tile decoded once into a memory-mapped uint8 array that all workers share."""
 
-import errno
 import hashlib
 import json
 import logging
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Raised whenever the files of a pack change their meaning; an older pack is built anew."""
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 CHUNK = 256
 """Tiles decoded at a time: 3 MB of pixels, small enough for the cache, large enough for numpy."""
 TILES, TABLE, META = "tiles.npy", "tiles.parquet", "meta.json"
@@ -115,10 +114,8 @@ def survey_source(config: DataConfig, *, verify: bool = True) -> Survey:
                 if not directory.exists():
                     return _build(source, config, directory)
         except OSError as error:
-            if error.errno not in UNWRITABLE:
-                raise
             raise DataError(
-                f"cannot write the pack {directory}: {os.strerror(error.errno)}; make room there "
+                f"cannot write the pack {directory}: {error.strerror or error}; make room there "
                 "or set EUROSAT_CACHE to another folder"
             ) from error
     pack = load(directory, verify=verify)
@@ -224,7 +221,8 @@ def _read_all(
     def read(chunk: tuple[str, ...]) -> tuple[npt.NDArray[np.uint8], list[dict[str, Any]]]:
         return _read_chunk(source, config, shape, chunk)
 
-    with ThreadPoolExecutor(cores()) as pool:
+    with ThreadPoolExecutor(cores()) as pool, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Dataset has no geotransform")  # none is needed here
         for pixels_NHWC, rows in track(
             pool.map(read, chunks), len(chunks), "reading tiles", f"x {CHUNK} tiles"
         ):

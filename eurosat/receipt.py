@@ -36,10 +36,16 @@ def path_of(fingerprint: str, cache: Path) -> Path:
 def write(receipt: Receipt, cache: Path) -> Path:
     """Replace the data set's receipt by one rename."""
     file = path_of(receipt.fingerprint, cache)
-    file.parent.mkdir(parents=True, exist_ok=True)
     fresh = file.with_suffix(f".{os.getpid()}")
-    fresh.write_text(json.dumps(dataclasses.asdict(receipt), indent=1))
-    fresh.replace(file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(dataclasses.asdict(receipt), indent=1))
+        fresh.replace(file)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the receipt {file}: {error.strerror}; set EUROSAT_CACHE to a folder "
+            "that can be written"
+        ) from error
     return file
 
 

@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import tempfile
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -48,17 +50,22 @@ def open_source(config: DataConfig) -> Source:
         case "folder":
             return open_place(Path(config.root or "").expanduser(), "folder")
         case "eurosat":
-            if config.root is None:
+            if not config.root:
                 return open_place(download_eurosat(config.cache_dir / "download"), "eurosat")
             return open_place(find_eurosat(Path(config.root).expanduser()), "eurosat")
 
 
 def open_place(place: Path, name: str) -> Source:
     """A folder or a zip of class folders."""
-    if place.is_dir():
-        return FolderSource(place, name)
-    if place.is_file():
-        return ZipSource(place, name)
+    try:
+        if place.is_dir():
+            return FolderSource(place, name)
+        if place.is_file():
+            return ZipSource(place, name)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or place} cannot be read: {error.strerror}; restore it or its rights"
+        ) from error
     raise DataError(f"no folder or zip of tiles at {place}: set data.root to one (or EUROSAT_ROOT)")
 
 
@@ -81,14 +88,21 @@ def download_eurosat(target: Path) -> Path:
     if not folder.is_dir():
         from torchvision.datasets import EuroSAT
 
-        target.mkdir(parents=True, exist_ok=True)
         try:
-            EuroSAT(str(target), download=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
+                EuroSAT(unfinished, download=True)
+                Path(unfinished, "eurosat").rename(_made(target) / "eurosat")
         except (OSError, RuntimeError) as error:
             raise DataError(
                 f"EuroSAT could not be downloaded to {target} ({type(error).__name__}: {error}); "
                 "set EUROSAT_ROOT to a folder or zip that holds it, or take data=synthetic"
             ) from error
+    return folder
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     return folder
 
 
@@ -103,7 +117,7 @@ class FolderSource:
             for folder in sorted(root.iterdir())
             if folder.is_dir() and not folder.name.startswith(".")
             for file in sorted(folder.iterdir())
-            if file.suffix.lower() in SUFFIXES
+            if file.suffix.lower() in SUFFIXES and file.name[0] != "."
         }
         folders = (f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
         self.paths = _checked(files, folders, root)
@@ -133,7 +147,7 @@ class ZipSource:
         self._members: dict[str, str] = {}
         for member in self._zip.namelist():
             inner = PurePosixPath(member)
-            if inner.suffix.lower() in SUFFIXES and len(inner.parts) > 1:
+            if inner.suffix.lower() in SUFFIXES and len(inner.parts) > 1 and inner.name[0] != ".":
                 path = f"{inner.parts[-2]}/{inner.name}"
                 if path in self._members:
                     raise DataError(f"{file} holds {path} twice ({self._members[path]}, {member})")
@@ -145,7 +159,14 @@ class ZipSource:
     def read(self, path: str) -> bytes:
         try:
             return self._zip.read(self._members[path])
-        except (OSError, zipfile.BadZipFile, EOFError, ValueError) as error:
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            EOFError,
+            ValueError,
+            zlib.error,
+            RuntimeError,
+        ) as error:
             raise DataError(
                 f"{self._members[path]} in {self._file} cannot be read ({error}): "
                 "download the archive again"

@@ -7,13 +7,14 @@ parallel trials would share.
 import contextlib
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +32,8 @@ SYSTEM_S = 5.0
 """Seconds between two samples of the machine's metrics."""
 BATCH = 1000
 """MLflow's limit on metrics in one request."""
+NOT_IN_NAMES = re.compile(r"[^/\w.\- :]")
+"""What MLflow refuses in the name of a metric."""
 PARENT = "mlflow.parentRunId"
 BEST_RUN = "sweep.best_run_id"
 """On a sweep's parent run: the run of the best configuration, refitted in full."""
@@ -53,46 +56,67 @@ class Run:
         self._lock = threading.Lock()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Queue metrics with the present time; they are on the server when the run has ended."""
+        """Queue metrics with the present time; they are on the server when the run has ended.
+
+        Characters that MLflow does not allow in a name become underscores.
+        """
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
+        named = {NOT_IN_NAMES.sub("_", key): float(value) for key, value in metrics.items()}
         with self._lock:
-            self._waiting += [Metric(k, float(v), now, step) for k, v in metrics.items()]
+            self._waiting += [Metric(key, value, now, step) for key, value in named.items()]
         if time.monotonic() - self._sent_at > FLUSH_S:
             self.flush()
 
     def flush(self) -> None:
-        with self._lock:
-            waiting, self._waiting = self._waiting, []
+        """Send what waits; what could not be sent goes on waiting."""
+        with self._lock, self._explained():
             self._sent_at = time.monotonic()
-            for start in range(0, len(waiting), BATCH):
-                self._client.log_batch(self.run_id, metrics=waiting[start : start + BATCH])
+            while self._waiting:
+                some = self._waiting[:BATCH]
+                self._client.log_batch(self.run_id, metrics=some)
+                del self._waiting[: len(some)]
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Nested mappings become dotted names."""
         from mlflow.entities import Param
 
         flat = [Param(key, str(value)) for key, value in flatten(params).items()]
-        self._client.log_batch(self.run_id, params=flat)
+        with self._explained():
+            self._client.log_batch(self.run_id, params=flat)
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         from mlflow.entities import RunTag
 
-        self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+        with self._explained():
+            self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
 
     def log_file(self, file: Path, folder: str | None = None) -> None:
-        self._client.log_artifact(self.run_id, str(file), folder)
+        with self._explained():
+            self._client.log_artifact(self.run_id, str(file), folder)
 
     def log_folder(self, folder: Path, into: str | None = None) -> None:
-        self._client.log_artifacts(self.run_id, str(folder), into)
+        with self._explained():
+            self._client.log_artifacts(self.run_id, str(folder), into)
 
     def log_text(self, text: str, path: str) -> None:
-        self._client.log_text(self.run_id, text, path)
+        with self._explained():
+            self._client.log_text(self.run_id, text, path)
 
     def finish(self, status: Status) -> None:
-        self.flush()
-        self._client.set_terminated(self.run_id, status)
+        """End the run; FAILED where its last metrics could not be sent."""
+        try:
+            self.flush()
+        except TrackingError:
+            status = "FAILED"
+            raise
+        finally:
+            with self._explained():
+                self._client.set_terminated(self.run_id, status)
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return explained(f"run {self.run_id}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,8 +166,7 @@ def run(
     finally:
         if sampler:
             sampler.stop()
-        with explained():
-            opened.finish(status)
+        opened.finish(status)
 
 
 def get(run_id: str) -> FinishedRun:
@@ -181,6 +204,13 @@ def add_text(run_id: str, text: str, path: str) -> None:
     """Leave a file in a run that has ended."""
     with explained(f"run {run_id}"):
         _client().log_text(run_id, text, path)
+
+
+def fail(run_id: str, why: str) -> None:
+    """End a run whose process can no longer do it."""
+    with explained(f"run {run_id}"):
+        _client().set_tag(run_id, "failed.why", why)
+        _client().set_terminated(run_id, "FAILED")
 
 
 def resolve_run(reference: str) -> str:
@@ -356,10 +386,10 @@ class _SystemMetrics:
 
     def _sample(self) -> None:
         for collector in self._collectors:
-            collector.collect_metrics()
-            metrics = {f"system/{k}": v for k, v in collector.aggregate_metrics().items()}
-            collector.clear_metrics()
             try:
+                collector.collect_metrics()
+                metrics = {f"system/{k}": v for k, v in collector.aggregate_metrics().items()}
+                collector.clear_metrics()
                 self._target.log_metrics(metrics, self._step)
             except Exception as error:  # noqa: BLE001 - a thread's boundary: training goes on
                 log.warning("system metrics were not logged: %s", error)

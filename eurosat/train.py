@@ -1,6 +1,7 @@
 """Train one network and leave everything that judges and serves it in an MLflow run."""
 
 import logging
+import signal
 import tempfile
 import time
 import warnings
@@ -95,6 +96,7 @@ def fit(
     import lightning
     import torch
     from lightning.pytorch.callbacks import EarlyStopping
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from eurosat import callbacks, machine, network
     from eurosat.batches import TileData, band_statistics
@@ -146,7 +148,13 @@ def fit(
     started = time.monotonic()
     with warnings.catch_warnings():  # Lightning 2.6 calls what torch 2.13 deprecated
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-        trainer.fit(module, datamodule=loaders)
+        try:
+            trainer.fit(module, datamodule=loaders)
+        except SIGTERMException:
+            raise
+        except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from stopped
     kept.restore(net)
     fitted = Fitted(network=net.cpu(), history=watch.history, seconds=time.monotonic() - started)
     run.log_metrics({f"best_{key}": value for key, value in fitted.best.items()})
@@ -183,11 +191,12 @@ def conclude(
             folder / "predictions.parquet", index=False
         )
         network.save(fitted.network, folder / "weights.safetensors")
+        run.log_folder(folder)  # before the export: a backbone may refuse it
         lineage = {**data.tags, "config.digest": config.digest, "run_id": run.run_id}
         log.info("exporting to ONNX")
         parity = export.export_onnx(fitted.network, folder / "model.onnx", lineage)
         run.log_metrics({"onnx_difference": parity})
-        run.log_folder(folder)
+        run.log_file(folder / "model.onnx")
     return tested
 
 

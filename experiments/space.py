@@ -41,7 +41,10 @@ def load(name: str) -> Space:
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in SPACES.glob("*.yaml")))
         raise ConfigError(f"no search space {name!r}: known are {known}, or give a YAML file")
-    entries = yaml.safe_load(file.read_text())
+    try:
+        entries = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not YAML: {error}") from error
     if not isinstance(entries, dict) or not entries:
         raise ConfigError(f"{file} is not a mapping of recipe keys to ranges or choices")
     return {key: _entry(value, f"{file}: {key}") for key, value in entries.items()}

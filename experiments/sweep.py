@@ -91,7 +91,10 @@ def take(own: type[T], overrides: Sequence[str]) -> tuple[T, list[str]]:
 
     names = {field.name for field in fields(own)}  # type: ignore[arg-type]
     given = dict(one.split("=", 1) for one in overrides if one.split("=", 1)[0] in names)
-    values = {key: yaml.safe_load(value) for key, value in given.items()}
+    try:
+        values = {key: yaml.safe_load(value) for key, value in given.items()}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{given} cannot be read: {error}") from error
     return build(own, values), [one for one in overrides if one.split("=", 1)[0] not in names]
 
 
@@ -148,9 +151,10 @@ def _any_of(one: spaces.Range | spaces.Choices) -> Any:
 def _create_study(settings: SweepConfig, name: str) -> "optuna.Study":
     import optuna
     from optuna.pruners import MedianPruner, NopPruner
+    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    median = MedianPruner(n_startup_trials=2, n_warmup_steps=1)
+    median = MedianPruner(n_startup_trials=2)
     try:
         return optuna.create_study(
             study_name=name,
@@ -159,6 +163,11 @@ def _create_study(settings: SweepConfig, name: str) -> "optuna.Study":
             sampler=_sampler(settings, 0),
             pruner=median if settings.pruner == "median" else NopPruner(),
         )
+    except (SQLAlchemyError, ImportError) as error:
+        raise ConfigError(
+            f"storage={settings.storage} cannot be used ({str(error).splitlines()[0]}): "
+            "give a URL such as sqlite:///optuna.db"
+        ) from error
     except optuna.exceptions.DuplicatedStudyError as error:
         raise ConfigError(
             f"study {name!r} is already in {settings.storage}: give another study=NAME"
@@ -222,6 +231,8 @@ def _run_workers(job: Job, study: "optuna.Study") -> None:
     """Run the trials in several processes that share the study's storage and the pack."""
     import multiprocessing
 
+    from optuna.trial import TrialState
+
     context = multiprocessing.get_context("spawn")
     taken = context.Value("i", 0)
     level = logging.getLevelName(logging.getLogger().level).lower()
@@ -244,15 +255,24 @@ def _run_workers(job: Job, study: "optuna.Study") -> None:
             if worker.is_alive():
                 worker.terminate()
             worker.join()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)  # its worker was killed
+        if run_id := trial.user_attrs.get("run_id"):
+            tracking.fail(run_id, "its worker died")
     if died := [worker.name for worker in workers if worker.exitcode]:
         raise EuroSATError(f"{', '.join(died)} of the sweep died: see the log above")
 
 
 def _work(job: Job, worker: int, taken: Any, level: str) -> None:
-    import optuna
-
+    """A worker process: exits 2 on an error of ours, told in one line."""
     os.environ[STYLE] = "lines"  # the terminal has one bar, the parent's
     logs.setup(level)
+    cli.finish(lambda _: _take_trials(job, worker, taken), [])
+
+
+def _take_trials(job: Job, worker: int, taken: Any) -> int:
+    import optuna
+
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     from eurosat.machine import cores
 
@@ -264,7 +284,7 @@ def _work(job: Job, worker: int, taken: Any, level: str) -> None:
         with taken.get_lock():
             number, taken.value = taken.value, taken.value + 1
         if number >= job.sweep.trials:
-            return
+            return cli.OK
         objective = _objective(job, data, None, number, max(1, cores() // job.sweep.workers))
         study.optimize(objective, n_trials=1, catch=(NonFiniteLoss,))
 

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 MODEL = "eurosat"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
-ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow answers an unknown alias of a known model with the second."""
 PAGE = 1000
 """Versions asked for at once."""
 
@@ -31,7 +29,7 @@ def by_alias(model: str, alias: str) -> "ModelVersion | None":
         try:
             return client().get_model_version_by_alias(model, alias)
         except MlflowException as error:
-            if error.error_code not in ABSENT:
+            if error.error_code not in tracking.ABSENT:
                 raise
             return None
 

@@ -25,12 +25,7 @@ def command(model: str, host: str, port: int, workers: int) -> list[str]:
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
     """Nothing phones home; MLflow starts ``uvicorn`` by name, so ours comes first in PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
-    quiet = {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    }
-    return dict(inherited) | quiet | {"PATH": path}
+    return dict(inherited) | cli.QUIET | {"PATH": path}
 
 
 def check_address(host: str, port: int) -> None:

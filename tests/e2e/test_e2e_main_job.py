@@ -52,10 +52,15 @@ def run(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def twice(tree: Path) -> list[tuple[dict[str, object], str]]:
-    """Report and output of the main job, run twice in a row."""
+    """Report and output of the main job, run twice: as a module, then as an entry point."""
     done = []
-    for _ in range(2):
-        ended = run(tree, "python", "-m", "experiments.demo", *SMALL)
+    overrides = " ".join(one for one in SMALL if not one.startswith("trials="))
+    given = ["--env-manager", "local", "-P", "trials=2", "-P", f"overrides={overrides}"]
+    for command in (
+        ["python", "-m", "experiments.demo", *SMALL],
+        ["mlflow", "run", ".", "-e", "main", *given],
+    ):
+        ended = run(tree, *command)
         assert ended.returncode == 0, (ended.stdout + ended.stderr)[-5000:]
         report = json.loads((tree / "reports" / "demo.json").read_text())
         done.append((report, ended.stdout + ended.stderr))

@@ -110,7 +110,10 @@ def survey_source(config: DataConfig, *, verify: bool = True) -> Survey:
     if not directory.exists():
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(directory.with_suffix(".lock")):  # one builder; the others wait here
+            lock = FileLock(directory.with_suffix(".lock"))  # one builder; the others wait here
+            with lock, warnings.catch_warnings():
+                # Set here for all reading threads: tiles need not know their place on Earth.
+                warnings.filterwarnings("ignore", "Dataset has no geotransform")
                 if not directory.exists():
                     return _build(source, config, directory)
         except OSError as error:
@@ -221,8 +224,7 @@ def _read_all(
     def read(chunk: tuple[str, ...]) -> tuple[npt.NDArray[np.uint8], list[dict[str, Any]]]:
         return _read_chunk(source, config, shape, chunk)
 
-    with ThreadPoolExecutor(cores()) as pool, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Dataset has no geotransform")  # none is needed here
+    with ThreadPoolExecutor(cores()) as pool:
         for pixels_NHWC, rows in track(
             pool.map(read, chunks), len(chunks), "reading tiles", f"x {CHUNK} tiles"
         ):

@@ -283,7 +283,7 @@ def ask(server: "subprocess.Popen[str]", url: str, files: Sequence[str]) -> list
         EuroSATError: the server died, was not ready in time, or refused.
     """
     command = [sys.executable, "-m", "serving.client", "--url", url, "--wait", str(READY_S), *files]
-    print(f"$ {shlex.join(['python', *command[1:6], 'FILES'])}", flush=True)
+    print(f"$ {shlex.join(['python', *command[1:7], 'FILES'])}", flush=True)
     client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with Console(stderr=True).status("waiting for the server"):
         while client.poll() is None:

@@ -8,7 +8,7 @@ export MLFLOW_DISABLE_TELEMETRY = true
 export DO_NOT_TRACK = true
 
 BIN := .venv/bin
-UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --require-hashes
+UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev demo test test-slow lint format describe main-job lock clean

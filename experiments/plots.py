@@ -33,7 +33,7 @@ def draw_study(study: "optuna.Study", folder: Path) -> None:
         if name != "history" and len(finished) < 2:
             log.info("no figure of %s: it needs two finished trials of different accuracy", name)
             continue
-        with warnings.catch_warnings():
+        with mpl.rc_context(), warnings.catch_warnings():  # optuna sets a style for everyone
             warnings.simplefilter("ignore")  # optuna calls its matplotlib figures experimental
             plot(study)
             figure = plt.gcf()

@@ -137,6 +137,7 @@ def test_other_verbs_run_from_mlproject(tree: Path, twice: object) -> None:
     assert "error: unknown key optim.lrr: did you mean lr?" in bad.stderr
 
 
+@pytest.mark.slow
 def test_a_first_champion_under_the_floors_is_refused_and_nothing_is_served(tree: Path) -> None:
     apart = tree.parent / "apart"
     shutil.copytree(tree, apart, ignore=shutil.ignore_patterns("mlruns", "mlflow.db", "optuna.db"))

@@ -150,9 +150,12 @@ def fit(
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         try:
             trainer.fit(module, datamodule=loaders)
-        except SIGTERMException:
-            raise
-        except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+        except SIGTERMException as stopped:
+            raise SystemExit(cli.TERMINATED) from stopped
+        except SystemExit as stopped:
+            if stopped.code == cli.TERMINATED:
+                raise
+            # what Lightning makes of Ctrl-C
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from stopped
     kept.restore(net)

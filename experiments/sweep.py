@@ -153,7 +153,7 @@ def _create_study(settings: SweepConfig, name: str) -> "optuna.Study":
     from optuna.pruners import MedianPruner, NopPruner
     from sqlalchemy.exc import SQLAlchemyError
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # tracebacks of failed trials
     median = MedianPruner(n_startup_trials=2)
     try:
         return optuna.create_study(
@@ -214,7 +214,11 @@ def _objective(
 
             trial.set_user_attr("run_id", run.run_id)
             train.describe(config, data, run)
-            return train.fit(config, data, run, on_epoch).best["val_accuracy"]
+            try:
+                return train.fit(config, data, run, on_epoch).best["val_accuracy"]
+            except NonFiniteLoss as error:
+                log.warning("%s: %s", label, error)
+                raise
 
     return objective
 
@@ -273,7 +277,7 @@ def _work(job: Job, worker: int, taken: Any, level: str) -> None:
 def _take_trials(job: Job, worker: int, taken: Any) -> int:
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # tracebacks of failed trials
     from eurosat.machine import cores
 
     data = train.prepare(compose(job.overrides))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from eurosat import cli, tracking
 from eurosat.config import compose
@@ -36,11 +37,11 @@ def test_a_signal_in_training_ends_the_run_as_killed(
     child = verb(tmp_path, "eurosat.train", *TINY, "trainer.epochs=10000", "experiment=signals")
     client = MlflowClient()
     deadline = time.monotonic() + 120
-    found = []
+    found: list[Run] = []
     while not found and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.2)
         if experiment := client.get_experiment_by_name("signals"):
-            found = client.search_runs([experiment.experiment_id], "metrics.val_accuracy > 0")
+            found = list(client.search_runs([experiment.experiment_id], "metrics.val_accuracy > 0"))
     assert found, "training did not begin"
     child.send_signal(number)
     _, complaint = child.communicate(timeout=60)

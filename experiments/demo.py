@@ -142,7 +142,7 @@ def say_how_long(config: TrainConfig, settings: DemoConfig) -> str:
     """What is ahead, before anything is measured; the sweep then logs a live estimate."""
     tiles = config.data.synthetic.tiles if config.data.source == "synthetic" else 27_000
     seen = settings.trials * (settings.trial_epochs or 0) + config.trainer.epochs
-    minutes = seen * tiles * 0.65 / 400 / 60  # train and val folds at 400 images/s on two cores
+    minutes = seen * tiles * 0.65 / 250 / 60  # train and val folds at 250 images/s
     return (
         f"data={config.data.source}: {settings.trials} trials of {settings.trial_epochs} epochs, "
         f"then {config.trainer.epochs}: about {minutes + 1:.0f} min on two cores with bf16; "

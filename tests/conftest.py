@@ -1,5 +1,6 @@
 """Fixtures: a cache and a tracking store per test, made from ones that are built once."""
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,6 +41,17 @@ def quiet_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.delenv(name, raising=False)
         yield
     assert not refused.exists(), f"something tried to leave the machine: {refused.read_text()}"
+
+
+@pytest.fixture(autouse=True)
+def keep_handlers() -> Iterator[None]:
+    """A verb sets up logging for its process; here that process is pytest's."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = before
+    root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

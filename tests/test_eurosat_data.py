@@ -1,7 +1,5 @@
 """The verbs that look at a data set."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +13,6 @@ from eurosat.split import make_split
 from tests.conftest import TINY
 
 SYNTHETIC = [one for one in TINY if one.startswith("data")]
-
-
-@pytest.fixture(autouse=True)
-def keep_handlers() -> Iterator[None]:
-    """A verb sets up logging for its process; here that process is pytest's."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def test_describe_draws_the_data_set(

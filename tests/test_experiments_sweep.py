@@ -1,7 +1,5 @@
 """A sweep: one parent, a child per trial with its true status, the best refitted in full."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -17,17 +15,6 @@ from experiments import space, sweep
 from tests.conftest import TINY
 
 SWEEP = (*TINY, "trials=3", "trial_epochs=2", "trainer.epochs=3")
-
-
-@pytest.fixture(autouse=True)
-def keep_handlers() -> Iterator[None]:
-    """A verb sets up logging for its process; here that process is pytest's."""
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def children(parent: Run) -> list[Run]:

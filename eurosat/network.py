@@ -1,11 +1,8 @@
 """A timm backbone that takes pixels as they are stored and knows its own normalisation."""
 
 import json
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -14,12 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eurosat.config import ModelConfig
 from eurosat.errors import ModelError
-
-log = logging.getLogger(__name__)
-
-NO_WEIGHTS, HUB_WEIGHTS = "none", "imagenet"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,50 +41,27 @@ class Network(nn.Module):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
+        self.training_size: int | None = None
+        """Stands for the spec's ``input_size`` while training."""
 
     def forward(self, tiles_NCHW: Tensor) -> Tensor:
         normal = (tiles_NCHW.float() - self.mean) / self.std
-        if self.spec.input_size is not None:
-            size = (self.spec.input_size, self.spec.input_size)
-            normal = functional.interpolate(normal, size, mode="bilinear", align_corners=False)
+        side = (self.training_size if self.training else None) or self.spec.input_size
+        if side is not None:
+            normal = functional.interpolate(
+                normal, (side, side), mode="bilinear", align_corners=False
+            )
         logits: Tensor = self.backbone(normal)
         return logits
 
 
-def create(
-    config: ModelConfig,
-    *,
-    weights: str,
-    classes: Sequence[str],
-    bands: int,
-    tile_size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Network:
-    """Build a network; ``weights`` is 'none', 'imagenet' or a file that `save` wrote.
+def untrained(spec: NetworkSpec) -> Network:
+    """The network with random weights.
 
     Raises:
-        ModelError: no such timm model, a hub that cannot be reached, weights that do not fit.
+        ModelError: timm has no such model, or cannot build it so.
     """
-    spec = NetworkSpec(
-        name=config.name,
-        classes=tuple(classes),
-        bands=bands,
-        tile_size=tile_size,
-        input_size=config.input_size,
-        drop_rate=config.drop_rate,
-        mean=tuple(mean),
-        std=tuple(std),
-    )
-    network = Network(spec, _backbone(spec, pretrained=weights == HUB_WEIGHTS))
-    if weights not in (NO_WEIGHTS, HUB_WEIGHTS):
-        _start_from(network, Path(weights).expanduser())
-    return network
-
-
-def untrained(spec: NetworkSpec) -> Network:
-    """The network with random weights."""
-    return Network(spec, _backbone(spec, pretrained=False))
+    return Network(spec, _backbone(spec))
 
 
 def save(network: Network, file: Path) -> None:
@@ -108,7 +77,7 @@ def load(file: Path) -> Network:
     Raises:
         ModelError: the file is missing, damaged, or of another network.
     """
-    state, spec = _read(file)
+    state, spec = read(file)
     network = untrained(spec)
     try:
         network.load_state_dict(state)
@@ -117,46 +86,33 @@ def load(file: Path) -> Network:
     return network.eval()
 
 
-def _backbone(spec: NetworkSpec, *, pretrained: bool) -> nn.Module:
-    if not timm.is_model(spec.name):
-        close = timm.list_models(f"*{spec.name[:6]}*")[:3]
+def check_name(name: str) -> None:
+    """Raise ModelError, naming models like it, where timm has no such model."""
+    if not timm.is_model(name):
+        close = timm.list_models(f"*{name[:6]}*")[:3]
         raise ModelError(
-            f"timm has no model {spec.name!r}; "
+            f"timm has no model {name!r}; "
             + (f"did you mean {', '.join(close)}?" if close else "timm.list_models() names them")
         )
-    arguments: dict[str, Any] = {
+
+
+def _backbone(spec: NetworkSpec) -> nn.Module:
+    check_name(spec.name)
+    arguments = {
         "num_classes": len(spec.classes), "in_chans": spec.bands, "drop_rate": spec.drop_rate,
     }  # fmt: skip
-    if pretrained:
-        log.info("getting the ImageNet weights of %s from timm's hub", spec.name)
     try:
-        return timm.create_model(spec.name, pretrained=pretrained, **arguments)
+        return timm.create_model(spec.name, **arguments)
     except Exception as error:
-        if not pretrained:
-            raise ModelError(f"timm cannot build {spec.name} with {arguments}: {error}") from error
-        raise ModelError(
-            f"ImageNet weights of {spec.name} could not be downloaded ({type(error).__name__}); "
-            "check the network, or say weights=none or weights=FILE.safetensors"
-        ) from error
+        raise ModelError(f"timm cannot build {spec.name} with {arguments}: {error}") from error
 
 
-def _start_from(network: Network, file: Path) -> None:
-    """Load all but the head where the classes differ."""
-    state, spec = _read(file)
-    own = network.state_dict()
-    kept = {k: v for k, v in state.items() if k in own and own[k].shape == v.shape}
-    misfits = [k for k in own if k not in kept]
-    same_head = spec.classes == network.spec.classes
-    if spec.name != network.spec.name or len(misfits) > (0 if same_head else 2):
-        raise ModelError(
-            f"{file} holds {spec.name} with {spec.bands} bands, not {network.spec.name} with "
-            f"{network.spec.bands} ({len(misfits)} of {len(own)} tensors do not fit): "
-            f"say model.name={spec.name}, or give other weights"
-        )
-    network.load_state_dict(own | kept)
+def read(file: Path) -> tuple[dict[str, Tensor], NetworkSpec]:
+    """Tensors and spec of a file that `save` wrote.
 
-
-def _read(file: Path) -> tuple[dict[str, Tensor], NetworkSpec]:
+    Raises:
+        ModelError: the file is missing, damaged, or not ours.
+    """
     try:
         state = safetensors.torch.load_file(str(file))
         with safetensors.safe_open(str(file), framework="pt") as opened:

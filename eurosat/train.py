@@ -29,7 +29,8 @@ USAGE = """
 usage: python -m eurosat.train [key=value ...]
 
   data=synthetic|eurosat|folder   recipe=NAME (eurosat/conf/recipe)   seed=0
-  weights=none|imagenet|FILE      trainer.epochs=N                    log_level=info
+  weights=none|imagenet|efficientnet-lite|FILE|models:/NAME@ALIAS     trainer.epochs=N
+  log_level=info
   and any key of the recipe, such as optim.lr=0.05 model.name=resnet50 data.protocol=80/20
 """
 
@@ -98,7 +99,7 @@ def fit(
     from lightning.pytorch.callbacks import EarlyStopping
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from eurosat import callbacks, machine, network
+    from eurosat import callbacks, machine, weights
     from eurosat.batches import TileData, band_statistics
     from eurosat.module import LOG_EVERY_STEPS, Classifier
 
@@ -107,8 +108,8 @@ def fit(
     lightning.seed_everything(config.seed, verbose=False)
     pack, size = data.pack, data.pack.tiles_NHWC.shape[1:3]
     mean, std = band_statistics(pack, data.split.indices("train"))
-    net = network.create(
-        config.model, weights=config.weights, classes=pack.classes, bands=pack.bands,
+    net = weights.create(
+        config.model, config.weights, classes=pack.classes, bands=pack.bands,
         tile_size=(int(size[0]), int(size[1])), mean=mean, std=std,
     )  # fmt: skip
     compute = machine.choose_compute(net.spec, config.trainer.precision)
@@ -125,6 +126,11 @@ def fit(
     watch = callbacks.Watch(f"train {config.recipe}", on_epoch)
     kept = callbacks.KeepBest()
     extra: list[lightning.Callback] = [kept]  # before the average, which swaps its weights out
+    if config.trainer.small_size:
+        epochs = round(config.trainer.small_share * config.trainer.epochs)
+        extra.append(callbacks.SmallFirst(config.trainer.small_size, epochs))
+    if config.optim.freeze_epochs:
+        extra.append(callbacks.HeadFirst(config.optim.freeze_epochs))
     if config.optim.ema:
         extra.append(callbacks.MovingAverage(config.optim.ema))
     if config.trainer.patience:

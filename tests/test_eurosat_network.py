@@ -14,6 +14,7 @@ from eurosat.config import ModelConfig
 from eurosat.errors import ModelError
 from eurosat.export import export_onnx
 from eurosat.network import Network
+from eurosat.weights import create
 
 
 def build(
@@ -21,8 +22,8 @@ def build(
     input_size: int | None = None,
 ) -> Network:  # fmt: skip
     torch.manual_seed(0)
-    return network.create(
-        ModelConfig(name=name, input_size=input_size), weights=weights,
+    return create(
+        ModelConfig(name=name, input_size=input_size), weights,
         classes=[f"c{k}" for k in range(classes)], bands=bands, tile_size=(32, 32),
         mean=[100.0] * bands, std=[50.0] * bands,
     )  # fmt: skip

@@ -188,7 +188,7 @@ def test_the_schedule_rises_to_its_peak_and_falls_to_nothing() -> None:
 
 def test_weight_decay_leaves_biases_and_norms_alone() -> None:
     optimizer = make_optimizer(build_network(), OptimConfig(weight_decay=0.1))
-    decayed, free = optimizer.param_groups
+    free, decayed = optimizer.param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
     assert all(p.ndim > 1 for p in decayed["params"])
     assert all(p.ndim == 1 for p in free["params"])

@@ -18,7 +18,7 @@ EVAL_BATCH = 256
 class Batches:
     """(N, C, H, W) uint8 tiles in channels-last memory, and (N,) labels.
 
-    With ``seed`` every pass is a new permutation, the same for the same seed and epoch, and a
+    With ``seed`` each ``epoch`` is a permutation of its own, the same for the same seed, and a
     last batch that is not full is left out; without it tiles come in order and none is left out.
     """
 
@@ -39,7 +39,6 @@ class Batches:
         order = self._indices
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self.epoch]).permutation(order)
-            self.epoch += 1
         for number in range(len(self)):
             rows = order[number * self._batch_size : (number + 1) * self._batch_size]
             tiles_NHWC = torch.from_numpy(self._tiles_NHWC[rows])

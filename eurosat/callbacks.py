@@ -1,17 +1,21 @@
 """What happens around the training steps: progress, the run's metrics, the moving average."""
 
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from eurosat.machine import Compute
 from eurosat.progress import bar
 from eurosat.tracking import Run
+from eurosat.unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,15 @@ class MovingAverage(WeightAveraging):
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         self._every = min(EMA_EVERY_STEPS, int(trainer.num_training_batches))
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self._average_model is not None
+        return super().state_dict() | {"average": self._average_model.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self._average_model is not None
+        super().load_state_dict(state_dict)
+        self._average_model.load_state_dict(state_dict["average"])
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return step_idx is not None and (step_idx + 1) % self._every == 0
@@ -109,9 +122,18 @@ class Watch(lightning.Callback):
 
     def __init__(self, label: str, on_epoch: EpochHook | None = None) -> None:
         self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        """Spent on training by the processes before this one."""
         self._label, self._on_epoch = label, on_epoch
         self._bar = bar()
-        self._images = 0
+        self._started = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        spent = self.seconds + time.monotonic() - self._started
+        return {"history": self.history, "seconds": spent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.history, self.seconds = list(state_dict["history"]), state_dict["seconds"]
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         self._bar.start()
@@ -148,7 +170,7 @@ class Watch(lightning.Callback):
         row = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
         row["images_per_s"] = self._epoch_images / max(self._train_s, 1e-9)
         self.history.append(row)
-        spent = time.monotonic() - self._started
+        spent = self.seconds + time.monotonic() - self._started
         left = spent / (epoch + 1) * ((trainer.max_epochs or 0) - epoch - 1)
         log.info(
             "%s: epoch %d/%d val_accuracy %.4f val_loss %.4f, %.0f images/s, %.0f s left",
@@ -191,3 +213,67 @@ class KeepBest(lightning.Callback):
 
     def restore(self, network: nn.Module) -> None:
         network.load_state_dict(self._weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"accuracy": self._accuracy, "weights": self._weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._accuracy, self._weights = state_dict["accuracy"], state_dict["weights"]
+
+
+class Resume(lightning.Callback):
+    """Saves after each epoch all that the rest of a training depends on, and restores it.
+
+    Between two epochs there is little of it; Lightning's own checkpoints restart inside its
+    loops' bookkeeping instead, which repeats or skips hooks. Stands last among the callbacks:
+    the others have finished the epoch.
+    """
+
+    def __init__(
+        self, saved: Unfinished, run: Run, compute: Compute, state: Mapping[str, Any] | None
+    ) -> None:
+        self._saved, self._run, self._compute, self._state = saved, run, compute, state
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Optimiser and callbacks are set up, and no hook of training has run."""
+        if self._state is None:
+            return
+        state, loop = self._state, trainer.fit_loop
+        module.load_state_dict(state["module"])
+        trainer.optimizers[0].load_state_dict(state["optimizer"])
+        trainer.lr_scheduler_configs[0].scheduler.load_state_dict(state["schedule"])
+        for callback in self._stateful(trainer):
+            callback.load_state_dict(state["callbacks"][type(callback).__name__])
+        epochs: Any = loop.epoch_progress.current
+        epochs.processed = epochs.completed = state["epoch"]
+        steps = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        steps.completed = loop.epoch_loop._batches_that_stepped = state["step"]
+        if state["stopped"]:  # early, and killed before the test fold was judged
+            loop.max_epochs = state["epoch"]
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self._state = None
+
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> None:
+        self._run.flush()  # what is not trained again is not logged again
+        self._saved.save(
+            {
+                "epoch": trainer.current_epoch + 1,
+                "step": trainer.global_step,
+                "stopped": trainer.should_stop,
+                "module": module.state_dict(),
+                "optimizer": trainer.optimizers[0].state_dict(),
+                "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+                "callbacks": {type(c).__name__: c.state_dict() for c in self._stateful(trainer)},
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "compute": dataclasses.asdict(self._compute),
+            }
+        )
+
+    def _stateful(self, trainer: lightning.Trainer) -> Iterator[lightning.Callback]:
+        """The callbacks that remember something; Lightning holds one of a kind."""
+        return (c for c in trainer.callbacks if c is not self and c.state_dict())  # type: ignore[attr-defined]

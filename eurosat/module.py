@@ -30,6 +30,10 @@ class Classifier(lightning.LightningModule):
         self.network = network
         self._optim, self._augmentation = optim, augmentation
 
+    def on_train_epoch_start(self) -> None:
+        batches: Any = self.trainer.train_dataloader
+        batches.epoch = self.current_epoch
+
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         tiles_NCHW, labels = batch
         targets_NK = functional.one_hot(labels, len(self.network.spec.classes)).float()
@@ -91,7 +95,7 @@ def make_optimizer(network: Network, config: OptimConfig) -> Optimizer:
 
 def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
     """Parameters with and without weight decay, per stage of the backbone where rates differ."""
-    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
     decay = config.weight_decay
     if config.layer_decay < 1:

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -98,7 +99,7 @@ def check_name(name: str) -> None:
 
 def _backbone(spec: NetworkSpec) -> nn.Module:
     check_name(spec.name)
-    arguments = {
+    arguments: dict[str, Any] = {
         "num_classes": len(spec.classes), "in_chans": spec.bands, "drop_rate": spec.drop_rate,
     }  # fmt: skip
     try:

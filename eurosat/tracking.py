@@ -137,6 +137,7 @@ def run(
     name: str,
     *,
     parent: str | None = None,
+    resume: str | None = None,
     tags: Mapping[str, object] | None = None,
     system_metrics: bool = True,
     killed_by: tuple[type[BaseException], ...] = (),
@@ -146,14 +147,15 @@ def run(
     That is FINISHED, FAILED by an exception, or KILLED by an interrupt or one of ``killed_by``;
     exceptions go on to the caller. With ``parent`` the run stands below it, in its experiment.
 
-    Without ``parent``, the run that ``mlflow run`` made for this process (MLFLOW_RUN_ID) is
-    joined rather than a second one opened.
+    ``resume`` opens the run of that id again. Without it and without ``parent``, the run that
+    ``mlflow run`` made for this process (MLFLOW_RUN_ID) is joined rather than a second one
+    opened; beside a resumed one it gets the tag ``continued.run_id``.
 
     Raises:
         TrackingError: the server cannot be reached or refuses.
     """
     with explained():
-        opened = _open(experiment, name, parent, tags or {})
+        opened = _open(experiment, name, parent, resume, tags or {})
     sampler = _SystemMetrics(opened) if system_metrics else None
     status: Status = "FAILED"
     try:
@@ -211,6 +213,29 @@ def fail(run_id: str, why: str) -> None:
     with explained(f"run {run_id}"):
         _client().set_tag(run_id, "failed.why", why)
         _client().set_terminated(run_id, "FAILED")
+
+
+def is_unfinished(run_id: str | None) -> bool:
+    """Whether the server has this run, and it did not end well."""
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return False
+    with explained(f"run {run_id}"):
+        try:
+            info = _client().get_run(run_id).info
+        except MlflowException as error:
+            if error.error_code in ABSENT:
+                return False
+            raise
+    return bool(info.lifecycle_stage == "active" and info.status != "FINISHED")
+
+
+def server() -> str:
+    """URI of the tracking server."""
+    from mlflow import get_tracking_uri
+
+    return str(get_tracking_uri())
 
 
 def resolve_run(reference: str) -> str:
@@ -294,10 +319,17 @@ def _client() -> "MlflowClient":
     return MlflowClient()
 
 
-def _open(experiment: str, name: str, parent: str | None, tags: Mapping[str, object]) -> Run:
+def _open(
+    experiment: str, name: str, parent: str | None, resume: str | None, tags: Mapping[str, object]
+) -> Run:
     client = _client()
     made_by_mlflow_run = None if parent else os.environ.get("MLFLOW_RUN_ID")
-    if made_by_mlflow_run:
+    if resume:
+        if made_by_mlflow_run:
+            client.set_tag(made_by_mlflow_run, "continued.run_id", resume)
+        info = client.get_run(resume).info
+        client.update_run(resume, status="RUNNING")
+    elif made_by_mlflow_run:
         info = client.get_run(made_by_mlflow_run).info
         client.update_run(made_by_mlflow_run, status="RUNNING", name=name)
     elif parent:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs, receipt, tracking
 from eurosat.config import TrainConfig, compose
+from eurosat.errors import NonFiniteLoss
 from eurosat.pack import Pack, open_pack
 from eurosat.split import Split, make_split
+from eurosat.unfinished import Unfinished, claim
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,12 +47,15 @@ class Prepared:
     """'passed', 'failed' or 'missing'."""
 
     @property
-    def tags(self) -> dict[str, str]:
+    def fingerprints(self) -> dict[str, str]:
         return {
             "data.fingerprint": self.pack.fingerprint,
             "split.fingerprint": self.split.fingerprint,
-            "data.validation": self.validation,
         }
+
+    @property
+    def tags(self) -> dict[str, str]:
+        return self.fingerprints | {"data.validation": self.validation}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,9 +91,15 @@ def prepare(config: TrainConfig) -> Prepared:
 
 
 def fit(
-    config: TrainConfig, data: Prepared, run: tracking.Run, on_epoch: "EpochHook | None" = None
+    config: TrainConfig,
+    data: Prepared,
+    run: tracking.Run,
+    on_epoch: "EpochHook | None" = None,
+    saved: Unfinished | None = None,
 ) -> Fitted:
     """Train on the train fold, choosing by the val fold alone; logs metrics as they come.
+
+    With ``saved`` the state is kept there after each epoch, and taken up from there.
 
     Raises:
         NonFiniteLoss: training diverged.
@@ -112,7 +123,10 @@ def fit(
         config.model, config.weights, classes=pack.classes, bands=pack.bands,
         tile_size=(int(size[0]), int(size[1])), mean=mean, std=std,
     )  # fmt: skip
+    state = saved.load() if saved else None
     compute = machine.choose_compute(net.spec, config.trainer.precision)
+    if state and state["compute"]["device"] == compute.device:
+        compute = machine.Compute(**state["compute"])  # another probe may choose otherwise
     net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
     run.set_tags(
         {
@@ -135,12 +149,13 @@ def fit(
         extra.append(callbacks.MovingAverage(config.optim.ema))
     if config.trainer.patience:
         extra.append(EarlyStopping("val_accuracy", mode="max", patience=config.trainer.patience))
+    last = [callbacks.Resume(saved, run, compute, state)] if saved else []
     trainer = lightning.Trainer(
         accelerator="gpu" if compute.device == "cuda" else "cpu",
         devices=1,
         precision="bf16-mixed" if compute.bf16 else "32-true",
         max_epochs=config.trainer.epochs,
-        callbacks=[*extra, watch],
+        callbacks=[*extra, watch, *last],
         logger=callbacks.RunLogger(run),
         log_every_n_steps=min(LOG_EVERY_STEPS, len(loaders.train_dataloader())),
         gradient_clip_val=config.optim.clip_norm or None,
@@ -156,6 +171,11 @@ def fit(
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         try:
             trainer.fit(module, datamodule=loaders)
+        except NonFiniteLoss:
+            if watch.history:
+                kept.restore(net)
+                keep_last_good(net, run)
+            raise
         except SIGTERMException as stopped:
             raise SystemExit(cli.TERMINATED) from stopped
         except SystemExit as stopped:
@@ -165,10 +185,20 @@ def fit(
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from stopped
     kept.restore(net)
-    fitted = Fitted(network=net.cpu(), history=watch.history, seconds=time.monotonic() - started)
+    seconds = watch.seconds + time.monotonic() - started
+    fitted = Fitted(network=net.cpu(), history=watch.history, seconds=seconds)
     run.log_metrics({f"best_{key}": value for key, value in fitted.best.items()})
     run.log_metrics({"train_seconds": fitted.seconds, "epochs": len(fitted.history)})
     return fitted
+
+
+def keep_last_good(network: "Network", run: tracking.Run) -> None:
+    """Leave the best weights in a run that failed."""
+    from eurosat.network import save
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(network, Path(folder) / "weights.safetensors")
+        run.log_file(Path(folder) / "weights.safetensors", "last_good")
 
 
 def conclude(
@@ -238,7 +268,11 @@ def split_csv(data: Prepared) -> str:
 
 
 def train(
-    config: TrainConfig, data: Prepared, run: tracking.Run, on_epoch: "EpochHook | None" = None
+    config: TrainConfig,
+    data: Prepared,
+    run: tracking.Run,
+    on_epoch: "EpochHook | None" = None,
+    saved: Unfinished | None = None,
 ) -> dict[str, float]:
     """Fit and conclude in ``run``; returns the test metrics."""
     with (
@@ -248,7 +282,7 @@ def train(
         try:
             describe(config, data, run)
             run.log_text(split_csv(data), "split.csv")
-            return conclude(config, data, fit(config, data, run, on_epoch), run)
+            return conclude(config, data, fit(config, data, run, on_epoch, saved), run)
         finally:
             run.log_file(file, "logs")
 
@@ -265,8 +299,12 @@ def main(argv: Sequence[str]) -> int:
     config = compose(cli.overrides(argv, USAGE))
     data = prepare(config)
     name = f"{config.recipe} seed {config.seed}"
-    with tracking.run(config.experiment, name, tags={"kind": "train"}) as run:
-        tested = train(config, data, run)
+    with (
+        claim(config, data.fingerprints) as saved,
+        tracking.run(config.experiment, name, resume=saved.run_id, tags={"kind": "train"}) as run,
+    ):
+        saved.begin(run.run_id)
+        tested = train(config, data, run, saved=saved)
     print(summary(tested))
     print(f"run {run.run_id}")
     return cli.OK

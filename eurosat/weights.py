@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -76,7 +77,7 @@ def create(
 def _load(made: network.Network, start: Start) -> None:
     """Copy all but the head where the classes differ; colours become bands."""
     own, spec = made.backbone.state_dict(), made.spec
-    described = made.backbone.pretrained_cfg
+    described: Any = made.backbone.pretrained_cfg
     state = dict(start.backbone)
     stem = f"{described['first_conv']}.weight"
     if len(start.mean) == COLOURS != spec.bands and stem in state:
@@ -126,9 +127,9 @@ def _from_hub(name: str) -> Start:
     except Exception as error:  # whatever the hub's client raises
         raise ModelError(
             f"ImageNet weights of {name} could not be downloaded ({type(error).__name__}); check "
-            "the network, or say weights=none, weights=efficientnet-lite or weights=FILE.safetensors"
+            "the network, or say weights=none or weights=FILE.safetensors"
         ) from error
-    described = model.pretrained_cfg
+    described: Any = model.pretrained_cfg
     return Start(
         name=name,
         told=f"timm's hub ({described.get('tag') or described.get('hf_hub_id')})",

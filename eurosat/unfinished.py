@@ -1,0 +1,132 @@
+"""Trainings that were cut short: where they left their state, and how one is taken up again."""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from eurosat import tracking
+from eurosat.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+KEPT_DAYS = 14
+"""State that nobody came back for is removed after so long."""
+STATE, ABOUT = "state.pt", "run.json"
+
+
+class Unfinished:
+    """The state of one training on this machine; held by one process at a time."""
+
+    def __init__(self, directory: Path, about: Mapping[str, str]) -> None:
+        self._directory = directory
+        self._about = dict(about)
+        self.run_id = self._continued()
+
+    def _continued(self) -> str | None:
+        """The run that stopped here, if it was of the same data and its server still has it."""
+        try:
+            held = json.loads((self._directory / ABOUT).read_text())
+        except (OSError, ValueError):
+            return None
+        run_id = held.pop("run_id", None)
+        if held != self._about or not tracking.is_unfinished(run_id):
+            return None
+        return str(run_id)
+
+    def begin(self, run_id: str) -> None:
+        """Say which run it is; what another run left here is dropped."""
+        if run_id == self.run_id:
+            log.info("continuing run %s, which was cut short", run_id)
+            return
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(parents=True)
+        _write(self._directory / ABOUT, json.dumps(self._about | {"run_id": run_id}).encode())
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the state by this one, or keep the last good one where that fails."""
+        import torch
+
+        file = self._directory / STATE
+        unfinished = file.with_suffix(".new")
+        try:
+            with unfinished.open("wb") as opened:
+                torch.save(dict(state), opened)
+                opened.flush()
+                os.fsync(opened.fileno())
+            unfinished.replace(file)
+        except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            log.warning(
+                "the state of epoch %s could not be written to %s (%s): training goes on, and the "
+                "state before is kept; make room there",
+                state["epoch"], self._directory, reason,
+            )  # fmt: skip
+
+    def load(self) -> dict[str, Any] | None:
+        """The state of the last whole epoch, or None where none was reached."""
+        import torch
+
+        file = self._directory / STATE
+        if not file.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            log.warning("%s cannot be read (%s): training starts anew", file, type(error).__name__)
+            return None
+        return state
+
+    def remove(self) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+@contextmanager
+def claim(config: TrainConfig, fingerprints: Mapping[str, str]) -> Iterator[Unfinished]:
+    """The state that a dead process left of the same training, or a place for a new one.
+
+    A process holds its place by a lock that ends with it, however it ends: a second training of
+    the same configuration beside a living one gets a place of its own. The place is removed when
+    the block ends without an exception.
+    """
+    from filelock import FileLock, Timeout
+
+    root = config.data.cache_dir / "unfinished"
+    root.mkdir(parents=True, exist_ok=True)
+    _forget(root)
+    about = {**fingerprints, "tracking": tracking.server()}
+    name = hashlib.sha256(json.dumps([config.digest, about], sort_keys=True).encode()).hexdigest()
+    for number in itertools.count():
+        directory = root / f"{name[:16]}-{number}"
+        lock = FileLock(f"{directory}.lock", timeout=0)
+        with contextlib.suppress(Timeout):
+            lock.acquire()
+            break
+    with lock:
+        place = Unfinished(directory, about)
+        yield place
+        place.remove()
+    lock.release(force=True)
+
+
+def _forget(root: Path) -> None:
+    for directory in root.iterdir():
+        if time.time() - directory.stat().st_mtime > KEPT_DAYS * 86400:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _write(file: Path, data: bytes) -> None:
+    unfinished = file.with_suffix(".new")
+    unfinished.write_bytes(data)
+    unfinished.replace(file)

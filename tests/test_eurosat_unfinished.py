@@ -1,0 +1,115 @@
+"""Trainings that are killed and continued: the same run, the same weights, bit for bit."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import mlflow
+import pytest
+import safetensors.torch
+import torch
+
+from eurosat import cli, tracking, train
+from tests.conftest import TINY
+
+PRELOAD = ["eurosat.train", "eurosat.callbacks", "eurosat.weights", "eurosat.export", "mlflow"]
+"""Imported once for all the processes of a test: they cost more than what is tested."""
+FINGERPRINTS = {"data.fingerprint": "d", "split.fingerprint": "s"}
+
+
+def work(arguments: list[str], log: str) -> None:
+    """One training process with output of its own."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    cli.finish(train.main, arguments)
+
+
+def start(arguments: Sequence[str], log: Path) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=work, args=(list(arguments), str(log)))
+    process.start()
+    return process
+
+
+def weights_of(run_id: str) -> dict[str, torch.Tensor]:
+    with tracking.artifact(run_id, "weights.safetensors") as file:
+        return safetensors.torch.load_file(file)
+
+
+def runs() -> list[str]:
+    client = mlflow.MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
+    return [run.info.run_id for run in found]
+
+
+def kill_until_done(arguments: Sequence[str], log: Path, kills: int, seconds: float) -> int:
+    """Kill the command at random moments, then let it end; returns how often it was killed.
+
+    ``seconds`` is what the training takes alone.
+    """
+    chosen = random.Random(3)
+    killed = 0
+    for _ in range(kills):
+        process = start(arguments, log)
+        time.sleep(chosen.uniform(0.1, 0.6) * seconds)
+        if not process.is_alive():
+            break
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+        killed += 1
+    else:
+        process = start(arguments, log)
+    process.join()
+    assert process.exitcode == cli.OK, log.read_text()[-2000:]
+    return killed
+
+
+def check_killed_training(arguments: list[str], tmp_path: Path) -> None:
+    start(["--help"], tmp_path / "help.log").join()  # the imports are paid for here
+    started = time.monotonic()
+    reference = start(arguments, tmp_path / "reference.log")
+    reference.join()
+    seconds = time.monotonic() - started
+    assert reference.exitcode == cli.OK, (tmp_path / "reference.log").read_text()[-2000:]
+
+    killed = kill_until_done(arguments, tmp_path / "killed.log", 5, seconds)
+    assert killed == 5, "the training ended too soon to be killed"
+    whole, resumed = runs()
+    assert tracking.get(resumed).status == "FINISHED"
+    for name, value in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(resumed)[name], value, rtol=0, atol=0)
+    client = mlflow.MlflowClient()
+    for metric in ("val_accuracy", "val_loss", "train_loss"):
+        one, other = (
+            {point.step: point.value for point in client.get_metric_history(run, metric)}
+            for run in (whole, resumed)
+        )
+        assert one == other, metric
+    said = (tmp_path / "killed.log").read_text()
+    assert "which was cut short" in said
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_training_killed_five_times_ends_as_if_it_never_was(tmp_path: Path) -> None:
+    settings = ["trainer.epochs=8", "trainer.patience=7", "augment.cutmix=0.5", "optim.ema=0.9"]
+    check_killed_training([*TINY, *settings], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.usefixtures("tracking_store", "eurosat_root")
+def test_a_training_on_real_tiles_killed_five_times_ends_as_if_it_never_was(
+    tmp_path: Path,
+) -> None:
+    check_killed_training(
+        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "trainer.tta=false"],
+        tmp_path,
+    )

@@ -1,6 +1,7 @@
 """Batches gathered from the pack: no decoding, no worker processes, no copies between them."""
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import lightning
 import numpy as np
@@ -15,6 +16,15 @@ EVAL_BATCH = 256
 """Tiles a batch without gradients; larger ones are no faster on a CPU."""
 
 
+class Labelled(Protocol):
+    """Tiles and their classes, such as a `Pack`."""
+
+    @property
+    def tiles_NHWC(self) -> npt.NDArray[np.uint8]: ...  # noqa: N802 - axes are in its name
+    @property
+    def labels(self) -> npt.NDArray[np.int64]: ...
+
+
 class Batches:
     """(N, C, H, W) uint8 tiles in channels-last memory, and (N,) labels.
 
@@ -23,9 +33,13 @@ class Batches:
     """
 
     def __init__(
-        self, pack: Pack, indices: npt.NDArray[np.int64], batch_size: int, seed: int | None = None
+        self,
+        tiles: Labelled,
+        indices: npt.NDArray[np.int64],
+        batch_size: int,
+        seed: int | None = None,
     ) -> None:
-        self._tiles_NHWC, self._labels = pack.tiles_NHWC, pack.labels
+        self._tiles_NHWC, self._labels = tiles.tiles_NHWC, tiles.labels
         self._indices = indices
         self._batch_size = min(batch_size, len(indices))
         self._seed = seed

@@ -2,19 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from eurosat.metrics import BINS, confidence_bin
+
 DPI = 120
 
 
 def confusion_matrix(
-    counts: npt.NDArray[np.int64], classes: Sequence[str], title: str, file: Path
+    counts: npt.NDArray[np.int64],
+    classes: Sequence[str],
+    title: str,
+    file: Path,
+    *,
+    normalised: bool = False,
 ) -> None:
-    """Rows are true classes; colour is the share of the row, the text the count."""
+    """Rows are true classes; colour is the share of the row, the text the count or the share."""
     side = 2.5 + 0.6 * len(classes)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
@@ -22,11 +30,60 @@ def confusion_matrix(
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row, column in np.argwhere(counts):
         colour = "white" if shares[row, column] > 0.5 else "black"
-        text = str(counts[row, column])
+        text = f"{shares[row, column]:.3f}" if normalised else str(counts[row, column])
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true", title=title)
+    figure.savefig(file, dpi=DPI)
+
+
+def reliability(
+    labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], title: str, file: Path
+) -> None:
+    """Accuracy by confidence, against the diagonal of a calibrated network; tiles by confidence."""
+    confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    bins = confidence_bin(confidence)
+    counts = np.bincount(bins, minlength=BINS)
+    filled = counts > 0
+    accuracy = np.bincount(bins, right, minlength=BINS)[filled] / counts[filled]
+    told = np.bincount(bins, confidence, minlength=BINS)[filled] / counts[filled]
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([0, 1], [0, 1], linestyle=":", color="grey")
+    spread = 1.96 * np.sqrt(np.maximum(accuracy * (1 - accuracy), 1e-9) / counts[filled])
+    upper.errorbar(told, accuracy, spread, marker="o", capsize=2)
+    ece = np.abs(told - accuracy) @ counts[filled] / len(labels)
+    upper.set(ylabel="accuracy", ylim=(0, 1.02), title=f"{title}\ncalibration error {ece:.4f}")
+    lower.bar((np.arange(BINS) + 0.5) / BINS, counts, width=0.9 / BINS)
+    lower.set(xlabel="confidence", ylabel="tiles", yscale="log", xlim=(0, 1))
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    upper.title.set_fontsize(9)
+    figure.savefig(file, dpi=DPI)
+
+
+def corruption_curves(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
+    """Accuracy and mean confidence by severity, one panel a kind."""
+    kinds = list(dict.fromkeys(row["kind"] for row in rows if row["severity"]))
+    clean = next(row for row in rows if not row["severity"])
+    columns = 4
+    lines = -(-len(kinds) // columns)
+    figure = Figure(figsize=(2.8 * columns, 2.4 * lines), layout="constrained")
+    flat = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes in flat[len(kinds) :]:
+        axes.set_axis_off()
+    for axes, kind in zip(flat, kinds, strict=False):
+        of_kind = [clean, *(row for row in rows if row["kind"] == kind)]
+        severity = [row["severity"] for row in of_kind]
+        for name, style in (("accuracy", "-"), ("confidence", "--"), ("unlike", ":")):
+            axes.plot(severity, [row[name] for row in of_kind], style, marker=".", label=name)
+        axes.set_title(kind.replace("_", " "), fontsize=9)
+        axes.grid(alpha=0.3)
+        axes.set_ylim(0, 1.02)
+    flat[0].legend(fontsize=7)
+    figure.supxlabel("severity")
+    figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=DPI)
 
 
@@ -76,8 +133,30 @@ def contact_sheet(rows: Mapping[str, npt.NDArray[np.uint8]], title: str, file: P
         for axes in line:
             axes.set_axis_off()
         for axes, tile in zip(line, tiles, strict=False):
-            axes.imshow(tile[..., :3] if tile.shape[-1] >= 3 else tile[..., 0], cmap="gray")
+            axes.imshow(visible(tile), cmap="gray")
         line[0].set_title(name, fontsize=8, loc="left")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(file, dpi=DPI)
+
+
+def visible(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """The first three bands of (H, W, C) as a picture, or the first alone."""
+    return tile[..., :3] if tile.shape[-1] >= 3 else tile[..., 0]
+
+
+def captioned_tiles(
+    tiles_NHWC: npt.NDArray[np.uint8], captions: Sequence[str], title: str, file: Path
+) -> None:
+    """Tiles in rows of five, each under its caption."""
+    columns = 5
+    lines = -(-len(captions) // columns)
+    figure = Figure(figsize=(2.6 * columns, 2.9 * lines + 0.4), layout="constrained")
+    flat = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in flat:
+        axes.set_axis_off()
+    for axes, tile, caption in zip(flat, tiles_NHWC, captions, strict=False):
+        axes.imshow(visible(tile), cmap="gray")
+        axes.set_title(caption, fontsize=7)
     figure.suptitle(title, fontsize=10)
     figure.savefig(file, dpi=DPI)
 

@@ -2,9 +2,11 @@
 
 import math
 import typing
+from collections.abc import Iterator
 from typing import Any
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -15,6 +17,7 @@ from eurosat.augment import augment, dihedral_views
 from eurosat.batches import EVAL_BATCH, Batches
 from eurosat.config import AugmentConfig, OptimConfig
 from eurosat.errors import NonFiniteLoss
+from eurosat.metrics import Floats, Labels
 from eurosat.network import Network
 from eurosat.progress import track
 
@@ -106,16 +109,27 @@ def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
 
 
 @torch.inference_mode()
-def predict(network: Network, batches: Batches, *, views: bool = False) -> tuple[Tensor, Tensor]:
-    """(N, K) float32 probabilities and (N,) labels; ``views`` averages the flips and turns."""
+def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
+    """(N, K) logits before calibration, and (N,) labels."""
+    each, labels = [], []
+    for tiles_NCHW, batch_labels in _evaluated(network, batches, "predicting"):
+        each.append(network.logits(tiles_NCHW).double().cpu().numpy())
+        labels.append(batch_labels.cpu().numpy())
+    return np.concatenate(each), np.concatenate(labels)
+
+
+@torch.inference_mode()
+def averaged(network: Network, batches: Batches) -> Floats:
+    """(N, K) probabilities, averaged over the flips and turns of each tile."""
+    each = []
+    for tiles_NCHW, _ in _evaluated(network, batches, "predicting all views"):
+        views = [network(view).softmax(dim=1) for view in dihedral_views(tiles_NCHW)]
+        each.append(torch.stack(views).mean(dim=0).double().cpu().numpy())
+    return np.concatenate(each)
+
+
+def _evaluated(network: Network, batches: Batches, label: str) -> Iterator[tuple[Tensor, Tensor]]:
     network.eval()
     device = network.mean.device
-    probabilities, labels = [], []
-    shown = track(batches, len(batches), "predicting", f"x {EVAL_BATCH} tiles")
-    for tiles_NCHW, batch_labels in shown:
-        on_device = tiles_NCHW.to(device)
-        seen = dihedral_views(on_device) if views else [on_device]
-        each = [network(view).float().softmax(dim=1) for view in seen]
-        probabilities.append(torch.stack(each).mean(dim=0).cpu())
-        labels.append(batch_labels)
-    return torch.cat(probabilities), torch.cat(labels)
+    for tiles_NCHW, labels in track(batches, len(batches), label, f"x {EVAL_BATCH} tiles"):
+        yield tiles_NCHW.to(device), labels

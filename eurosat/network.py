@@ -32,7 +32,7 @@ class NetworkSpec:
 
 
 class Network(nn.Module):
-    """Pixels in [0, 255], (N, C, H, W), to logits (N, K)."""
+    """Pixels in [0, 255], (N, C, H, W), to logits (N, K), calibrated outside training."""
 
     def __init__(self, spec: NetworkSpec, backbone: nn.Module) -> None:
         super().__init__()
@@ -42,10 +42,18 @@ class Network(nn.Module):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(spec.std).view(1, -1, 1, 1))
+        self.temperature: Tensor
+        """Logits are divided by it outside training; see `eurosat.calibration`."""
+        self.register_buffer("temperature", torch.ones(()))
         self.training_size: int | None = None
         """Stands for the spec's ``input_size`` while training."""
 
     def forward(self, tiles_NCHW: Tensor) -> Tensor:
+        logits = self.logits(tiles_NCHW)
+        return logits if self.training else logits / self.temperature
+
+    def logits(self, tiles_NCHW: Tensor) -> Tensor:
+        """(N, K), before calibration."""
         normal = (tiles_NCHW.float() - self.mean) / self.std
         side = (self.training_size if self.training else None) or self.spec.input_size
         if side is not None:

@@ -202,10 +202,10 @@ def artifact(run_id: str, path: str) -> Iterator[Path]:
         yield copy
 
 
-def add_text(run_id: str, text: str, path: str) -> None:
-    """Leave a file in a run that has ended."""
+def add_folder(run_id: str, folder: Path, path: str) -> None:
+    """Leave the files of a folder in a run that has ended."""
     with explained(f"run {run_id}"):
-        _client().log_text(run_id, text, path)
+        _client().log_artifacts(run_id, str(folder), path)
 
 
 def fail(run_id: str, why: str) -> None:

@@ -1,5 +1,6 @@
 """Train one network and leave everything that judges and serves it in an MLflow run."""
 
+import json
 import logging
 import signal
 import tempfile
@@ -204,36 +205,46 @@ def keep_last_good(network: "Network", run: tracking.Run) -> None:
 def conclude(
     config: TrainConfig, data: Prepared, fitted: Fitted, run: tracking.Run
 ) -> dict[str, float]:
-    """Judge the network on the test fold, once, and leave its files in the run."""
-    from eurosat import export, figures, metrics, network
-    from eurosat.batches import TileData
-    from eurosat.module import predict
+    """Calibrate on the val fold, judge on the test fold, once, and leave the files in the run."""
+    import numpy as np
 
-    pack, split = data.pack, data.split
-    loader = TileData(pack, split, batch_size=2, seed=0).test_dataloader()
-    log.info("judging on the %d tiles of the test fold", len(split.indices("test")))
-    probabilities, labels = (tensor.numpy() for tensor in predict(fitted.network.float(), loader))
-    figures_of_merit = metrics.evaluate(labels, probabilities, pack.classes)
+    from eurosat import calibration, export, figures, metrics, module, network
+    from eurosat.batches import TileData
+
+    net, classes = fitted.network.float(), data.pack.classes
+    loaders = TileData(data.pack, data.split, batch_size=2, seed=0)
+    calibrated = calibration.fit(*module.logits(net, loaders.val_dataloader()))
+    net.temperature.fill_(calibrated.temperature)
+    log.info("judging on the %d tiles of the test fold", len(data.split.indices("test")))
+    logits, labels = module.logits(net, loaders.test_dataloader())
+    probabilities = calibration.softmax(logits / calibrated.temperature)
+    raw = metrics.evaluate(labels, calibration.softmax(logits), classes)
+    merits = metrics.evaluate(labels, probabilities, classes)
+    merits |= calibration.judge(calibrated, logits, labels)
+    merits |= {f"uncalibrated_{name}": raw[name] for name in ("ece", "nll")}
     if config.trainer.tta:
-        averaged, _ = predict(fitted.network, loader, views=True)
-        figures_of_merit["tta_accuracy"] = float((averaged.argmax(dim=1).numpy() == labels).mean())
-    tested = {f"test_{name}": value for name, value in figures_of_merit.items()}
+        views = module.averaged(net, loaders.test_dataloader())
+        merits["tta_accuracy"] = float((views.argmax(axis=1) == labels).mean())
+    tested = {f"test_{name}": value for name, value in merits.items()}
     run.log_metrics(tested)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        (folder / "figures").mkdir()
-        counts = metrics.confusion(labels, probabilities.argmax(axis=1), len(pack.classes))
+        drawn = folder / "figures"
+        drawn.mkdir()
+        counts = metrics.confusion(labels, probabilities.argmax(axis=1), len(classes))
         title = f"{config.recipe}, test fold: accuracy {tested['test_accuracy']:.4f}"
-        figures.confusion_matrix(counts, pack.classes, title, folder / "figures/confusion.png")
-        figures.training_curves(fitted.history, config.recipe, folder / "figures/curves.png")
-        predictions(data, labels, probabilities).to_parquet(
+        figures.confusion_matrix(counts, classes, title, drawn / "confusion.png")
+        figures.training_curves(fitted.history, config.recipe, drawn / "curves.png")
+        figures.reliability(labels, probabilities, title, drawn / "reliability.png")
+        predictions(data, labels, probabilities.astype(np.float32)).to_parquet(
             folder / "predictions.parquet", index=False
         )
-        network.save(fitted.network, folder / "weights.safetensors")
+        (folder / "calibration.json").write_text(json.dumps(calibrated.as_dict(), indent=1))
+        network.save(net, folder / "weights.safetensors")
         run.log_folder(folder)  # before the export: a backbone may refuse it
         lineage = {**data.tags, "config.digest": config.digest, "run_id": run.run_id}
         log.info("exporting to ONNX")
-        parity = export.export_onnx(fitted.network, folder / "model.onnx", lineage)
+        parity = export.export_onnx(net, folder / "model.onnx", lineage)
         run.log_metrics({"onnx_difference": parity})
         run.log_file(folder / "model.onnx")
     return tested

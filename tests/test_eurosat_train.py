@@ -1,7 +1,6 @@
 """A training run: what it computes, what it leaves, when it refuses."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from eurosat import cli, evaluate, machine, receipt, tracking, train
+from eurosat import cli, machine, receipt, tracking, train
 from eurosat.batches import Batches, band_statistics
 from eurosat.config import OptimConfig, TrainConfig, build, compose
 from eurosat.errors import DataError, NonFiniteLoss
@@ -25,7 +24,8 @@ from tests.test_eurosat_network import build as build_network
 
 ARTIFACTS = {
     "config.yaml", "split.csv", "predictions.parquet", "weights.safetensors", "model.onnx",
-    "figures/confusion.png", "figures/curves.png", "logs/train.log",
+    "figures/confusion.png", "figures/curves.png", "figures/reliability.png", "logs/train.log",
+    "calibration.json",
 }  # fmt: skip
 
 
@@ -60,28 +60,10 @@ def test_a_run_carries_all_that_judges_and_serves_it(
     probabilities = predicted[[f"p/{name}" for name in tiny_pack.classes]].to_numpy()
     labels = np.array([tiny_pack.classes.index(name) for name in predicted["label"]])
     for name, value in judge(labels, probabilities, tiny_pack.classes).items():
-        assert run.metrics[f"test_{name}"] == pytest.approx(value, abs=1e-6)
+        assert run.metrics[f"test_{name}"] == pytest.approx(value, abs=1e-5)
     rows = [list(tiny_pack.table["path"]).index(tile) for tile in predicted["tile"]]
     (served,) = session.run(None, {"tiles_NHWC": tiny_pack.tiles_NHWC[rows]})
     np.testing.assert_allclose(served, probabilities, atol=1e-4)
-
-    again = evaluate.evaluate(run_id, "test")
-    assert again["accuracy"] == pytest.approx(run.metrics["test_accuracy"])
-    assert evaluate.main([run_id, "--fold", "val", "--log-level", "warning"]) == cli.OK
-    assert "macro_auprc" in capsys.readouterr().out
-    with tracking.artifact(run_id, "evaluation/val.json") as file:
-        assert json.loads(file.read_text())["accuracy"] == pytest.approx(
-            run.metrics["best_val_accuracy"], abs=1e-6
-        )
-
-
-@pytest.mark.usefixtures("tracking_store")
-def test_evaluation_refuses_other_data(tiny_data: Prepared, tiny_config: TrainConfig) -> None:
-    with tracking.run("e", "r", system_metrics=False) as run:
-        train.describe(tiny_config, tiny_data, run)
-        run.set_tags({"data.fingerprint": "f" * 64})
-    with pytest.raises(DataError, match=r"data.fingerprint of run .* is fff.*trained on"):
-        evaluate.evaluate(run.run_id, "test")
 
 
 def quick_fit(config: TrainConfig, data: Prepared) -> train.Fitted:

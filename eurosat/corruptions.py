@@ -1,0 +1,119 @@
+"""What weather, sensors and compression do to tiles, in five degrees of severity.
+
+After the corruptions of ImageNet-C (Hendrycks & Dietterich 2019), with those that a satellite
+knows: haze, missing lines, another season's light. Each works on (N, H, W, C) uint8 tiles of any
+bands and is the same for the same seed.
+"""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Tiles = npt.NDArray[np.uint8]
+
+SEVERITIES = (1, 2, 3, 4, 5)
+HAZE = (0.1, 0.2, 0.3, 0.45, 0.6)
+"""Share of the light that comes from the veil, where it is thickest."""
+VEIL = 225.0
+"""Level of thick haze: near white."""
+BLUR = (0.5, 0.8, 1.2, 1.7, 2.5)
+"""Standard deviation in pixels."""
+NOISE = (4.0, 8.0, 14.0, 22.0, 34.0)
+"""Standard deviation in grey levels."""
+QUALITY = (40, 25, 15, 10, 6)
+"""Of the JPEG encoder; EuroSAT's own tiles were written at about 90."""
+CAST = (0.05, 0.1, 0.15, 0.22, 0.3)
+"""Largest relative change of a band."""
+LINES = (0.02, 0.05, 0.1, 0.2, 0.35)
+"""Share of rows without data."""
+SEASON = (0.1, 0.2, 0.3, 0.4, 0.5)
+"""Share of the light that a lower sun takes; the first band keeps more of it than the last."""
+SIDE = (0.75, 0.5, 0.375, 0.25, 0.125)
+"""Height and width that are left, as a share."""
+
+
+def haze(tiles: Tiles, severity: int, rng: np.random.Generator) -> Tiles:
+    """A bright veil, thicker on one side."""
+    slope = np.linspace(0.5, 1, tiles.shape[2])
+    flipped = np.where(rng.random(len(tiles)) < 0.5, -1, 1)
+    thickness = np.stack([slope[::step] for step in flipped])[:, None, :, None]
+    share = HAZE[severity - 1] * thickness
+    return _pixels(tiles * (1 - share) + VEIL * share)
+
+
+def blur(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
+    from scipy.ndimage import gaussian_filter
+
+    sigma = BLUR[severity - 1]
+    smooth = gaussian_filter(tiles.astype(np.float32), (0, sigma, sigma, 0), mode="nearest")
+    return _pixels(smooth)
+
+
+def noise(tiles: Tiles, severity: int, rng: np.random.Generator) -> Tiles:
+    return _pixels(tiles + rng.normal(0, NOISE[severity - 1], tiles.shape))
+
+
+def jpeg(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
+    """Three bands as one picture, any others each as a grey one."""
+    from PIL import Image
+
+    def coded(picture: Tiles) -> Tiles:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "JPEG", quality=QUALITY[severity - 1])
+        return np.array(Image.open(file), dtype=np.uint8)
+
+    if tiles.shape[3] == 3:
+        return np.stack([coded(tile) for tile in tiles])
+    bands = range(tiles.shape[3])
+    return np.stack([np.stack([coded(t[:, :, c]) for c in bands], axis=2) for t in tiles])
+
+
+def colour_cast(tiles: Tiles, severity: int, rng: np.random.Generator) -> Tiles:
+    most = CAST[severity - 1]
+    return _pixels(tiles * rng.uniform(1 - most, 1 + most, (len(tiles), 1, 1, tiles.shape[3])))
+
+
+def missing_lines(tiles: Tiles, severity: int, rng: np.random.Generator) -> Tiles:
+    kept = rng.random(tiles.shape[:2]) >= LINES[severity - 1]
+    return _pixels(tiles * kept[:, :, None, None].astype(np.float32))
+
+
+def season(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
+    """The light of another season: a lower sun is darker, flatter and redder."""
+    taken = SEASON[severity - 1] * np.linspace(0.6, 1, tiles.shape[3])
+    mean = tiles.mean(axis=(1, 2), keepdims=True)
+    flat = mean + (tiles - mean) * (1 - SEASON[severity - 1] / 2)
+    return _pixels(flat * (1 - taken))
+
+
+def resolution(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
+    """Down and up again, as if from a coarser sensor."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    full = (tiles.shape[1], tiles.shape[2])
+    small = [max(1, round(side * SIDE[severity - 1])) for side in full]
+    tiles_NCHW = torch.from_numpy(tiles.astype(np.float32)).permute(0, 3, 1, 2)
+    coarse = interpolate(tiles_NCHW, small, mode="area")
+    seen = interpolate(coarse, full, mode="bilinear", align_corners=False)
+    return _pixels(seen.permute(0, 2, 3, 1).numpy())
+
+
+KINDS: dict[str, Callable[[Tiles, int, np.random.Generator], Tiles]] = {
+    one.__name__: one
+    for one in (haze, blur, noise, jpeg, colour_cast, missing_lines, season, resolution)
+}
+
+
+def corrupt(tiles: Tiles, kind: str, severity: int, seed: int = 0) -> Tiles:
+    """``kind`` of KINDS at a severity of 1 to 5; (N, H, W, C) uint8 in and out."""
+    rng = np.random.default_rng([seed, severity, list(KINDS).index(kind)])
+    return KINDS[kind](tiles, severity, rng)
+
+
+def _pixels(values: npt.NDArray[Any]) -> Tiles:
+    pixels: Tiles = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
+    return pixels

@@ -208,6 +208,12 @@ def add_folder(run_id: str, folder: Path, path: str) -> None:
         _client().log_artifacts(run_id, str(folder), path)
 
 
+def add_file(run_id: str, file: Path, folder: str) -> None:
+    """Leave a file in a run that has ended."""
+    with explained(f"run {run_id}"):
+        _client().log_artifact(run_id, str(file), folder)
+
+
 def fail(run_id: str, why: str) -> None:
     """End a run whose process can no longer do it."""
     with explained(f"run {run_id}"):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs, receipt, tracking
 from eurosat.config import TrainConfig, compose
-from eurosat.errors import NonFiniteLoss
+from eurosat.errors import ModelError, NonFiniteLoss
 from eurosat.pack import Pack, open_pack
 from eurosat.split import Split, make_split
 from eurosat.unfinished import Unfinished, claim
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from eurosat.callbacks import EpochHook
+    from eurosat.metrics import Floats, Labels
     from eurosat.network import Network
 
 log = logging.getLogger(__name__)
@@ -236,6 +237,7 @@ def conclude(
         figures.confusion_matrix(counts, classes, title, drawn / "confusion.png")
         figures.training_curves(fitted.history, config.recipe, drawn / "curves.png")
         figures.reliability(labels, probabilities, title, drawn / "reliability.png")
+        _draw_gallery(data, net, labels, probabilities, drawn / "explained.png")
         predictions(data, labels, probabilities.astype(np.float32)).to_parquet(
             folder / "predictions.parquet", index=False
         )
@@ -248,6 +250,22 @@ def conclude(
         run.log_metrics({"onnx_difference": parity})
         run.log_file(folder / "model.onnx")
     return tested
+
+
+def _draw_gallery(
+    data: Prepared, network: "Network", labels: "Labels", probabilities: "Floats", file: Path
+) -> None:
+    """The hardest and the surest test tiles, and where the network looked."""
+    from eurosat import explain
+
+    rows = data.split.indices("test")
+    tiles_NHWC, names = data.pack.tiles_NHWC[rows], list(data.pack.table["path"].iloc[rows])
+    try:
+        explained = explain.gallery(network, tiles_NHWC, names, labels, probabilities)
+    except ModelError as error:
+        log.warning("no gallery: %s", error)
+        return
+    explain.draw(explained, "Test fold: the hardest tiles, then the surest", file)
 
 
 def predictions(

@@ -25,6 +25,7 @@ from tests.test_eurosat_network import build as build_network
 ARTIFACTS = {
     "config.yaml", "split.csv", "predictions.parquet", "weights.safetensors", "model.onnx",
     "figures/confusion.png", "figures/curves.png", "figures/reliability.png", "logs/train.log",
+    "figures/explained.png",
     "calibration.json",
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eurosat.pack import Pack
+from eurosat.ranks import ALONE, Ranks
 from eurosat.split import Split
 
 EVAL_BATCH = 256
@@ -30,6 +31,7 @@ class Batches:
 
     With ``seed`` each ``epoch`` is a permutation of its own, the same for the same seed, and a
     last batch that is not full is left out; without it tiles come in order and none is left out.
+    Each of several ``ranks`` gets its share of every batch.
     """
 
     def __init__(
@@ -38,11 +40,12 @@ class Batches:
         indices: npt.NDArray[np.int64],
         batch_size: int,
         seed: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._tiles_NHWC, self._labels = tiles.tiles_NHWC, tiles.labels
         self._indices = indices
         self._batch_size = min(batch_size, len(indices))
-        self._seed = seed
+        self._seed, self._ranks = seed, ranks
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -53,8 +56,14 @@ class Batches:
         order = self._indices
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self.epoch]).permutation(order)
-        for number in range(len(self)):
-            rows = order[number * self._batch_size : (number + 1) * self._batch_size]
+        starts = np.arange(1, len(self)) * self._batch_size
+        if self._seed is not None:
+            order = order[: len(self) * self._batch_size]
+        parts = np.split(order, starts)
+        if self._seed is None and self._ranks.world > 1:
+            parts = np.array_split(order, len(self))  # no rank is left without a tile
+        for part in parts:
+            rows = part[self._ranks.rank :: self._ranks.world]
             tiles_NHWC = torch.from_numpy(self._tiles_NHWC[rows])
             yield tiles_NHWC.permute(0, 3, 1, 2), torch.from_numpy(self._labels[rows])
 
@@ -62,16 +71,19 @@ class Batches:
 class TileData(lightning.LightningDataModule):
     """The folds of one split over one pack."""
 
-    def __init__(self, pack: Pack, split: Split, *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, pack: Pack, split: Split, *, batch_size: int, seed: int, ranks: Ranks = ALONE
+    ) -> None:
         super().__init__()
-        self._pack, self._split = pack, split
+        self._pack, self._split, self._ranks = pack, split, ranks
         self._batch_size, self._seed = batch_size, seed
 
     def train_dataloader(self) -> Batches:
-        return Batches(self._pack, self._split.indices("train"), self._batch_size, self._seed)
+        rows = self._split.indices("train")
+        return Batches(self._pack, rows, self._batch_size, self._seed, self._ranks)
 
     def val_dataloader(self) -> Batches:
-        return Batches(self._pack, self._split.indices("val"), EVAL_BATCH)
+        return Batches(self._pack, self._split.indices("val"), EVAL_BATCH, ranks=self._ranks)
 
     def test_dataloader(self) -> Batches:
         return Batches(self._pack, self._split.indices("test"), EVAL_BATCH)

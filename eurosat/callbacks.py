@@ -230,8 +230,9 @@ class Resume(lightning.Callback):
     """
 
     def __init__(
-        self, saved: Unfinished, run: Run, compute: Compute, state: Mapping[str, Any] | None
+        self, saved: Unfinished | None, run: Run, compute: Compute, state: Mapping[str, Any] | None
     ) -> None:
+        """``saved`` is None for all of several processes but the first: they only restore."""
         self._saved, self._run, self._compute, self._state = saved, run, compute, state
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -258,6 +259,8 @@ class Resume(lightning.Callback):
     def on_train_epoch_end(
         self, trainer: lightning.Trainer, module: lightning.LightningModule
     ) -> None:
+        if self._saved is None:
+            return
         self._run.flush()  # what is not trained again is not logged again
         self._saved.save(
             {

@@ -74,6 +74,8 @@ class ModelConfig:
     """Any name that ``timm.create_model`` takes."""
     input_size: int | None = None
     """Height and width the network sees, tiles resized in the graph; None leaves them."""
+    norm: Literal["batch", "group"] = "batch"
+    """Group norm does not depend on the batch (Wu & He 2018); for ResNets."""
     drop_rate: float = 0.0
     """Dropout before the head, in [0, 1)."""
 
@@ -137,6 +139,8 @@ class AugmentConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
     epochs: int = 36
+    devices: int = 1
+    """Processes that train together, each on a GPU or on its share of the cores."""
     small_size: int | None = None
     """Height and width the network sees in the first epochs, when detail matters least."""
     small_share: float = 0.6
@@ -152,6 +156,7 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _within("trainer.epochs", self.epochs, 1, 10_000)
+        _within("trainer.devices", self.devices, 1, 4096)
         if self.small_size is not None:
             _within("trainer.small_size", self.small_size, 16, 1024)
         _within("trainer.small_share", self.small_share, 0, 0.99)
@@ -173,11 +178,18 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    launcher: Literal["local", "ray"] = "local"
+    """Where the processes run: on this machine, or as workers of Ray Train."""
     experiment: str = "eurosat"
     """MLflow experiment. Not part of the digest."""
 
     def __post_init__(self) -> None:
         _within("seed", self.seed, 0, 2**31)
+        if self.optim.batch_size % self.trainer.devices:
+            raise ConfigError(
+                f"optim.batch_size={self.optim.batch_size} cannot be shared evenly by "
+                f"trainer.devices={self.trainer.devices}: take a multiple"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

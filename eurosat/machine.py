@@ -63,12 +63,13 @@ def hardware() -> str:
 
 
 @lru_cache
-def choose_compute(spec: "NetworkSpec", precision: str) -> Compute:
+def choose_compute(spec: "NetworkSpec", precision: str, *, probe: bool = True) -> Compute:
     """Take a GPU where there is one; on a CPU time a few training steps in each mode.
 
     ``precision`` is 'fp32', 'bf16' or 'auto'; the choice and its speeds are logged, once a
     process. The mode that this processor was built for is left only for one that is
     CLEARLY_FASTER: on a machine shared with others a probe of two seconds is a rough guide.
+    Without ``probe`` it is taken untried, as by several processes that must choose alike.
     """
     import torch
 
@@ -82,6 +83,8 @@ def choose_compute(spec: "NetworkSpec", precision: str) -> Compute:
     ]
     bf16 = precision == "bf16" or (precision == "auto" and _has_bf16())
     usual = Compute(device="cpu", bf16=bf16, channels_last=True)
+    if not probe:
+        return usual
     speeds = _images_per_s(spec, modes)
     fastest = max(modes, key=lambda mode: speeds[mode])
     chosen = fastest if speeds[fastest] > CLEARLY_FASTER * speeds[usual] else usual

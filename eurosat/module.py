@@ -46,12 +46,15 @@ class Classifier(lightning.LightningModule):
             logits, targets_NK, label_smoothing=self._optim.label_smoothing
         )
         value = float(loss.detach())
-        if not math.isfinite(value):
+        if not math.isfinite(value) and self.global_rank == 0:  # the others learn it next step
             raise NonFiniteLoss(
                 f"the loss is {value} at step {self.global_step} with optim.lr={self._optim.lr:g}: "
                 "lower it, or set optim.clip_norm=1"
             )
-        self.log("train_loss", loss.detach(), on_step=True, on_epoch=True, batch_size=len(labels))
+        self.log(
+            "train_loss", loss.detach(), on_step=True, on_epoch=True, batch_size=len(labels),
+            sync_dist=self.trainer.world_size > 1,
+        )  # fmt: skip
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
@@ -59,7 +62,8 @@ class Classifier(lightning.LightningModule):
         logits = self.network(tiles_NCHW).float()
         right = (logits.argmax(dim=1) == labels).float().mean()
         loss = functional.cross_entropy(logits, labels)
-        self.log_dict({"val_loss": loss, "val_accuracy": right}, batch_size=len(labels))
+        merits = {"val_loss": loss, "val_accuracy": right}
+        self.log_dict(merits, batch_size=len(labels), sync_dist=self.trainer.world_size > 1)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.network, self._optim)

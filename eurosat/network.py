@@ -1,6 +1,7 @@
 """A timm backbone that takes pixels as they are stored and knows its own normalisation."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch.nn import functional
 
 from eurosat.errors import ModelError
 
+GROUPS = 32
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkSpec:
@@ -25,6 +28,8 @@ class NetworkSpec:
     tile_size: tuple[int, int]
     """Height and width of the tiles it was trained on."""
     input_size: int | None
+    norm: str
+    """'batch' or 'group'."""
     drop_rate: float
     mean: tuple[float, ...]
     """Of each band, on the scale of the pixels: 0 to 255."""
@@ -105,11 +110,18 @@ def check_name(name: str) -> None:
         )
 
 
+def group_norm(channels: int, **where: Any) -> nn.Module:
+    """As many as 32 groups, as in Wu & He (2018)."""
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels, **where)
+
+
 def _backbone(spec: NetworkSpec) -> nn.Module:
     check_name(spec.name)
     arguments: dict[str, Any] = {
         "num_classes": len(spec.classes), "in_chans": spec.bands, "drop_rate": spec.drop_rate,
     }  # fmt: skip
+    if spec.norm == "group":
+        arguments["norm_layer"] = group_norm
     try:
         return timm.create_model(spec.name, **arguments)
     except Exception as error:

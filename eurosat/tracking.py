@@ -119,6 +119,27 @@ class Run:
         return explained(f"run {self.run_id}")
 
 
+class Unlogged(Run):
+    """A run that keeps nothing: of the processes beside the one that logs."""
+
+    def __init__(self) -> None:
+        self.run_id = self.experiment_id = ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
+    def flush(self) -> None: ...
+    def log_params(self, params: Mapping[str, Any]) -> None: ...
+    def set_tags(self, tags: Mapping[str, object]) -> None: ...
+    def log_file(self, file: Path, folder: str | None = None) -> None: ...
+    def log_folder(self, folder: Path, into: str | None = None) -> None: ...
+    def log_text(self, text: str, path: str) -> None: ...
+    def finish(self, status: Status) -> None: ...
+
+
+def attach(run_id: str, experiment_id: str) -> Run:
+    """A run that another process has opened and will end."""
+    return Run(_client(), run_id, experiment_id)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FinishedRun:
     """What the server holds of a run."""

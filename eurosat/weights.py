@@ -64,6 +64,7 @@ def create(
         bands=bands,
         tile_size=tile_size,
         input_size=config.input_size,
+        norm=config.norm,
         drop_rate=config.drop_rate,
         mean=tuple(mean),
         std=tuple(std),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from eurosat import cli, logs, tracking, train
 from eurosat.config import TrainConfig, build, compose
 from eurosat.errors import ConfigError, EuroSATError, NonFiniteLoss
+from eurosat.prepare import Prepared, prepare
 from eurosat.progress import STYLE, bar
 from experiments import space as spaces
 
@@ -105,7 +106,7 @@ def sweep(settings: SweepConfig, overrides: tuple[str, ...], parent: tracking.Ru
         EuroSATError: no trial finished, or a worker died.
     """
     config = compose(overrides)
-    data = train.prepare(config)
+    data = prepare(config)
     search = spaces.load(settings.space)
     compose([*overrides, *as_overrides({key: _any_of(one) for key, one in search.items()})])
     parent.set_tags({**data.tags, "kind": "sweep", "config.digest": config.digest})
@@ -186,9 +187,11 @@ def _sampler(settings: SweepConfig, worker: int) -> "optuna.samplers.BaseSampler
 
 
 def _objective(
-    job: Job, data: train.Prepared, estimate: Estimate | None, number: int, threads: int = 0
+    job: Job, data: Prepared, estimate: Estimate | None, number: int, threads: int = 0
 ) -> Callable[["optuna.Trial"], float]:
     import optuna
+
+    from eurosat import launch
 
     search = spaces.load(job.sweep.space)
 
@@ -215,7 +218,7 @@ def _objective(
             trial.set_user_attr("run_id", run.run_id)
             train.describe(config, data, run)
             try:
-                return train.fit(config, data, run, on_epoch).best["val_accuracy"]
+                return launch.fit(config, data, run, on_epoch).best["val_accuracy"]
             except NonFiniteLoss as error:
                 log.warning("%s: %s", label, error)
                 raise
@@ -280,7 +283,7 @@ def _take_trials(job: Job, worker: int, taken: Any) -> int:
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # tracebacks of failed trials
     from eurosat.machine import cores
 
-    data = train.prepare(compose(job.overrides))
+    data = prepare(compose(job.overrides))
     study = optuna.load_study(
         study_name=job.study, storage=job.sweep.storage, sampler=_sampler(job.sweep, worker)
     )

@@ -11,8 +11,8 @@ import pytest
 from eurosat import cli
 from eurosat.config import TrainConfig, compose
 from eurosat.pack import Pack, open_pack
+from eurosat.prepare import Prepared
 from eurosat.split import make_split
-from eurosat.train import Prepared
 from tests.offline import sitecustomize
 
 OFFLINE = str(Path(__file__).parent / "offline")

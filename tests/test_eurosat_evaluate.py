@@ -11,7 +11,7 @@ from eurosat.config import compose
 from eurosat.errors import DataError
 from eurosat.metrics import Floats, Labels, surprise
 from eurosat.pack import Pack
-from eurosat.train import Prepared
+from eurosat.prepare import Prepared
 from tests.conftest import TINY
 
 

@@ -12,7 +12,7 @@ from eurosat import cli, explain, tracking, train
 from eurosat.config import ModelConfig, compose
 from eurosat.errors import DataError
 from eurosat.network import Network
-from eurosat.train import Prepared
+from eurosat.prepare import Prepared
 from eurosat.weights import create
 from tests.conftest import TINY
 

@@ -14,11 +14,12 @@ from eurosat import cli, machine, receipt, tracking, train
 from eurosat.batches import Batches, band_statistics
 from eurosat.config import OptimConfig, TrainConfig, build, compose
 from eurosat.errors import DataError, NonFiniteLoss
+from eurosat.fit import Fitted, fit
 from eurosat.metrics import evaluate as judge
 from eurosat.module import make_optimizer, one_cycle
 from eurosat.pack import Pack
+from eurosat.prepare import Prepared, prepare
 from eurosat.split import make_split
-from eurosat.train import Prepared
 from tests.conftest import TINY
 from tests.test_eurosat_network import build as build_network
 
@@ -67,9 +68,9 @@ def test_a_run_carries_all_that_judges_and_serves_it(
     np.testing.assert_allclose(served, probabilities, atol=1e-4)
 
 
-def quick_fit(config: TrainConfig, data: Prepared) -> train.Fitted:
+def quick_fit(config: TrainConfig, data: Prepared) -> Fitted:
     with tracking.run("e", "r", system_metrics=False) as run:
-        return train.fit(config, data, run)
+        return fit(config, data, run)
 
 
 @pytest.mark.usefixtures("tracking_store")
@@ -131,9 +132,9 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_rate(tiny_data: P
 def test_training_asks_for_the_receipt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = compose([*TINY, f"data.cache={tmp_path}", "data.allow_unvalidated=false"])
     with pytest.raises(DataError, match=r"was never validated: run `python -m expectations"):
-        train.prepare(config)
+        prepare(config)
     told = dataclasses.replace(config.data, allow_unvalidated=True)
-    prepared = train.prepare(dataclasses.replace(config, data=told))
+    prepared = prepare(dataclasses.replace(config, data=told))
     assert prepared.validation == "missing"
     assert "training all the same" in caplog.text
     for success, state in ((False, "failed"), (True, "passed")):
@@ -145,10 +146,10 @@ def test_training_asks_for_the_receipt(tmp_path: Path, caplog: pytest.LogCapture
             tmp_path,
         )  # fmt: skip
         if success:
-            assert train.prepare(config).validation == state
+            assert prepare(config).validation == state
         else:
             with pytest.raises(DataError, match="failed balance"):
-                train.prepare(config)
+                prepare(config)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": "x"}'])

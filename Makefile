@@ -11,7 +11,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow bench-train lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,15 @@ test: .venv/dev ## the tests with coverage (PYTEST_ARGS='-k split' for some)
 test-slow: .venv/dev ## the long forms of the tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
+# Each peer of a benchmark has an environment of its own.
+.venv-torchgeo/done: benchmarks/torchgeo.lock | $(BIN)/uv
+	$(PYTHON) -m venv .venv-torchgeo
+	$(BIN)/uv pip install --python .venv-torchgeo/bin/python --quiet --require-hashes -r $<
+	@touch $@
+
+bench-train: .venv/product .venv-torchgeo/done ## training speed against a plain loop, torchgeo and the bare step
+	$(BIN)/python -m benchmarks.train --torchgeo .venv-torchgeo/bin/python $(BENCH_ARGS)
+
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,6 +79,9 @@ lock: $(BIN)/uv ## compile the locks anew from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --group dev -c requirements.lock --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
 		-o requirements-dev.lock
+	$(BIN)/uv pip compile benchmarks/torchgeo.in -c requirements.lock --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
+		-o benchmarks/torchgeo.lock
 
 clean: ## remove what runs left here: tracking data, studies, Data Docs (not .venv, not the packs)
 	rm -rf mlflow.db mlruns mlartifacts optuna.db data_docs reports/demo.json

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,44 @@ def main_job(report: dict[str, Any]) -> str:
     return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows.items()])
 
 
-TABLES = {"main-job": main_job}
+def results(report: list[dict[str, Any]]) -> str:
+    """One line a recipe and split, the best first."""
+    columns = ["recipe", "split", "seeds", "test accuracy", "8 views", "macro F1", "macro AUPRC"]
+    columns += ["epochs", "minutes a seed", "hardware"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for one in report:
+        spread = "" if one["accuracy_std"] is None else f" ± {one['accuracy_std']:.4f}"
+        cells = [
+            f"`{one['recipe']}`", one["split"], one["n"],
+            f"**{one['accuracy_mean']:.4f}**{spread}", f"{one['tta_accuracy_mean']:.4f}",
+            f"{one['macro_f1_mean']:.4f}", f"{one['macro_auprc_mean']:.4f}", one["epochs"],
+            f"{one['minutes']:.0f}", f"{one['hardware']}, {one['precision']}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", *(f"- `{one['command']}`" for one in report)]
+    return "\n".join(lines)
+
+
+def bench_train(report: dict[str, Any]) -> str:
+    """Images a second of each arm, and how often this project fits into it."""
+    lines = ["| ResNet18, 64 px, batch 64 | images/s | we are times | private memory |"]
+    lines.append("|---|---|---|---|")
+    for one in report["rows"]:
+        lines.append(
+            f"| {one['what']} | {one['images_per_s']:.0f} | {one['ours_is_times']:.2f} "
+            f"| {one['private_gb']:.2f} GB |"
+        )
+    unmet = [f"`{g['name']}` {g['value']} of {g['goal']}" for g in report["goals"] if not g["met"]]
+    told = "All goals met." if not unmet else f"Goals not met: {', '.join(unmet)}."
+    hardware = f"{report['hardware']}; median of {report['n']} interleaved rounds."
+    return "\n".join([*lines, "", f"{told} {hardware}"])
+
+
+TABLES: dict[str, Callable[[Any], str]] = {
+    "main-job": main_job,
+    "results": results,
+    "bench-train": bench_train,
+}
 """Each report with a table, and how it is drawn."""
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -219,6 +221,51 @@ class KeepBest(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._accuracy, self._weights = state_dict["accuracy"], state_dict["weights"]
+
+
+class Profile(lightning.Callback):
+    """Traces some early steps: profile/trace.json for chrome://tracing, and a table."""
+
+    WAIT, WARM, ACTIVE = 3, 2, 5
+    """Steps: the first ones build caches, and each traced one takes 2 MB."""
+    DEAREST = 10
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_train_start(self, *_: Any) -> None:
+        steps = torch.profiler.schedule(
+            wait=self.WAIT, warmup=self.WARM, active=self.ACTIVE, repeat=1
+        )
+        self._profiler = torch.profiler.profile(
+            schedule=steps, on_trace_ready=self._keep, acc_events=True
+        )
+        self._profiler.start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._profiler:
+            self._profiler.step()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._stop()
+
+    def on_exception(self, *_: Any) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._profiler:
+            self._profiler.stop()
+            self._profiler = None
+
+    def _keep(self, profiler: torch.profiler.profile) -> None:
+        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        table = profiler.key_averages().table(sort_by=order, row_limit=self.DEAREST)
+        with tempfile.TemporaryDirectory() as folder:
+            profiler.export_chrome_trace(f"{folder}/trace.json")
+            self._run.log_file(Path(folder) / "trace.json", "profile")
+        self._run.log_text(str(table), "profile/operators.txt")
+        log.info("profiled %d steps: profile/ in the run", self.ACTIVE)
 
 
 class Resume(lightning.Callback):

@@ -51,6 +51,8 @@ class DataConfig:
     """The uint16 value that becomes 255, the one that EuroSAT's own JPEGs were made with."""
     protocol: str = "60/20/20"
     split_seed: int = 0
+    per_class: int | None = None
+    """Training tiles of each class, a nested and seeded draw; None takes all."""
     allow_unvalidated: bool = False
     """Train although validation failed or was never run; recorded in the run."""
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
@@ -62,6 +64,13 @@ class DataConfig:
             )
         _within("data.reflectance_max", self.reflectance_max, 1, 65535)
         _within("data.split_seed", self.split_seed, 0, 2**31)
+        if self.per_class is not None:
+            _within("data.per_class", self.per_class, 1, 1_000_000)
+
+    @property
+    def split(self) -> tuple[str, int, int | None]:
+        """What `eurosat.split.make_split` takes beside the table."""
+        return self.protocol, self.split_seed, self.per_class
 
     @property
     def cache_dir(self) -> Path:
@@ -180,6 +189,8 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     launcher: Literal["local", "ray"] = "local"
     """Where the processes run: on this machine, or as workers of Ray Train."""
+    profile: bool = False
+    """Leave a trace and the dearest operators with the run. Not part of the digest."""
     experiment: str = "eurosat"
     """MLflow experiment. Not part of the digest."""
 
@@ -198,7 +209,12 @@ class TrainConfig:
     def digest(self) -> str:
         """sha256 of what decides the result: names of places on this machine left out."""
         decisive = self.as_dict()
-        del decisive["experiment"], decisive["data"]["root"], decisive["data"]["cache"]
+        del (
+            decisive["experiment"],
+            decisive["profile"],
+            decisive["data"]["root"],
+            decisive["data"]["cache"],
+        )
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 

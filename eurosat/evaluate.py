@@ -104,7 +104,7 @@ def recorded_fold(run_id: str, fold: str) -> tuple["Pack", "npt.NDArray[np.int64
 
     config, tags = recorded_config(run_id), tracking.get(run_id).tags
     pack = open_pack(config.data)
-    split = make_split(pack.table, config.data.protocol, config.data.split_seed)
+    split = make_split(pack.table, *config.data.split)
     for name, now in (
         ("data.fingerprint", pack.fingerprint),
         ("split.fingerprint", split.fingerprint),

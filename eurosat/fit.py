@@ -5,6 +5,7 @@ import signal
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +50,13 @@ def fit(
     on_epoch: EpochHook | None = None,
     saved: Unfinished | None = None,
     ranks: Ranks = ALONE,
+    further: Sequence[lightning.Callback] = (),
 ) -> Fitted:
     """Train on the train fold, choosing by the val fold alone; logs metrics as they come.
 
     With ``saved`` the state is kept there after each epoch, and taken up from there. As one of
     several ``ranks`` it trains on its share of every batch; only the first logs and saves.
+    ``further`` callbacks watch it.
 
     Raises:
         NonFiniteLoss: training diverged.
@@ -96,6 +99,8 @@ def fit(
         extra.append(callbacks.MovingAverage(config.optim.ema))
     if config.trainer.patience:
         extra.append(EarlyStopping("val_accuracy", mode="max", patience=config.trainer.patience))
+    if config.profile and ranks.first:
+        extra.append(callbacks.Profile(run))
     resume = [callbacks.Resume(saved if ranks.first else None, run, compute, state)]
     trainer = lightning.Trainer(
         accelerator="gpu" if compute.device == "cuda" else "cpu",
@@ -104,7 +109,7 @@ def fit(
         strategy=_strategy(config, compute, ranks),
         precision="bf16-mixed" if compute.bf16 else "32-true",
         max_epochs=config.trainer.epochs,
-        callbacks=[*extra, watch, *(resume if saved else [])],
+        callbacks=[*extra, watch, *further, *(resume if saved else [])],
         logger=callbacks.RunLogger(run) if ranks.first else False,
         log_every_n_steps=min(LOG_EVERY_STEPS, len(loaders.train_dataloader())),
         gradient_clip_val=config.optim.clip_norm or None,

@@ -81,7 +81,7 @@ def choose_compute(spec: "NetworkSpec", precision: str, *, probe: bool = True) -
         for bf16, channels_last in ((False, False), (False, True), (True, True))
         if precision == "auto" or bf16 == (precision == "bf16")
     ]
-    bf16 = precision == "bf16" or (precision == "auto" and _has_bf16())
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16())
     usual = Compute(device="cpu", bf16=bf16, channels_last=True)
     if not probe:
         return usual
@@ -93,7 +93,7 @@ def choose_compute(spec: "NetworkSpec", precision: str, *, probe: bool = True) -
     return chosen
 
 
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
     """Whether the processor multiplies bf16 matrices itself (AVX-512 BF16 or AMX)."""
     import torch
 

@@ -1,7 +1,6 @@
 """The Lightning module: loss, optimiser, schedule, and what is logged."""
 
 import math
-import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,15 +100,27 @@ def make_optimizer(network: Network, config: OptimConfig) -> Optimizer:
 
 
 def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, per stage of the backbone where rates differ."""
+    """Parameters with and without weight decay, per stage of the backbone where rates differ.
+
+    The head stands apart: while it learns alone, the momentum of all others is not there yet, and
+    a fused step takes groups that have it or have it not.
+    """
     from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 
     decay = config.weight_decay
+    groups: list[dict[str, Any]]
     if config.layer_decay < 1:
         groups = param_groups_layer_decay(network.backbone, decay, layer_decay=config.layer_decay)
     else:
         groups = param_groups_weight_decay(network, decay)
-    return typing.cast("list[dict[str, Any]]", groups)
+    backbone: Any = network.backbone
+    head = {id(p) for p in backbone.get_classifier().parameters()}
+    parts = []
+    for group in groups:
+        for in_head in (False, True):
+            some = [p for p in group["params"] if (id(p) in head) == in_head]
+            parts += [{**group, "params": some}] if some else []
+    return parts
 
 
 @torch.inference_mode()

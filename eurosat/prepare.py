@@ -40,7 +40,7 @@ def prepare(config: TrainConfig) -> Prepared:
     """
     pack = open_pack(config.data)
     validation = receipt.require(pack.fingerprint, config.data)
-    split = make_split(pack.table, config.data.protocol, config.data.split_seed)
+    split = make_split(pack.table, *config.data.split)
     log.info(
         "%d tiles, %d classes, %d bands, data %s; %s split %s; %d exact, %d near duplicates kept "
         "together; validation %s",

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FOLDS = ("train", "val", "test")
+UNUSED = "unused"
+"""The fold of training tiles that ``per_class`` leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,14 +34,17 @@ class Split:
         return np.flatnonzero(self.folds == fold)
 
 
-def make_split(table: "pd.DataFrame", protocol: str = "60/20/20", seed: int = 0) -> Split:
+def make_split(
+    table: "pd.DataFrame", protocol: str = "60/20/20", seed: int = 0, per_class: int | None = None
+) -> Split:
     """Deal groups of duplicates to folds, class by class.
 
     A class of n tiles gives each fold its share to within one group. A group takes the class
-    of its first tile.
+    of its first tile. With ``per_class`` that many training tiles of each class are kept, and
+    fewer are always among more; validation and test folds stay as they are.
 
     Raises:
-        DataError: a class has too few groups to stand in every fold.
+        DataError: a class has too few groups to stand in every fold, or too few for per_class.
     """
     group, labels = table["group"].to_numpy(np.int64), table["class"].to_numpy()
     folds = np.empty(len(table), dtype=object)
@@ -56,6 +61,8 @@ def make_split(table: "pd.DataFrame", protocol: str = "60/20/20", seed: int = 0)
         for fold, groups in zip(FOLDS, dealt, strict=True):
             folds[np.isin(group, groups)] = fold
     check_split(group, folds)
+    if per_class is not None:
+        _leave_out(folds, labels, per_class, seed)
     return Split(
         protocol=protocol,
         seed=seed,
@@ -63,6 +70,20 @@ def make_split(table: "pd.DataFrame", protocol: str = "60/20/20", seed: int = 0)
         fingerprint=split_fingerprint(list(table["path"]), list(folds)),
         grouped=int((group != np.arange(len(group))).sum()),
     )
+
+
+def _leave_out(
+    folds: npt.NDArray[np.object_], labels: npt.NDArray[Any], per_class: int, seed: int
+) -> None:
+    for number, name in enumerate(sorted(set(labels))):
+        rows = np.flatnonzero((labels == name) & (folds == "train"))
+        if len(rows) < per_class:
+            raise DataError(
+                f"class {name} has {len(rows)} training tiles, fewer than "
+                f"data.per_class={per_class}: ask for fewer"
+            )
+        order = np.random.default_rng([seed, number, 1]).permutation(rows)
+        folds[order[per_class:]] = UNUSED
 
 
 def split_fingerprint(paths: Sequence[str], folds: Sequence[str]) -> str:

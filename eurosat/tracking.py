@@ -150,6 +150,8 @@ class FinishedRun:
     params: Mapping[str, str] = field(repr=False)
     metrics: Mapping[str, float] = field(repr=False)
     tags: Mapping[str, str] = field(repr=False)
+    seconds: float
+    """From its start to its end, or to now where it goes on."""
 
 
 @contextmanager
@@ -207,6 +209,7 @@ def get(run_id: str) -> FinishedRun:
         params=found.data.params,
         metrics=found.data.metrics,
         tags=found.data.tags,
+        seconds=(found.info.end_time or time.time() * 1000) / 1000 - found.info.start_time / 1000,
     )
 
 
@@ -292,17 +295,27 @@ def latest_run(experiment: str, *, kind: str) -> str:
     Raises:
         TrackingError: there is none.
     """
+    if not (found := _search(experiment, f"tags.kind = '{kind}'")):
+        raise TrackingError(f"experiment {experiment} has no run of kind {kind}")
+    return found[0]
+
+
+def finished_runs(experiment: str, tags: Mapping[str, str]) -> list[str]:
+    """Ids of the runs with these tags that ended well, the latest first."""
+    wanted = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    return _search(experiment, " AND ".join([*wanted, "attributes.status = 'FINISHED'"]))
+
+
+def _search(experiment: str, wanted: str) -> list[str]:
     with explained(f"experiment {experiment}"):
         client = _client()
         found = client.search_runs(
             [_experiment_id(client, experiment)],
-            f"tags.kind = '{kind}'",
+            wanted,
             order_by=["attributes.start_time DESC"],
-            max_results=1,
+            max_results=100,
         )
-    if not found:
-        raise TrackingError(f"experiment {experiment} has no run of kind {kind}")
-    return str(found[0].info.run_id)
+    return [str(run.info.run_id) for run in found]
 
 
 def alias_version(model: str, alias: str) -> str | None:

@@ -3,10 +3,12 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from eurosat import cli
 from eurosat.config import CONF, TrainConfig, build, compose
 from eurosat.errors import ConfigError
+from eurosat.tracking import flatten
 
 
 @pytest.mark.parametrize("recipe", sorted(file.stem for file in (CONF / "recipe").glob("*.yaml")))
@@ -111,3 +113,13 @@ def test_an_argument_that_is_not_key_value_is_refused(argument: str) -> None:
 def test_an_unknown_log_level_is_refused() -> None:
     with pytest.raises(ConfigError, match="'loud' is not one of debug"):
         cli.overrides(["log_level=loud"], "usage")
+
+
+@pytest.mark.parametrize("recipe", sorted(f.stem for f in (CONF / "recipe").glob("*.yaml")))
+def test_what_a_recipe_says_is_what_is_trained(recipe: str) -> None:
+    """Hydra lets a later file of the defaults list win, whatever it says."""
+    said = yaml.safe_load((CONF / "recipe" / f"{recipe}.yaml").read_text())
+    said.pop("defaults", None)
+    composed = flatten(compose([f"recipe={recipe}"]).as_dict())
+    for key, value in flatten(said).items():
+        assert composed[key] == value, key

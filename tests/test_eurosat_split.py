@@ -42,6 +42,23 @@ def test_a_split_is_the_same_for_a_seed_and_another_for_another() -> None:
     assert make_split(tiles, seed=3).fingerprint != make_split(tiles, seed=4).fingerprint
 
 
+def test_few_labels_are_drawn_evenly_nested_and_by_seed_from_the_train_fold_alone() -> None:
+    tiles = table({"a": 50, "b": 80})
+    whole = make_split(tiles)
+    few, more = (make_split(tiles, per_class=count) for count in (5, 20))
+    for split, count in ((few, 5), (more, 20)):
+        kept = split.indices("train")
+        assert [int((tiles["class"].iloc[kept] == name).sum()) for name in "ab"] == [count] * 2
+        for fold in ("val", "test"):
+            np.testing.assert_array_equal(split.indices(fold), whole.indices(fold))
+    assert set(few.indices("train")) < set(more.indices("train")) < set(whole.indices("train"))
+    assert len({few.fingerprint, more.fingerprint, whole.fingerprint}) == 3
+    other = make_split(tiles, seed=1, per_class=5)
+    assert set(other.indices("train")) != set(few.indices("train"))
+    with pytest.raises(DataError, match="class a has 30 training tiles, fewer than .*per_class=31"):
+        make_split(tiles, per_class=31)
+
+
 def test_adding_a_class_leaves_the_folds_of_those_before_it() -> None:
     small, large = table({"a": 50, "b": 50}), table({"a": 50, "b": 50, "c": 50})
     np.testing.assert_array_equal(make_split(small).folds, make_split(large).folds[:100])

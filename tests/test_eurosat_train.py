@@ -10,13 +10,14 @@ import pytest
 import torch
 import yaml
 
-from eurosat import cli, machine, receipt, tracking, train
+from eurosat import cli, machine, receipt, tracking, train, weights
 from eurosat.batches import Batches, band_statistics
 from eurosat.config import OptimConfig, TrainConfig, build, compose
 from eurosat.errors import DataError, NonFiniteLoss
 from eurosat.fit import Fitted, fit
 from eurosat.metrics import evaluate as judge
 from eurosat.module import make_optimizer, one_cycle
+from eurosat.network import save
 from eurosat.pack import Pack
 from eurosat.prepare import Prepared, prepare
 from eurosat.split import make_split
@@ -102,6 +103,68 @@ def test_every_setting_trains(tiny_data: Prepared, changes: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("tracking_store")
+def test_a_profile_is_one_flag(tiny_data: Prepared) -> None:
+    config = compose([*TINY, "profile=true"])
+    assert config.digest == compose(TINY).digest
+    with tracking.run("e", "r", system_metrics=False) as run:
+        fit(config, tiny_data, run)
+    with tracking.artifact(run.run_id, "profile") as folder:
+        assert "conv" in (folder / "operators.txt").read_text()
+        assert (folder / "trace.json").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("tracking_store")
+@pytest.mark.parametrize("changes", [["optim.freeze_epochs=1"], ["optim.layer_decay=0.5"]])
+def test_trained_weights_beat_a_start_from_scratch_at_an_equal_budget(
+    tiny_data: Prepared, tmp_path: Path, changes: list[str]
+) -> None:
+    """The weights come from other synthetic tiles of the same classes."""
+    elsewhere = prepare(compose([*TINY, "data.synthetic.seed=9", "data.synthetic.tiles=1000"]))
+    with tracking.run("e", "r", system_metrics=False) as run:
+        config = compose([*TINY, "data.synthetic.seed=9", "trainer.epochs=6"])
+        save(fit(config, elsewhere, run).network, tmp_path / "w.safetensors")
+    given = [*TINY, "trainer.epochs=2", "augment.cutmix=0"]
+    scratch = quick_fit(compose(given), tiny_data)
+    tuned = quick_fit(
+        compose([*given, f"weights={tmp_path / 'w.safetensors'}", *changes]), tiny_data
+    )
+    assert tuned.best["val_accuracy"] > scratch.best["val_accuracy"] + 0.1
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_the_head_learns_first_and_the_backbone_stands_still(tiny_data: Prepared) -> None:
+    config = compose([*TINY, "trainer.epochs=1", "optim.freeze_epochs=1", "optim.ema=0"])
+    torch.manual_seed(0)
+    before = weights.create(
+        config.model, "none", classes=tiny_data.pack.classes, bands=3, tile_size=(32, 32),
+        mean=[0.0] * 3, std=[1.0] * 3,
+    )  # fmt: skip
+    save(before, Path("start.safetensors"))
+    config = dataclasses.replace(config, weights="start.safetensors")
+    after = quick_fit(config, tiny_data).network.backbone.state_dict()
+    for name, value in before.backbone.state_dict().items():
+        assert torch.equal(value, after[name]) == (not name.startswith("fc.")), name
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_small_inputs_come_first_and_full_ones_judge(
+    tiny_data: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, int]] = []
+
+    def watched(pictures: torch.Tensor, size: tuple[int, int], **how: object) -> torch.Tensor:
+        seen.append((torch.is_grad_enabled(), size[0]))
+        return torch.nn.functional.adaptive_avg_pool2d(pictures, size)
+
+    monkeypatch.setattr("eurosat.network.functional.interpolate", watched)
+    sizes = ["model.input_size=48", "trainer.small_size=24", "trainer.small_share=0.5"]
+    quick_fit(compose([*TINY, *sizes]), tiny_data)
+    trained = [size for training, size in seen if training]
+    assert trained[-12:] == [24] * 6 + [48] * 6, "after the probe, six steps an epoch"
+    assert {size for training, size in seen if not training} == {48}
+
+
+@pytest.mark.usefixtures("tracking_store")
 def test_training_learns(tiny_data: Prepared) -> None:
     config = compose([*TINY, "trainer.epochs=12", "augment.cutmix=0"])
     fitted = quick_fit(config, tiny_data)
@@ -171,11 +234,13 @@ def test_the_schedule_rises_to_its_peak_and_falls_to_nothing() -> None:
 
 
 def test_weight_decay_leaves_biases_and_norms_alone() -> None:
-    optimizer = make_optimizer(build_network(), OptimConfig(weight_decay=0.1))
-    free, decayed = optimizer.param_groups
-    assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0)
-    assert all(p.ndim > 1 for p in decayed["params"])
-    assert all(p.ndim == 1 for p in free["params"])
+    network = build_network()
+    optimizer = make_optimizer(network, OptimConfig(weight_decay=0.1))
+    for group in optimizer.param_groups:
+        assert all(p.ndim > 1 for p in group["params"]) == (group["weight_decay"] == 0.1)
+        assert all(p.ndim == 1 for p in group["params"]) == (group["weight_decay"] == 0)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, network.parameters()))
 
 
 def test_every_epoch_sees_each_tile_once_in_an_order_of_its_own(tiny_pack: Pack) -> None:

@@ -1,0 +1,167 @@
+"""bench-train: training speed against a plain loop, torchgeo and the bare step, interleaved.
+
+`python -m benchmarks.train [--torchgeo PYTHON] [--rounds 5] [--seconds 12]`
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import reports
+from eurosat import logs, machine
+from eurosat.config import compose
+from eurosat.prepare import prepare
+from eurosat.progress import track
+from eurosat.sources import open_source
+
+TOLD = {
+    "plain": "Lightning, ImageFolder, transforms a picture, 2 workers",
+    "plain-bf16": "the same with bf16 and channels_last",
+    "torchgeo": "torchgeo's ClassificationTask and data module, 2 workers",
+    "ours": "this project, with augmentation, moving average and tracking",
+    "ceiling": "the step alone on random tensors",
+}
+
+
+def write_tiles(folder: Path) -> int:
+    """The train fold as JPEG and GeoTIFF files for the peers; returns the number of tiles."""
+    import rasterio
+
+    config = compose(["data=eurosat", "data.allow_unvalidated=true"])
+    data, source = prepare(config), open_source(config.data)
+    tif = folder / "geotiff/ds/images/remote_sensing/otherDatasets/sentinel_2/tif"
+    rows = data.split.indices("train")
+    names = []
+    for row in track(rows, len(rows), "writing the tiles for the peers", "tiles"):
+        path = data.pack.table["path"].iloc[row]
+        for place in (folder / "jpeg" / path, (tif / path).with_suffix(".tif")):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "jpeg" / path).write_bytes(source.read(path))
+        pixels_CHW = np.moveaxis(data.pack.tiles_NHWC[row], -1, 0)
+        with rasterio.open(
+            (tif / path).with_suffix(".tif"), "w", driver="GTiff", dtype="uint16",
+            count=3, height=pixels_CHW.shape[1], width=pixels_CHW.shape[2],
+        ) as file:  # fmt: skip
+            file.write(pixels_CHW.astype(np.uint16))
+        names.append(Path(path).name)
+    for split in ("train", "val", "test"):
+        (folder / f"geotiff/eurosat-{split}.txt").write_text("\n".join(names))
+    return len(rows)
+
+
+@contextmanager
+def arm(name: str, python: str, folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process that stands ready to train."""
+    environment = os.environ | {"PYTHONPATH": str(reports.ROOT), "EUROSAT_PROGRESS": "lines"}
+    with (folder / f"{name}.log").open("w") as said:
+        process = subprocess.Popen(
+            [python, "-m", "benchmarks.train_arms", name, str(folder)], cwd=reports.ROOT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment,
+        )  # fmt: skip
+        try:
+            if not answer(process).get("ready"):
+                last = (folder / f"{name}.log").read_text()[-2000:]
+                sys.exit(f"error: arm {name} did not start:\n{last}")
+            print(f"{name} stands ready", flush=True)
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    """The next line of JSON; whatever else an arm prints is passed over."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{"):
+            told: dict[str, Any] = json.loads(line)
+            return told
+    return {}
+
+
+def turn(process: "subprocess.Popen[str]", seconds: float) -> dict[str, Any]:
+    assert process.stdin is not None
+    process.stdin.write(f"go {seconds}\n")
+    process.stdin.flush()
+    return answer(process)
+
+
+def measure(
+    names: Sequence[str], pythons: dict[str, str], folder: Path, rounds: int, seconds: float
+) -> dict[str, list[dict[str, Any]]]:
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        arms = {name: stack.enter_context(arm(name, pythons[name], folder)) for name in names}
+        taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        for number in range(rounds):
+            shift = number % len(names)
+            for name in [*names[shift:], *names[:shift]]:
+                told = turn(arms[name], seconds)
+                taken[name].append(told)
+                rate = told["images"] / told["seconds"]
+                print(f"round {number + 1} of {rounds}: {name} {rate:,.0f} images/s", flush=True)
+    return taken
+
+
+def ratio(taken: dict[str, list[dict[str, Any]]], one: str, other: str) -> float:
+    """Median over the rounds of the ratio within a round."""
+    speeds = [[told["images"] / told["seconds"] for told in taken[name]] for name in (one, other)]
+    return float(statistics.median(a / b for a, b in zip(*speeds, strict=True)))
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--torchgeo", help="python of an environment with torchgeo")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=12)
+    args = parser.parse_args(argv)
+    logs.setup("info")
+    names = [name for name in TOLD if name != "torchgeo" or args.torchgeo]
+    pythons = dict.fromkeys(names, sys.executable)
+    if args.torchgeo:
+        pythons["torchgeo"] = args.torchgeo
+    started = reports.now()
+    with tempfile.TemporaryDirectory() as temporary:
+        tiles = write_tiles(Path(temporary))
+        taken = measure(names, pythons, Path(temporary), args.rounds, args.seconds)
+    plain_goal = 3.5 if machine.has_bf16() else 2.2
+    goals = [
+        reports.goal("train.vs_plain_lightning", ratio(taken, "ours", "plain"), plain_goal),
+        reports.goal("train.vs_ceiling", ratio(taken, "ours", "ceiling"), 0.92),
+        reports.goal("train.private_gb", taken["ours"][-1]["private_gb"], 1.5, at_most=True),
+    ]
+    if args.torchgeo:
+        goals.append(reports.goal("train.vs_torchgeo", ratio(taken, "ours", "torchgeo"), 3.5))
+    rows = []
+    for name in names:
+        speeds = [told["images"] / told["seconds"] for told in taken[name]]
+        rows.append(
+            {
+                "arm": name,
+                "images_per_s": round(statistics.median(speeds), 1),
+                "low": round(min(speeds), 1),
+                "high": round(max(speeds), 1),
+                "ours_is_times": round(ratio(taken, "ours", name), 2),
+                "private_gb": round(taken[name][-1]["private_gb"], 2),
+                "what": TOLD[name],
+            }
+        )
+    reports.write(
+        "train", started=started, n=args.rounds, goals=goals, rows=rows, tiles=tiles,
+        seconds_per_turn=args.seconds,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,160 @@
+"""One arm of bench-train in a process of its own: `python -m benchmarks.train_arms ARM FOLDER`.
+
+All train the same ResNet18 (timm, from scratch) with SGD on the same 16,200 tiles of 64 px, in
+batches of 64, on as many threads.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.turns import Turns, TurnsCallback
+
+BATCH = 64
+WORKERS = 2
+EPOCHS = 1000
+"""More than any benchmark trains: the arm is stopped."""
+SIZE, CLASSES = 64, 10
+
+
+def plain(folder: Path, *, fast: bool) -> None:
+    """What a newcomer writes: Lightning, ImageFolder, transforms on each picture.
+
+    ``fast`` adds bf16 and channels_last.
+    """
+    import lightning
+    import timm
+    import torch
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
+    class Plain(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = timm.create_model("resnet18", num_classes=CLASSES)
+            if fast:
+                self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+        def training_step(self, batch: Any, _: int) -> torch.Tensor:
+            pictures, labels = batch
+            if fast:
+                pictures = pictures.contiguous(memory_format=torch.channels_last)
+            loss = torch.nn.functional.cross_entropy(self.network(pictures), labels)
+            self.log("train_loss", loss)
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(
+                self.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+            )
+
+    transform = v2.Compose(
+        [
+            v2.RandomHorizontalFlip(),
+            v2.RandomVerticalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.344, 0.380, 0.408], [0.203, 0.137, 0.115]),
+        ]
+    )
+    loader = DataLoader(
+        ImageFolder(str(folder / "jpeg"), transform), BATCH, shuffle=True, drop_last=True,
+        num_workers=WORKERS, persistent_workers=True,
+    )  # fmt: skip
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS, precision="bf16-mixed" if fast else "32-true", logger=False,
+        enable_checkpointing=False, callbacks=[TurnsCallback()], accelerator=accelerator(),
+    )  # fmt: skip
+    trainer.fit(Plain(), loader)
+
+
+def torchgeo(folder: Path) -> None:
+    """Torchgeo's task and data module, over the same tiles as GeoTIFF.
+
+    Its reader knows 13 bands; here the files hold the three that are used, which spares it the
+    reading of ten others.
+    """
+    import lightning
+    from torchgeo.datamodules import EuroSATDataModule
+    from torchgeo.datasets import EuroSAT
+    from torchgeo.trainers import ClassificationTask
+
+    bands = ("B04", "B03", "B02")
+    EuroSAT.all_band_names = bands
+    data = EuroSATDataModule(
+        batch_size=BATCH, num_workers=WORKERS, root=str(folder / "geotiff"), bands=bands
+    )
+    task = ClassificationTask(model="resnet18", weights=None, in_channels=3, num_classes=CLASSES)
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS, logger=False, enable_checkpointing=False, limit_val_batches=0,
+        callbacks=[TurnsCallback()], accelerator=accelerator(),
+    )  # fmt: skip
+    trainer.fit(task, datamodule=data)
+
+
+def ours(_: Path) -> None:
+    """The training of this project as it is: augmentation, moving average, tracking, progress."""
+    from eurosat import tracking
+    from eurosat.config import compose
+    from eurosat.fit import fit
+    from eurosat.prepare import prepare
+
+    config = compose(
+        ["data=eurosat", "recipe=resnet18-quick", f"trainer.epochs={EPOCHS}",
+         f"optim.batch_size={BATCH}", "data.allow_unvalidated=true"]
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as store:
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
+        with tracking.run("bench", "ours") as run:
+            fit(config, prepare(config), run, further=[TurnsCallback()])
+
+
+def ceiling(_: Path) -> None:
+    """The step alone, in this project's mode, over and over on one random batch."""
+    import torch
+
+    from eurosat import machine, network
+    from eurosat.config import compose
+    from eurosat.module import make_optimizer
+
+    torch.set_num_threads(machine.cores())
+    spec = network.NetworkSpec(
+        name="resnet18", classes=tuple("abcdefghij"), bands=3, tile_size=(SIZE, SIZE),
+        input_size=None, norm="batch", drop_rate=0.0, mean=(100.0,) * 3, std=(50.0,) * 3,
+    )  # fmt: skip
+    compute = machine.choose_compute(spec, "auto", probe=False)
+    net = network.untrained(spec).train().to(compute.device)
+    net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
+    optimizer = make_optimizer(net, compose(["recipe=resnet18-quick"]).optim)
+    tiles = torch.rand(BATCH, 3, SIZE, SIZE, device=compute.device) * 255
+    tiles = tiles.contiguous(memory_format=compute.memory_format)
+    labels = torch.randint(0, CLASSES, (BATCH,), device=compute.device)
+    turns = Turns()
+    while True:
+        with compute.autocast():
+            loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        turns.step(BATCH)
+
+
+def accelerator() -> str:
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+ARMS = {
+    "plain": lambda folder: plain(folder, fast=False),
+    "plain-bf16": lambda folder: plain(folder, fast=True),
+    "torchgeo": torchgeo,
+    "ours": ours,
+    "ceiling": ceiling,
+}
+
+if __name__ == "__main__":
+    ARMS[sys.argv[1]](Path(sys.argv[2]))

@@ -1,0 +1,73 @@
+"""Training loops that take turns: each runs when told, for as long as told, and says how fast.
+
+Arms of a benchmark are processes that stand ready, so that they are measured interleaved on one
+machine without paying their imports each time. Needs nothing of this project: it runs in the
+environments of others too.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import Callback
+
+READY_BATCHES = 8
+"""Before the first turn: kernels are chosen and worker processes are up."""
+WARM_BATCHES = 6
+"""At the start of each turn: what loaders fetched ahead while they waited is not counted."""
+
+
+class Turns:
+    """``step(images)`` after each batch; blocks while it is not this arm's turn."""
+
+    def __init__(self) -> None:
+        self._left = READY_BATCHES
+        self._until = 0.0
+        self._running = False
+
+    def step(self, images: int) -> None:
+        now = time.perf_counter()
+        if self._left > 0:
+            self._left -= 1
+            if self._left == 0 and self._running:
+                self._started, self._images = now, 0
+            elif self._left == 0:
+                self._tell({"ready": True})
+                self._wait()
+            return
+        self._images += images
+        if now - self._started >= self._seconds:
+            told = {"images": self._images, "seconds": now - self._started}
+            self._tell(told | {"private_gb": private_gb()})
+            self._wait()
+
+    def _wait(self) -> None:
+        words = sys.stdin.readline().split()
+        if not words or words[0] == "stop":
+            os._exit(0)  # mid-epoch, with loaders running: nothing here is worth an orderly end
+        self._seconds, self._running, self._left = float(words[1]), True, WARM_BATCHES
+
+    def _tell(self, what: dict[str, Any]) -> None:
+        print(json.dumps(what), file=sys.__stdout__, flush=True)
+
+
+class TurnsCallback(Callback):
+    """Turns of a Lightning training."""
+
+    def __init__(self) -> None:
+        self._turns = Turns()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        labels = batch["label"] if isinstance(batch, dict) else batch[1]
+        self._turns.step(len(labels))
+
+
+def private_gb() -> float:
+    """RssAnon of this process: memory it shares with no file."""
+    with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123 - kept light
+        lines = [line.split() for line in status if line.startswith("RssAnon")]
+    return int(lines[0][1]) / 2**20 if lines else float("nan")

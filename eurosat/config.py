@@ -27,6 +27,8 @@ class SyntheticConfig:
     """Number of tiles over all ten classes, as even as it goes."""
     size: int = 64
     """Height and width in pixels."""
+    bands: Literal[3, 13] = 3
+    """JPEG files of three colours, or GeoTIFF files of thirteen bands (with data.dtype=uint16)."""
     difficulty: float = 1.0
     """0 is clean, 1 the default (a ResNet18 stays near 95 %), 2 is hard."""
     seed: int = 0
@@ -47,8 +49,11 @@ class DataConfig:
     """Where packs and receipts are kept; EUROSAT_CACHE. Not part of the digest."""
     dtype: Literal["uint8", "uint16"] = "uint8"
     """Data type of the pixels in the files."""
-    reflectance_max: float = 2750.0
-    """The uint16 value that becomes 255, the one that EuroSAT's own JPEGs were made with."""
+    bands: Literal["all", "rgb"] = "all"
+    """Of tiles with Sentinel-2's thirteen bands, all or the three colours."""
+    reflectance_max: float | None = None
+    """The uint16 value that becomes 255; None is `eurosat.bands.full_scale` for thirteen bands,
+    and for others 2750, which EuroSAT's own JPEGs were made with."""
     protocol: str = "60/20/20"
     split_seed: int = 0
     per_class: int | None = None
@@ -62,10 +67,18 @@ class DataConfig:
             raise ConfigError(
                 f"data.protocol {self.protocol!r} is not one of {', '.join(PROTOCOLS)}"
             )
-        _within("data.reflectance_max", self.reflectance_max, 1, 65535)
+        if self.reflectance_max is not None:
+            _within("data.reflectance_max", self.reflectance_max, 1, 65535)
         _within("data.split_seed", self.split_seed, 0, 2**31)
         if self.per_class is not None:
             _within("data.per_class", self.per_class, 1, 1_000_000)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What `eurosat.decode.decode` takes beside the file."""
+        return {
+            "dtype": self.dtype, "reflectance_max": self.reflectance_max, "bands": self.bands
+        }  # fmt: skip
 
     @property
     def split(self) -> tuple[str, int, int | None]:
@@ -306,6 +319,7 @@ def _convert_dataclass(kind: Any, value: Any, path: str, faults: list[str]) -> A
 def _is(value: Any, kind: Any) -> bool:
     if kind in (int, float) and isinstance(value, bool):
         return False
+    kind = typing.get_origin(kind) or kind  # list[str] is checked as a list
     return isinstance(value, int | float if kind is float else kind)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from eurosat.bands import COLOUR_MAX, COLOURS, NAMES, colours, full_scale
 from eurosat.errors import DataError
 
 MAX_SIDE = 1024
@@ -18,8 +19,13 @@ EIGHT_BIT_MODES = {"L": None, "RGB": None, "RGBA": None, "P": "RGB", "1": "L", "
 """Pillow modes read as they are (None) or converted; all others hold more than 8 bits."""
 
 
-def decode(data: bytes, path: str, *, dtype: str, reflectance_max: float) -> npt.NDArray[np.uint8]:
-    """(H, W, C) pixels; ``uint16`` values become ``clip(value / reflectance_max) * 255``.
+def decode(
+    data: bytes, path: str, *, dtype: str, reflectance_max: float | None, bands: str = "all"
+) -> npt.NDArray[np.uint8]:
+    """(H, W, C) pixels; ``uint16`` values become ``clip(value / full scale) * 255``.
+
+    The full scale is ``reflectance_max``, or where that is None each band's own
+    (`eurosat.bands`). ``bands='rgb'`` takes the colours of thirteen bands.
 
     Raises:
         DataError: unreadable, truncated, too large, or of another data type than was said.
@@ -39,8 +45,21 @@ def decode(data: bytes, path: str, *, dtype: str, reflectance_max: float) -> npt
             f"set data.dtype={pixels.dtype} or convert the file"
         )
     if dtype == "uint16":
-        pixels = np.rint(np.clip(pixels * np.float32(255.0 / reflectance_max), 0, 255))
+        pixels = np.rint(np.clip(pixels * (255 / _full_scale(pixels, reflectance_max)), 0, 255))
+    if bands == "rgb" and pixels.shape[2] != len(COLOURS):
+        if pixels.shape[2] != len(NAMES):
+            raise DataError(
+                f"{path} has {pixels.shape[2]} bands, its colours are known among "
+                f"{len(NAMES)} alone: say data.bands=all"
+            )
+        pixels = pixels[:, :, colours()]
     return np.asarray(pixels, dtype=np.uint8)
+
+
+def _full_scale(pixels: Any, reflectance_max: float | None) -> npt.NDArray[np.float32]:
+    if reflectance_max is None and pixels.shape[2] == len(NAMES):
+        return full_scale()
+    return np.full(1, reflectance_max or COLOUR_MAX, np.float32)
 
 
 def _picture(data: bytes, path: str) -> Any:

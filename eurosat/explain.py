@@ -254,7 +254,7 @@ def read_tiles(
                     f"give a path, or a name such as {source.paths[0]}"
                 )
             data = source.read(name)
-        pixels = decode(data, name, dtype=config.dtype, reflectance_max=config.reflectance_max)
+        pixels = decode(data, name, **config.reading)
         if pixels.shape != (*spec.tile_size, spec.bands):
             raise DataError(
                 f"{name} is {pixels.shape}, the network was trained on "

@@ -61,8 +61,23 @@ class Classifier(lightning.LightningModule):
         logits = self.network(tiles_NCHW).float()
         right = (logits.argmax(dim=1) == labels).float().mean()
         loss = functional.cross_entropy(logits, labels)
+        pairs = labels * self._confusion.shape[0] + logits.argmax(dim=1)
+        self._confusion += torch.bincount(pairs, minlength=self._confusion.numel()).view_as(
+            self._confusion
+        )
         merits = {"val_loss": loss, "val_accuracy": right}
         self.log_dict(merits, batch_size=len(labels), sync_dist=self.trainer.world_size > 1)
+
+    def on_validation_epoch_start(self) -> None:
+        classes = len(self.network.spec.classes)
+        self._confusion = torch.zeros(classes, classes, dtype=torch.long, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        counts: Any = self.all_gather(self._confusion)
+        counts = counts.view(-1, *self._confusion.shape).sum(dim=0).double()
+        true, guessed = counts.sum(dim=1), counts.sum(dim=0)
+        f1 = 2 * counts.diagonal() / (true + guessed).clamp(min=1)
+        self.log("val_macro_f1", f1[true > 0].mean())
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.network, self._optim)

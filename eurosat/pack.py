@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the files of a pack change their meaning; an older pack is built anew."""
 CHUNK = 256
 """Tiles decoded at a time: 3 MB of pixels, small enough for the cache, large enough for numpy."""
@@ -104,7 +104,7 @@ def survey_source(config: DataConfig, *, verify: bool = True) -> Survey:
     from filelock import FileLock
 
     source = open_source(config)
-    reading = f"{FORMAT} {config.dtype} {config.reflectance_max} {source.identity}"
+    reading = f"{FORMAT} {config.reading} {source.identity}"
     name = f"{source.name}-{hashlib.sha256(reading.encode()).hexdigest()[:16]}"
     directory = config.cache_dir / "packs" / name
     if not directory.exists():
@@ -245,7 +245,7 @@ def _read_chunk(
         try:
             data = source.read(path)
             row["sha256"] = hashlib.sha256(data).hexdigest()
-            pixels = decode(data, path, dtype=config.dtype, reflectance_max=config.reflectance_max)
+            pixels = decode(data, path, **config.reading)
             row["height"], row["width"], row["bands"] = pixels.shape
             row["pixels_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
             if pixels.shape != shape:
@@ -283,9 +283,7 @@ def _usual_shape(source: Source, config: DataConfig) -> tuple[int, int, int]:
     first_fault: DataError | None = None
     for path in source.paths[:: max(1, len(source.paths) // 64)]:
         try:
-            pixels = decode(
-                source.read(path), path, dtype=config.dtype, reflectance_max=config.reflectance_max
-            )
+            pixels = decode(source.read(path), path, **config.reading)
             height, width, bands = pixels.shape
             shapes[height, width, bands] += 1
         except DataError as error:

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from eurosat import synthetic
+import numpy as np
+
+from eurosat import bands, synthetic
 from eurosat.config import DataConfig, SyntheticConfig
 from eurosat.errors import DataError
 
@@ -174,7 +176,7 @@ class ZipSource:
 
 
 class SyntheticSource:
-    """Procedural tiles as JPEG files that are made when read."""
+    """Procedural tiles as files that are made when read: JPEG, or GeoTIFF of thirteen bands."""
 
     QUALITY = 90
     """EuroSAT's own JPEGs average 3.4 kB; so do these."""
@@ -186,9 +188,11 @@ class SyntheticSource:
         self._of: dict[str, tuple[int, int]] = {}
         for number in range(config.tiles):
             index, label = divmod(number, len(classes))
-            self._of[f"{classes[label]}/{classes[label]}_{index + 1}.jpg"] = (label, index)
+            name = f"{classes[label]}_{index + 1}.{'jpg' if config.bands == 3 else 'tif'}"
+            self._of[f"{classes[label]}/{name}"] = (label, index)
         self.paths = tuple(sorted(self._of))
-        generator = Path(synthetic.__file__).read_bytes()  # another generator, other tiles
+        modules = (Path(str(module.__file__)).read_bytes() for module in (synthetic, bands))
+        generator = b"".join(modules)  # another generator, other tiles
         self.identity = _digest([repr(config), hashlib.sha256(generator).hexdigest()])
 
     def read(self, path: str) -> bytes:
@@ -199,6 +203,9 @@ class SyntheticSource:
         pixels = synthetic.render(
             label, index, seed=config.seed, size=config.size, difficulty=config.difficulty
         )
+        if config.bands != pixels.shape[2]:
+            rng = np.random.default_rng([config.seed, label, index])
+            return bands.geotiff(bands.from_colours(pixels, rng))
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=self.QUALITY)
         return file.getvalue()

@@ -49,9 +49,7 @@ def textures_of_source(
             if fault is not None:
                 yield float("nan")
                 continue
-            pixels_HWC = decode(
-                source.read(path), path, dtype=data.dtype, reflectance_max=data.reflectance_max
-            )
+            pixels_HWC = decode(source.read(path), path, **data.reading)
             yield float(texture(pixels_HWC[None])[0])
 
     total = len(surveyed)

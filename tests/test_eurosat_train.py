@@ -11,11 +11,13 @@ import torch
 import yaml
 
 from eurosat import cli, machine, receipt, tracking, train, weights
-from eurosat.batches import Batches, band_statistics
+from eurosat.batches import Batches, TileData, band_statistics
+from eurosat.calibration import softmax
 from eurosat.config import OptimConfig, TrainConfig, build, compose
 from eurosat.errors import DataError, NonFiniteLoss
 from eurosat.fit import Fitted, fit
 from eurosat.metrics import evaluate as judge
+from eurosat.module import logits as logits_of
 from eurosat.module import make_optimizer, one_cycle
 from eurosat.network import save
 from eurosat.pack import Pack
@@ -171,6 +173,11 @@ def test_training_learns(tiny_data: Prepared) -> None:
     assert fitted.history[-1]["train_loss"] < 0.7 * fitted.history[0]["train_loss"]
     assert fitted.best["val_accuracy"] > 0.3, "ten classes: chance is 0.1"
     assert fitted.best["val_accuracy"] == max(row["val_accuracy"] for row in fitted.history)
+    loader = TileData(tiny_data.pack, tiny_data.split, batch_size=2, seed=0).val_dataloader()
+    logits, labels = logits_of(fitted.network, loader)
+    judged = judge(labels, softmax(logits), tiny_data.pack.classes)
+    assert fitted.best["val_accuracy"] == pytest.approx(judged["accuracy"], abs=1e-6)
+    assert fitted.best["val_macro_f1"] == pytest.approx(judged["macro_f1"], abs=1e-6)
 
 
 @pytest.mark.usefixtures("tracking_store")

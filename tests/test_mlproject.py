@@ -76,7 +76,7 @@ def test_a_recipe_is_chosen_by_the_data_unless_it_is_said() -> None:
 
 
 def test_every_recipe_is_in_the_docs() -> None:
-    told = (ROOT / "docs" / "runs.md").read_text()
+    told = (ROOT / "docs" / "training.md").read_text()
     for file in (CONF / "recipe").glob("*.yaml"):
         assert f"| `{file.stem}`" in told
 

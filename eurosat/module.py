@@ -73,11 +73,12 @@ class Classifier(lightning.LightningModule):
         self._confusion = torch.zeros(classes, classes, dtype=torch.long, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        counts: Any = self.all_gather(self._confusion)
-        counts = counts.view(-1, *self._confusion.shape).sum(dim=0).double()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(self._confusion)
+        counts = self._confusion.double()
         true, guessed = counts.sum(dim=1), counts.sum(dim=0)
         f1 = 2 * counts.diagonal() / (true + guessed).clamp(min=1)
-        self.log("val_macro_f1", f1[true > 0].mean())
+        self.log("val_macro_f1", f1[true > 0].mean(), sync_dist=self.trainer.world_size > 1)
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.network, self._optim)

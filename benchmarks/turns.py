@@ -50,7 +50,7 @@ class Turns:
         self._seconds, self._running, self._left = float(words[1]), True, WARM_BATCHES
 
     def _tell(self, what: dict[str, Any]) -> None:
-        print(json.dumps(what), file=sys.__stdout__, flush=True)
+        print(f"\n{json.dumps(what)}", file=sys.__stdout__, flush=True)  # after any progress bar
 
 
 class TurnsCallback(Callback):

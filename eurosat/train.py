@@ -143,11 +143,11 @@ def train(
         logs.copied_to(Path(folder) / "train.log") as file,
     ):
         try:
-            if saved is None or saved.run_id != run.run_id:
+            if saved is None or not saved.described:
                 describe(config, data, run)
                 run.log_text(split_csv(data), "split.csv")
             if saved:
-                saved.begin(run.run_id)  # only what is described can be continued
+                saved.mark_described()
             fitted = launch.fit(config, data, run, on_epoch, saved)
             return conclude(config, data, fitted, run)
         finally:
@@ -170,6 +170,7 @@ def main(argv: Sequence[str]) -> int:
         claim(config, data.fingerprints) as saved,
         tracking.run(config.experiment, name, resume=saved.run_id, tags={"kind": "train"}) as run,
     ):
+        saved.begin(run.run_id)
         tested = train(config, data, run, saved=saved)
     print(summary(tested))
     print(f"run {run.run_id}")

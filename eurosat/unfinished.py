@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 KEPT_DAYS = 14
 """State that nobody came back for is removed after so long."""
-STATE, ABOUT = "state.pt", "run.json"
+STATE, ABOUT, DESCRIBED = "state.pt", "run.json", "described"
 
 
 class Unfinished:
@@ -51,6 +51,14 @@ class Unfinished:
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
         _write(self._directory / ABOUT, json.dumps(self._about | {"run_id": run_id}).encode())
+
+    @property
+    def described(self) -> bool:
+        """Whether the run already holds its configuration and split: params cannot change."""
+        return (self._directory / DESCRIBED).exists()
+
+    def mark_described(self) -> None:
+        (self._directory / DESCRIBED).touch()
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the state by this one, or keep the last good one where that fails."""

@@ -11,7 +11,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow bench-train lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow bench-train bench-depthwise lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test-slow: .venv/dev ## the long forms of the tests
 
 bench-train: .venv/product .venv-torchgeo/done ## training speed against a plain loop, torchgeo and the bare step
 	$(BIN)/python -m benchmarks.train --torchgeo .venv-torchgeo/bin/python $(BENCH_ARGS)
+
+bench-depthwise: .venv/product ## training steps with our gradients of depthwise convolutions and PyTorch's
+	$(BIN)/python -m benchmarks.depthwise $(BENCH_ARGS)
 
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -27,6 +27,8 @@ def trained(recipe: str, protocol: str, seed: int) -> str:
     """The run of this recipe and seed: one that has finished, or a new one."""
     given = arguments(recipe, protocol, seed)
     config = compose(given)
+    if config.distill.teacher != "none":
+        trained(config.distill.teacher, protocol, seed)
     tags = {"config.digest": config.digest, "kind": "train"}
     if held := tracking.finished_runs(config.experiment, tags):
         return held[0]

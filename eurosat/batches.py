@@ -17,6 +17,9 @@ EVAL_BATCH = 256
 """Tiles a batch without gradients; larger ones are no faster on a CPU."""
 
 
+Targets = npt.NDArray[np.float32]
+
+
 class Labelled(Protocol):
     """Tiles and their classes, such as a `Pack`."""
 
@@ -28,6 +31,8 @@ class Labelled(Protocol):
 
 class Batches:
     """(N, C, H, W) uint8 tiles in channels-last memory, and (N,) labels.
+
+    Given soft ``targets``, a row for each of the ``tiles``, it yields (N, K) of them for labels.
 
     With ``seed`` each ``epoch`` is a permutation of its own, the same for the same seed, and a
     last batch that is not full is left out; without it tiles come in order and none is left out.
@@ -41,8 +46,10 @@ class Batches:
         batch_size: int,
         seed: int | None = None,
         ranks: Ranks = ALONE,
+        targets: Targets | None = None,
     ) -> None:
-        self._tiles_NHWC, self._labels = tiles.tiles_NHWC, tiles.labels
+        self._tiles_NHWC = tiles.tiles_NHWC
+        self._labels = tiles.labels if targets is None else targets
         self._indices = indices
         self._batch_size = min(batch_size, len(indices))
         self._seed, self._ranks = seed, ranks
@@ -56,12 +63,11 @@ class Batches:
         order = self._indices
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self.epoch]).permutation(order)
-        starts = np.arange(1, len(self)) * self._batch_size
-        if self._seed is not None:
             order = order[: len(self) * self._batch_size]
-        parts = np.split(order, starts)
-        if self._seed is None and self._ranks.world > 1:
+        if self._ranks.world > 1:
             parts = np.array_split(order, len(self))  # no rank is left without a tile
+        else:
+            parts = np.split(order, np.arange(1, len(self)) * self._batch_size)
         for part in parts:
             rows = part[self._ranks.rank :: self._ranks.world]
             tiles_NHWC = torch.from_numpy(self._tiles_NHWC[rows])
@@ -72,15 +78,17 @@ class TileData(lightning.LightningDataModule):
     """The folds of one split over one pack."""
 
     def __init__(
-        self, pack: Pack, split: Split, *, batch_size: int, seed: int, ranks: Ranks = ALONE
-    ) -> None:
+        self, pack: Pack, split: Split, *, batch_size: int, seed: int, ranks: Ranks = ALONE,
+        targets: Targets | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self._targets = targets
         self._pack, self._split, self._ranks = pack, split, ranks
         self._batch_size, self._seed = batch_size, seed
 
     def train_dataloader(self) -> Batches:
         rows = self._split.indices("train")
-        return Batches(self._pack, rows, self._batch_size, self._seed, self._ranks)
+        return Batches(self._pack, rows, self._batch_size, self._seed, self._ranks, self._targets)
 
     def val_dataloader(self) -> Batches:
         return Batches(self._pack, self._split.indices("val"), EVAL_BATCH, ranks=self._ranks)

@@ -76,9 +76,8 @@ def conformal_thresholds(
 
 
 def prediction_sets(probabilities: Floats, thresholds: tuple[float, ...]) -> npt.NDArray[np.bool_]:
-    """(N, K) membership; the likeliest class is always in."""
-    inside = 1 - probabilities <= np.asarray(thresholds)
-    inside[np.arange(len(inside)), probabilities.argmax(axis=1)] = True
+    """(N, K) membership. A set may be empty: no class is likely enough for the coverage asked."""
+    inside: npt.NDArray[np.bool_] = 1 - probabilities <= np.asarray(thresholds)
     return inside
 
 

@@ -61,19 +61,6 @@ class MovingAverage(WeightAveraging):
         return decay * average + (1 - decay) * current
 
 
-class SmallFirst(lightning.Callback):
-    """The first epochs are trained on smaller inputs (progressive resizing, Howard 2018)."""
-
-    def __init__(self, size: int, epochs: int) -> None:
-        self._size, self._epochs = size, epochs
-
-    def on_train_epoch_start(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule
-    ) -> None:
-        network: Any = module.get_submodule("network")
-        network.training_size = self._size if trainer.current_epoch < self._epochs else None
-
-
 class HeadFirst(lightning.Callback):
     """For some epochs only the head learns: the backbone's weights and statistics stand still."""
 

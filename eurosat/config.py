@@ -159,14 +159,27 @@ class AugmentConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig:
+    """Learning from another network's answers beside the labels (Hinton et al. 2015)."""
+
+    teacher: str = "none"
+    """none | a recipe: its latest finished run on the same data and split | a run or version, as
+    runs:/ID, models:/eurosat@champion."""
+    share: float = 0.9
+    """Of the teacher's answer in the target of each tile; the rest is its label."""
+    temperature: float = 2.0
+    """The teacher's logits are divided by it: above 1 tells more of the classes it did not take."""
+
+    def __post_init__(self) -> None:
+        _within("distill.share", self.share, 0, 1)
+        _within("distill.temperature", self.temperature, 0.1, 100)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainerConfig:
     epochs: int = 36
     devices: int = 1
     """Processes that train together, each on a GPU or on its share of the cores."""
-    small_size: int | None = None
-    """Height and width the network sees in the first epochs, when detail matters least."""
-    small_share: float = 0.6
-    """Share of the epochs that are trained at ``small_size``, in [0, 1)."""
     patience: int = 0
     """Stop after so many epochs without a better validation accuracy; 0 never stops early."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -179,9 +192,6 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _within("trainer.epochs", self.epochs, 1, 10_000)
         _within("trainer.devices", self.devices, 1, 4096)
-        if self.small_size is not None:
-            _within("trainer.small_size", self.small_size, 16, 1024)
-        _within("trainer.small_share", self.small_share, 0, 0.99)
         _within("trainer.patience", self.patience, 0, 10_000)
         _within("trainer.threads", self.threads, 0, 1024)
 
@@ -199,6 +209,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     launcher: Literal["local", "ray"] = "local"
     """Where the processes run: on this machine, or as workers of Ray Train."""

@@ -1,6 +1,5 @@
 """Look at a data set: what is in it, how it is split, what leaks."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from eurosat.config import compose
 from eurosat.errors import ConfigError
 from eurosat.pack import Pack, open_pack
 from eurosat.split import FOLDS, Split, make_split
-
-log = logging.getLogger(__name__)
 
 USAGE = """
 usage: python -m eurosat.data describe|audit [key=value ...]

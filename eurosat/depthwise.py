@@ -24,13 +24,13 @@ class FastBackward(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Sequence[type],  # noqa: ARG002 - the protocol's
+        types: Sequence[type],
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.conv2d and not kwargs and len(args) == 7 and _fits(*args):  # noqa: PLR2004
+        if func is torch.conv2d and not kwargs and len(args) == 7 and _fits(*args):
             x_NCHW, weight_C1KK, _, (stride, _), (padding, _), _, _ = args
-            return _Depthwise.apply(x_NCHW, weight_C1KK, stride, padding)
+            return _Depthwise.apply(x_NCHW, weight_C1KK, stride, padding)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
@@ -54,14 +54,14 @@ class _Depthwise(torch.autograd.Function):
     """(N, C, H, W) and (C, 1, K, K) to (N, C, H', W'), each channel by its own kernel."""
 
     @staticmethod
-    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)  # type: ignore[untyped-decorator]
     def forward(ctx: Any, x_NCHW: Tensor, weight_C1KK: Tensor, stride: int, padding: int) -> Tensor:
         ctx.save_for_backward(x_NCHW, weight_C1KK)
         ctx.stride, ctx.padding = stride, padding
         return torch.conv2d(x_NCHW, weight_C1KK, None, stride, padding, groups=weight_C1KK.shape[0])
 
     @staticmethod
-    @torch.amp.custom_bwd(device_type="cpu")
+    @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NCHW,) = gradients
         x_NCHW, weight_C1KK = ctx.saved_tensors

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
     from eurosat.network import Network, NetworkSpec
 
-log = logging.getLogger(__name__)
 
 Tiles = npt.NDArray[np.uint8]
 
@@ -63,8 +61,11 @@ def explain(
         probabilities = network(tiles_NCHW).softmax(dim=1).numpy()
     labels = probabilities.argmax(axis=1)
     heat = heat_maps(network, tiles_NCHW, labels)
-    asked = [classes.index(e) if e in classes else labels[n] for n, e in enumerate(expected)]
-    heat_expected = heat_maps(network, tiles_NCHW, np.asarray(asked))
+    missed = [
+        n for n, name in enumerate(expected) if name in classes and name != classes[labels[n]]
+    ]
+    asked = np.asarray([classes.index(str(expected[n])) for n in missed])
+    heat_expected = dict(zip(missed, heat_maps(network, tiles_NCHW[missed], asked), strict=True))
     return [
         Explained(
             tile=names[n],
@@ -73,7 +74,7 @@ def explain(
             label=classes[int(labels[n])],
             confidence=float(probabilities[n].max()),
             heat=heat[n],
-            heat_expected=heat_expected[n] if asked[n] != labels[n] else None,
+            heat_expected=heat_expected.get(n),
         )
         for n in range(len(tiles_NHWC))
     ]
@@ -90,6 +91,8 @@ def heat_maps(
     from pytorch_grad_cam import GradCAMPlusPlus
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
+    if not len(classes):
+        return np.empty((0, *tiles_NCHW.shape[2:]), np.float32)
     layer, transform = _layer(network, tiles_NCHW[:1])
     targets = [ClassifierOutputTarget(int(k)) for k in classes]
     with GradCAMPlusPlus(network, [layer], reshape_transform=transform) as cam:

@@ -1,6 +1,5 @@
 """Fit one network to the train fold, in this process or as one of several."""
 
-import logging
 import signal
 import tempfile
 import time
@@ -16,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from eurosat import callbacks, cli, logs, machine, network, tracking, weights
+from eurosat import callbacks, cli, distill, logs, machine, network, tracking, weights
 from eurosat.batches import TileData, band_statistics
 from eurosat.callbacks import EpochHook
 from eurosat.config import TrainConfig
@@ -25,8 +24,6 @@ from eurosat.module import LOG_EVERY_STEPS, Classifier
 from eurosat.prepare import Prepared
 from eurosat.ranks import ALONE, Ranks
 from eurosat.unfinished import Unfinished
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,14 +82,12 @@ def fit(
         }
     )
     loaders = TileData(
-        pack, data.split, batch_size=config.optim.batch_size, seed=config.seed, ranks=ranks
-    )
+        pack, data.split, batch_size=config.optim.batch_size, seed=config.seed, ranks=ranks,
+        targets=distill.targets(config, data, compute),
+    )  # fmt: skip
     watch = callbacks.Watch(f"train {config.recipe}", on_epoch)
     kept = callbacks.KeepBest()
     extra: list[lightning.Callback] = [kept]  # before the average, which swaps its weights out
-    if config.trainer.small_size:
-        epochs = round(config.trainer.small_share * config.trainer.epochs)
-        extra.append(callbacks.SmallFirst(config.trainer.small_size, epochs))
     if config.optim.freeze_epochs:
         extra.append(callbacks.HeadFirst(config.optim.freeze_epochs))
     if config.optim.ema:

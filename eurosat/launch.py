@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from eurosat import cli, logs, network, tracking
+from eurosat import cli, distill, logs, network, tracking
 from eurosat.callbacks import EpochHook
 from eurosat.config import TrainConfig
 from eurosat.errors import EuroSATError
@@ -22,8 +22,6 @@ from eurosat.prepare import Prepared, prepare
 from eurosat.progress import STYLE
 from eurosat.ranks import Ranks, environment
 from eurosat.unfinished import Unfinished
-
-log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 10
 """A rank that fails by itself is given so long to say why before it counts as lost."""
@@ -41,6 +39,7 @@ def fit(
     Raises:
         EuroSATError: a process of several was lost.
     """
+    config = distill.settled(config, data, run)
     if config.launcher == "ray":
         return _fit_on_ray(config, run)
     if config.trainer.devices == 1:

@@ -38,8 +38,9 @@ class Classifier(lightning.LightningModule):
         batches.epoch = self.current_epoch
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        tiles_NCHW, labels = batch
-        targets_NK = functional.one_hot(labels, len(self.network.spec.classes)).float()
+        tiles_NCHW, targets_NK = batch
+        if targets_NK.ndim == 1:
+            targets_NK = functional.one_hot(targets_NK, len(self.network.spec.classes)).float()
         tiles_NCHW, targets_NK = augment(tiles_NCHW, targets_NK, self._augmentation)
         with depthwise.FastBackward():
             logits = self.network(tiles_NCHW).float()
@@ -53,8 +54,8 @@ class Classifier(lightning.LightningModule):
                 "lower it, or set optim.clip_norm=1"
             )
         self.log(
-            "train_loss", loss.detach(), on_step=True, on_epoch=True, batch_size=len(labels),
-            sync_dist=self.trainer.world_size > 1,
+            "train_loss", loss.detach(), on_step=True, on_epoch=True,
+            batch_size=len(targets_NK), sync_dist=self.trainer.world_size > 1,
         )  # fmt: skip
         return loss
 

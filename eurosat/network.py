@@ -50,8 +50,6 @@ class Network(nn.Module):
         self.temperature: Tensor
         """Logits are divided by it outside training; see `eurosat.calibration`."""
         self.register_buffer("temperature", torch.ones(()))
-        self.training_size: int | None = None
-        """Stands for the spec's ``input_size`` while training."""
 
     def forward(self, tiles_NCHW: Tensor) -> Tensor:
         logits = self.logits(tiles_NCHW)
@@ -60,8 +58,7 @@ class Network(nn.Module):
     def logits(self, tiles_NCHW: Tensor) -> Tensor:
         """(N, K), before calibration."""
         normal = (tiles_NCHW.float() - self.mean) / self.std
-        side = (self.training_size if self.training else None) or self.spec.input_size
-        if side is not None:
+        if side := self.spec.input_size:
             normal = functional.interpolate(
                 normal, (side, side), mode="bilinear", align_corners=False
             )

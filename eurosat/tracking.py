@@ -92,6 +92,11 @@ class Run:
         with self._explained():
             self._client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
 
+    def tag(self, name: str) -> str | None:
+        with self._explained():
+            tags: dict[str, str] = self._client.get_run(self.run_id).data.tags
+            return tags.get(name)
+
     def log_file(self, file: Path, folder: str | None = None) -> None:
         with self._explained():
             self._client.log_artifact(self.run_id, str(file), folder)
@@ -129,6 +134,7 @@ class Unlogged(Run):
     def flush(self) -> None: ...
     def log_params(self, params: Mapping[str, Any]) -> None: ...
     def set_tags(self, tags: Mapping[str, object]) -> None: ...
+    def tag(self, name: str) -> str | None: ...
     def log_file(self, file: Path, folder: str | None = None) -> None: ...
     def log_folder(self, folder: Path, into: str | None = None) -> None: ...
     def log_text(self, text: str, path: str) -> None: ...
@@ -295,25 +301,29 @@ def latest_run(experiment: str, *, kind: str) -> str:
     Raises:
         TrackingError: there is none.
     """
-    if not (found := _search(experiment, f"tags.kind = '{kind}'")):
+    if not (found := _search(experiment, f"tags.kind = '{kind}'", most=1)):
         raise TrackingError(f"experiment {experiment} has no run of kind {kind}")
     return found[0]
 
 
-def finished_runs(experiment: str, tags: Mapping[str, str]) -> list[str]:
-    """Ids of the runs with these tags that ended well, the latest first."""
+def finished_runs(
+    experiment: str, tags: Mapping[str, str], params: Mapping[str, str] | None = None
+) -> list[str]:
+    """Ids of the runs with these tags and parameters that ended well, the latest first."""
     wanted = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
-    return _search(experiment, " AND ".join([*wanted, "attributes.status = 'FINISHED'"]))
+    wanted += [f"params.`{name}` = '{value}'" for name, value in (params or {}).items()]
+    finished = " AND ".join([*wanted, "attributes.status = 'FINISHED'"])
+    return _search(experiment, finished, most=100)
 
 
-def _search(experiment: str, wanted: str) -> list[str]:
+def _search(experiment: str, wanted: str, *, most: int) -> list[str]:
     with explained(f"experiment {experiment}"):
         client = _client()
         found = client.search_runs(
             [_experiment_id(client, experiment)],
             wanted,
             order_by=["attributes.start_time DESC"],
-            max_results=100,
+            max_results=most,
         )
     return [str(run.info.run_id) for run in found]
 

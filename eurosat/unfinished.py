@@ -121,11 +121,12 @@ def claim(config: TrainConfig, fingerprints: Mapping[str, str]) -> Iterator[Unfi
         with contextlib.suppress(Timeout):
             lock.acquire()
             break
-    with lock:
+    try:
         place = Unfinished(directory, about)
         yield place
         place.remove()
-    lock.release(force=True)
+    finally:
+        lock.release()
 
 
 def _forget(root: Path) -> None:

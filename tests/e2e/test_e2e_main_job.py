@@ -162,3 +162,14 @@ def test_mlflow_run_builds_its_own_environment_with_uv(tree: Path) -> None:
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "all 46 expectations passed" in ended.stdout
+
+
+@pytest.mark.usefixtures("twice")
+def test_the_notebook_runs_on_the_champion(tree: Path) -> None:
+    notebook = Path("docs") / "notebooks" / "inference.ipynb"
+    ended = run(tree, "jupyter-execute", str(notebook), "--output=done.ipynb")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    cells = json.loads((tree / notebook.with_name("done.ipynb")).read_text())["cells"]
+    told = [output for cell in cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in told) == 2
+    assert not [output for output in told if output["output_type"] == "error"]

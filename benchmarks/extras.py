@@ -1,0 +1,122 @@
+"""Studies beside the results table: `python -m benchmarks.extras few-labels|learning-rates|bands`.
+
+Each leaves its rows in reports/results-extra.json and, where there is a curve, a figure in docs/.
+Arguments after the study's name go to its trainings, such as `trainer.epochs=4`.
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reports import REPORTS, ROOT, now
+from benchmarks.results import trained
+from eurosat import logs, tracking
+from eurosat.machine import hardware
+
+FILE = REPORTS / "results-extra.json"
+DOCS = ROOT / "docs"
+EPOCHS = {5: 30, 50: 15, 500: 6}
+"""Of few labels: more passes over fewer tiles, so that each count gets its steps."""
+
+Rows = list[dict[str, Any]]
+
+
+def few_labels(further: Sequence[str]) -> Rows:
+    """Test accuracy against labelled tiles a class, fine-tuned from packaged weights."""
+    rows = []
+    for count, epochs in EPOCHS.items():
+        given = ["data=eurosat", "recipe=efficientnet-lite0-quick", f"data.per_class={count}"]
+        given += [f"trainer.epochs={epochs}", "trainer.tta=false", "optim.batch_size=32", *further]
+        rows.append({"per_class": count, "epochs": epochs, **_merits(tracking.get(trained(given)))})
+    _draw_few_labels(rows, DOCS / "few-labels.png")
+    return rows
+
+
+def _draw_few_labels(rows: Rows, file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    counts = [row["per_class"] for row in rows]
+    for name in ("test_accuracy", "test_macro_f1"):
+        axes.plot(counts, [row[name] for row in rows], marker="o", label=name)
+    for row in rows:
+        told = f"{row['test_accuracy']:.3f}"
+        axes.annotate(
+            told, (row["per_class"], row["test_accuracy"]), (0, 7), textcoords="offset points"
+        )
+    axes.set(xscale="log", xlabel="labelled tiles of each class", xticks=counts)
+    axes.set_xticklabels([str(count) for count in counts])
+    axes.set_title("EfficientNet-Lite0 on EuroSAT RGB, 5,400 test tiles")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def learning_rates(further: Sequence[str]) -> Rows:
+    """Validation F1 by epoch for each rate of experiments/studies/learning-rates.yaml."""
+    command = [sys.executable, "-m", "experiments.study", "learning-rates", *further]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    run_id = done.stdout.split()[-1]
+    with tracking.artifact(run_id, "study.csv") as file:
+        rows: Rows = [
+            {"lr": float(row["optim.lr"]), "epoch": int(row["epoch"]),
+             "val_macro_f1": float(row["val_macro_f1"])}
+            for row in csv.DictReader(file.read_text().splitlines())
+        ]  # fmt: skip
+    with tracking.artifact(run_id, "figures/learning-rates.png") as file:
+        shutil.copy(file, DOCS / "learning-rates.png")
+    return rows
+
+
+def bands(further: Sequence[str]) -> Rows:
+    """The same synthetic tiles in three colours and in all thirteen bands."""
+    rows = []
+    for chosen in ("rgb", "all"):
+        given = ["data=synthetic", "recipe=resnet18-quick", "data.synthetic.bands=13"]
+        given += ["data.dtype=uint16", "data.synthetic.difficulty=2", "trainer.epochs=12"]
+        given += [f"data.bands={chosen}", "data.allow_unvalidated=true", "trainer.tta=false"]
+        rows.append({"bands": chosen, **_merits(tracking.get(trained([*given, *further])))})
+    return rows
+
+
+def _merits(run: tracking.FinishedRun) -> dict[str, Any]:
+    names = ("test_accuracy", "test_macro_f1", "test_macro_auprc")
+    merits: dict[str, Any] = {name: round(run.metrics[name], 4) for name in names}
+    return merits | {"minutes": round(run.seconds / 60, 1), "seed": int(run.params["seed"])}
+
+
+STUDIES: dict[str, Callable[[Sequence[str]], Rows]] = {
+    "few-labels": few_labels,
+    "learning-rates": learning_rates,
+    "bands": bands,
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", choices=STUDIES)
+    args, further = parser.parse_known_args(argv)
+    logs.setup("info")
+    started = now()
+    rows = STUDIES[args.study](further)
+    held = json.loads(FILE.read_text()) if FILE.exists() else {}
+    held[args.study] = {
+        "started": started,
+        "commit": tracking.code_commit(),
+        "hardware": hardware(),
+        "command": " ".join(["python -m benchmarks.extras", args.study, *further]),
+        "rows": rows,
+    }
+    FILE.write_text(json.dumps(held, indent=1, sort_keys=True) + "\n")
+    print(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +14,11 @@ import torch
 from benchmarks import reports
 from eurosat import logs, machine, network
 from eurosat.config import compose
-from eurosat.depthwise import FastBackward
+from eurosat.depthwise import fast_backward
 from eurosat.module import make_optimizer
 
 RECIPE = "efficientnet-lite0"
+CONTEXTS = {"native": nullcontext, "ours": fast_backward}
 TOLD = {"native": "PyTorch's own gradients", "ours": "depthwise gradients by forward convolutions"}
 
 
@@ -38,8 +38,7 @@ def stepper(name: str) -> Callable[[], int]:
     labels = torch.randint(0, 10, (len(tiles),))
 
     def step() -> int:
-        fast = FastBackward() if name == "ours" else nullcontext()
-        with torch.autocast("cpu", torch.bfloat16), fast:
+        with torch.autocast("cpu", torch.bfloat16), CONTEXTS[name]():
             loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -69,17 +68,8 @@ def main(argv: Sequence[str]) -> None:
             speeds[name].append(tiles / (time.perf_counter() - begun))
             rate = speeds[name][-1]
             print(f"round {number + 1} of {args.rounds}: {name} {rate:,.0f} images/s", flush=True)
-    gain = statistics.median(a / b for a, b in zip(speeds["ours"], speeds["native"], strict=True))
-    rows = [
-        {
-            "arm": name,
-            "images_per_s": round(statistics.median(each), 1),
-            "low": round(min(each), 1),
-            "high": round(max(each), 1),
-            "what": TOLD[name],
-        }
-        for name, each in speeds.items()
-    ]
+    rows = [reports.speed(name, each) | {"what": TOLD[name]} for name, each in speeds.items()]
+    gain = reports.ratio(speeds["ours"], speeds["native"])
     goals = [reports.goal("depthwise.vs_native", gain, 1.5)]
     reports.write("depthwise", started=started, n=args.rounds, goals=goals, rows=rows)
 

@@ -1,7 +1,7 @@
 """Studies beside the results table: `python -m benchmarks.extras few-labels|learning-rates|bands`.
 
 Each leaves its rows in reports/results-extra.json and, where there is a curve, a figure in docs/.
-Arguments after the study's name go to its trainings, such as `trainer.epochs=4`.
+Arguments after the study's name go to its trainings, such as `seed=1`.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def few_labels(further: Sequence[str]) -> Rows:
     for count, epochs in EPOCHS.items():
         given = ["data=eurosat", "recipe=efficientnet-lite0-quick", f"data.per_class={count}"]
         given += [f"trainer.epochs={epochs}", "trainer.tta=false", "optim.batch_size=32", *further]
-        rows.append({"per_class": count, "epochs": epochs, **_merits(tracking.get(trained(given)))})
+        rows.append({"per_class": count, **_merits(tracking.get(trained(given)))})
     _draw_few_labels(rows, DOCS / "few-labels.png")
     return rows
 
@@ -67,7 +67,8 @@ def learning_rates(further: Sequence[str]) -> Rows:
     with tracking.artifact(run_id, "study.csv") as file:
         rows: Rows = [
             {"lr": float(row["optim.lr"]), "epoch": int(row["epoch"]),
-             "val_macro_f1": float(row["val_macro_f1"])}
+             "val_macro_f1": float(row["val_macro_f1"]),
+             "commit": tracking.code_commit(), "hardware": hardware()}
             for row in csv.DictReader(file.read_text().splitlines())
         ]  # fmt: skip
     with tracking.artifact(run_id, "figures/learning-rates.png") as file:
@@ -89,7 +90,13 @@ def bands(further: Sequence[str]) -> Rows:
 def _merits(run: tracking.FinishedRun) -> dict[str, Any]:
     names = ("test_accuracy", "test_macro_f1", "test_macro_auprc")
     merits: dict[str, Any] = {name: round(run.metrics[name], 4) for name in names}
-    return merits | {"minutes": round(run.seconds / 60, 1), "seed": int(run.params["seed"])}
+    return merits | {
+        "epochs": int(run.metrics["epochs"]),
+        "minutes": round(run.seconds / 60, 1),
+        "seed": int(run.params["seed"]),
+        "commit": run.tags["code.commit"],
+        "hardware": run.tags["compute.hardware"],
+    }
 
 
 STUDIES: dict[str, Callable[[Sequence[str]], Rows]] = {
@@ -109,8 +116,7 @@ def main(argv: Sequence[str]) -> None:
     held = json.loads(FILE.read_text()) if FILE.exists() else {}
     held[args.study] = {
         "started": started,
-        "commit": tracking.code_commit(),
-        "hardware": hardware(),
+        "n": 1,
         "command": " ".join(["python -m benchmarks.extras", args.study, *further]),
         "rows": rows,
     }

@@ -1,6 +1,7 @@
 """The form of every benchmark's report; see Figures in docs/design.md."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,21 @@ def now() -> str:
 def goal(name: str, value: float, wanted: float, *, at_most: bool = False) -> dict[str, Any]:
     met = value <= wanted if at_most else value >= wanted
     return {"name": name, "value": round(value, 4), "goal": wanted, "met": met}
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return float(statistics.median(a / b for a, b in zip(one, other, strict=True)))
+
+
+def speed(arm: str, images_per_s: Sequence[float]) -> dict[str, Any]:
+    """The first columns of an arm's row."""
+    return {
+        "arm": arm,
+        "images_per_s": round(statistics.median(images_per_s), 1),
+        "low": round(min(images_per_s), 1),
+        "high": round(max(images_per_s), 1),
+    }
 
 
 def write(

@@ -26,8 +26,6 @@ def arguments(recipe: str, protocol: str, seed: int) -> list[str]:
 def trained(given: Sequence[str]) -> str:
     """The run of this configuration: one that has finished, or a new one."""
     config = compose(given)
-    if config.distill.teacher != "none":
-        trained(arguments(config.distill.teacher, config.data.protocol, config.seed))
     tags = {"config.digest": config.digest, "kind": "train"}
     if held := tracking.finished_runs(config.experiment, tags):
         return held[0]
@@ -35,6 +33,15 @@ def trained(given: Sequence[str]) -> str:
     print(f"$ {' '.join(['python', *command[1:]])}", flush=True)
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout.split()[-1]
+
+
+def taught(recipe: str, protocol: str, seed: int) -> str:
+    """The run of a recipe on the real tiles, after that of its teacher with the same seed."""
+    given = arguments(recipe, protocol, seed)
+    teacher = compose(given).distill.teacher
+    if teacher != "none":
+        given.append(f"distill.teacher=runs:/{taught(teacher, protocol, seed)}")
+    return trained(given)
 
 
 def row(runs: Sequence[tracking.FinishedRun]) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--runs", nargs="+", help="ids of runs that have finished")
     args = parser.parse_args(argv)
     logs.setup("info")
-    ids = args.runs or [trained(arguments(args.recipe, args.protocol, seed)) for seed in args.seeds]
+    ids = args.runs or [taught(args.recipe, args.protocol, seed) for seed in args.seeds]
     new = row([tracking.get(run_id) for run_id in ids])
     keep(new)
     print(json.dumps(new, indent=1))

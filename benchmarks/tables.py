@@ -47,14 +47,14 @@ def results(report: list[dict[str, Any]]) -> str:
 
 
 def bench_train(report: dict[str, Any]) -> str:
-    """Images a second of each arm, and how often this project fits into it."""
+    """Images a second of each arm, and this project's speed as a multiple of it."""
     lines = [
-        "| ResNet18, 64 px, batch 64 | images/s | this project is faster by | private memory |"
+        "| ResNet18, 64 px, batch 64 | images/s | speed of this project ÷ this | private memory |"
     ]
     lines.append("|---|---|---|---|")
     for one in report["rows"]:
         lines.append(
-            f"| {one['what']} | {one['images_per_s']:.0f} | {one['ours_is_times']:.2f}× "
+            f"| {one['what']} | {one['images_per_s']:.0f} | {one['ours_is_times']:.2f} "
             f"| {one['private_gb']:.2f} GB |"
         )
     unmet = [f"`{g['name']}` {g['value']} of {g['goal']}" for g in report["goals"] if not g["met"]]

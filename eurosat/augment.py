@@ -49,7 +49,7 @@ def cutmix(tiles_NCHW: Tensor, targets_NK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def augment(tiles_NCHW: Tensor, targets_NK: Tensor, config: AugmentConfig) -> tuple[Tensor, Tensor]:
-    """uint8 tiles and one-hot targets in, float tiles in [0, 255] and soft targets out."""
+    """uint8 tiles and (N, K) targets in, float tiles in [0, 255] and mixed targets out."""
     if config.dihedral:
         tiles_NCHW = dihedral(tiles_NCHW)
     tiles_NCHW = tiles_NCHW.float()

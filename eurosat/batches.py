@@ -15,6 +15,8 @@ from eurosat.split import Split
 
 EVAL_BATCH = 256
 """Tiles a batch without gradients; larger ones are no faster on a CPU."""
+UPLOAD = 4096
+"""Tiles that are copied to a device at once."""
 GPU_SHARE = 0.5
 """Of a GPU's free memory that tiles may take; the rest is for training."""
 
@@ -64,8 +66,12 @@ class Batches:
 
     def hold_on(self, device: torch.device) -> None:
         """Keep these tiles and labels on ``device``: batches are gathered there from now on."""
-        own_NHWC, own_labels = self._tiles_NHWC[self._indices], self._labels[self._indices]
-        self._held = torch.from_numpy(own_NHWC).to(device), torch.from_numpy(own_labels).to(device)
+        shape = (len(self._indices), *self._tiles_NHWC.shape[1:])
+        tiles_NHWC = torch.empty(shape, dtype=torch.uint8, device=device)
+        for start in range(0, len(self._indices), UPLOAD):
+            rows = self._indices[start : start + UPLOAD]
+            tiles_NHWC[start : start + UPLOAD] = torch.from_numpy(self._tiles_NHWC[rows])
+        self._held = tiles_NHWC, torch.from_numpy(self._labels[self._indices]).to(device)
         self._place = np.empty(len(self._labels), np.int64)
         self._place[self._indices] = np.arange(len(self._indices))
 

@@ -163,8 +163,8 @@ class DistillConfig:
     """Learning from another network's answers beside the labels (Hinton et al. 2015)."""
 
     teacher: str = "none"
-    """none | a recipe: its latest finished run on the same data and split | a run or version, as
-    runs:/ID, models:/eurosat@champion."""
+    """none | a recipe: its latest finished training in this experiment on the same data and split,
+    whatever else was overridden | a run or version, as runs:/ID, models:/eurosat@champion."""
     share: float = 0.9
     """Of the teacher's answer in the target of each tile; the rest is its label."""
     temperature: float = 2.0

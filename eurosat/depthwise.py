@@ -2,11 +2,12 @@
 
 On a CPU in bfloat16, PyTorch 2.13 (oneDNN) computes two gradients of a depthwise convolution with
 its reference loops: of the input where the stride is above one, and of a weight wider than three
-taps. Both can be said as forward convolutions, which are 3 to 50 times faster;
-`make bench-depthwise` measures it.
+taps. Both can be said as forward convolutions, which have fast kernels. `make bench-depthwise`
+measures what a training gains.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,9 +19,12 @@ WIDEST_NATIVE = 3
 """Taps a side up to which oneDNN has a fast kernel for the gradient of the weight."""
 
 
-class FastBackward(TorchFunctionMode):
-    """While it is entered, depthwise convolutions under CPU autocast take the fast way back."""
+def fast_backward() -> AbstractContextManager[object]:
+    """While it is entered under CPU autocast, depthwise convolutions take the fast way back."""
+    return _FastBackward() if torch.is_autocast_enabled("cpu") else nullcontext()
 
+
+class _FastBackward(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -29,23 +33,25 @@ class FastBackward(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func is torch.conv2d and not kwargs and len(args) == 7 and _fits(*args):
-            x_NCHW, weight_C1KK, _, (stride, _), (padding, _), _, _ = args
-            return _Depthwise.apply(x_NCHW, weight_C1KK, stride, padding)  # type: ignore[no-untyped-call]
+            x_NCHW, weight_C1KK, bias, (stride, _), (padding, _), _, _ = args
+            out_NCHW: Tensor = _Depthwise.apply(x_NCHW, weight_C1KK, stride, padding)  # type: ignore[no-untyped-call]
+            return (
+                out_NCHW if bias is None else out_NCHW + bias.to(out_NCHW.dtype).view(1, -1, 1, 1)
+            )
         return func(*args, **(kwargs or {}))
 
 
 def _fits(
-    x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, groups: int
+    x: Tensor, weight: Tensor, _: Any, stride: Any, padding: Any, dilation: Any, groups: int
 ) -> bool:
-    """Depthwise, square, without bias or dilation: what networks for images are made of."""
+    """Depthwise on the CPU, the same along height and width, without dilation."""
     return (
         x.device.type == "cpu"
-        and torch.is_autocast_enabled("cpu")
         and groups == x.shape[1] == weight.shape[0] > 1
         and weight.shape[2] == weight.shape[3]
-        and bias is None
-        and isinstance(padding, tuple)
+        and all(isinstance(one, tuple) for one in (stride, padding, dilation))
         and len({*stride}) == len({*padding}) == 1
+        and padding[0] < weight.shape[2]
         and {*dilation} == {1}
     )
 

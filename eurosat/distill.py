@@ -26,11 +26,19 @@ def settled(config: TrainConfig, data: Prepared, run: tracking.Run) -> TrainConf
     """The configuration with the one run that teaches, the same whenever ``run`` is continued.
 
     Raises:
+        DataError: the teacher learned from another split: it may have seen this test fold.
         TrackingError: there is no such run.
     """
     if config.distill.teacher == "none":
         return config
     run_id = run.tag(TEACHER) or find(config, data)
+    name = "split.fingerprint"
+    its, ours = tracking.get(run_id).tags.get(name), data.fingerprints[name]
+    if its != ours:
+        raise DataError(
+            f"the teacher, run {run_id}, has {name} {its}, and the data here {ours}: it may have "
+            "learned from tiles of this test fold; train it on this split"
+        )
     run.set_tags({TEACHER: run_id})
     return replace(config, distill=replace(config.distill, teacher=f"runs:/{run_id}"))
 
@@ -38,9 +46,10 @@ def settled(config: TrainConfig, data: Prepared, run: tracking.Run) -> TrainConf
 def targets(config: TrainConfig, data: Prepared, compute: "Compute") -> "Targets | None":
     """(N, K) for all tiles of the pack, those of the train fold filled; None without a teacher.
 
+    ``config`` is `settled`.
+
     Raises:
-        DataError: the teacher learned from another split: it may have seen this test fold.
-        ModelError: it tells other classes apart, or reads other bands.
+        ModelError: the teacher tells other classes apart, or reads other bands.
         TrackingError: there is no such run.
     """
     from eurosat import calibration, module
@@ -48,7 +57,7 @@ def targets(config: TrainConfig, data: Prepared, compute: "Compute") -> "Targets
 
     if config.distill.teacher == "none":
         return None
-    run_id = find(config, data)
+    run_id = tracking.resolve_run(config.distill.teacher)
     teacher = _load(run_id, data)
     teacher.to(compute.device, memory_format=compute.memory_format)  # type: ignore[call-overload]
     rows = data.split.indices("train")
@@ -75,21 +84,15 @@ def find(config: TrainConfig, data: Prepared) -> str:
     if found := tracking.finished_runs(config.experiment, tags, {"recipe": reference}):
         return found[0]
     raise TrackingError(
-        f"distill.teacher={reference}: no finished run of that recipe on this data and split; "
-        f"train it first (python -m eurosat.train recipe={reference} ...), or give runs:/ID"
+        f"distill.teacher={reference}: experiment {config.experiment} has no finished run of that "
+        f"recipe on this data and split; train it first (python -m eurosat.train "
+        f"recipe={reference} ...), or give runs:/ID"
     )
 
 
 def _load(run_id: str, data: Prepared) -> "Network":
     from eurosat import network
 
-    name = "split.fingerprint"
-    its, ours = tracking.get(run_id).tags.get(name), data.fingerprints[name]
-    if its != ours:
-        raise DataError(
-            f"the teacher, run {run_id}, has {name} {its}, and the data here {ours}: it may have "
-            "learned from tiles of this test fold; train it on this split"
-        )
     with tracking.artifact(run_id, "weights.safetensors") as file:
         teacher = network.load(file)
     wanted: tuple[Any, ...] = (data.pack.classes, data.pack.bands)

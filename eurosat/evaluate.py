@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eurosat import cli, logs, tracking
-from eurosat.config import TrainConfig, build, compose
+from eurosat.config import DataConfig, build, compose
 from eurosat.errors import DataError
 from eurosat.split import FOLDS
 
@@ -64,8 +64,8 @@ class Seen(NamedTuple):
     labels: "Labels"
 
 
-def recorded_config(run_id: str) -> TrainConfig:
-    """The configuration that a run was made with, looking for its data where this machine has it.
+def recorded_data(run_id: str) -> DataConfig:
+    """Where the data of a run are from, looked for where this machine has them.
 
     Raises:
         TrackingError: the run has no config.yaml.
@@ -74,12 +74,12 @@ def recorded_config(run_id: str) -> TrainConfig:
     import yaml
 
     with tracking.artifact(run_id, "config.yaml") as file:
-        values: dict[str, Any] = yaml.safe_load(file.read_text())
+        values: dict[str, Any] = yaml.safe_load(file.read_text())["data"]
     here = compose(["data=eurosat"]).data
-    values["data"]["cache"] = here.cache
-    if values["data"]["source"] == "eurosat":
-        values["data"]["root"] = here.root or values["data"]["root"]
-    return build(TrainConfig, values)
+    values["cache"] = here.cache
+    if values["source"] == "eurosat":
+        values["root"] = here.root or values["root"]
+    return build(DataConfig, values, "data")
 
 
 def recorded_network(run_id: str) -> tuple["Network", "Calibration"]:
@@ -102,9 +102,9 @@ def recorded_fold(run_id: str, fold: str) -> tuple["Pack", "npt.NDArray[np.int64
     from eurosat.pack import open_pack
     from eurosat.split import make_split
 
-    config, tags = recorded_config(run_id), tracking.get(run_id).tags
-    pack = open_pack(config.data)
-    split = make_split(pack.table, *config.data.split)
+    config, tags = recorded_data(run_id), tracking.get(run_id).tags
+    pack = open_pack(config)
+    split = make_split(pack.table, *config.split)
     for name, now in (
         ("data.fingerprint", pack.fingerprint),
         ("split.fingerprint", split.fingerprint),

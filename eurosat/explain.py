@@ -240,10 +240,10 @@ def read_tiles(
         DataError: a tile that is neither, or not of the network's size and bands.
     """
     from eurosat.decode import decode
-    from eurosat.evaluate import recorded_config
+    from eurosat.evaluate import recorded_data
     from eurosat.sources import open_source
 
-    config = recorded_config(run_id).data
+    config = recorded_data(run_id)
     source = None
     tiles, expected = [], []
     for name in given:

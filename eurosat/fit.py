@@ -53,11 +53,11 @@ def fit(
 
     With ``saved`` the state is kept there after each epoch, and taken up from there. As one of
     several ``ranks`` it trains on its share of every batch; only the first logs and saves.
-    ``further`` callbacks watch it.
+    ``further`` callbacks watch it. A teacher is named by its run: see `eurosat.distill.settled`.
 
     Raises:
         NonFiniteLoss: training diverged.
-        ModelError: the network or its weights cannot be had.
+        ModelError: the network, its weights or its teacher cannot be had.
     """
     logs.quiet_libraries()
     torch.set_num_threads(config.trainer.threads or max(1, machine.cores() // ranks.beside))

@@ -104,7 +104,7 @@ def _images_per_s(spec: "NetworkSpec", modes: list[Compute]) -> dict[Compute, fl
     """Best of PROBE_ROUNDS training steps in each mode, the modes taken in turn."""
     import torch
 
-    from eurosat.depthwise import FastBackward
+    from eurosat.depthwise import fast_backward
     from eurosat.network import untrained
 
     network = untrained(spec).train()
@@ -115,7 +115,7 @@ def _images_per_s(spec: "NetworkSpec", modes: list[Compute]) -> dict[Compute, fl
             network.to(memory_format=mode.memory_format)  # type: ignore[call-overload]
             batch = tiles.contiguous(memory_format=mode.memory_format)
             started = time.perf_counter()
-            with mode.autocast(), FastBackward():
+            with mode.autocast(), fast_backward():
                 loss = network(batch).float().square().mean()
             loss.backward()
             fastest[mode] = min(fastest[mode], time.perf_counter() - started)

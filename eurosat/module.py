@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from eurosat import depthwise, machine
+from eurosat import depthwise
 from eurosat.augment import augment, dihedral_views
 from eurosat.batches import EVAL_BATCH, Batches
 from eurosat.config import AugmentConfig, OptimConfig
@@ -38,11 +38,13 @@ class Classifier(lightning.LightningModule):
         batches.epoch = self.current_epoch
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        tiles_NCHW, targets_NK = batch
-        if targets_NK.ndim == 1:
-            targets_NK = functional.one_hot(targets_NK, len(self.network.spec.classes)).float()
+        tiles_NCHW, labels_or_targets = batch
+        targets_NK = labels_or_targets
+        if labels_or_targets.ndim == 1:
+            classes = len(self.network.spec.classes)
+            targets_NK = functional.one_hot(labels_or_targets, classes).float()
         tiles_NCHW, targets_NK = augment(tiles_NCHW, targets_NK, self._augmentation)
-        with depthwise.FastBackward():
+        with depthwise.fast_backward():
             logits = self.network(tiles_NCHW).float()
         loss = functional.cross_entropy(
             logits, targets_NK, label_smoothing=self._optim.label_smoothing
@@ -153,10 +155,9 @@ def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
 
 
 @torch.inference_mode()
-def averaged(network: Network, batches: Batches) -> Floats:
-    """(N, K) probabilities, averaged over the flips and turns of each tile, in bf16 where fast."""
+def averaged(network: Network, batches: Batches, *, bf16: bool) -> Floats:
+    """(N, K) probabilities, averaged over the flips and turns of each tile."""
     each = []
-    bf16 = network.mean.device.type == "cuda" or machine.has_bf16()
     for tiles_NCHW, _ in _evaluated(network, batches, "predicting all views"):
         with torch.autocast(network.mean.device.type, torch.bfloat16, enabled=bf16):
             views = [network(view).float().softmax(dim=1) for view in dihedral_views(tiles_NCHW)]

@@ -41,7 +41,7 @@ def conclude(
     """Calibrate on the val fold, judge on the test fold, once, and leave the files in the run."""
     import numpy as np
 
-    from eurosat import calibration, export, figures, metrics, module, network
+    from eurosat import calibration, export, figures, machine, metrics, module, network
     from eurosat.batches import TileData
 
     net, classes = fitted.network.float(), data.pack.classes
@@ -56,7 +56,8 @@ def conclude(
     merits |= calibration.judge(calibrated, logits, labels)
     merits |= {f"uncalibrated_{name}": raw[name] for name in ("ece", "nll")}
     if config.trainer.tta:
-        views = module.averaged(net, loaders.test_dataloader())
+        bf16 = config.trainer.precision != "fp32" and machine.has_bf16()
+        views = module.averaged(net, loaders.test_dataloader(), bf16=bf16)
         merits["tta_accuracy"] = float((views.argmax(axis=1) == labels).mean())
     tested = {f"test_{name}": value for name, value in merits.items()}
     run.log_metrics(tested)

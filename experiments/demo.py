@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from eurosat import cli, evaluate, tracking
-from eurosat.config import TrainConfig, compose
+from eurosat.config import DataConfig, TrainConfig, compose
 from eurosat.errors import ConfigError, DataError, EuroSATError
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def serve_and_score(run_id: str, count: int) -> list[dict[str, Any]]:
 
     with tracking.artifact(run_id, "predictions.parquet") as file:
         tested = pd.read_parquet(file)
-    config = evaluate.recorded_config(run_id)
+    config = evaluate.recorded_data(run_id)
     chosen = tested.groupby("label", sort=True).head(1)
     chosen = chosen.iloc[:: max(1, len(chosen) // count)].head(count)
     with tempfile.TemporaryDirectory() as folder:
@@ -234,10 +234,10 @@ def serve_and_score(run_id: str, count: int) -> list[dict[str, Any]]:
     ]
 
 
-def write_tiles(config: TrainConfig, tiles: Sequence[str], folder: Path) -> list[str]:
+def write_tiles(config: DataConfig, tiles: Sequence[str], folder: Path) -> list[str]:
     from eurosat.sources import open_source
 
-    source = open_source(config.data)
+    source = open_source(config)
     names = []
     for tile in tiles:
         if tile not in source.paths:

@@ -1,5 +1,7 @@
 """Depthwise convolutions with a fast backward pass give the gradients of PyTorch's own."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ def gradients(
     exact = torch.float32 if low else dtype
     x = torch.randn(6, 8, size, size, generator=generator).to(exact).requires_grad_()
     weight = torch.randn(8, 1, kernel, kernel, generator=generator).to(exact).requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+    with torch.autocast("cpu", torch.bfloat16, enabled=low), depthwise.fast_backward():
         out = torch.conv2d(x, weight, None, (stride,) * 2, (padding,) * 2, (1, 1), 8)
     out.square().sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
@@ -31,8 +33,7 @@ def gradients(
 @pytest.mark.parametrize(("kernel", "stride", "padding"), CASES)
 @pytest.mark.parametrize("size", [9, 12])
 def test_gradients_are_those_of_float64(kernel: int, stride: int, padding: int, size: int) -> None:
-    with depthwise.FastBackward():
-        fast = gradients(size, kernel, stride, padding, torch.bfloat16)
+    fast = gradients(size, kernel, stride, padding, torch.bfloat16)
     exact = gradients(size, kernel, stride, padding, torch.float64)
     for ours, theirs in zip(fast, exact, strict=True):
         scale = float(theirs.abs().max())
@@ -42,9 +43,9 @@ def test_gradients_are_those_of_float64(kernel: int, stride: int, padding: int, 
 def test_the_fast_way_is_taken_under_autocast_and_nowhere_else() -> None:
     x = torch.randn(2, 4, 8, 8)
 
-    def way(channels: int, groups: int) -> str:
-        layer = torch.nn.Conv2d(4, channels, 5, padding=2, groups=groups, bias=False)
-        with depthwise.FastBackward():
+    def way(channels: int, groups: int, *, padding: int | str = 2) -> str:
+        layer = torch.nn.Conv2d(4, channels, 5, padding=padding, groups=groups, bias=False)
+        with depthwise.fast_backward():
             return type(layer(x).grad_fn).__name__
 
     usual = "ConvolutionBackward0"
@@ -53,6 +54,22 @@ def test_the_fast_way_is_taken_under_autocast_and_nowhere_else() -> None:
         assert way(4, 4) == "_DepthwiseBackward"
         assert way(4, 1) == usual
         assert way(8, 4) == usual
+        assert way(4, 4, padding="same") == usual
+        assert way(4, 4, padding=5) == usual, "more padding than the kernel has taps"
+
+
+def test_a_bias_is_added_and_learns() -> None:
+    layer = torch.nn.Conv2d(4, 4, 7, padding=3, groups=4)
+    x = torch.randn(2, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        usual = layer(x)
+        with depthwise.fast_backward():
+            fast = layer(x)
+    torch.testing.assert_close(fast, usual, rtol=0.02, atol=0.02)
+    fast.sum().backward()
+    assert layer.bias is not None
+    assert layer.bias.grad is not None
+    torch.testing.assert_close(layer.bias.grad, torch.full((4,), 128.0))
 
 
 def test_a_network_under_it_learns_the_same() -> None:
@@ -68,12 +85,11 @@ def test_a_network_under_it_learns_the_same() -> None:
     found = []
     for fast in (False, True):
         network.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            if fast:
-                with depthwise.FastBackward():
-                    out = network(tiles)
-            else:
-                out = network(tiles)
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            depthwise.fast_backward() if fast else nullcontext(),
+        ):
+            out = network(tiles)
         loss = functional.cross_entropy(out.float(), torch.arange(8) % 2)
         loss.backward()  # type: ignore[no-untyped-call]
         found.append(torch.cat([p.grad.flatten() for p in network.parameters()]))  # type: ignore[union-attr]

@@ -7,7 +7,7 @@ import pytest
 
 from eurosat import distill, launch, machine, tracking, train
 from eurosat.config import TrainConfig, compose
-from eurosat.errors import DataError, TrackingError
+from eurosat.errors import DataError, ModelError, TrackingError
 from eurosat.prepare import Prepared
 from eurosat.split import make_split
 from tests.conftest import TINY
@@ -51,28 +51,56 @@ def test_targets_are_the_teachers_answers_and_the_labels_in_their_shares(
     assert distill.targets(student(), tiny_data, CPU) is None
 
 
+def pretend(data: Prepared, recipe: str, **tags: str) -> None:
+    """A run that says of itself what a teacher says."""
+    with tracking.run(
+        "eurosat", "p", system_metrics=False, tags={"kind": "train", **data.fingerprints, **tags}
+    ) as run:
+        run.log_params({"recipe": recipe})
+
+
 def test_a_recipe_stands_for_its_latest_finished_run_and_a_continued_run_keeps_it(
-    teacher: str, tiny_data: Prepared
+    tracking_store: str, teacher: str, tiny_data: Prepared
 ) -> None:
     config = student("distill.teacher=resnet18-quick")
+    pretend(tiny_data, "another")
+    pretend(tiny_data, "resnet18-quick", kind="trial")
+    pretend(tiny_data, "resnet18-quick", **{"split.fingerprint": "other"})
+    with pytest.raises(ZeroDivisionError), tracking.run("eurosat", "p") as failed:
+        failed.set_tags({"kind": "train", **tiny_data.fingerprints})
+        failed.log_params({"recipe": "resnet18-quick"})
+        raise ZeroDivisionError
     with tracking.run("eurosat", "s", system_metrics=False) as run:
         fitted = launch.fit(config, tiny_data, run)
-    assert fitted.history
-    assert tracking.get(run.run_id).tags[distill.TEACHER] == teacher
-    elsewhere = dataclasses.replace(config, experiment="elsewhere")
-    settled = distill.settled(elsewhere, tiny_data, tracking.attach(run.run_id, ""))
-    assert settled.distill.teacher == f"runs:/{teacher}"
+        assert fitted.history
+        assert run.tag(distill.TEACHER) == teacher, "found among those that are none"
+        pretend(tiny_data, "resnet18-quick")
+        assert distill.find(config, tiny_data) != teacher, "a later one"
+        settled = distill.settled(config, tiny_data, run)
+    assert settled.distill.teacher == f"runs:/{teacher}", "as it began"
+
+
+def refused(config: TrainConfig, data: Prepared) -> None:
+    with tracking.run("eurosat", "s", system_metrics=False) as run:
+        launch.fit(config, data, run)
 
 
 @pytest.mark.usefixtures("tracking_store")
 def test_a_recipe_without_a_finished_run_is_refused(tiny_data: Prepared) -> None:
-    config = student("distill.teacher=efficientnet-lite0")
     with pytest.raises(TrackingError, match="no finished run of that recipe .* train it first"):
-        distill.targets(config, tiny_data, CPU)
+        refused(student("distill.teacher=efficientnet-lite0"), tiny_data)
 
 
 def test_a_teacher_of_another_split_is_refused(teacher: str, tiny_data: Prepared) -> None:
-    other = make_split(tiny_data.pack.table, seed=1)
-    config = student(f"distill.teacher=runs:/{teacher}")
+    other = dataclasses.replace(tiny_data, split=make_split(tiny_data.pack.table, seed=1))
     with pytest.raises(DataError, match="may have learned from tiles of this test fold"):
-        distill.targets(config, dataclasses.replace(tiny_data, split=other), CPU)
+        refused(student(f"distill.teacher=runs:/{teacher}"), other)
+
+
+def test_a_teacher_of_other_classes_is_refused(teacher: str, tiny_data: Prepared) -> None:
+    pack = dataclasses.replace(tiny_data.pack, classes=tuple("abcdefghij"))
+    with pytest.raises(ModelError, match="tells AnnualCrop, .* apart in 3 bands; .* a, b, c"):
+        refused(
+            student(f"distill.teacher=runs:/{teacher}"),
+            dataclasses.replace(tiny_data, pack=pack),
+        )

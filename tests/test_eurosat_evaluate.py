@@ -11,7 +11,7 @@ from eurosat.config import compose
 from eurosat.errors import DataError
 from eurosat.metrics import Floats, Labels, surprise
 from eurosat.pack import Pack
-from eurosat.prepare import Prepared
+from eurosat.prepare import Prepared, prepare
 from tests.conftest import TINY
 
 
@@ -67,6 +67,25 @@ def test_a_run_is_evaluated_told_and_kept(
         DataError, match=r"tiles of \(64, 64, 3\); the network knows .* \(32, 32, 3"
     ):
         evaluate.evaluate(run.run_id, data="synthetic data.synthetic.tiles=100")
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.usefixtures("tracking_store", "eurosat_root")
+def test_corruptions_of_real_tiles_cost_accuracy_and_more_the_worse_they_are() -> None:
+    config = compose(
+        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "trainer.tta=false"]
+    )
+    data = prepare(config)
+    with tracking.run("e", "r", system_metrics=False) as run:
+        tested = train.train(config, data, run)
+    table = evaluate.under_corruptions(evaluate.evaluate(run.run_id))
+    accuracy = {(row["kind"], row["severity"]): row["accuracy"] for row in table}
+    assert {row["tiles"] for row in table} == {evaluate.CORRUPTED_TILES}
+    assert accuracy["none", 0] == pytest.approx(tested["test_accuracy"], abs=0.03)
+    for kind in corruptions.KINDS:
+        assert accuracy[kind, 5] < accuracy["none", 0], kind
+        assert accuracy[kind, 5] <= accuracy[kind, 1] + 0.02, kind
 
 
 @pytest.mark.usefixtures("tracking_store")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import mlflow
 import numpy as np
 import pytest
 
-from eurosat import launch, tracking
-from eurosat.batches import Batches
+from eurosat import launch, module, tracking
+from eurosat.batches import Batches, TileData
 from eurosat.config import compose
 from eurosat.errors import ConfigError, NonFiniteLoss
 from eurosat.fit import Fitted
 from eurosat.pack import Pack
-from eurosat.prepare import Prepared
+from eurosat.prepare import Prepared, prepare
 from eurosat.ranks import Ranks
 from tests.conftest import TINY
 
@@ -54,6 +55,27 @@ def test_two_processes_follow_the_curve_of_one_where_norms_do_not_see_the_batch(
         assert other["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3)
         assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
     assert "RANK" not in os.environ
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracking_store")
+def test_two_processes_with_batch_norm_are_as_accurate_as_one() -> None:
+    """Each process normalises by its own half of the batch: other curves, the same accuracy."""
+    config = compose(
+        ["data=synthetic", "data.synthetic.tiles=4000", "data.synthetic.difficulty=0",
+         "data.allow_unvalidated=true", "recipe=demo", "trainer.epochs=8"]
+    )  # fmt: skip
+    data = prepare(config)
+    accuracy = []
+    for devices in (1, 2):
+        trained = replace(config, trainer=replace(config.trainer, devices=devices))
+        with tracking.run("e", "r", system_metrics=False) as run:
+            result = launch.fit(trained, data, run)
+        loader = TileData(data.pack, data.split, batch_size=2, seed=0).test_dataloader()
+        logits, labels = module.logits(result.network, loader)
+        accuracy.append((logits.argmax(axis=1) == labels).mean())
+    assert accuracy[0] > 0.95
+    assert accuracy[1] == pytest.approx(accuracy[0], abs=0.01)
 
 
 @pytest.mark.usefixtures("tracking_store")

@@ -75,7 +75,11 @@ def create(
 
 
 def _load(made: network.Network, start: Start) -> None:
-    """Copy all but the head where the classes differ; colours become bands."""
+    """Copy all but the head where the classes differ; colours become bands.
+
+    A new head starts at zero (Kolesnikov et al. 2020): the loud answers of a random one would push
+    what the backbone knows about before the head has learned anything.
+    """
     own, spec = made.backbone.state_dict(), made.spec
     described: Any = made.backbone.pretrained_cfg
     state = dict(start.backbone)
@@ -84,7 +88,7 @@ def _load(made: network.Network, start: Start) -> None:
         state[stem] = inflate(state[stem], spec.bands)
     if start.classes != spec.classes:
         head = f"{described['classifier']}."
-        state |= {name: value for name, value in own.items() if name.startswith(head)}
+        state |= {k: torch.zeros_like(v) for k, v in own.items() if k.startswith(head)}
     misfits = [k for k in own if k not in state or state[k].shape != own[k].shape]
     if start.name != spec.name or misfits:
         raise ModelError(

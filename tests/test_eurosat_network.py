@@ -58,7 +58,7 @@ def test_other_classes_get_a_new_head_on_the_same_backbone(tmp_path: Path) -> No
     net = build()
     network.save(net, tmp_path / "w.safetensors")
     other = build(weights=str(tmp_path / "w.safetensors"), classes=7)
-    assert answer(other).shape == (2, 7)
+    assert answer(other).tolist() == [[0.0] * 7] * 2, "a new head has nothing to say yet"
     first = next(iter(net.backbone.parameters()))
     torch.testing.assert_close(next(iter(other.backbone.parameters())), first)
 

@@ -49,17 +49,23 @@ class Classifier(lightning.LightningModule):
         loss = functional.cross_entropy(
             logits, targets_NK, label_smoothing=self._optim.label_smoothing
         )
-        value = float(loss.detach())
-        if not math.isfinite(value) and self.global_rank == 0:  # the others learn it next step
-            raise NonFiniteLoss(
-                f"the loss is {value} at step {self.global_step} with optim.lr={self._optim.lr:g}: "
-                "lower it, or set optim.clip_norm=1"
-            )
+        if self.global_rank == 0:  # the others learn it next step
+            self._check(loss.detach())
         self.log(
             "train_loss", loss.detach(), on_step=True, on_epoch=True,
             batch_size=len(targets_NK), sync_dist=self.trainer.world_size > 1,
         )  # fmt: skip
         return loss
+
+    def _check(self, loss: Tensor) -> None:
+        """Stop at a loss that is not finite. Asking a GPU means waiting for it: now and then."""
+        if loss.is_cuda and self.global_step % LOG_EVERY_STEPS:
+            return
+        if not math.isfinite(value := float(loss)):
+            raise NonFiniteLoss(
+                f"the loss is {value} at step {self.global_step} with optim.lr={self._optim.lr:g}: "
+                "lower it, or set optim.clip_norm=1"
+            )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         tiles_NCHW, labels = batch

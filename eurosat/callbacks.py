@@ -2,7 +2,9 @@
 
 import dataclasses
 import logging
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -104,6 +106,37 @@ class RunLogger(Logger):
             self._run.log_metrics(of_step, step or 0)
         if of_epoch:
             self._run.log_metrics(of_epoch, epoch)
+
+
+class Interrupt(lightning.Callback):
+    """While it is entered, Ctrl-C ends training after the batch at hand; a second one, at once.
+
+    An interrupt in the middle of a request to the tracking store would leave that store locked.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
 
 
 class Watch(lightning.Callback):
@@ -259,8 +292,8 @@ class Resume(lightning.Callback):
     """Saves after each epoch all that the rest of a training depends on, and restores it.
 
     Between two epochs there is little of it; Lightning's own checkpoints restart inside its
-    loops' bookkeeping instead, which repeats or skips hooks. Stands last among the callbacks:
-    the others have finished the epoch.
+    loops' bookkeeping instead, which repeats or skips hooks. An epoch is over when the next one
+    starts or training ends: only then has Lightning logged the last of its metrics.
     """
 
     def __init__(
@@ -268,6 +301,8 @@ class Resume(lightning.Callback):
     ) -> None:
         """``saved`` is None for all of several processes but the first: they only restore."""
         self._saved, self._run, self._compute, self._state = saved, run, compute, state
+        self._kept = state["epoch"] if state else 0
+        """Epochs in the state that is saved."""
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Optimiser and callbacks are set up, and no hook of training has run."""
@@ -290,15 +325,22 @@ class Resume(lightning.Callback):
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self._state = None
 
-    def on_train_epoch_end(
+    def on_train_epoch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule
     ) -> None:
-        if self._saved is None:
+        self._keep(trainer, module)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._keep(trainer, module)
+
+    def _keep(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        if self._saved is None or trainer.current_epoch == self._kept:
             return
+        self._kept = trainer.current_epoch
         self._run.flush()  # what is not trained again is not logged again
         self._saved.save(
             {
-                "epoch": trainer.current_epoch + 1,
+                "epoch": self._kept,
                 "step": trainer.global_step,
                 "stopped": trainer.should_stop,
                 "module": module.state_dict(),

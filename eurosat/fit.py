@@ -1,6 +1,5 @@
 """Fit one network to the train fold, in this process or as one of several."""
 
-import signal
 import tempfile
 import time
 import warnings
@@ -96,6 +95,7 @@ def fit(
         extra.append(EarlyStopping("val_accuracy", mode="max", patience=config.trainer.patience))
     if config.profile and ranks.first:
         extra.append(callbacks.Profile(run))
+    interrupt = callbacks.Interrupt()
     resume = [callbacks.Resume(saved if ranks.first else None, run, compute, state)]
     trainer = lightning.Trainer(
         accelerator="gpu" if compute.device == "cuda" else "cpu",
@@ -104,7 +104,7 @@ def fit(
         strategy=_strategy(config, compute, ranks),
         precision="bf16-mixed" if compute.bf16 else "32-true",
         max_epochs=config.trainer.epochs,
-        callbacks=[*extra, watch, *further, *(resume if saved else [])],
+        callbacks=[*extra, watch, interrupt, *further, *(resume if saved else [])],
         logger=callbacks.RunLogger(run) if ranks.first else False,
         log_every_n_steps=min(LOG_EVERY_STEPS, len(loaders.train_dataloader())),
         gradient_clip_val=config.optim.clip_norm or None,
@@ -117,7 +117,7 @@ def fit(
     # the network and the probe drew from it; each rank augments in its own way
     lightning.seed_everything(config.seed + ranks.rank, verbose=False)
     started = time.monotonic()
-    with warnings.catch_warnings():  # Lightning 2.6 calls what torch 2.13 deprecated
+    with interrupt, warnings.catch_warnings():  # Lightning 2.6 calls what torch 2.13 deprecated
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         try:
             trainer.fit(module, datamodule=loaders)
@@ -131,9 +131,7 @@ def fit(
         except SystemExit as stopped:
             if stopped.code == cli.TERMINATED:
                 raise
-            # what Lightning makes of Ctrl-C
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt from stopped
+            raise KeyboardInterrupt from stopped  # what Lightning makes of Ctrl-C
         finally:
             if torch.distributed.is_initialized() and ranks.ours:
                 torch.distributed.destroy_process_group()

@@ -288,12 +288,33 @@ def _take_trials(job: Job, worker: int, taken: Any) -> int:
         study_name=job.study, storage=job.sweep.storage, sampler=_sampler(job.sweep, worker)
     )
     while True:
-        with taken.get_lock():
+        with taken.get_lock():  # SQLite locks no rows: two workers would take one enqueued trial
             number, taken.value = taken.value, taken.value + 1
-        if number >= job.sweep.trials:
-            return cli.OK
+            if number >= job.sweep.trials:
+                return cli.OK
+            trial = study.ask()
         objective = _objective(job, data, None, number, max(1, cores() // job.sweep.workers))
-        study.optimize(objective, n_trials=1, catch=(NonFiniteLoss,))
+        _carry_out(study, trial, objective)
+
+
+def _carry_out(
+    study: "optuna.Study", trial: "optuna.Trial", objective: Callable[["optuna.Trial"], float]
+) -> None:
+    """As `study.optimize` does with a trial that it asked for itself."""
+    from optuna import TrialPruned
+    from optuna.trial import TrialState
+
+    try:
+        value = objective(trial)
+    except TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    except NonFiniteLoss:
+        study.tell(trial, state=TrialState.FAIL)
+    except BaseException:
+        study.tell(trial, state=TrialState.FAIL)
+        raise
+    else:
+        study.tell(trial, value)
 
 
 def _conclude(study: "optuna.Study", parent: tracking.Run) -> None:

@@ -56,38 +56,37 @@ def runs() -> list[str]:
     return [run.info.run_id for run in found]
 
 
-def kill_until_done(arguments: Sequence[str], log: Path, kills: int, seconds: float) -> int:
-    """Kill the command at random moments, then let it end; returns how often it was killed.
+def said(log: Path, words: str) -> int:
+    return log.read_text().count(words) if log.exists() else 0
 
-    ``seconds`` is what the training takes alone.
+
+def kill_until_done(arguments: Sequence[str], log: Path, kills: int, epoch_s: float) -> None:
+    """Kill the training at random moments, then let it end.
+
+    Every other time it gets on by an epoch first; from there, or from the start of training, a
+    random part of ``epoch_s``, which an epoch takes, goes by.
     """
     chosen = random.Random(3)
-    killed = 0
-    for _ in range(kills):
+    for number in range(kills):
+        begun, epochs = said(log, "training in") + 1, said(log, ": epoch ") + number % 2
         process = start(arguments, log)
-        time.sleep(chosen.uniform(0.1, 0.6) * seconds)
-        if not process.is_alive():
-            break
+        while said(log, "training in") < begun or said(log, ": epoch ") < epochs:
+            time.sleep(0.02)
+            assert process.is_alive(), log.read_text()[-2000:]
+        time.sleep(chosen.uniform(0, epoch_s))
+        assert process.is_alive(), "the training ended too soon to be killed"
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
-        killed += 1
-    else:
-        process = start(arguments, log)
+    process = start(arguments, log)
     process.join()
     assert process.exitcode == cli.OK, log.read_text()[-2000:]
-    return killed
 
 
-def check_killed_training(arguments: list[str], tmp_path: Path) -> None:
-    start(["--help"], tmp_path / "help.log").join()  # the imports are paid for here
-    started = time.monotonic()
+def check_killed_training(arguments: list[str], tmp_path: Path, epoch_s: float) -> None:
     reference = start(arguments, tmp_path / "reference.log")
     reference.join()
-    seconds = time.monotonic() - started
     assert reference.exitcode == cli.OK, (tmp_path / "reference.log").read_text()[-2000:]
-
-    killed = kill_until_done(arguments, tmp_path / "killed.log", 5, seconds)
-    assert killed == 5, "the training ended too soon to be killed"
+    kill_until_done(arguments, tmp_path / "killed.log", 5, epoch_s)
     whole, resumed = runs()
     assert tracking.get(resumed).status == "FINISHED"
     for name, value in weights_of(whole).items():
@@ -99,8 +98,7 @@ def check_killed_training(arguments: list[str], tmp_path: Path) -> None:
             for run in (whole, resumed)
         )
         assert one == other, metric
-    said = (tmp_path / "killed.log").read_text()
-    assert "which was cut short" in said
+    assert said(tmp_path / "killed.log", "which was cut short") == 5
 
 
 @pytest.fixture
@@ -171,8 +169,8 @@ def test_a_second_training_beside_a_living_one_has_a_place_of_its_own(
 
 @pytest.mark.usefixtures("tracking_store")
 def test_a_training_killed_five_times_ends_as_if_it_never_was(tmp_path: Path) -> None:
-    settings = ["trainer.epochs=8", "trainer.patience=7", "augment.cutmix=0.5", "optim.ema=0.9"]
-    check_killed_training([*TINY, *settings], tmp_path)
+    settings = ["trainer.epochs=16", "trainer.patience=15", "augment.cutmix=0.5", "optim.ema=0.9"]
+    check_killed_training([*TINY, *settings], tmp_path, epoch_s=0.5)
 
 
 @pytest.mark.slow
@@ -184,4 +182,5 @@ def test_a_training_on_real_tiles_killed_five_times_ends_as_if_it_never_was(
     check_killed_training(
         ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "trainer.tta=false"],
         tmp_path,
+        epoch_s=60,
     )

@@ -165,5 +165,5 @@ def test_a_fault_in_the_arguments_is_named(given: list[str], words: str) -> None
 
 def test_an_empty_space_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump([]))
-    with pytest.raises(ConfigError, match="is not a mapping"):
+    with pytest.raises(ConfigError, match="holds no keys and values"):
         space.load(str(tmp_path / "s.yaml"))

@@ -72,9 +72,12 @@ def test_no_lock_names_an_index_or_a_host(lock: Path) -> None:
 
 
 def test_the_product_lock_is_part_of_the_development_lock() -> None:
-    dev = {str(requirement): set(hashes) for requirement, hashes in entries(DEV)}
-    for requirement, hashes in entries(PRODUCT):
-        assert dev.get(str(requirement)) == set(hashes), f"{requirement} differs or is missing"
+    """Of each package the same release; a development tool may want one on more platforms."""
+    dev = {(one.name, str(one.specifier)): set(hashes) for one, hashes in entries(DEV)}
+    for one, hashes in entries(PRODUCT):
+        assert dev.get((one.name, str(one.specifier))) == set(hashes), (
+            f"{one} differs or is missing"
+        )
 
 
 def test_the_product_lock_leaves_the_development_tools_out() -> None:

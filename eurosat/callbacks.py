@@ -121,22 +121,26 @@ class Interrupt(lightning.Callback):
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._ask)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._before)
+        if kind is None:  # asked after the last batch
+            self._obey()
 
     def _ask(self, *_: object) -> None:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def _obey(self) -> None:
         if self._asked:
             raise KeyboardInterrupt
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        self._obey()
+
     def on_validation_batch_end(self, *_: Any) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
+        self._obey()
 
 
 class Watch(lightning.Callback):

@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from eurosat import cli, tracking
+from eurosat.callbacks import Interrupt
 from eurosat.config import compose
 from eurosat.errors import TrackingError
 from tests.conftest import TINY
@@ -48,6 +49,24 @@ def test_a_signal_in_training_ends_the_run_as_killed(
     assert child.returncode == code, complaint[-2000:]
     assert "Traceback" not in complaint
     assert tracking.get(found[0].info.run_id).status == "KILLED"
+
+
+def test_ctrl_c_waits_for_a_batch_and_is_never_lost() -> None:
+    interrupt, reached = Interrupt(), []
+    with pytest.raises(KeyboardInterrupt), interrupt:
+        signal.raise_signal(signal.SIGINT)
+        reached.append("the end of the request at hand")
+        interrupt.on_train_batch_end()
+        reached.append("the next batch")
+    assert reached == ["the end of the request at hand"]
+    with pytest.raises(KeyboardInterrupt), Interrupt():
+        signal.raise_signal(signal.SIGINT)  # after the last batch
+    with pytest.raises(KeyboardInterrupt), Interrupt():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        reached.append("beyond the second")
+    assert len(reached) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.usefixtures("tiny_pack", "tracking_store")

@@ -1,5 +1,6 @@
 """The locks are whole, hashed, name no index, and hold what pyproject.toml and conda.yaml say."""
 
+import itertools
 import re
 import tomllib
 from pathlib import Path
@@ -77,15 +78,34 @@ def test_the_product_lock_is_part_of_the_development_lock() -> None:
     for wanted, hashes in entries(PRODUCT):
         assert any(
             (one.name, one.specifier, one.extras) == (wanted.name, wanted.specifier, wanted.extras)
-            and (one.marker is None or alternatives(wanted) <= alternatives(one))
+            and platforms(wanted) <= platforms(one)
             and set(its) == set(hashes)
             for one, its in dev
         ), f"{wanted} differs or is missing"
 
 
-def alternatives(requirement: Requirement) -> set[str]:
-    """The parts of its marker of which one must hold."""
-    return {*str(requirement.marker).split(" or ")}
+def platforms(requirement: Requirement) -> set[tuple[str, ...]]:
+    """Those that its marker holds on."""
+    return {
+        platform
+        for platform in itertools.product(
+            ("linux", "darwin", "win32"), ("CPython", "PyPy"), ("x86_64", "arm64", "aarch64"),
+            ("3.11", "3.12"),
+        )
+        if requirement.marker is None
+        or requirement.marker.evaluate(
+            {
+                "sys_platform": platform[0],
+                "platform_system": {"win32": "Windows"}.get(platform[0], platform[0].title()),
+                "os_name": "nt" if platform[0] == "win32" else "posix",
+                "platform_python_implementation": platform[1],
+                "implementation_name": platform[1].lower(),
+                "platform_machine": platform[2],
+                "python_version": platform[3],
+                "python_full_version": f"{platform[3]}.0",
+            }
+        )
+    }  # fmt: skip
 
 
 def test_the_product_lock_leaves_the_development_tools_out() -> None:

@@ -11,7 +11,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow bench-train bench-depthwise lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow bench-train bench-depthwise bench-tracking lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench-train: .venv/product .venv-torchgeo/done ## training speed against a plain
 
 bench-depthwise: .venv/product ## training steps with our gradients of depthwise convolutions and PyTorch's
 	$(BIN)/python -m benchmarks.depthwise $(BENCH_ARGS)
+
+bench-tracking: .venv/product ## what logging costs a training step, on a near and a far server
+	$(BIN)/python -m benchmarks.tracking $(BENCH_ARGS)
 
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -341,7 +341,7 @@ class Resume(lightning.Callback):
         if self._saved is None or trainer.current_epoch == self._kept:
             return
         self._kept = trainer.current_epoch
-        self._run.flush()  # what is not trained again is not logged again
+        self._run.settle()  # what is not trained again is not logged again
         self._saved.save(
             {
                 "epoch": self._kept,

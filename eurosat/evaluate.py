@@ -240,7 +240,8 @@ def main(argv: Sequence[str]) -> int:
         (folder / "figures.json").write_text(json.dumps(told, indent=1))
         (folder / "report.md").write_text(report.markdown(told))
         report.draw(judged, told, folder)
-        tracking.add_folder(judged.run_id, folder, f"evaluation/{judged.fold}")
+        with tracking.attached(judged.run_id) as run:
+            run.log_folder(folder, f"evaluation/{judged.fold}")
     print(report.markdown(told))
     print(f"in run {judged.run_id}: evaluation/{judged.fold}")
     return cli.OK

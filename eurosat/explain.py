@@ -290,8 +290,9 @@ def main(argv: Sequence[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         draw(explained, title, folder / "explained.png")
         (folder / "explained.html").write_text(page(explained, title))
-        for file in (folder / "explained.png", folder / "explained.html"):
-            tracking.add_file(run_id, file, "explanations")
+        with tracking.attached(run_id) as run:
+            for file in (folder / "explained.png", folder / "explained.html"):
+                run.log_file(file, "explanations")
     for one in explained:
         print(f"{one.tile}\t{one.expected or '-'}\t{one.label}\t{one.confidence:.4f}")
     print(f"in run {run_id}: explanations/explained.html" + (f", {args.out}" if args.out else ""))

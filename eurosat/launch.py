@@ -7,7 +7,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -144,7 +144,7 @@ def _fit_on_ray(config: TrainConfig, run: tracking.Run) -> Fitted:
             _ray_worker,
             train_loop_config={
                 "config": config,
-                "run": (run.run_id, run.experiment_id),
+                "run": run.run_id,
                 "server": tracking.server(),
             },
             scaling_config=ScalingConfig(num_workers=config.trainer.devices, use_gpu=gpus),
@@ -170,10 +170,11 @@ def _ray_worker(given: dict[str, Any]) -> None:
     os.environ[STYLE] = "lines"
     logs.setup("info")
     ranks = Ranks.from_environment(ours=False)
-    run = tracking.attach(*given["run"]) if ranks.first else tracking.Unlogged()
     config: TrainConfig = given["config"]
-    fitted = fit_alone(config, prepare(config), run, ranks=ranks)
-    run.flush()
+    with (
+        tracking.attached(given["run"]) if ranks.first else nullcontext(tracking.Unlogged())
+    ) as run:
+        fitted = fit_alone(config, prepare(config), run, ranks=ranks)
     if not ranks.first:
         ray.train.report({})
         return

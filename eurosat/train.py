@@ -169,9 +169,9 @@ def main(argv: Sequence[str]) -> int:
     name = f"{config.recipe} seed {config.seed}"
     with (
         claim(config, data.fingerprints) as saved,
-        tracking.run(config.experiment, name, resume=saved.run_id, tags={"kind": "train"}) as run,
+        tracking.run(config.experiment, name, resume=saved.journal, tags={"kind": "train"}) as run,
     ):
-        saved.begin(run.run_id)
+        saved.begin(run.journal)
         tested = train(config, data, run, saved=saved)
     print(summary(tested))
     print(f"run {run.run_id}")

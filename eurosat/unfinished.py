@@ -30,27 +30,27 @@ class Unfinished:
     def __init__(self, directory: Path, about: Mapping[str, str]) -> None:
         self._directory = directory
         self._about = dict(about)
-        self.run_id = self._continued()
+        self.journal = self._continued()
 
     def _continued(self) -> str | None:
-        """The run that stopped here, if it was of the same data and its server still has it."""
+        """Journal of the run that stopped here, if it was of the same data and can go on."""
         try:
             held = json.loads((self._directory / ABOUT).read_text())
         except (OSError, ValueError):
             return None
-        run_id = held.pop("run_id", None)
-        if held != self._about or not tracking.is_unfinished(run_id):
+        journal = held.pop("journal", None)
+        if held != self._about or not tracking.can_continue(journal):
             return None
-        return str(run_id)
+        return str(journal)
 
-    def begin(self, run_id: str) -> None:
-        """Say which run it is; what another run left here is dropped."""
-        if run_id == self.run_id:
-            log.info("continuing run %s, which was cut short", run_id)
+    def begin(self, journal: str) -> None:
+        """Say by its journal which run it is; what another run left here is dropped."""
+        if journal == self.journal:
+            log.info("continuing the run of %s, which was cut short", journal)
             return
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
-        _write(self._directory / ABOUT, json.dumps(self._about | {"run_id": run_id}).encode())
+        _write(self._directory / ABOUT, json.dumps(self._about | {"journal": journal}).encode())
 
     @property
     def described(self) -> bool:

@@ -1,0 +1,148 @@
+"""bench-tracking: what logging one metric set a step costs a training, on a near and a far server.
+
+`python -m benchmarks.tracking [--rounds 10] [--seconds 6]`
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import reports
+from benchmarks.server import free_port, mlflow_server, proxy
+from eurosat import logs, machine, network, tracking
+from eurosat.config import compose
+from eurosat.module import make_optimizer
+
+FAR_S = 0.05
+METRICS = ("train_loss_step", "train_accuracy_step", "lr")
+TOLD = {
+    "none": "no logging",
+    "ours, near": "the journal, a server on this machine",
+    "ours, far": "the journal, a server 50 ms away",
+    "ours, gone": "the journal, no server at all",
+    "MLFlowLogger, near": "Lightning's MLFlowLogger, a server on this machine",
+    "MLFlowLogger, far": "Lightning's MLFlowLogger, a server 50 ms away",
+}
+
+Log = Callable[[dict[str, float], int], None]
+
+
+def stepper() -> Callable[[], float]:
+    """One training step of the default recipe on a random batch; returns its loss."""
+    config = compose([])
+    torch.manual_seed(0)
+    spec = network.NetworkSpec(
+        name=config.model.name, classes=tuple("abcdefghij"), bands=3, tile_size=(64, 64),
+        input_size=config.model.input_size, norm="batch", drop_rate=0.0,
+        mean=(100.0,) * 3, std=(50.0,) * 3,
+    )  # fmt: skip
+    net = network.untrained(spec).train()
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(net, config.optim)
+    tiles = torch.rand(config.optim.batch_size, 3, 64, 64) * 255
+    labels = torch.randint(0, 10, (len(tiles),))
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=machine.has_bf16()):
+            loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+@contextmanager
+def ours(uri: str) -> Iterator[Log]:
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    with tracking.run("bench", "ours", system_metrics=False) as run:
+        yield run.log_metrics
+
+
+@contextmanager
+def lightnings(uri: str) -> Iterator[Log]:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    logger = MLFlowLogger("bench", tracking_uri=uri)
+    yield logger.log_metrics
+    logger.finalize("success")
+
+
+def turn(step: Callable[[], float], log_metrics: Log, seconds: float) -> tuple[float, float]:
+    """Train and log for a while; returns the seconds of a step, and of a call to the logger."""
+    begun, steps, calling = time.perf_counter(), 0, 0.0
+    while time.perf_counter() - begun < seconds:
+        loss = step()
+        called = time.perf_counter()
+        log_metrics(dict.fromkeys(METRICS, loss), steps)
+        calling += time.perf_counter() - called
+        steps += 1
+    return (time.perf_counter() - begun) / steps, calling / steps
+
+
+def row(name: str, steps_s: Sequence[float], calls_s: Sequence[float], none: Any) -> dict[str, Any]:
+    return {
+        "arm": name,
+        "what": TOLD[name],
+        "step_ms": round(1000 * statistics.median(steps_s), 2),
+        "call_ms": round(1000 * statistics.median(calls_s), 3),
+        "overhead": round(reports.ratio(steps_s, none) - 1, 4),
+        "low": round(min(a / b for a, b in zip(steps_s, none, strict=True)) - 1, 4),
+        "high": round(max(a / b for a, b in zip(steps_s, none, strict=True)) - 1, 4),
+    }
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=6)
+    args = parser.parse_args(argv)
+    logs.setup("info")
+    torch.set_num_threads(machine.cores())
+    started, step = reports.now(), stepper()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        os.environ["EUROSAT_CACHE"] = folder
+        port = stack.enter_context(mlflow_server(Path(folder)))
+        far = stack.enter_context(proxy(port))
+        far.delay_s = FAR_S
+        near, gone = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
+        arms: dict[str, Log] = {
+            "none": lambda *_: None,
+            "ours, near": stack.enter_context(ours(near)),
+            "ours, far": stack.enter_context(ours(far.uri)),
+            "ours, gone": stack.enter_context(ours(gone)),
+            "MLFlowLogger, near": stack.enter_context(lightnings(near)),
+            "MLFlowLogger, far": stack.enter_context(lightnings(far.uri)),
+        }
+        step()
+        steps: dict[str, list[float]] = {name: [] for name in TOLD}
+        calls: dict[str, list[float]] = {name: [] for name in TOLD}
+        for number in range(args.rounds):
+            names = list(TOLD)
+            for name in names[number % len(names) :] + names[: number % len(names)]:
+                of_step, of_call = turn(step, arms[name], args.seconds)
+                steps[name].append(of_step)
+                calls[name].append(of_call)
+                print(
+                    f"round {number + 1} of {args.rounds}: {name} {1000 * of_step:.1f} ms a step, "
+                    f"{1000 * of_call:.3f} of it logging",
+                    flush=True,
+                )
+        rows = [row(name, steps[name], calls[name], steps["none"]) for name in TOLD]
+    worst = max(one["overhead"] for one in rows if str(one["arm"]).startswith("ours"))
+    goals = [reports.goal("tracking.overhead", worst, 0.01, at_most=True)]
+    reports.write("tracking", started=started, n=args.rounds, goals=goals, rows=rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,55 @@
+"""Runs on the tracking server: the one place where this package calls MLflow.
+
+A run is written into a journal on this machine and sent on from there (`runs`, `journal`,
+`delivery`); what the server holds is read from it (`store`).
+"""
+
+from eurosat.tracking.delivery import PARENT
+from eurosat.tracking.runs import (
+    Run,
+    Unlogged,
+    attached,
+    can_continue,
+    code_commit,
+    fail,
+    flatten,
+    run,
+    user,
+)
+from eurosat.tracking.store import (
+    ABSENT,
+    BEST_RUN,
+    FinishedRun,
+    alias_version,
+    artifact,
+    explained,
+    finished_runs,
+    get,
+    latest_run,
+    resolve_run,
+    server,
+)
+
+__all__ = [
+    "ABSENT",
+    "BEST_RUN",
+    "PARENT",
+    "FinishedRun",
+    "Run",
+    "Unlogged",
+    "alias_version",
+    "artifact",
+    "attached",
+    "can_continue",
+    "code_commit",
+    "explained",
+    "fail",
+    "finished_runs",
+    "flatten",
+    "get",
+    "latest_run",
+    "resolve_run",
+    "run",
+    "server",
+    "user",
+]

@@ -1,0 +1,463 @@
+"""The durable local record of one run: written first, and delivered to the server from here.
+
+One folder a run: an SQLite file in WAL mode, the files to be sent, and a lock that its process
+holds. What a method has returned from survives the death of the process.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eurosat.errors import TrackingError
+
+log = logging.getLogger(__name__)
+
+KEPT_DAYS = 14
+"""Journals that wait for nothing are removed after so long; others never."""
+CHUNK = 1 << 20
+FULL_S = 1.0
+"""Between two attempts to write to a disk that is full."""
+DATABASE, FILES, LOCK = "journal.db", "files", "lock"
+PREFIX = "journal:"
+"""Before a journal's id, where a run has no id of a server yet."""
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Kind = Literal["metric", "param", "tag"]
+
+SCHEMA = """
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL,
+    name TEXT NOT NULL, value, time INTEGER, step INTEGER, refused TEXT);
+CREATE INDEX named ON entries (name) WHERE kind <> 'metric';
+CREATE TABLE files (seq INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT UNIQUE NOT NULL,
+    sha256 TEXT NOT NULL, size INTEGER NOT NULL, sent INTEGER NOT NULL DEFAULT 0);
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    seq: int
+    kind: Kind
+    name: str
+    value: Any
+    """A float or, of params and tags, a string."""
+    time: int
+    """Milliseconds since 1970."""
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptFile:
+    seq: int
+    path: str
+    """Where it belongs among the run's artifacts."""
+    sha256: str
+    size: int
+    local: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Waiting:
+    """What the server does not have yet."""
+
+    entries: int
+    files: int
+    bytes: int
+    """Of the files."""
+    status: bool
+
+    def __bool__(self) -> bool:
+        return bool(self.entries or self.files or self.status)
+
+    def __str__(self) -> str:
+        parts = [f"{self.entries} entries"] if self.entries else []
+        parts += [f"{self.files} files ({self.bytes / 1e6:.1f} MB)"] if self.files else []
+        return ", ".join(parts + (["its status"] if self.status else [])) or "nothing"
+
+
+def root() -> Path:
+    """Where journals are: ``EUROSAT_CACHE`` or ~/.cache/eurosat, in ``journals``."""
+    return Path(os.environ.get("EUROSAT_CACHE") or "~/.cache/eurosat").expanduser() / "journals"
+
+
+class Journal:
+    """A connection to one journal; its methods may be called from several threads.
+
+    A second connection to the same folder, as the sender has, does not block this one for longer
+    than a row takes to write.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.id = directory.name
+        self._lock = threading.Lock()
+        self._unwritten: list[tuple[Any, ...]] = []
+        self._full_until = 0.0
+        """Time before which a disk that was full is not tried again."""
+        with _explained(directory):
+            self._connection = sqlite3.connect(
+                f"file:{directory / DATABASE}?mode=rw", uri=True, timeout=30,
+                check_same_thread=False,
+            )  # fmt: skip
+            self._connection.execute("PRAGMA synchronous=NORMAL")
+            self._connection.execute("PRAGMA wal_autocheckpoint=0")  # an fsync, left to `settle`
+
+    @classmethod
+    def create(cls, **about: str | None) -> "Journal":
+        """A new one; ``about`` says which run, of which experiment, on which server.
+
+        Raises:
+            TrackingError: the folder cannot be written.
+        """
+        identity = uuid.uuid4().hex
+        directory, making = root() / identity, root() / f".{identity}"
+        with _explained(directory):
+            making.mkdir(parents=True, mode=0o700)
+            connection = sqlite3.connect(making / DATABASE)
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.executescript(SCHEMA)
+            finally:
+                connection.close()
+            making.rename(directory)  # so that there is no journal but a whole one
+        made = cls(directory)
+        made.note(start_ms=str(now_ms()), **about)
+        return made
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    def remove(self) -> None:
+        self.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    # What the run is told
+
+    def log_metrics(self, metrics: Mapping[str, float], time_ms: int, step: int) -> None:
+        """Where the disk is full they wait in memory for a later call, and one line says so."""
+        with self._lock:
+            self._unwritten += [
+                ("metric", name, value if value == value else "nan", time_ms, step)
+                for name, value in metrics.items()
+            ]
+            if time.monotonic() < self._full_until:
+                return
+            try:
+                with self._connection:
+                    self._insert(self._unwritten)
+            except sqlite3.OperationalError as error:
+                if not self._full_until:
+                    log.warning(
+                        "metrics wait in memory: %s cannot be written (%s); make room there",
+                        self.directory, error,
+                    )  # fmt: skip
+                self._full_until = time.monotonic() + FULL_S
+            else:
+                self._unwritten, self._full_until = [], 0
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        """Those that are here already are left.
+
+        Raises:
+            TrackingError: one is here with another value: params of a run do not change.
+        """
+        held = self._named("param")
+        for name, value in params.items():
+            if held.get(name, value) != value:
+                raise TrackingError(
+                    f"param {name} of this run is {held[name]}, and cannot become {value}: params "
+                    "do not change; log a tag or a metric"
+                )
+        self._append("param", {k: v for k, v in params.items() if k not in held})
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._append("tag", tags)
+
+    def tag(self, name: str) -> str | None:
+        return self._named("tag").get(name)
+
+    def keep(self, source: Path | bytes, path: str) -> None:
+        """Copy a file, or write its content, to be sent as the artifact ``path``."""
+        with _explained(self.directory):
+            with self._lock, self._connection:
+                replaced = self._one("SELECT seq FROM files WHERE path = ?", path)
+                self._connection.execute("DELETE FROM files WHERE path = ?", (path,))
+                cursor = self._connection.execute(
+                    "INSERT INTO files (path, sha256, size, sent) VALUES (?, '', 0, 1)", (path,)
+                )
+                seq = int(cursor.lastrowid or 0)
+            local = self._local(seq, path)
+            local.parent.mkdir(parents=True)
+            digest, size = _copied(source, local)
+            with self._lock, self._connection:
+                self._connection.execute(
+                    "UPDATE files SET sha256 = ?, size = ?, sent = 0 WHERE seq = ?",
+                    (digest, size, seq),
+                )
+            if replaced is not None:
+                shutil.rmtree(self.directory / FILES / str(replaced), ignore_errors=True)
+
+    def end(self, status: Status) -> None:
+        """The last word of the run.
+
+        Raises:
+            TrackingError: metrics still wait in memory for room on the disk.
+        """
+        self._full_until = min(self._full_until, 1e-9)
+        self.log_metrics({}, 0, 0)
+        self.note(status=status, end_ms=str(now_ms()), status_sent=None)
+        if self._unwritten:
+            raise TrackingError(
+                f"{len(self._unwritten)} metrics were lost: {self.directory} cannot be written; "
+                "make room there"
+            )
+
+    def reopen(self) -> None:
+        """The run goes on, in another process than the one it began in."""
+        self.note(status=None, end_ms=None, status_sent=None, opened=None)
+
+    def settle(self) -> None:
+        """Force all that is written onto the disk: it survives a power cut as well."""
+        with self._lock, contextlib.suppress(sqlite3.OperationalError):  # a full disk: told above
+            self._connection.execute("PRAGMA wal_checkpoint(FULL)")
+
+    # What was noted about it
+
+    def about(self, name: str) -> str | None:
+        with self._lock:
+            found = self._one("SELECT value FROM about WHERE name = ?", name)
+        return None if found is None else str(found)
+
+    def note(self, **values: str | None) -> None:
+        """Replace what is noted under these names; None removes it."""
+        with _explained(self.directory), self._lock, self._connection:
+            for name, value in values.items():
+                self._connection.execute("DELETE FROM about WHERE name = ?", (name,))
+                if value is not None:
+                    self._connection.execute("INSERT INTO about VALUES (?, ?)", (name, value))
+
+    @property
+    def run_id(self) -> str | None:
+        """Of the server, once it has the run."""
+        return self.about("run_id")
+
+    @property
+    def reference(self) -> str:
+        return self.run_id or PREFIX + self.id
+
+    # What the server gets
+
+    def entries(self, most: int) -> list[Entry]:
+        """The next ones that were not delivered, in order; up to ``most``."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT seq, kind, name, value, time, step FROM entries "
+                "WHERE seq > ? AND refused IS NULL ORDER BY seq LIMIT ?",
+                (self._sent(), most),
+            ).fetchall()
+        return [
+            Entry(
+                seq=seq, kind=kind, name=name, time=time_ms, step=step,
+                value=float(value) if kind == "metric" else str(value),
+            )
+            for seq, kind, name, value, time_ms, step in rows
+        ]  # fmt: skip
+
+    def delivered(self, seq: int) -> None:
+        """The server has all entries up to this one."""
+        self.note(sent=str(seq))
+
+    def refused(self, seq: int, why: str) -> None:
+        """The server will never take this entry; it is kept here with the reason."""
+        with self._lock, self._connection:
+            self._connection.execute("UPDATE entries SET refused = ? WHERE seq = ?", (why, seq))
+
+    def next_file(self) -> KeptFile | None:
+        with self._lock:
+            row = self._connection.execute(
+                "SELECT seq, path, sha256, size FROM files WHERE sent = 0 ORDER BY seq LIMIT 1"
+            ).fetchone()
+        if row is None:
+            return None
+        seq, path, sha256, size = row
+        return KeptFile(
+            seq=seq, path=path, sha256=sha256, size=size, local=self._local(seq, path)
+        )  # fmt: skip
+
+    def file_sent(self, seq: int) -> None:
+        with self._lock, self._connection:
+            self._connection.execute("UPDATE files SET sent = 1 WHERE seq = ?", (seq,))
+
+    def start_over(self) -> None:
+        """The server has lost the run: all of it waits again."""
+        with self._lock, self._connection:
+            self._connection.execute("UPDATE files SET sent = 0 WHERE sha256 <> ''")
+        self.note(run_id=None, opened=None, sent=None, status_sent=None)
+
+    def waiting(self) -> Waiting:
+        with self._lock:
+            count = "SELECT count(*) FROM entries WHERE seq > ? AND refused IS NULL"
+            entries = self._connection.execute(count, (self._sent(),)).fetchone()[0]
+            files, size = self._connection.execute(
+                "SELECT count(*), coalesce(sum(size), 0) FROM files WHERE sent = 0"
+            ).fetchone()
+        ended = self.about("status") is not None and self.about("status_sent") is None
+        return Waiting(entries=entries, files=files, bytes=size, status=ended)
+
+    def refusals(self) -> list[str]:
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT kind, name, refused FROM entries WHERE refused IS NOT NULL ORDER BY seq"
+            ).fetchall()
+        return [f"{kind} {name}: {why}" for kind, name, why in rows]
+
+    def _append(self, kind: Kind, values: Mapping[str, str]) -> None:
+        if values:
+            now = now_ms()
+            with _explained(self.directory), self._lock, self._connection:
+                self._insert((kind, name, value, now, 0) for name, value in values.items())
+
+    def _insert(self, rows: Iterable[Sequence[Any]]) -> None:
+        self._connection.executemany(
+            "INSERT INTO entries (kind, name, value, time, step) VALUES (?, ?, ?, ?, ?)", rows
+        )
+
+    def _named(self, kind: Kind) -> dict[str, str]:
+        """The latest value of each."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT name, value FROM entries WHERE kind = ? AND kind <> 'metric' ORDER BY seq",
+                (kind,),
+            ).fetchall()
+        return dict(rows)
+
+    def _one(self, query: str, *values: Any) -> Any:
+        row = self._connection.execute(query, values).fetchone()
+        return None if row is None else row[0]
+
+    def _sent(self) -> int:
+        return int(self._one("SELECT value FROM about WHERE name = 'sent'") or 0)
+
+    def _local(self, seq: int, path: str) -> Path:
+        return self.directory / FILES / str(seq) / Path(path).name
+
+
+def now_ms() -> int:
+    return int(time.time() * 1000)
+
+
+@contextmanager
+def held(directory: Path) -> Iterator[bool]:
+    """Hold a journal's lock, which ends with this process however it ends; False if another does.
+
+    Its holder is the one that writes the run, or delivers what a dead one left.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(directory / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def all_journals() -> Iterator[Path]:
+    """The folders of the journals here, the oldest first."""
+    if root().is_dir():
+        found = [path.parent for path in root().glob(f"*/{DATABASE}")]
+        yield from sorted(found, key=lambda folder: (_started(folder), folder.name))
+
+
+def find(reference: str) -> Path | None:
+    """The journal of a run, by its id on the server or by ``journal:ID``."""
+    if reference.startswith(PREFIX):
+        directory = root() / reference.removeprefix(PREFIX)
+        return directory if (directory / DATABASE).is_file() else None
+    for directory in all_journals():
+        if _glance(directory).get("run_id") == reference:
+            return directory
+    return None
+
+
+def forget_old() -> None:
+    """Remove the journals that wait for nothing and that nobody came back for."""
+    for directory in list(all_journals()):
+        if time.time() - directory.stat().st_mtime < KEPT_DAYS * 86400:
+            continue
+        with held(directory) as mine:
+            if mine:
+                with contextlib.suppress(TrackingError, sqlite3.Error):
+                    old = Journal(directory)
+                    if old.waiting():
+                        old.close()
+                    else:
+                        old.remove()
+
+
+def _started(directory: Path) -> int:
+    return int(_glance(directory).get("start_ms") or 0)
+
+
+def _glance(directory: Path) -> dict[str, str]:
+    """What is noted in a journal, or nothing where it cannot be read."""
+    with (
+        contextlib.suppress(sqlite3.Error, TrackingError),
+        contextlib.closing(
+            sqlite3.connect(f"file:{directory / DATABASE}?mode=rw", uri=True)
+        ) as connection,
+    ):
+        return dict(connection.execute("SELECT name, value FROM about").fetchall())
+    return {}
+
+
+def _copied(source: Path | bytes, target: Path) -> tuple[str, int]:
+    """Write and force to the disk; returns sha256 and size."""
+    digest, size = hashlib.sha256(), 0
+    with target.open("wb") as out:
+        for chunk in [source] if isinstance(source, bytes) else _chunks(source):
+            digest.update(chunk)
+            size += out.write(chunk)
+        out.flush()
+        os.fsync(out.fileno())
+    return digest.hexdigest(), size
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            yield chunk
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    for chunk in _chunks(file):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _explained(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise TrackingError(
+            f"the journal {directory} cannot be used ({error}): make room there, or let "
+            "EUROSAT_CACHE name another folder"
+        ) from error

@@ -1,0 +1,310 @@
+"""Runs that this machine writes: into a journal, and from there to the server.
+
+Written on ``MlflowClient`` with explicit run ids: MLflow's fluent API keeps global state, which
+parallel trials would share.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eurosat.errors import TrackingError
+from eurosat.tracking import journal as journals
+from eurosat.tracking import store
+from eurosat.tracking.delivery import Sender
+from eurosat.tracking.journal import Journal, Status
+from eurosat.tracking.system import SystemMetrics
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+NOT_IN_NAMES = re.compile(r"[^/\w.\- :]")
+"""What MLflow refuses in the name of a metric."""
+
+
+class Run:
+    """One run that this process writes. Methods may be called from several threads.
+
+    What a method has returned from survives this process, and arrives at the server when it can.
+    """
+
+    def __init__(self, journal: Journal, client: "MlflowClient") -> None:
+        self._journal, self._sender = journal, Sender(journal, client)
+        self._sender.wait_for_start()
+        self._last_id: str | None = None
+
+    @property
+    def run_id(self) -> str:
+        """The server's id; ``journal:ID`` as long as the server has not been reached."""
+        return self._last_id or self._journal.reference
+
+    @property
+    def journal(self) -> str:
+        """By which `run` continues it, and readers find it on any server: ``journal:ID``."""
+        return journals.PREFIX + self._journal.id
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log metrics with the present time.
+
+        Characters that MLflow does not allow in a name become underscores.
+        """
+        named = {NOT_IN_NAMES.sub("_", key): float(value) for key, value in metrics.items()}
+        self._journal.log_metrics(named, journals.now_ms(), step)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Nested mappings become dotted names.
+
+        Raises:
+            TrackingError: a param was logged with another value before.
+        """
+        self._journal.log_params({key: str(value) for key, value in flatten(params).items()})
+
+    def set_tags(self, tags: Mapping[str, object]) -> None:
+        self._journal.set_tags({key: str(value) for key, value in tags.items()})
+
+    def tag(self, name: str) -> str | None:
+        """What this run was tagged with."""
+        return self._journal.tag(name)
+
+    def log_file(self, file: Path, folder: str | None = None) -> None:
+        self._journal.keep(file, f"{folder}/{file.name}" if folder else file.name)
+
+    def log_folder(self, folder: Path, into: str | None = None) -> None:
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            inside = file.relative_to(folder).as_posix()
+            self._journal.keep(file, f"{into}/{inside}" if into else inside)
+
+    def log_text(self, text: str, path: str) -> None:
+        self._journal.keep(text.encode(), path)
+
+    def settle(self) -> None:
+        """Force what was logged onto the disk: a power cut spares it too."""
+        self._journal.settle()
+
+    def finish(self, status: Status | None) -> None:
+        """Send what is left, and the status; what cannot be sent is told in one line and kept.
+
+        Raises:
+            TrackingError: the disk had no room for metrics.
+        """
+        try:
+            if status:
+                self._journal.end(status)
+        finally:
+            delivered = self._sender.finish()
+            self._last_id = self._journal.reference
+            self._tell(delivered)
+            if delivered and not self._journal.refusals() and status in ("FINISHED", None):
+                self._journal.remove()
+            else:  # not sent, or to be continued
+                self._journal.close()
+
+    def _tell(self, delivered: bool) -> None:
+        journal = self._journal
+        if not delivered:
+            log.warning(
+                "run %s: the tracking server does not have %s yet (%s); it is kept in %s, and "
+                "`python -m eurosat.tracking sync` sends it",
+                self.run_id, journal.waiting(), self._sender.fault or "it does not answer",
+                journal.directory,
+            )  # fmt: skip
+        elif refused := journal.refusals():
+            log.warning(
+                "run %s: the tracking server refused %d entries, kept in %s, the first: %s",
+                self.run_id, len(refused), journal.directory, refused[0],
+            )  # fmt: skip
+
+
+class Unlogged(Run):
+    """A run that keeps nothing: of the processes beside the one that logs."""
+
+    def __init__(self) -> None: ...
+    @property
+    def run_id(self) -> str:
+        return ""
+
+    @property
+    def journal(self) -> str:
+        return ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
+    def log_params(self, params: Mapping[str, Any]) -> None: ...
+    def set_tags(self, tags: Mapping[str, object]) -> None: ...
+    def tag(self, name: str) -> str | None: ...
+    def log_file(self, file: Path, folder: str | None = None) -> None: ...
+    def log_folder(self, folder: Path, into: str | None = None) -> None: ...
+    def log_text(self, text: str, path: str) -> None: ...
+    def settle(self) -> None: ...
+    def finish(self, status: Status | None) -> None: ...
+
+
+@contextmanager
+def run(
+    experiment: str,
+    name: str,
+    *,
+    parent: str | None = None,
+    resume: str | None = None,
+    tags: Mapping[str, object] | None = None,
+    system_metrics: bool = True,
+    killed_by: tuple[type[BaseException], ...] = (),
+) -> Iterator[Run]:
+    """Open a run and end it with its true status.
+
+    That is FINISHED, FAILED by an exception, or KILLED by an interrupt or one of ``killed_by``;
+    exceptions go on to the caller. With ``parent`` the run stands below it, in its experiment.
+    Where the server is away, the run goes on without it.
+
+    ``resume`` opens the run of that journal again (`can_continue`). Without it and without
+    ``parent``, the run that ``mlflow run`` made for this process (MLFLOW_RUN_ID) is joined rather
+    than a second one opened; beside a resumed one it gets the tag ``continued.run_id``.
+
+    Raises:
+        TrackingError: the server's address is not one that MLflow knows, or the journal cannot
+            be written.
+    """
+    with store.explained():
+        client = store.client()
+    journals.forget_old()
+    journal = _journal(experiment, name, parent, resume)
+    status: Status = "FAILED"
+    with _held(journal):
+        opened = Run(journal, client)
+        own = {"code.commit": code_commit(), "mlflow.user": user(), "mlflow.source.name": _verb()}
+        opened.set_tags(own | dict(tags or {}))
+        sampler = SystemMetrics(opened.log_metrics) if system_metrics else None
+        try:
+            yield opened
+            status = "FINISHED"
+        except BaseException as error:
+            if isinstance(error, (KeyboardInterrupt, SystemExit, *killed_by)):
+                status = "KILLED"
+            raise
+        finally:
+            if sampler:
+                sampler.stop()
+            opened.finish(status)
+
+
+@contextmanager
+def attached(reference: str) -> Iterator[Run]:
+    """Add to a run that another process has opened and ends, or has ended.
+
+    Raises:
+        TrackingError: the server's address is not one that MLflow knows, or the journal cannot
+            be written.
+    """
+    with store.explained():
+        client = store.client()
+    journal = Journal.create(server=store.server(), attached=reference)
+    with _held(journal):
+        opened = Run(journal, client)
+        try:
+            yield opened
+        finally:
+            opened.finish(None)
+
+
+def fail(reference: str, why: str) -> None:
+    """End a run whose process can no longer do it: FAILED, with the tag ``failed.why``."""
+    with store.explained():
+        client = store.client()
+    directory = journals.find(reference)
+    with contextlib.ExitStack() as stack:
+        if directory and stack.enter_context(journals.held(directory)):
+            journal = Journal(directory)
+        else:
+            journal = Journal.create(server=store.server(), attached=reference)
+        over = Run(journal, client)
+        over.set_tags({"failed.why": why})
+        over.finish("FAILED")
+
+
+def can_continue(reference: str | None) -> bool:
+    """Whether this run's journal is here, it did not end well, and nobody deleted it since."""
+    from mlflow.exceptions import MlflowException
+
+    directory = journals.find(reference) if reference else None
+    if directory is None:
+        return False
+    journal = Journal(directory)
+    try:
+        run_id, status = journal.run_id, journal.about("status")
+    finally:
+        journal.close()
+    if run_id is None or status == "FINISHED":
+        return status != "FINISHED"
+    try:
+        return bool(store.client().get_run(run_id).info.lifecycle_stage == "active")
+    except MlflowException as error:
+        return error.error_code not in store.ABSENT  # away: it may well have it
+
+
+def code_commit() -> str:
+    """The commit of the working directory, with ``-dirty`` where files differ from it."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # no name for this user id, as in some containers
+        return "unknown"
+
+
+def _journal(experiment: str, name: str, parent: str | None, resume: str | None) -> Journal:
+    made_by_mlflow_run = None if parent else os.environ.get("MLFLOW_RUN_ID")
+    if resume:
+        if (directory := journals.find(resume)) is None:
+            raise TrackingError(f"there is no journal {resume} in {journals.root()}")
+        journal = Journal(directory)
+        journal.reopen()
+        if made_by_mlflow_run:
+            with attached(made_by_mlflow_run) as beside:
+                beside.set_tags({"continued.run_id": journal.reference})
+        return journal
+    return Journal.create(
+        server=store.server(), experiment=experiment, run_name=name, parent=parent,
+        run_id=made_by_mlflow_run,
+    )  # fmt: skip
+
+
+@contextmanager
+def _held(journal: Journal) -> Iterator[None]:
+    with journals.held(journal.directory) as mine:
+        if not mine:
+            raise TrackingError(f"another process writes the journal {journal.directory}")
+        yield
+
+
+def _verb() -> str:
+    main = sys.modules["__main__"].__spec__
+    return f"python -m {main.name}" if main else Path(sys.argv[0]).name

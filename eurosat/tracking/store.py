@@ -1,0 +1,231 @@
+"""What the tracking server holds: runs, their artifacts, versions of models."""
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eurosat.errors import TrackingError
+from eurosat.tracking import journal as journals
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+BEST_RUN = "sweep.best_run_id"
+"""On a sweep's parent run: the run of the best configuration, refitted in full."""
+
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""MLflow answers an unknown alias of a known model with the second."""
+JOURNAL_ID = "journal.id"
+"""Tag by which a run is found again that was made, but whose id did not arrive here."""
+RETRIES = 2
+"""Of a request, by MLflow; its own seven keep a verb waiting four minutes for a dead server."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedRun:
+    """What the server holds of a run."""
+
+    run_id: str
+    experiment_id: str
+    status: str
+    params: Mapping[str, str] = field(repr=False)
+    metrics: Mapping[str, float] = field(repr=False)
+    tags: Mapping[str, str] = field(repr=False)
+    seconds: float
+    """From its start to its end, or to now where it goes on."""
+
+
+def get(run_id: str) -> FinishedRun:
+    """Read a run.
+
+    Raises:
+        TrackingError: there is no such run.
+    """
+    with explained(f"run {run_id}"):
+        found = client().get_run(known(run_id))
+    return FinishedRun(
+        run_id=found.info.run_id,
+        experiment_id=found.info.experiment_id,
+        status=found.info.status,
+        params=found.data.params,
+        metrics=found.data.metrics,
+        tags=found.data.tags,
+        seconds=(found.info.end_time or time.time() * 1000) / 1000 - found.info.start_time / 1000,
+    )
+
+
+@contextmanager
+def artifact(run_id: str, path: str) -> Iterator[Path]:
+    """A local copy of an artifact file or folder, gone after the block.
+
+    Raises:
+        TrackingError: the run has no such artifact.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with explained(f"artifact {path} of run {run_id}"):
+            copy = Path(client().download_artifacts(known(run_id), path, folder))
+        yield copy
+
+
+def server() -> str:
+    """URI of the tracking server; that of a local database holds wherever one stands."""
+    from mlflow import get_tracking_uri
+
+    uri = str(get_tracking_uri())
+    local = re.fullmatch(r"sqlite:///(?!/)(.+)", uri)
+    return f"sqlite:///{Path(local[1]).absolute()}" if local else uri
+
+
+def resolve_run(reference: str) -> str:
+    """The run behind ``ID``, ``runs:/ID``, ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
+
+    A sweep's parent run stands for its refitted best.
+
+    Raises:
+        TrackingError: nothing stands behind the reference.
+    """
+    with explained(reference):
+        if reference.startswith("models:/"):
+            name, at, alias = reference.removeprefix("models:/").partition("@")
+            if at:
+                version = client().get_model_version_by_alias(name, alias)
+            else:
+                name, _, number = name.rpartition("/")
+                version = client().get_model_version(name, number)
+            return str(version.run_id)
+        run_id = reference.removeprefix("runs:/").strip("/")
+    found = get(run_id)
+    return found.tags.get(BEST_RUN, found.run_id)
+
+
+def latest_run(experiment: str, *, kind: str) -> str:
+    """The id of the run of this kind (its tag ``kind``) that was started last.
+
+    Raises:
+        TrackingError: there is none.
+    """
+    if not (found := _search(experiment, f"tags.kind = '{kind}'", most=1)):
+        raise TrackingError(f"experiment {experiment} has no run of kind {kind}")
+    return found[0]
+
+
+def finished_runs(
+    experiment: str, tags: Mapping[str, str], params: Mapping[str, str] | None = None
+) -> list[str]:
+    """Ids of the runs with these tags and parameters that ended well, the latest first."""
+    wanted = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    wanted += [f"params.`{name}` = '{value}'" for name, value in (params or {}).items()]
+    finished = " AND ".join([*wanted, "attributes.status = 'FINISHED'"])
+    return _search(experiment, finished, most=100)
+
+
+def _search(experiment: str, wanted: str, *, most: int) -> list[str]:
+    with explained(f"experiment {experiment}"):
+        asked = client()
+        found = asked.search_runs(
+            [experiment_id(asked, experiment)],
+            wanted,
+            order_by=["attributes.start_time DESC"],
+            max_results=most,
+        )
+    return [str(run.info.run_id) for run in found]
+
+
+def alias_version(model: str, alias: str) -> str | None:
+    """The number of the version that carries the alias, or None where none does."""
+    from mlflow.exceptions import MlflowException
+
+    with explained(f"{model}@{alias}"):
+        try:
+            return str(client().get_model_version_by_alias(model, alias).version)
+        except MlflowException as error:
+            if error.error_code in ABSENT:
+                return None
+            raise
+
+
+def known(reference: str) -> str:
+    """The id of a run, also where it is given as ``journal:ID``.
+
+    Raises:
+        TrackingError: the server does not have that journal's run yet.
+    """
+    if not reference.startswith(journals.PREFIX):
+        return reference
+    if found := tagged(client(), JOURNAL_ID, reference.removeprefix(journals.PREFIX)):
+        return found[0]
+    raise TrackingError(
+        f"{reference} is not on the tracking server yet: run `python -m eurosat.tracking sync`"
+    )
+
+
+def tagged(asked: "MlflowClient", name: str, value: str) -> list[str]:
+    """Ids of the runs of all experiments that carry the tag, the first made first."""
+    found = asked.search_runs(
+        [one.experiment_id for one in asked.search_experiments()],
+        f"tags.`{name}` = '{value}'",
+        order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
+    )
+    return [str(run.info.run_id) for run in found]
+
+
+def client(uri: str | None = None) -> "MlflowClient":
+    """Of the server at ``uri``; None is the one that MLFLOW_TRACKING_URI names."""
+    from mlflow import MlflowClient
+
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(RETRIES))
+    return MlflowClient(tracking_uri=uri)
+
+
+def experiment_id(asked: "MlflowClient", name: str) -> str:
+    """Of the experiment of that name, which is made where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    if found := asked.get_experiment_by_name(name):
+        return str(found.experiment_id)
+    try:
+        return str(asked.create_experiment(name))
+    except MlflowException:  # another process made it in between
+        found = asked.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def is_denied(error: BaseException) -> bool:
+    """Whether the server does not take these credentials."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library said, without its traces; passwords in addresses are left out."""
+    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if is_denied(error):
+        said += " (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD are the credentials)"
+    return without_password(said[:400])
+
+
+def without_password(text: str) -> str:
+    return re.sub(r"(\w+://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
+
+
+@contextmanager
+def explained(what: str = "") -> Iterator[None]:
+    """Turn MLflow's errors into one line that names the server."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        raise TrackingError(
+            f"{what + ': ' if what else ''}{first_line(error)} (tracking server "
+            f"{without_password(server())}; MLFLOW_TRACKING_URI names another)"
+        ) from error

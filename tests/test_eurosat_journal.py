@@ -1,0 +1,436 @@
+"""Runs through every mood of a real tracking server: nothing is lost, and nothing comes twice."""
+
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from benchmarks.server import Proxy, free_port, mlflow_server, proxy
+from eurosat import cli, tracking
+from eurosat.errors import TrackingError
+from eurosat.tracking import __main__ as verbs
+from eurosat.tracking import delivery, store
+from eurosat.tracking import journal as journals
+
+STEPS = 400
+
+
+@pytest.fixture(scope="module")
+def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """Two servers; the second one's disk is empty."""
+    with ExitStack() as stack:
+        folders = [tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("server")]
+        yield [stack.enter_context(mlflow_server(folder)) for folder in folders]
+
+
+@pytest.fixture
+def server(ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The way to the first server, for a test with journals of its own and little patience."""
+    monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(delivery, "EVERY_S", 0.1)
+    monkeypatch.setattr(delivery, "BACKOFF_S", 0.05)
+    monkeypatch.setattr(delivery, "MOST_BACKOFF_S", 0.2)
+    monkeypatch.setattr(delivery, "PATIENCE_S", 1.0)
+    with proxy(ports[0]) as way:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", way.uri)
+        yield way
+
+
+@pytest.fixture
+def patient(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in use: MLflow repeats a request twice before it counts as failed."""
+    monkeypatch.setattr(delivery, "PATIENCE_S", 60.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(store.RETRIES))
+
+
+@pytest.fixture
+def experiment(request: pytest.FixtureRequest) -> str:
+    return str(request.node.name)
+
+
+def runs(way: Proxy, experiment: str) -> list[Run]:
+    client = MlflowClient(f"http://127.0.0.1:{way.upstream}")
+    found = client.get_experiment_by_name(experiment)
+    return list(client.search_runs([found.experiment_id])) if found else []
+
+
+def only(way: Proxy, experiment: str) -> Run:
+    found = runs(way, experiment)
+    assert len(found) == 1
+    return found[0]
+
+
+def points(way: Proxy, run: Run, key: str) -> list[tuple[int, float, int]]:
+    """Step, value and time of all that the server holds, sorted."""
+    client = MlflowClient(f"http://127.0.0.1:{way.upstream}")
+    return sorted(
+        (p.step, p.value, p.timestamp) for p in client.get_metric_history(run.info.run_id, key)
+    )
+
+
+def log_all(run: tracking.Run, folder: Path, steps: range = range(STEPS)) -> None:
+    """Metrics, params, tags and files; what `holds_all` looks for."""
+    run.log_params({"optim": {"lr": 0.1}})
+    run.set_tags({"kind": "first"})
+    run.log_text("hello", "notes/hello.txt")
+    for step in steps:
+        run.log_metrics({"loss": 1 / (step + 1)}, step)
+    run.log_metrics({"never": math.nan, "most": math.inf})
+    (folder / "weights.bin").write_bytes(bytes(range(256)) * 4000)
+    run.log_file(folder / "weights.bin", "model")
+    run.set_tags({"kind": "last"})
+
+
+def check_all(way: Proxy, held: Run, folder: Path, status: str = "FINISHED") -> None:
+    assert held.info.status == status
+    assert held.data.params == {"optim.lr": "0.1"}
+    assert held.data.tags["kind"] == "last"
+    got = points(way, held, "loss")
+    assert [step for step, *_ in got] == list(range(STEPS))
+    assert [value for _, value, _ in got] == [1 / (step + 1) for step in range(STEPS)]
+    times = [time_ms for *_, time_ms in got]
+    assert times == sorted(times)
+    assert times[-1] <= (held.info.end_time or 0)
+    assert math.isnan(held.data.metrics["never"])
+    client = MlflowClient(f"http://127.0.0.1:{way.upstream}")
+    for path, content in (
+        ("notes/hello.txt", b"hello"),
+        ("model/weights.bin", (folder / "weights.bin").read_bytes()),
+    ):
+        copy = client.download_artifacts(held.info.run_id, path, str(folder))
+        assert Path(copy).read_bytes() == content
+
+
+def every_third(number: int, *_: str) -> int | None:
+    return 500 if number % 3 == 0 else None
+
+
+@pytest.mark.parametrize("forwards_first", [False, True])
+@pytest.mark.usefixtures("patient")
+def test_a_server_that_answers_500_to_every_third_call_gets_all_once(
+    server: Proxy, experiment: str, tmp_path: Path, forwards_first: bool
+) -> None:
+    server.status, server.forwards_first = every_third, forwards_first
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        log_all(run, tmp_path)
+    held = only(server, experiment)
+    assert held.info.run_id == run.run_id
+    check_all(server, held, tmp_path)
+    assert not list(journals.all_journals()), "what was delivered is not kept"
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_server_that_is_stopped_for_a_while_gets_all(
+    server: Proxy, experiment: str, tmp_path: Path
+) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        run.log_metrics({"before": 1})
+        until(lambda: "before" in only(server, experiment).data.metrics)
+        server.away = True
+        log_all(run, tmp_path)
+        until(lambda: run._sender.fault)
+        assert "loss" not in only(server, experiment).data.metrics
+        server.away = False
+    check_all(server, only(server, experiment), tmp_path)
+
+
+def test_a_run_that_never_saw_its_server_is_sent_later_once(
+    server: Proxy, experiment: str, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    server.away = True
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        assert run.run_id.startswith("journal:")
+        log_all(run, tmp_path)
+        started = journals.now_ms()
+    said = [r.message for r in caplog.records]
+    assert sum("is kept in" in line for line in said) == 2, "at the start and at the end"
+    assert not runs(server, experiment)
+    with pytest.raises(TrackingError, match=r"journal:\w+"):
+        tracking.get(run.run_id)
+
+    assert verbs.main(["status"]) == cli.NEGATIVE
+    listed = capsys.readouterr().out
+    assert run.run_id in listed
+    assert "entries, 2 files (1.0 MB), its status" in listed
+    assert verbs.main(["sync"]) == cli.NEGATIVE
+    assert f"{run.run_id}: not sent:" in capsys.readouterr().out
+
+    server.away = False
+    with pytest.raises(TrackingError, match="eurosat.tracking sync"):
+        tracking.get(run.run_id)
+    assert verbs.main(["sync"]) == cli.OK
+    held = only(server, experiment)
+    check_all(server, held, tmp_path)
+    assert held.info.start_time <= started, "it carries its own times"
+    assert tracking.get(run.run_id).run_id == held.info.run_id
+    capsys.readouterr()
+    assert verbs.main(["status"]) == cli.OK
+    assert capsys.readouterr().out == "the tracking server has everything\n"
+
+
+def test_a_server_restarted_with_an_empty_disk_gets_the_run_anew(
+    server: Proxy, ports: list[int], experiment: str, tmp_path: Path
+) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        log_all(run, tmp_path, range(STEPS // 2))
+        until(lambda: not run._journal.waiting())
+        first = run.run_id
+        server.upstream = ports[1]
+        for step in range(STEPS // 2, STEPS):
+            run.log_metrics({"loss": 1 / (step + 1)}, step)
+    held = only(server, experiment)
+    assert held.info.run_id == run.run_id != first
+    check_all(server, held, tmp_path)
+
+
+def test_a_run_that_somebody_deletes_meanwhile_is_made_anew(
+    server: Proxy, experiment: str, tmp_path: Path
+) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        run.log_metrics({"before": 1})
+        until(lambda: "before" in only(server, experiment).data.metrics)
+        MlflowClient().delete_run(run.run_id)
+        log_all(run, tmp_path)
+    held = only(server, experiment)
+    assert held.data.metrics["before"] == 1
+    check_all(server, held, tmp_path)
+
+
+def test_refused_credentials_are_told_at_the_start_and_training_goes_on(
+    server: Proxy, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.status = lambda *_: 401
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        assert "MLFLOW_TRACKING_USERNAME" in caplog.text, "not after an hour"
+        log_all(run, tmp_path)
+    server.status = lambda *_: None
+    assert verbs.main(["sync"]) == cli.OK
+    check_all(server, only(server, experiment), tmp_path)
+
+
+def test_a_slow_server_does_not_hold_up_the_start(
+    server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "START_S", 0.1)
+    server.delay_s = 2.0
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        assert run.run_id.startswith("journal:"), "it has begun before the server answered"
+        log_all(run, tmp_path)
+    assert verbs.main(["status"]) == cli.NEGATIVE
+    server.delay_s = 0
+    until(lambda: verbs.main(["sync"]) == cli.OK)
+    check_all(server, only(server, experiment), tmp_path)
+
+
+def test_a_journal_that_is_sent_twice_gives_the_same_run(
+    server: Proxy, experiment: str, tmp_path: Path
+) -> None:
+    server.away = True
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        log_all(run, tmp_path)
+    server.away = False
+    [directory] = journals.all_journals()
+    shutil.copytree(directory, tmp_path / "copy")
+    assert verbs.main(["sync"]) == cli.OK
+    first = points(server, only(server, experiment), "loss")
+    shutil.copytree(tmp_path / "copy", directory)
+    assert verbs.main(["sync", run.run_id]) == cli.OK
+    held = only(server, experiment)
+    check_all(server, held, tmp_path)
+    assert points(server, held, "loss") == first
+
+
+def sync_slowly(batch: int) -> None:
+    delivery.MOST_ENTRIES = batch
+    cli.finish(verbs.main, ["sync"])
+
+
+def test_a_journal_whose_sending_is_killed_gives_the_same_run(
+    server: Proxy, experiment: str, tmp_path: Path
+) -> None:
+    server.away = True
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        log_all(run, tmp_path)
+    server.away = False
+    server.delay_s = 0.02
+    for batches in (1, 3, 5):
+        sending = multiprocessing.get_context("spawn").Process(target=sync_slowly, args=(30,))
+        seen = sent(server)
+        sending.start()
+        until(partial(has_sent, server, seen + batches))
+        os.kill(sending.pid or 0, signal.SIGKILL)
+        sending.join()
+    assert run._journal.directory.exists()
+    assert verbs.main(["sync"]) == cli.OK
+    check_all(server, only(server, experiment), tmp_path)
+
+
+def has_sent(way: Proxy, batches: int) -> bool:
+    return sent(way) >= batches
+
+
+def sent(way: Proxy) -> int:
+    return sum(path.endswith("runs/log-batch") for _, path in way.requests)
+
+
+@pytest.mark.parametrize("fault", ["cut", "garbled"])
+@pytest.mark.usefixtures("patient")
+def test_an_upload_that_breaks_is_repeated_until_its_checksum_is_right(
+    server: Proxy, experiment: str, tmp_path: Path, fault: str
+) -> None:
+    broken: list[str] = []
+
+    def breaks(path: str, body: bytes) -> bytes | None:
+        if "weights.bin" not in path or len(broken) == 2:
+            return body
+        broken.append(path)
+        return None if fault == "cut" else body[:-1] + b"?"
+
+    server.broken = breaks
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        log_all(run, tmp_path)
+    assert len(broken) == 2
+    uploads = [path for method, path in server.requests if method == "PUT"]
+    assert sum("hello.txt" in path for path in uploads) == 1, "what arrived is not sent again"
+    check_all(server, only(server, experiment), tmp_path)
+    assert run.run_id == only(server, experiment).info.run_id
+
+
+def test_an_entry_that_the_server_refuses_does_not_hold_back_the_others(
+    server: Proxy, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        run.set_tags({"x" * 300: "a name too long for MLflow"})
+        log_all(run, tmp_path)
+    check_all(server, only(server, experiment), tmp_path)
+    assert "the tracking server refused 1 entries" in caplog.text
+    assert run._journal.directory.exists(), "it is kept with the reason"
+
+
+def test_a_child_waits_for_its_parent_to_be_on_the_server(
+    server: Proxy, experiment: str, tmp_path: Path
+) -> None:
+    server.away = True
+    with tracking.run(experiment, "parent", system_metrics=False) as parent:
+        with tracking.run("other", "child", parent=parent.run_id, system_metrics=False) as child:
+            child.log_metrics({"a": 1})
+        server.away = False
+    assert verbs.main(["sync"]) == cli.OK
+    by_name = {run.info.run_name: run for run in runs(server, experiment)}
+    assert by_name["child"].data.tags[tracking.PARENT] == by_name["parent"].info.run_id
+    assert {run.info.status for run in by_name.values()} == {"FINISHED"}
+
+
+def die_in_a_run(experiment: str) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        for step in range(STEPS):
+            run.log_metrics({"loss": 1 / (step + 1)}, step)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_whose_process_was_killed_is_ended_truly_and_can_go_on(
+    server: Proxy, experiment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dying = multiprocessing.get_context("spawn").Process(target=die_in_a_run, args=(experiment,))
+    dying.start()
+    dying.join()
+    assert verbs.main(["status"]) == cli.NEGATIVE
+    assert "its process has ended" in capsys.readouterr().out
+    assert verbs.main(["sync"]) == cli.OK
+    held = only(server, experiment)
+    assert held.info.status == "KILLED"
+    assert [step for step, *_ in points(server, held, "loss")] == list(range(STEPS))
+    [directory] = journals.all_journals()
+    journal = f"journal:{directory.name}"
+    assert tracking.can_continue(journal)
+    with tracking.run(experiment, "r", resume=journal, system_metrics=False) as run:
+        until(lambda: only(server, experiment).info.status == "RUNNING")
+        run.log_metrics({"loss": 0.0}, STEPS)
+    held = only(server, experiment)
+    assert held.info.status == "FINISHED"
+    assert held.info.run_id == run.run_id
+    assert len(points(server, held, "loss")) == STEPS + 1
+    assert not tracking.can_continue(journal)
+
+
+def test_a_run_that_another_process_could_not_end_is_ended_for_it(
+    server: Proxy, experiment: str
+) -> None:
+    dying = multiprocessing.get_context("spawn").Process(target=die_in_a_run, args=(experiment,))
+    dying.start()
+    dying.join()
+    [directory] = journals.all_journals()
+    tracking.fail(f"journal:{directory.name}", "its worker died")
+    held = only(server, experiment)
+    assert held.info.status == "FAILED"
+    assert held.data.tags["failed.why"] == "its worker died"
+    assert len(points(server, held, "loss")) == STEPS
+
+
+def test_files_are_added_to_a_run_that_has_ended(
+    server: Proxy, experiment: str, tmp_path: Path
+) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        pass
+    with tracking.attached(run.run_id) as again:
+        again.log_text("later", "evaluation/report.md")
+    assert only(server, experiment).info.status == "FINISHED"
+    with tracking.artifact(run.run_id, "evaluation/report.md") as file:
+        assert file.read_text() == "later"
+
+
+def test_metrics_wait_in_memory_while_the_disk_is_full(
+    server: Proxy, experiment: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+        try:
+            for step in range(STEPS * 5):
+                run.log_metrics({"loss": 1.0, "accuracy": 0.5}, step)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caplog.text.count("metrics wait in memory") >= 1
+    got = points(server, only(server, experiment), "loss")
+    assert [step for step, *_ in got] == list(range(STEPS * 5))
+
+
+def test_a_journal_that_cannot_be_made_is_one_line(
+    server: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "file"))
+    with (
+        pytest.raises(TrackingError, match="EUROSAT_CACHE name another folder") as caught,
+        tracking.run("e", "r"),
+    ):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_a_password_in_the_address_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ann:secret@127.0.0.1:{free_port()}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError) as caught:
+        tracking.get("0" * 32)
+    assert "secret" not in str(caught.value)
+
+
+def until(condition: Callable[[], object], limit_s: float = 60) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.02)

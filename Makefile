@@ -1,6 +1,7 @@
 # Two commands do everything on a machine with Python 3.11: `make demo` and `make test`.
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 DATA ?= synthetic
+STORAGE ?= sqlite:///optuna.db
 ifneq ($(EUROSAT_ROOT),)
 export EUROSAT_ROOT := $(abspath $(EUROSAT_ROOT))
 endif
@@ -11,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow bench-train bench-depthwise bench-tracking lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow bench-train bench-depthwise bench-tracking sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +67,9 @@ bench-depthwise: .venv/product ## training steps with our gradients of depthwise
 
 bench-tracking: .venv/product ## what logging costs a training step, on a near and a far server
 	$(BIN)/python -m benchmarks.tracking $(BENCH_ARGS)
+
+sweep-ui: .venv/product ## look at the studies while they run (STORAGE=sqlite:///optuna.db)
+	$(BIN)/optuna-dashboard $(STORAGE)
 
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ QUIET = {
     "DO_NOT_TRACK": "true",
     "GX_ANALYTICS_ENABLED": "false",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9",  # it would report that it is off
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",  # one on every small file
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # standard output is the verb's own
 }

@@ -32,6 +32,8 @@ def quiet_libraries() -> None:
     level = logging.getLogger().level
     for name in CHATTY:
         logging.getLogger(name).setLevel(max(level, logging.WARNING) if level > 10 else level)
+    if level > 10:  # it warns of each repetition; what comes of them is told by us
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 @contextmanager

@@ -31,6 +31,19 @@ class Unfinished:
         self._directory = directory
         self._about = dict(about)
         self.journal = self._continued()
+        self._adopted = False
+
+    @property
+    def directory(self) -> Path:
+        """What `adopt` takes over on another machine."""
+        return self._directory
+
+    def adopt(self, folder: Path) -> None:
+        """Take over what the same training left on another machine, where it left nothing here."""
+        if self.journal is None and (folder / STATE).exists():
+            shutil.copytree(folder, self._directory, dirs_exist_ok=True)
+            self.journal = json.loads((folder / ABOUT).read_text())["journal"]
+            self._adopted = True
 
     def _continued(self) -> str | None:
         """Journal of the run that stopped here, if it was of the same data and can go on."""
@@ -48,8 +61,9 @@ class Unfinished:
         if journal == self.journal:
             log.info("continuing the run of %s, which was cut short", journal)
             return
-        shutil.rmtree(self._directory, ignore_errors=True)
-        self._directory.mkdir(parents=True)
+        if not self._adopted:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.mkdir(parents=True)
         _write(self._directory / ABOUT, json.dumps(self._about | {"journal": journal}).encode())
 
     @property

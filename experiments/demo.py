@@ -124,7 +124,7 @@ def split_arguments(overrides: Sequence[str]) -> tuple[DemoConfig, list[str]]:
 
     Without a word about the recipe, synthetic tiles get ``demo``, all others ``resnet18-quick``.
     """
-    from experiments.sweep import take
+    from experiments.settings import take
 
     settings, rest = take(DemoConfig, overrides)
     data = next((one for one in rest if one.startswith("data=")), "data=synthetic")

@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def draw_study(study: "optuna.Study", folder: Path) -> None:
-    """Write history, importances and parallel coordinates as PNG files.
+    """Write history, importances and parallel coordinates of the accuracy as PNG files.
 
-    Importances and coordinates need two finished trials that differ; without, the log says so.
+    They need two finished trials that differ, but for the history; without, the log says so. A
+    study of two objectives gets its Pareto front as well.
     """
     import matplotlib as mpl
 
@@ -23,14 +25,21 @@ def draw_study(study: "optuna.Study", folder: Path) -> None:
     from matplotlib import pyplot as plt
     from optuna.visualization import matplotlib as draw
 
-    figures: dict[str, Callable[..., Any]] = {
-        "history": draw.plot_optimization_history,
-        "importances": draw.plot_param_importances,
-        "parallel_coordinates": draw.plot_parallel_coordinate,
+    of_accuracy: dict[str, Any] = {
+        "target": lambda trial: trial.values[0],
+        "target_name": "validation accuracy",
     }
-    finished = {trial.value for trial in study.trials if trial.value is not None}
+    figures: dict[str, Callable[..., Any]] = {
+        "history": partial(draw.plot_optimization_history, **of_accuracy),
+        "importances": partial(draw.plot_param_importances, **of_accuracy),
+        "parallel_coordinates": partial(draw.plot_parallel_coordinate, **of_accuracy),
+    }
+    if len(study.directions) == 2:
+        names = ["validation accuracy", "latency, ms a tile"]
+        figures["pareto_front"] = partial(draw.plot_pareto_front, target_names=names)
+    finished = {trial.values[0] for trial in study.trials if trial.values}
     for name, plot in figures.items():
-        if name != "history" and len(finished) < 2:
+        if name in ("importances", "parallel_coordinates") and len(finished) < 2:
             log.info("no figure of %s: it needs two finished trials of different accuracy", name)
             continue
         with mpl.rc_context(), warnings.catch_warnings():  # optuna sets a style for everyone

@@ -1,27 +1,26 @@
 """A sweep: one parent, a child per trial with its true status, the best refitted in full."""
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from eurosat import cli, tracking
 from eurosat.config import CONF, compose
 from eurosat.errors import ConfigError, EuroSATError
-from experiments import space, sweep
+from experiments import objective, space, sweep
+from experiments.objective import Job
+from experiments.search import Search, create
+from experiments.settings import SweepConfig
 from tests.conftest import TINY
-
-SWEEP = (*TINY, "trials=3", "trial_epochs=2", "trainer.epochs=3")
-
-
-def children(parent: Run) -> list[Run]:
-    found = MlflowClient().search_runs(
-        [parent.info.experiment_id], f"tags.`{tracking.PARENT}` = '{parent.info.run_id}'"
-    )
-    return list(found)
+from tests.sweeps import ROOT, SWEEP, check_whole, children, saying, trials, until
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -133,7 +132,7 @@ def test_every_space_fits_the_recipes(name: str) -> None:
     ]
     for recipe in recipes:
         for values in edges:
-            compose([f"recipe={recipe}", *sweep.as_overrides(values)])
+            compose([f"recipe={recipe}", *objective.as_overrides(values)])
 
 
 @pytest.mark.parametrize(
@@ -152,7 +151,7 @@ def test_a_space_with_a_fault_is_refused_by_name(tmp_path: Path, entry: str) -> 
     [
         (["trials=0"], r"trials must be in \[1, 10000\]; got 0"),
         (["workers=two"], "workers must be int; got 'two'"),
-        (["pruner=axe"], "pruner must be 'median' or 'none'"),
+        (["pruner=axe"], "pruner must be 'asha' or 'median' or 'none'"),
         (["space=none"], "no search space 'none': known are resnet18"),
         (["optim.lrr=1"], "unknown key optim.lrr"),
     ],
@@ -167,3 +166,126 @@ def test_an_empty_space_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s.yaml").write_text(yaml.safe_dump([]))
     with pytest.raises(ConfigError, match="holds no keys and values"):
         space.load(str(tmp_path / "s.yaml"))
+
+
+@pytest.mark.parametrize("killed", [pytest.param("driver", marks=pytest.mark.slow), "everything"])
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_that_was_killed_goes_on_where_it_stood(tmp_path: Path, killed: str) -> None:
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    given = ["study=s", storage, "trials=4", "workers=2", "trial_epochs=30", "pruner=none"]
+    first = saying(tmp_path, *SWEEP, *given, "refit=false")
+
+    def under_way() -> bool:
+        held = trials(tmp_path)
+        return any(t.state.is_finished() for t in held) and any(
+            3 < len(t.intermediate_values) < 25 for t in held if not t.state.is_finished()
+        )
+
+    until(under_way, first)
+    if killed == "driver":
+        first.kill()
+    else:
+        os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    before = {t.number: t for t in trials(tmp_path) if t.state.is_finished()}
+
+    with pytest.raises(ConfigError, match="keeps the recipe it has"):
+        sweep.main(["resume=s", storage, "optim.lr=1"])
+    again = subprocess.run(
+        [sys.executable, "-m", "experiments.sweep", "resume=s", storage], cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{os.environ['PYTHONPATH']}:{ROOT}"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert again.returncode == cli.OK, again.stderr[-3000:]
+    by_number = check_whole(tmp_path, 4, 30)
+    after = {t.number: t for t in trials(tmp_path)}
+    for number, trial in before.items():
+        assert after[number].datetime_complete == trial.datetime_complete, "it was not run again"
+    retried = [t for t in after.values() if t.user_attrs.get("retries")]
+    assert 1 <= len(retried) <= 2
+    for trial in retried:
+        assert by_number[str(trial.number)].data.tags["trial.retries"] == "1"
+
+
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_worker_that_is_killed_is_replaced_and_its_trial_taken_up(tmp_path: Path) -> None:
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    given = ["study=s", storage, "trials=3", "workers=2", "trial_epochs=30", "pruner=none"]
+    process = saying(tmp_path, *SWEEP, *given, "refit=false")
+    until(lambda: any(len(t.intermediate_values) > 3 for t in trials(tmp_path)), process)
+    workers = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if "spawn_main" in " ".join(child.cmdline())
+    ]
+    assert len(workers) == 2
+    workers[0].kill()
+    said, complaint = process.communicate(timeout=180)
+    assert process.returncode == cli.OK, complaint[-3000:]
+    assert "was killed by signal 9; it is taken up again" in complaint
+    assert "3 trials: 3 finished, 0 pruned, 0 failed" in said
+    check_whole(tmp_path, 3, 30)
+
+
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_trial_is_given_up_after_two_retries(tmp_path: Path) -> None:
+    settings = SweepConfig(trials=1, study="s", storage=f"sqlite:///{tmp_path}/study.db")
+    job = Job(sweep=settings, study="s", overrides=(), parent="")
+    study = create(job, space.load("resnet18"), {})
+    asked = Search(job, study)
+    for retry in range(3):
+        task = asked.next()
+        assert task
+        assert (task.number, task.retries) == (0, retry)
+        asked.died(0, "its worker was killed")
+    assert asked.next() is None
+    assert study.trials[0].state.name == "FAIL"
+
+
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_ends_at_its_target_and_may_begin_with_another_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    given = [*SWEEP, storage, "refit=false", "log_level=warning", "pruner=asha"]
+    assert sweep.main([*given, "study=s", "trials=9", "target=0.05"]) == cli.OK
+    assert capsys.readouterr().out.startswith("1 trials: 1 finished")
+    assert sweep.main([*given, "study=t", "trials=2", "from_study=s", "minutes=5"]) == cli.OK
+    assert len(trials(tmp_path, "t")) == 3, "two of its own, and one to begin with"
+    assert capsys.readouterr().out.startswith("2 trials: ")
+    with pytest.raises(ConfigError, match="from_study=u: there are only"):
+        sweep.main([*given, "study=v", "from_study=u"])
+
+
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_two_objectives_end_in_a_pareto_front(tmp_path: Path) -> None:
+    (tmp_path / "size.yaml").write_text("model.name: {choices: [test_resnet, test_vit]}\n")
+    storage = f"sqlite:///{tmp_path}/study.db"
+    given = [*SWEEP, "study=s", f"storage={storage}", f"space={tmp_path}/size.yaml"]
+    given += ["sampler=NSGAIISampler", "objectives=accuracy,latency", "model.input_size=160"]
+    assert sweep.main([*given, "refit=false", "log_level=warning"]) == cli.OK
+    parent = tracking.latest_run("eurosat", kind="sweep")
+    for trial in trials(tmp_path):
+        accuracy, latency = trial.values
+        held = tracking.get(trial.user_attrs["run_id"])
+        assert held.metrics["latency_ms"] == latency > 0
+        assert held.metrics["best_val_accuracy"] == accuracy
+    with tracking.artifact(parent, "figures/pareto_front.png") as file:
+        assert file.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("sampler=Guess", "sampler=Guess is none of"),
+        ("sampler=GridSampler", "sampler=GridSampler cannot be used here"),
+        ("minutes=0", "minutes must be above 0"),
+        ("target=98", r"target is an accuracy, in \(0, 1\]; got 98"),
+        ("resume=none", "has no study 'none'"),
+    ],
+)
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_search_that_cannot_be_is_named(given: str, words: str, tmp_path: Path) -> None:
+    base = [] if given.startswith("resume") else SWEEP
+    with pytest.raises(ConfigError, match=words):
+        sweep.main([*base, given, f"storage=sqlite:///{tmp_path}/study.db", "log_level=error"])

@@ -14,7 +14,7 @@ import yaml
 from benchmarks import tables
 from eurosat.config import CONF, TrainConfig, compose
 from experiments.demo import DemoConfig, split_arguments
-from experiments.sweep import SweepConfig, take
+from experiments.settings import SweepConfig, take
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = yaml.safe_load((ROOT / "MLproject").read_text())

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 PARENT = "mlflow.parentRunId"
 
-EVERY_S = 2.0
+EVERY_S = 5.0
 """Entries are sent in batches at most this often; what is left goes when the run ends."""
 MOST_ENTRIES, MOST_OF_A_KIND = 1000, 100
 """MLflow's limits on one request: in all, and of params or tags."""
@@ -248,7 +248,7 @@ class Sender:
             except Exception as error:  # noqa: BLE001 - a thread's boundary: training goes on
                 self.fault = store.first_line(error)
                 log.debug("delivery of %s failed: %s", self._journal.reference, self.fault)
-                limit = EVERY_S if self._ending else MOST_BACKOFF_S
+                limit = BACKOFF_S if self._ending else MOST_BACKOFF_S
                 wait = min(backoff, limit) * random.uniform(0.5, 1)  # noqa: S311 - jitter
                 backoff *= 2
             self._tried.set()
@@ -275,7 +275,7 @@ def deliver(
             failing_since = failing_since or time.monotonic()
             if time.monotonic() - failing_since > PATIENCE_S or store.is_denied(error):
                 return store.first_line(error)
-            time.sleep(min(backoff, EVERY_S) * random.uniform(0.5, 1))  # noqa: S311 - jitter
+            time.sleep(min(backoff, BACKOFF_S) * random.uniform(0.5, 1))  # noqa: S311 - jitter
             backoff *= 2
 
 

@@ -103,6 +103,8 @@ class Journal:
         self.id = directory.name
         self._lock = threading.Lock()
         self._unwritten: list[tuple[Any, ...]] = []
+        self._repeated: set[tuple[str, int, Any]] = set()
+        """Points of a run that goes on: an epoch that is trained again is not logged again."""
         self._full_until = 0.0
         """Time before which a disk that was full is not tried again."""
         with _explained(directory):
@@ -151,6 +153,7 @@ class Journal:
             self._unwritten += [
                 ("metric", name, value if value == value else "nan", time_ms, step)
                 for name, value in metrics.items()
+                if (name, step, value) not in self._repeated
             ]
             if time.monotonic() < self._full_until:
                 return
@@ -226,6 +229,11 @@ class Journal:
 
     def reopen(self) -> None:
         """The run goes on, in another process than the one it began in."""
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT name, step, value FROM entries WHERE kind = 'metric'"
+            ).fetchall()
+        self._repeated = set(rows)
         self.note(status=None, end_ms=None, status_sent=None, opened=None)
 
     def settle(self) -> None:

@@ -164,7 +164,8 @@ def run(
     exceptions go on to the caller. With ``parent`` the run stands below it, in its experiment.
     Where the server is away, the run goes on without it.
 
-    ``resume`` opens the run of that journal again (`can_continue`). Without it and without
+    ``resume`` opens the run of that journal again (`can_continue`), in a new journal where it is
+    another machine's. Without it and without
     ``parent``, the run that ``mlflow run`` made for this process (MLFLOW_RUN_ID) is joined rather
     than a second one opened; beside a resumed one it gets the tag ``continued.run_id``.
 
@@ -284,7 +285,10 @@ def _journal(experiment: str, name: str, parent: str | None, resume: str | None)
     made_by_mlflow_run = None if parent else os.environ.get("MLFLOW_RUN_ID")
     if resume:
         if (directory := journals.find(resume)) is None:
-            raise TrackingError(f"there is no journal {resume} in {journals.root()}")
+            run_id = store.known(resume)
+            return Journal.create(
+                server=store.server(), experiment=experiment, run_name=name, run_id=run_id
+            )
         journal = Journal(directory)
         journal.reopen()
         if made_by_mlflow_run:

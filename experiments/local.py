@@ -1,0 +1,154 @@
+"""The engine ``optuna``: trials in this process, or in several worker processes of this machine."""
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Mapping
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from eurosat import cli, logs, tracking
+from eurosat.config import compose
+from eurosat.errors import EuroSATError
+from eurosat.prepare import Prepared, prepare
+from eurosat.progress import STYLE
+from eurosat.unfinished import Unfinished
+from experiments import objective
+from experiments.objective import Job, Outcome, Task
+from experiments.search import Search
+from experiments.view import View
+
+log = logging.getLogger(__name__)
+
+LAST_WORDS_S = 30
+"""A worker that is asked to end is given so long to send its run's status."""
+
+
+def run_here(search: Search, data: Prepared, view: View) -> None:
+    """One trial after the other, in this process."""
+    while task := search.next():
+
+        def report(epoch: int, metrics: Mapping[str, float], task: Task = task) -> str | None:
+            view.heard(task.number, metrics["val_accuracy"])
+            return search.epoch(task.number, epoch, metrics)
+
+        def begun(run: tracking.Run, _: Unfinished, task: Task = task) -> None:
+            search.begun(task.number, run.journal)
+
+        outcome = objective.run(search.job, task, data, report, begun)
+        search.ended(task.number, outcome)
+        view.update()
+
+
+class Worker:
+    """A process that runs the trials it is handed, and the near end of its line."""
+
+    def __init__(self, job: Job, number: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.line, far = context.Pipe()
+        level = logging.getLevelName(logging.getLogger().level).lower()
+        self.process = context.Process(
+            target=_work, args=(job, far, level), name=f"worker {number + 1}", daemon=True
+        )
+        self.process.start()
+        far.close()  # so that its end shows here
+        self.task: Task | None = None
+
+    def hand(self, task: Task) -> None:
+        self.task = task
+        self.line.send(task)
+
+
+def run_in_workers(search: Search, view: View) -> None:
+    """Trials side by side; a worker that dies is replaced, and its trial taken up again.
+
+    Raises:
+        EuroSATError: a worker cannot work at all: it ended with an error of ours.
+    """
+    workers = [Worker(search.job, number) for number in range(search.job.sweep.workers)]
+    started = len(workers)
+    try:
+        while True:
+            idle = [worker for worker in workers if worker.task is None]
+            for worker in idle:
+                if (task := search.next()) is None:
+                    break
+                worker.hand(task)
+            busy = [worker for worker in workers if worker.task is not None]
+            if not busy:
+                return
+            for ready in wait([worker.line for worker in busy], timeout=1):
+                worker = next(one for one in busy if one.line is ready)
+                try:
+                    _hear(search, worker, view)
+                except (EOFError, ConnectionResetError):
+                    workers.remove(worker)
+                    _bury(search, worker)
+                    workers.append(Worker(search.job, started))
+                    started += 1
+            view.update()
+    finally:
+        for worker in workers:
+            worker.line.close()  # it ends when it next speaks or listens
+        for worker in workers:
+            worker.process.join(0 if worker.task is None else LAST_WORDS_S)
+            worker.process.kill()
+            worker.process.join()
+
+
+def _hear(search: Search, worker: Worker, view: View) -> None:
+    assert worker.task is not None
+    number = worker.task.number
+    match worker.line.recv():
+        case ("begun", run):
+            search.begun(number, run)
+        case ("epoch", epoch, metrics):
+            worker.line.send(search.epoch(number, epoch, metrics))
+            view.heard(number, metrics["val_accuracy"])
+        case Outcome() as outcome:
+            worker.task = None
+            search.ended(number, outcome)
+
+
+def _bury(search: Search, worker: Worker) -> None:
+    assert worker.task is not None
+    worker.process.join()
+    code = worker.process.exitcode
+    if code is not None and code > 0:  # an error, told already: another one would meet it too
+        search.ended(worker.task.number, Outcome(state="fail"))
+        raise EuroSATError(f"{worker.process.name} of the sweep died: see the log above")
+    search.died(worker.task.number, f"{worker.process.name} was killed by signal {-(code or 0)}")
+
+
+def _work(job: Job, line: Connection, level: str) -> None:
+    """A worker process: exits 2 on an error of ours, told in one line."""
+    os.environ[STYLE] = "lines"  # the terminal has one bar, the driver's
+    logs.setup(level)
+    cli.finish(lambda _: _take_tasks(job, line), [])
+
+
+def _take_tasks(job: Job, line: Connection) -> int:
+    data: Prepared | None = None
+
+    def say(*words: Any) -> None:
+        try:
+            line.send(words)
+        except OSError as gone:  # the driver's end: its trials are kept for another one
+            raise SystemExit(cli.TERMINATED) from gone
+
+    def ask(epoch: int, metrics: Mapping[str, float]) -> str | None:
+        say("epoch", epoch, dict(metrics))
+        try:
+            answer: str | None = line.recv()
+        except (EOFError, OSError) as gone:
+            raise SystemExit(cli.TERMINATED) from gone
+        return answer
+
+    while True:
+        try:
+            task = line.recv()
+        except (EOFError, OSError):
+            return cli.OK
+        data = data or prepare(compose(job.overrides))
+        outcome = objective.run(job, task, data, ask, lambda run, _: say("begun", run.journal))
+        line.send(outcome)

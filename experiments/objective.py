@@ -1,0 +1,163 @@
+"""What a trial is, whichever engine runs it: a short training below the sweep's run."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from eurosat import tracking, train
+from eurosat.config import TrainConfig, compose
+from eurosat.errors import NonFiniteLoss
+from eurosat.prepare import Prepared
+from eurosat.unfinished import Unfinished, claim
+from experiments.settings import SweepConfig
+
+if TYPE_CHECKING:
+    from eurosat.network import Network
+
+log = logging.getLogger(__name__)
+
+LATENCY_TILES = 50
+"""One after the other; their median is the latency."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """The same for all trials of a sweep."""
+
+    sweep: SweepConfig
+    study: str
+    overrides: tuple[str, ...]
+    parent: str
+    """The parent run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One trial."""
+
+    number: int
+    """Of the trial in its study."""
+    values: Mapping[str, Any]
+    """What the sampler suggested for keys of the recipe."""
+    retries: int = 0
+    threads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    state: Literal["complete", "pruned", "fail"]
+    values: tuple[float, ...] = ()
+    """Of the objectives."""
+    run_id: str = ""
+
+
+Report = Callable[[int, Mapping[str, float]], str | None]
+"""Hears of each epoch (from 0) and its metrics; answers why to stop, or None to go on."""
+
+
+class Stopped(Exception):
+    """A trial is ended before its last epoch."""
+
+
+def run(
+    job: Job,
+    task: Task,
+    data: Prepared,
+    report: Report,
+    begun: Callable[[tracking.Run, Unfinished], None],
+    left: Path | None = None,
+) -> Outcome:
+    """Train one trial; one that was killed goes on where its last whole epoch ended.
+
+    ``begun`` hears its run, and where its state is kept; ``left`` holds what it left on another
+    machine.
+    """
+    config = trial_config(job, task)
+    label = f"trial {task.number + 1}"
+    # not the state of another sweep's trial that happened to try the same
+    place = {**data.fingerprints, "study": job.study, "trial": str(task.number)}
+    tags = {"kind": "trial", "study": job.study, "trial.number": task.number}
+    if task.retries:
+        tags["trial.retries"] = task.retries
+    run_id = ""
+    try:
+        with claim(config, place) as saved:
+            if left:
+                saved.adopt(left)
+            try:
+                with tracking.run(
+                    config.experiment, label, parent=job.parent, resume=saved.journal, tags=tags,
+                    killed_by=(Stopped,),
+                ) as opened:  # fmt: skip
+                    run_id = opened.run_id
+                    saved.begin(opened.journal)
+                    begun(opened, saved)
+                    values = _trained(job, config, data, opened, saved, report, label)
+            except (Stopped, NonFiniteLoss) as error:
+                ended = error  # and its state is not kept
+            else:
+                return Outcome(state="complete", values=values, run_id=run_id)
+    except BaseException:
+        log.info("%s: interrupted; its state is kept", label)
+        raise
+    log.info("%s: %s", label, ended)
+    state: Literal["pruned", "fail"] = "pruned" if isinstance(ended, Stopped) else "fail"
+    return Outcome(state=state, run_id=run_id)
+
+
+def _trained(
+    job: Job, config: TrainConfig, data: Prepared, run: tracking.Run, saved: Unfinished,
+    report: Report, label: str,
+) -> tuple[float, ...]:  # fmt: skip
+    from eurosat import launch
+
+    def on_epoch(epoch: int, metrics: Mapping[str, float]) -> None:
+        why = report(epoch, metrics)
+        if why and epoch + 1 < config.trainer.epochs:
+            run.set_tags({"pruned": "true", "pruned.epoch": epoch + 1, "pruned.why": why})
+            raise Stopped(f"{why} after epoch {epoch + 1}")
+
+    if not saved.described:
+        train.describe(config, data, run)
+        saved.mark_described()
+    fitted = launch.fit(config, data, run, on_epoch, saved)
+    values = [fitted.best["val_accuracy"]]
+    if "latency" in job.sweep.aims:
+        values.append(latency_ms(fitted.network))
+        run.log_metrics({"latency_ms": values[-1]})
+    return tuple(values)
+
+
+def latency_ms(network: "Network") -> float:
+    """Median time for one tile on one CPU thread."""
+    import torch
+
+    spec, taken = network.spec, []
+    tile = torch.zeros((1, spec.bands, *spec.tile_size), dtype=torch.uint8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        network.eval()
+        with torch.inference_mode():
+            for _ in range(LATENCY_TILES):
+                started = time.perf_counter()
+                network(tile)
+                taken.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(before)
+    return 1000 * sorted(taken)[len(taken) // 2]
+
+
+def trial_config(job: Job, task: Task) -> TrainConfig:
+    """The recipe with what the sampler suggested, for a trial's few epochs."""
+    of_trial = {**task.values, "trainer.epochs": job.sweep.trial_epochs}
+    if task.threads:
+        of_trial["trainer.threads"] = task.threads
+    return compose([*job.overrides, *as_overrides(of_trial)])
+
+
+def as_overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]

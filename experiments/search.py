@@ -1,0 +1,370 @@
+"""The study behind a sweep: what is tried next, what is stopped, and what a dead driver left."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import logging
+import os
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from eurosat import tracking
+from eurosat.errors import ConfigError
+from experiments import space as spaces
+from experiments.objective import Job, Outcome, Task
+from experiments.settings import SweepConfig
+
+if TYPE_CHECKING:
+    import optuna
+
+log = logging.getLogger(__name__)
+
+MOST_RETRIES = 2
+"""Of a trial whose worker or driver was killed."""
+BEAT_S, STALE_S = 15, 60
+"""How often a driver says that its trials live, and how long after its last word they do not."""
+JOB, FROM = "job", "from_study"
+RUN, DRIVER, RETRIES = "run", "driver", "retries"
+ANEW = ("trials", "workers", "minutes", "target", "refit", "register", "ray_address")
+"""What a continued sweep may be told otherwise than it began with."""
+"""Attributes of the study, and of its trials."""
+
+
+def storage(url: str, *, beats: bool = True) -> "optuna.storages.RDBStorage":
+    """Where studies are kept.
+
+    Raises:
+        ConfigError: it is no database that can be reached.
+    """
+    import optuna
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+    from sqlalchemy.exc import SQLAlchemyError
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # tracebacks of failed trials
+    try:
+        with _quietly():
+            return optuna.storages.RDBStorage(
+                url, heartbeat_interval=BEAT_S if beats else None, grace_period=STALE_S,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MOST_RETRIES),
+            )  # fmt: skip
+    except (SQLAlchemyError, ImportError) as error:
+        raise ConfigError(
+            f"storage={url} cannot be used ({str(error).splitlines()[0]}): "
+            "give a URL such as sqlite:///optuna.db"
+        ) from error
+
+
+def create(job: Job, search: spaces.Space, recipe: Mapping[str, Any]) -> "optuna.Study":
+    """A new study, which knows how to be continued; its first trial is the recipe itself.
+
+    Raises:
+        ConfigError: there is one of that name, or the earlier one does not fit.
+    """
+    import optuna
+
+    kept = storage(job.sweep.storage)
+    try:
+        study = optuna.create_study(
+            study_name=job.study,
+            storage=kept,
+            directions=["minimize" if aim == "latency" else "maximize" for aim in job.sweep.aims],
+            sampler=sampler(job.sweep),
+            pruner=pruner(job.sweep),
+        )
+    except optuna.exceptions.DuplicatedStudyError as error:
+        raise ConfigError(
+            f"study {job.study!r} is already in {job.sweep.storage}: give another study=NAME, or "
+            f"go on with it by resume={job.study}"
+        ) from error
+    study.set_user_attr(JOB, json.dumps(dataclasses.asdict(job)))
+    if job.sweep.from_study:
+        _warm(study, job.sweep.from_study, search)
+    study.enqueue_trial(spaces.inside(recipe, search))
+    return study
+
+
+def load(name: str, settings: SweepConfig) -> tuple["optuna.Study", Job]:
+    """A study that was begun, and its job with the budgets of ``settings``.
+
+    Raises:
+        ConfigError: there is no such study.
+    """
+    import optuna
+
+    kept = storage(settings.storage)
+    try:
+        held = optuna.load_study(study_name=name, storage=kept).user_attrs.get(JOB)
+    except KeyError as error:
+        known = ", ".join(optuna.get_all_study_names(kept)) or "none"
+        raise ConfigError(f"{settings.storage} has no study {name!r}; it has {known}") from error
+    if held is None:
+        raise ConfigError(f"study {name!r} was not made by a sweep: it cannot be continued")
+    told = json.loads(held)
+    usual = SweepConfig()
+    given = {name: getattr(settings, name) for name in ANEW}
+    given = {name: value for name, value in given.items() if value != getattr(usual, name)}
+    sweep = SweepConfig(**told["sweep"] | given | {"storage": settings.storage})
+    job = Job(
+        sweep=sweep, study=name, overrides=tuple(told["overrides"]), parent=told["parent"]
+    )  # fmt: skip
+    study = optuna.load_study(
+        study_name=name, storage=kept, sampler=sampler(sweep), pruner=pruner(sweep)
+    )
+    return study, job
+
+
+def sampler(settings: SweepConfig) -> "optuna.samplers.BaseSampler":
+    """By its name. TPE stops drawing at random after a third of the trials, at most ten.
+
+    Raises:
+        ConfigError: optuna has no such sampler, or it cannot be made without being told more.
+    """
+    import optuna
+
+    kind = getattr(optuna.samplers, settings.sampler, None)
+    known = [name for name in optuna.samplers.__all__ if name.endswith("Sampler")]
+    if settings.sampler not in known or kind is None:
+        raise ConfigError(f"sampler={settings.sampler} is none of {', '.join(known)}")
+    wanted: dict[str, Any] = {"seed": settings.sampler_seed}
+    if kind is optuna.samplers.TPESampler:
+        wanted["n_startup_trials"] = min(10, max(2, settings.trials // 3))
+        wanted["constant_liar"] = settings.workers > 1
+    taken = inspect.signature(kind).parameters
+    try:
+        made: optuna.samplers.BaseSampler = kind(**{k: v for k, v in wanted.items() if k in taken})
+    except (TypeError, ImportError) as error:
+        raise ConfigError(f"sampler={settings.sampler} cannot be used here: {error}") from error
+    return made
+
+
+def pruner(settings: SweepConfig) -> "optuna.pruners.BasePruner":
+    import optuna
+
+    if settings.pruner == "asha":
+        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+    if settings.pruner == "median":
+        return optuna.pruners.MedianPruner(n_startup_trials=2)
+    return optuna.pruners.NopPruner()
+
+
+def own_trials(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
+    """Those that were begun in the study itself, not those that it was warmed with."""
+    from optuna.trial import TrialState
+
+    begun = [state for state in TrialState if state != TrialState.WAITING]
+    found = study.get_trials(deepcopy=False, states=begun)
+    return [one for one in found if FROM not in one.user_attrs]
+
+
+def unfinished(study: "optuna.Study", job: Job) -> bool:
+    """Whether trials are left to be begun or ended."""
+    trials = own_trials(study)
+    return len(trials) < job.sweep.trials or not all(one.state.is_finished() for one in trials)
+
+
+def best(study: "optuna.Study") -> "optuna.trial.FrozenTrial | None":
+    """The finished trial of the highest validation accuracy."""
+    from optuna.trial import TrialState
+
+    finished = [one for one in own_trials(study) if one.state == TrialState.COMPLETE]
+    return max(finished, key=lambda one: one.values[0], default=None)
+
+
+class Search:
+    """Says what is tried next, hears how it goes, and stops what is not worth its time.
+
+    One a driver; several drivers may work on one study, on machines that share its storage.
+    """
+
+    def __init__(self, job: Job, study: "optuna.Study", threads: int = 0) -> None:
+        self.job, self._study, self._threads = job, study, threads
+        self._space = spaces.load(job.sweep.space)
+        self._began = time.monotonic()
+        self._running: dict[int, optuna.Trial] = {}
+        self._again = self._interrupted()
+
+    def next(self) -> Task | None:
+        """What to try now, or None where there is nothing (left) to begin."""
+        if self._again:
+            trial = self._again.pop(0)
+        elif self.over() or len(own_trials(self._study)) >= self._planned():
+            return None
+        else:
+            with _quietly():
+                trial = self._study.ask()
+            if lost := trial.user_attrs.get(RUN):  # of another machine, taken up again here
+                tracking.fail(lost, "its driver was lost")
+        trial.set_user_attr(DRIVER, me())
+        self._running[trial.number] = trial
+        self._beat(trial)
+        return Task(
+            number=trial.number,
+            values=spaces.suggest(trial, self._space),
+            retries=trial.user_attrs.get(RETRIES, 0),
+            threads=self._threads,
+        )
+
+    def over(self) -> str | None:
+        """Why no further trial begins, apart from their number."""
+        sweep, top = self.job.sweep, best(self._study)
+        if sweep.minutes and time.monotonic() - self._began > 60 * sweep.minutes:
+            return f"its {sweep.minutes:g} minutes are over"
+        if sweep.target and top and top.values[0] >= sweep.target:
+            return f"trial {top.number + 1} reached {top.values[0]:.4f}"
+        return None
+
+    def begun(self, number: int, run: str) -> None:
+        self._running[number].set_user_attr(RUN, run)
+
+    def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> str | None:
+        """Why the trial is to stop, or None."""
+        if len(self.job.sweep.aims) == 1:
+            trial = self._running[number]
+            if epoch not in trial.storage.get_trial(trial._trial_id).intermediate_values:
+                trial.report(metrics["val_accuracy"], epoch)
+            if trial.should_prune():
+                return "pruned"
+        over = self.over()
+        return f"stopped: {over}" if over else None
+
+    def ended(self, number: int, outcome: Outcome) -> None:
+        from optuna.trial import TrialState
+
+        trial = self._running.pop(number)
+        if outcome.run_id:
+            trial.set_user_attr("run_id", outcome.run_id)
+        if outcome.state == "complete":
+            self._study.tell(trial, list(outcome.values))
+        else:
+            self._study.tell(trial, state=TrialState[outcome.state.upper()])
+
+    def died(self, number: int, why: str) -> None:
+        """A trial's process is gone: it is taken up again, at most MOST_RETRIES times."""
+        trial = self._running.pop(number)
+        self._retry(trial, why)
+
+    def _retry(self, trial: "optuna.Trial", why: str) -> None:
+        from optuna.trial import TrialState
+
+        retries = trial.user_attrs.get(RETRIES, 0) + 1
+        if retries <= MOST_RETRIES:
+            log.warning("trial %d: %s; it is taken up again", trial.number + 1, why)
+            trial.set_user_attr(RETRIES, retries)
+            self._again.append(trial)
+            return
+        log.warning("trial %d: %s, %d times now: it failed", trial.number + 1, why, retries)
+        self._study.tell(trial, state=TrialState.FAIL)
+        if run := trial.user_attrs.get(RUN):
+            tracking.fail(run, f"{why}, {retries} times")
+
+    def _interrupted(self) -> list["optuna.Trial"]:
+        """The trials that a driver which is gone left running."""
+        import optuna
+        from optuna.trial import TrialState
+
+        self._again = []
+        for frozen in own_trials(self._study):
+            if frozen.state == TrialState.RUNNING and is_gone(frozen.user_attrs.get(DRIVER)):
+                trial = optuna.Trial(self._study, frozen._trial_id)
+                self._retry(trial, "its driver was killed")
+        return self._again
+
+    def _planned(self) -> int:
+        """How many trials the study may have: those that take up a lost one do not count."""
+        from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
+
+        with _quietly():
+            fail_stale_trials(self._study)
+            number_of_lost = RetryHeartbeatStaleTrialCallback.retried_trial_number
+            again = sum(number_of_lost(one) is not None for one in own_trials(self._study))
+        return self.job.sweep.trials + again
+
+    def _beat(self, trial: "optuna.Trial") -> None:
+        from sqlalchemy.exc import SQLAlchemyError
+
+        with contextlib.suppress(SQLAlchemyError):  # one that is lost is no matter
+            trial.storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
+
+    @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """Within, other machines hear that the trials here live."""
+        done = threading.Event()
+
+        def beat() -> None:
+            while not done.wait(BEAT_S):
+                for trial in list(self._running.values()):
+                    self._beat(trial)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without optuna's words that heartbeats are experimental and meant for its own loop."""
+    from optuna.exceptions import ExperimentalWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with")
+        yield
+
+
+def me() -> str:
+    """The present process, told so that others can see whether it lives."""
+    import psutil
+
+    return json.dumps([socket.gethostname(), os.getpid(), psutil.Process().create_time()])
+
+
+def is_gone(driver: str | None) -> bool:
+    """Whether a driver of this machine has ended; of other machines only heartbeats tell."""
+    import psutil
+
+    if driver is None:
+        return True
+    host, pid, born = json.loads(driver)
+    if host != socket.gethostname():
+        return False
+    try:
+        return bool(abs(psutil.Process(pid).create_time() - born) > 1)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _warm(study: "optuna.Study", earlier: str, search: spaces.Space) -> None:
+    import optuna
+    from optuna.trial import TrialState
+
+    try:
+        old = optuna.load_study(study_name=earlier, storage=study._storage)
+    except KeyError as error:
+        known = ", ".join(optuna.get_all_study_names(study._storage))
+        raise ConfigError(f"from_study={earlier}: there are only {known}") from error
+    fitting = [
+        one
+        for one in old.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if set(one.params) == set(search) and spaces.inside(one.params, search) == one.params
+    ]
+    if not fitting or len(old.directions) != len(study.directions):
+        raise ConfigError(
+            f"from_study={earlier} has no finished trial in this space, with these objectives"
+        )
+    for one in fitting:
+        study.add_trial(
+            optuna.trial.create_trial(
+                params=one.params, distributions=one.distributions, values=one.values,
+                user_attrs={FROM: earlier},
+            )
+        )  # fmt: skip
+    log.info("the sampler begins with %d trials of study %s", len(fitting), earlier)

@@ -1,0 +1,129 @@
+"""Sweeps on Ray leave what the others leave, and survive the loss of their driver or of a node."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from benchmarks.server import free_port
+from eurosat import cli, tracking
+from tests.sweeps import SWEEP, check_whole, children, saying, trials, until
+
+RAY = (*SWEEP, "engine=ray", "workers=2", "study=s", "log_level=warning")
+
+
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_on_ray_leaves_what_the_other_engine_leaves(tmp_path: Path) -> None:
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    process = saying(tmp_path, *RAY, storage, "trials=3", "trial_epochs=2", "pruner=asha")
+    said, complaint = process.communicate(timeout=300)
+    assert process.returncode == cli.OK, complaint[-3000:]
+    refit = said.splitlines()[-1].removeprefix("run ")
+    parent = MlflowClient().get_run(said.splitlines()[-2].removeprefix("sweep "))
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags[tracking.BEST_RUN] == refit
+    held = {str(trial.number): trial for trial in trials(tmp_path)}
+    below = {
+        run.data.tags["trial.number"]: run
+        for run in children(parent)
+        if run.data.tags["kind"] == "trial"
+    }
+    assert set(held) == set(below) == {"0", "1", "2"}
+    assert {trial.state.name for trial in held.values()} <= {"COMPLETE", "PRUNED"}
+    for number, run in below.items():
+        whole = held[number].state.name == "COMPLETE"
+        assert run.info.status == ("FINISHED" if whole else "KILLED")
+        assert ("pruned" in run.data.tags) != whole
+        assert run.data.params["optim.lr"] == str(held[number].params["optim.lr"])
+        points = MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")
+        assert sorted(p.step for p in points) == [0, 1] if whole else [0]
+        if whole:
+            assert held[number].value == max(p.value for p in points)
+    assert parent.data.metrics["best_val_accuracy"] == max(
+        trial.value for trial in held.values() if trial.value is not None
+    )
+    with tracking.artifact(parent.info.run_id, "figures/history.png") as file:
+        assert file.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_on_ray_whose_driver_was_killed_goes_on(tmp_path: Path) -> None:
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    given = (*RAY, storage, "trials=4", "trial_epochs=60", "pruner=none", "refit=false")
+    first = saying(tmp_path, *given)
+    until(lambda: any(t.state.is_finished() for t in trials(tmp_path)), first)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    done = {t.number: t.datetime_complete for t in trials(tmp_path) if t.state.is_finished()}
+    second = saying(tmp_path, "resume=s", storage)
+    _, complaint = second.communicate(timeout=400)
+    assert second.returncode == cli.OK, complaint[-3000:]
+    check_whole(tmp_path, 4, 60)
+    after = {t.number: t.datetime_complete for t in trials(tmp_path)}
+    assert all(after[number] == when for number, when in done.items())
+
+
+@contextlib.contextmanager
+def two_nodes(folder: Path) -> Iterator[tuple[str, int]]:
+    """A cluster of two nodes with a core each on this machine; yields the address, and the
+    process id of the second one's raylet.
+    """
+    port, ray = free_port(), str(Path(sys.executable).with_name("ray"))
+    usual = ["--num-cpus", "1", "--node-ip-address", "127.0.0.1"]
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    head = [ray, "start", "--head", f"--port={port}", "--include-dashboard=false", *usual]
+    try:
+        subprocess.run([*head, "--temp-dir", str(folder)], check=True, env=environment)
+        before = raylets()
+        subprocess.run(
+            [ray, "start", "--address", f"127.0.0.1:{port}", *usual], check=True, env=environment
+        )
+        [second] = raylets() - before
+        yield f"127.0.0.1:{port}", second
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if str(folder) in " ".join(process.info["cmdline"] or []):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+
+
+def raylets() -> set[int]:
+    return {p.pid for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet"}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_survives_the_loss_of_one_of_two_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_STORAGE", str(tmp_path / "ray"))
+    monkeypatch.setenv("RAY_health_check_period_ms", "500")
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    short = Path(tempfile.gettempdir(), f"r{os.getpid()}")  # paths of sockets are short
+    with two_nodes(short) as (address, second):
+        given = (*RAY, storage, "trials=4", "trial_epochs=80", "pruner=none", "refit=false")
+        process = saying(tmp_path, *given, f"ray_address={address}")
+        until(lambda: sum(len(t.intermediate_values) > 2 for t in trials(tmp_path)) == 2, process)
+        psutil.Process(second).kill()
+        _, complaint = process.communicate(timeout=500)
+        assert process.returncode == cli.OK, complaint[-3000:]
+    held = trials(tmp_path)
+    assert [trial.state.name for trial in held] == ["COMPLETE"] * 4
+    parent = MlflowClient().get_run(tracking.latest_run("eurosat", kind="sweep"))
+    runs = [run for run in children(parent) if run.data.tags["kind"] == "trial"]
+    assert sorted(run.data.tags["trial.number"] for run in runs) == list("0123")
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    for run in runs:
+        points = MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")
+        assert {p.step for p in points} == set(range(80))

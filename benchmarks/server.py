@@ -27,12 +27,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[int]:
-    """Started on a free port, its database and artifacts in ``folder``; yields the port."""
+def mlflow_server(folder: Path, backend: str | None = None) -> Iterator[int]:
+    """Started on a free port, its artifacts in ``folder``, and its database where ``backend`` is
+    not the URL of another; yields the port.
+    """
     port = free_port()
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
-        "--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db",
+        "--workers", "1", "--backend-store-uri", backend or f"sqlite:///{folder}/server.db",
         "--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts",
     ]  # fmt: skip
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

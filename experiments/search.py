@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from eurosat import tracking
@@ -29,6 +29,7 @@ MOST_RETRIES = 2
 BEAT_S, STALE_S = 15, 60
 """How often a driver says that its trials live, and how long after its last word they do not."""
 JOB, FROM = "job", "from_study"
+OWNER, SEEN = "owner", "seen"
 RUN, DRIVER, RETRIES = "run", "driver", "retries"
 ANEW = ("trials", "workers", "minutes", "target", "refit", "register", "ray_address")
 """What a continued sweep may be told otherwise than it began with."""
@@ -292,21 +293,54 @@ class Search:
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
-        """Within, other machines hear that the trials here live."""
-        done = threading.Event()
+        """Within, drivers on other machines hear that the trials here live."""
 
         def beat() -> None:
-            while not done.wait(BEAT_S):
-                for trial in list(self._running.values()):
-                    self._beat(trial)
+            for trial in list(self._running.values()):
+                self._beat(trial)
 
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-        thread.start()
-        try:
+        with _every(BEAT_S, beat):
             yield
-        finally:
-            done.set()
-            thread.join()
+
+
+@contextlib.contextmanager
+def owned(study: "optuna.Study") -> Iterator[None]:
+    """Within, this driver is the one that concludes the study; others may help with its trials."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    def beat() -> None:
+        with contextlib.suppress(SQLAlchemyError):
+            study.set_user_attr(SEEN, time.time())
+
+    study.set_user_attr(OWNER, me())
+    beat()
+    with _every(BEAT_S, beat):
+        yield
+
+
+def is_owned(study: "optuna.Study") -> bool:
+    """Whether the driver that concludes the study lives."""
+    owner = study.user_attrs.get(OWNER)
+    if owner and json.loads(owner)[0] == socket.gethostname():
+        return not is_gone(owner)
+    return bool(time.time() - study.user_attrs.get(SEEN, 0) < STALE_S)
+
+
+@contextlib.contextmanager
+def _every(seconds: float, work: Callable[[], None]) -> Iterator[None]:
+    done = threading.Event()
+
+    def loop() -> None:
+        while not done.wait(seconds):
+            work()
+
+    thread = threading.Thread(target=loop, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 @contextlib.contextmanager

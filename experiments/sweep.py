@@ -5,13 +5,14 @@ import logging
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs, machine, tracking, train
-from eurosat.config import TrainConfig, compose
+from eurosat.config import compose
 from eurosat.errors import ConfigError, EuroSATError, TrackingError
 from eurosat.prepare import Prepared, prepare
 from eurosat.unfinished import claim
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+OTHERS_S = 5.0
+"""Between two looks at trials that other drivers have in hand."""
 PARENT = "parent"
 """Attribute of the study: the journal of its parent run."""
 
@@ -66,31 +69,43 @@ def sweep(settings: SweepConfig, overrides: tuple[str, ...], parent: tracking.Ru
     study = searches.create(job, space, tracking.flatten(config.as_dict()))
     study.set_user_attr(PARENT, parent.journal)
     parent.set_tags({"study": name})
-    return carry_on(job, study, config, data, parent)
+    return carry_on(job, study, data, parent)
 
 
-def carry_on(
-    job: Job, study: "optuna.Study", config: TrainConfig, data: Prepared, parent: tracking.Run
-) -> str | None:
-    """What is left of a sweep: its trials, its figures, the refit of the best."""
+def run_trials(job: Job, study: "optuna.Study", data: Prepared, *, owner: bool) -> None:
+    """All that are left; the owner also waits for those that other drivers have in hand."""
     if job.sweep.engine == "ray":
         from experiments import cluster
 
-        cluster.run(job, study)
-    else:
-        threads = max(1, machine.cores() // job.sweep.workers) if job.sweep.workers > 1 else 0
-        search = Search(job, study, threads)
-        view = View(study, job)
-        with search.alive(), view.shown():
+        return cluster.run(job, study)
+    threads = max(1, machine.cores() // job.sweep.workers) if job.sweep.workers > 1 else 0
+    search = Search(job, study, threads)
+    view = View(study, job)
+    with search.alive(), view.shown():
+        while True:
             if job.sweep.workers == 1:
                 local.run_here(search, data, view)
             else:
                 local.run_in_workers(search, view)
-        if why := search.over():
-            log.info("sweep: %s", why)
-    _conclude(study, parent)
-    if not job.sweep.refit:
-        return None
+            if not owner or search.over() or not searches.unfinished(study, job):
+                break
+            time.sleep(OTHERS_S)
+            view.update()
+    if why := search.over():
+        log.info("sweep: %s", why)
+    return None
+
+
+def carry_on(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.Run) -> str | None:
+    """What is left of a sweep: its trials, its figures, the refit of the best."""
+    with searches.owned(study):
+        run_trials(job, study, data, owner=True)
+        _conclude(study, parent)
+        return _refitted(job, study, data, parent) if job.sweep.refit else None
+
+
+def _refitted(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.Run) -> str:
+    """The run of the best configuration, trained in full."""
     top = searches.best(study)
     assert top is not None
     best = compose([*job.overrides, *as_overrides(top.params)])
@@ -183,15 +198,19 @@ def resume(settings: SweepConfig, rest: Sequence[str]) -> int:
     if not searches.unfinished(study, job) and is_concluded(journal):
         print(f"study {job.study} is complete; trials=N asks for more")
         return tell(journal, None)
+    if searches.is_owned(study):
+        if job.sweep.engine == "ray":
+            raise ConfigError(f"the driver of study {job.study} lives: give its cluster more nodes")
+        run_trials(job, study, data, owner=False)
+        print(f"study {job.study}: no trial is left to begin; its own driver concludes it")
+        return cli.OK
     with (
         tempfile.TemporaryDirectory() as folder,
-        tracking.run(config.experiment, f"sweep {config.recipe}", resume=journal)
-        if tracking.can_continue(journal)
-        else tracking.attached(journal) as parent,
+        tracking.run(config.experiment, f"sweep {config.recipe}", resume=journal) as parent,
         logs.copied_to(Path(folder) / "sweep.log") as file,
     ):
         try:
-            best = carry_on(job, study, config, data, parent)
+            best = carry_on(job, study, data, parent)
         finally:
             parent.log_file(file, "logs")
     return tell(parent.run_id, best)

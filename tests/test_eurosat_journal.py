@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +24,7 @@ from eurosat.errors import TrackingError
 from eurosat.tracking import __main__ as verbs
 from eurosat.tracking import delivery, store
 from eurosat.tracking import journal as journals
+from tests.conftest import TINY
 
 STEPS = 400
 
@@ -434,3 +437,50 @@ def until(condition: Callable[[], object], limit_s: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.02)
+
+
+FAULTS: dict[str, Callable[[Proxy, bool], None]] = {
+    "stopped": lambda way, on: setattr(way, "away", on),
+    "500 to every third call": lambda way, on: setattr(
+        way, "status", every_third if on else lambda *_: None
+    ),
+    "answers after 30 s": lambda way, on: setattr(way, "delay_s", 30.0 if on else 0.0),
+    "credentials refused": lambda way, on: setattr(way, "status", lambda *_: 401 if on else None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("when", ["for a minute", "from beginning to end"])
+@pytest.mark.usefixtures("tiny_pack")
+def test_a_whole_training_behind_a_server_with_a_fault(
+    ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    experiment: str, fault: str, when: str,
+) -> None:  # fmt: skip
+    epochs, label = 1000, experiment.replace("[", "-").rstrip("]")
+    with proxy(ports[0]) as way, (tmp_path / "said").open("w") as said:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", way.uri)
+        if when != "for a minute":
+            FAULTS[fault](way, True)
+        path = f"{Path(__file__).resolve().parents[1]}:{os.environ['PYTHONPATH']}"
+        training = subprocess.Popen(
+            [sys.executable, "-m", "eurosat.train", *TINY, f"trainer.epochs={epochs}",
+             f"experiment={label}"],
+            env=os.environ | {"PYTHONPATH": path}, stderr=said, stdout=subprocess.DEVNULL,
+            cwd=tmp_path,
+        )  # fmt: skip
+        if when == "for a minute":
+            until(lambda: runs(way, label) and only(way, label).data.metrics.get("val_loss"), 120)
+            FAULTS[fault](way, True)
+            time.sleep(60)
+            FAULTS[fault](way, False)
+        assert training.wait(timeout=600) == cli.OK, (tmp_path / "said").read_text()[-3000:]
+        FAULTS[fault](way, False)
+        until(lambda: verbs.main(["sync"]) == cli.OK, 120)
+        held = only(way, label)
+        assert held.info.status == "FINISHED"
+        assert [step for step, *_ in points(way, held, "val_accuracy")] == list(range(epochs))
+        assert held.data.metrics["test_accuracy"] > 0
+        with tracking.artifact(held.info.run_id, "weights.safetensors") as file:
+            assert file.stat().st_size > 0
+        assert "Traceback" not in (tmp_path / "said").read_text()

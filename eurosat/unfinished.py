@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 
 KEPT_DAYS = 14
 """State that nobody came back for is removed after so long."""
+ORPHAN_S = 600
+"""What is trained once alone waits so long for a process whose parent was killed: it ends after
+its epoch."""
 STATE, ABOUT, DESCRIBED = "state.pt", "run.json", "described"
 
 
@@ -40,7 +43,7 @@ class Unfinished:
 
     def adopt(self, folder: Path) -> None:
         """Take over what the same training left on another machine, where it left nothing here."""
-        if self.journal is None and (folder / STATE).exists():
+        if self.journal is None and (folder / ABOUT).exists():
             shutil.copytree(folder, self._directory, dirs_exist_ok=True)
             self.journal = json.loads((folder / ABOUT).read_text())["journal"]
             self._adopted = True
@@ -115,12 +118,15 @@ class Unfinished:
 
 
 @contextmanager
-def claim(config: TrainConfig, fingerprints: Mapping[str, str]) -> Iterator[Unfinished]:
+def claim(
+    config: TrainConfig, fingerprints: Mapping[str, str], *, alone: bool = False
+) -> Iterator[Unfinished]:
     """The state that a dead process left of the same training, or a place for a new one.
 
     A process holds its place by a lock that ends with it, however it ends: a second training of
     the same configuration beside a living one gets a place of its own. The place is removed when
-    the block ends without an exception.
+    the block ends without an exception. ``alone`` says that nobody else may train this: a process
+    that still does is waited for.
     """
     from filelock import FileLock, Timeout
 
@@ -131,7 +137,7 @@ def claim(config: TrainConfig, fingerprints: Mapping[str, str]) -> Iterator[Unfi
     name = hashlib.sha256(json.dumps([config.digest, about], sort_keys=True).encode()).hexdigest()
     for number in itertools.count():
         directory = root / f"{name[:16]}-{number}"
-        lock = FileLock(f"{directory}.lock", timeout=0)
+        lock = FileLock(f"{directory}.lock", timeout=ORPHAN_S if alone else 0)
         with contextlib.suppress(Timeout):
             lock.acquire()
             break
@@ -144,9 +150,10 @@ def claim(config: TrainConfig, fingerprints: Mapping[str, str]) -> Iterator[Unfi
 
 
 def _forget(root: Path) -> None:
-    for directory in root.iterdir():
-        if time.time() - directory.stat().st_mtime > KEPT_DAYS * 86400:
-            shutil.rmtree(directory, ignore_errors=True)
+    for path in list(root.iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _write(file: Path, data: bytes) -> None:

@@ -58,6 +58,7 @@ def run(job: Job, study: optuna.Study) -> None:
     """
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has it all
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep, as elsewhere
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # misses those loggers' files
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     launch.start_ray(job.sweep.ray_address, environment(job))
@@ -306,11 +307,14 @@ def carry_out(job: Job, config: Mapping[str, Any]) -> None:
 
 
 def _bury_the_lost(study: optuna.Study) -> None:
-    """Trials that a killed driver had begun and that Ray knows nothing of."""
+    """End the runs of trials that Ray gave up, or that a killed driver alone knew of."""
     from optuna.trial import TrialState
 
     for trial in search.own_trials(study):
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-            if reference := trial.user_attrs.get(search.RUN):
-                tracking.fail(reference, "its driver was killed")
+        elif trial.state != TrialState.FAIL:
+            continue
+        reference = trial.user_attrs.get(search.RUN)
+        if reference and tracking.get(reference).status == "RUNNING":
+            tracking.fail(reference, "its processes were killed")

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,13 +21,21 @@ from experiments.view import View
 
 log = logging.getLogger(__name__)
 
+OTHERS_S = 5.0
+"""Between two looks at trials that other drivers have in hand."""
 LAST_WORDS_S = 30
 """A worker that is asked to end is given so long to send its run's status."""
 
 
-def run_here(search: Search, data: Prepared, view: View) -> None:
-    """One trial after the other, in this process."""
-    while task := search.next():
+def run_here(search: Search, data: Prepared, view: View, *, wait_for_others: bool) -> None:
+    """One trial after the other, in this process; then wait for those that other drivers have."""
+    while True:
+        if (task := search.next()) is None:
+            if not (wait_for_others and search.goes_on()):
+                return
+            time.sleep(OTHERS_S)
+            view.update()
+            continue
 
         def report(epoch: int, metrics: Mapping[str, float], task: Task = task) -> str | None:
             view.heard(task.number, metrics["val_accuracy"])
@@ -59,7 +68,7 @@ class Worker:
         self.line.send(task)
 
 
-def run_in_workers(search: Search, view: View) -> None:
+def run_in_workers(search: Search, view: View, *, wait_for_others: bool) -> None:
     """Trials side by side; a worker that dies is replaced, and its trial taken up again.
 
     Raises:
@@ -67,31 +76,44 @@ def run_in_workers(search: Search, view: View) -> None:
     """
     workers = [Worker(search.job, number) for number in range(search.job.sweep.workers)]
     started = len(workers)
+
+    def replace(dead: Worker) -> None:
+        nonlocal started
+        workers.remove(dead)
+        _bury(search, dead)
+        workers.append(Worker(search.job, started))
+        started += 1
+
     try:
         while True:
             idle = [worker for worker in workers if worker.task is None]
             for worker in idle:
                 if (task := search.next()) is None:
                     break
-                worker.hand(task)
+                try:
+                    worker.hand(task)
+                except ConnectionError:  # it died while it was idle
+                    replace(worker)
             busy = [worker for worker in workers if worker.task is not None]
             if not busy:
-                return
+                if not (wait_for_others and search.goes_on()):
+                    return
+                time.sleep(OTHERS_S)
+                continue
             for ready in wait([worker.line for worker in busy], timeout=1):
                 worker = next(one for one in busy if one.line is ready)
                 try:
                     _hear(search, worker, view)
-                except (EOFError, ConnectionResetError):
-                    workers.remove(worker)
-                    _bury(search, worker)
-                    workers.append(Worker(search.job, started))
-                    started += 1
+                except (EOFError, ConnectionError):
+                    replace(worker)
             view.update()
     finally:
         for worker in workers:
-            worker.line.close()  # it ends when it next speaks or listens
+            worker.line.close()
+            worker.process.terminate()  # its run ends as KILLED
+        deadline = time.monotonic() + LAST_WORDS_S
         for worker in workers:
-            worker.process.join(0 if worker.task is None else LAST_WORDS_S)
+            worker.process.join(max(0, deadline - time.monotonic()))
             worker.process.kill()
             worker.process.join()
 
@@ -114,10 +136,13 @@ def _bury(search: Search, worker: Worker) -> None:
     assert worker.task is not None
     worker.process.join()
     code = worker.process.exitcode
-    if code is not None and code > 0:  # an error, told already: another one would meet it too
+    if (
+        code not in (None, cli.TERMINATED, cli.INTERRUPTED) and code > 0
+    ):  # an error, told already: another one would meet it too
         search.ended(worker.task.number, Outcome(state="fail"))
         raise EuroSATError(f"{worker.process.name} of the sweep died: see the log above")
-    search.died(worker.task.number, f"{worker.process.name} was killed by signal {-(code or 0)}")
+    how = f"killed by signal {-code}" if code and code < 0 else "told to end"
+    search.died(worker.task.number, f"{worker.process.name} was {how}")
 
 
 def _work(job: Job, line: Connection, level: str) -> None:

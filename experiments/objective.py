@@ -84,7 +84,7 @@ def run(
         tags["trial.retries"] = task.retries
     run_id = ""
     try:
-        with claim(config, place) as saved:
+        with claim(config, place, alone=True) as saved:
             if left:
                 saved.adopt(left)
             try:

@@ -10,7 +10,8 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from eurosat import tracking
@@ -28,11 +29,14 @@ MOST_RETRIES = 2
 """Of a trial whose worker or driver was killed."""
 BEAT_S, STALE_S = 15, 60
 """How often a driver says that its trials live, and how long after its last word they do not."""
+BUSY_S = 60
+"""One writer of an SQLite file waits so long for another."""
 JOB, FROM = "job", "from_study"
 OWNER, SEEN = "owner", "seen"
 RUN, DRIVER, RETRIES = "run", "driver", "retries"
-ANEW = ("trials", "workers", "minutes", "target", "refit", "register", "ray_address")
-"""What a continued sweep may be told otherwise than it began with."""
+ANEW = ("trials", "workers", "minutes", "target", "refit", "register")
+ANEW_ON_RAY = ("refit", "register", "ray_address")
+"""What a continued sweep may be told otherwise than it began with; Ray keeps the rest itself."""
 """Attributes of the study, and of its trials."""
 
 
@@ -50,7 +54,8 @@ def storage(url: str, *, beats: bool = True) -> "optuna.storages.RDBStorage":
     try:
         with _quietly():
             return optuna.storages.RDBStorage(
-                url, heartbeat_interval=BEAT_S if beats else None, grace_period=STALE_S,
+                url, {"connect_args": {"timeout": BUSY_S}} if url.startswith("sqlite") else None,
+                heartbeat_interval=BEAT_S if beats else None, grace_period=STALE_S,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MOST_RETRIES),
             )  # fmt: skip
     except (SQLAlchemyError, ImportError) as error:
@@ -69,6 +74,7 @@ def create(job: Job, search: spaces.Space, recipe: Mapping[str, Any]) -> "optuna
     import optuna
 
     kept = storage(job.sweep.storage)
+    earlier = _earlier(kept, job.sweep, search)
     try:
         study = optuna.create_study(
             study_name=job.study,
@@ -83,17 +89,17 @@ def create(job: Job, search: spaces.Space, recipe: Mapping[str, Any]) -> "optuna
             f"go on with it by resume={job.study}"
         ) from error
     study.set_user_attr(JOB, json.dumps(dataclasses.asdict(job)))
-    if job.sweep.from_study:
-        _warm(study, job.sweep.from_study, search)
+    for one in earlier:
+        study.add_trial(one)
     study.enqueue_trial(spaces.inside(recipe, search))
     return study
 
 
-def load(name: str, settings: SweepConfig) -> tuple["optuna.Study", Job]:
-    """A study that was begun, and its job with the budgets of ``settings``.
+def load(name: str, settings: SweepConfig, given: Collection[str]) -> tuple["optuna.Study", Job]:
+    """A study that was begun, and its job with those of ``settings`` that were ``given`` anew.
 
     Raises:
-        ConfigError: there is no such study.
+        ConfigError: there is no such study, or it cannot be told that.
     """
     import optuna
 
@@ -106,20 +112,25 @@ def load(name: str, settings: SweepConfig) -> tuple["optuna.Study", Job]:
     if held is None:
         raise ConfigError(f"study {name!r} was not made by a sweep: it cannot be continued")
     told = json.loads(held)
-    usual = SweepConfig()
-    given = {name: getattr(settings, name) for name in ANEW}
-    given = {name: value for name, value in given.items() if value != getattr(usual, name)}
-    sweep = SweepConfig(**told["sweep"] | given | {"storage": settings.storage})
+    anew = ANEW_ON_RAY if told["sweep"]["engine"] == "ray" else ANEW
+    fields = {field.name for field in dataclasses.fields(SweepConfig)} - {"resume", "storage"}
+    if fixed := sorted((fields & set(given)) - set(anew)):
+        raise ConfigError(
+            f"{fixed[0]} of study {name} cannot be told anew; what can is {', '.join(anew)}"
+        )
+    changed = {one: getattr(settings, one) for one in anew if one in given}
+    sweep = SweepConfig(**told["sweep"] | changed | {"storage": settings.storage})
     job = Job(
         sweep=sweep, study=name, overrides=tuple(told["overrides"]), parent=told["parent"]
     )  # fmt: skip
+    own = zlib.crc32(me().encode()) % 1_000_000  # not what others drew from the same seed
     study = optuna.load_study(
-        study_name=name, storage=kept, sampler=sampler(sweep), pruner=pruner(sweep)
+        study_name=name, storage=kept, sampler=sampler(sweep, own), pruner=pruner(sweep)
     )
     return study, job
 
 
-def sampler(settings: SweepConfig) -> "optuna.samplers.BaseSampler":
+def sampler(settings: SweepConfig, beyond: int = 0) -> "optuna.samplers.BaseSampler":
     """By its name. TPE stops drawing at random after a third of the trials, at most ten.
 
     Raises:
@@ -131,7 +142,7 @@ def sampler(settings: SweepConfig) -> "optuna.samplers.BaseSampler":
     known = [name for name in optuna.samplers.__all__ if name.endswith("Sampler")]
     if settings.sampler not in known or kind is None:
         raise ConfigError(f"sampler={settings.sampler} is none of {', '.join(known)}")
-    wanted: dict[str, Any] = {"seed": settings.sampler_seed}
+    wanted: dict[str, Any] = {"seed": settings.sampler_seed + beyond}
     if kind is optuna.samplers.TPESampler:
         wanted["n_startup_trials"] = min(10, max(2, settings.trials // 3))
         wanted["constant_liar"] = settings.workers > 1
@@ -164,8 +175,23 @@ def own_trials(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
 
 def unfinished(study: "optuna.Study", job: Job) -> bool:
     """Whether trials are left to be begun or ended."""
+    from optuna.trial import TrialState
+
+    waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
     trials = own_trials(study)
-    return len(trials) < job.sweep.trials or not all(one.state.is_finished() for one in trials)
+    return (
+        len(trials) < job.sweep.trials
+        or any(_takes_up(one) for one in waiting)
+        or not all(one.state.is_finished() for one in trials)
+    )
+
+
+def _takes_up(trial: "optuna.trial.FrozenTrial") -> bool:
+    """Whether the trial repeats one that another driver lost."""
+    from optuna.storages import RetryHeartbeatStaleTrialCallback
+
+    with _quietly():
+        return RetryHeartbeatStaleTrialCallback.retried_trial_number(trial) is not None
 
 
 def best(study: "optuna.Study") -> "optuna.trial.FrozenTrial | None":
@@ -187,13 +213,14 @@ class Search:
         self._space = spaces.load(job.sweep.space)
         self._began = time.monotonic()
         self._running: dict[int, optuna.Trial] = {}
-        self._again = self._interrupted()
+        self._again: list[optuna.Trial] = []
+        self._take_up()
 
     def next(self) -> Task | None:
         """What to try now, or None where there is nothing (left) to begin."""
         if self._again:
             trial = self._again.pop(0)
-        elif self.over() or len(own_trials(self._study)) >= self._planned():
+        elif self.over() or self._planned() <= len(own_trials(self._study)):
             return None
         else:
             with _quietly():
@@ -224,6 +251,8 @@ class Search:
 
     def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> str | None:
         """Why the trial is to stop, or None."""
+        if self._is_taken(number):
+            return "taken up by another driver"
         if len(self.job.sweep.aims) == 1:
             trial = self._running[number]
             if epoch not in trial.storage.get_trial(trial._trial_id).intermediate_values:
@@ -236,13 +265,22 @@ class Search:
     def ended(self, number: int, outcome: Outcome) -> None:
         from optuna.trial import TrialState
 
+        taken = self._is_taken(number)
         trial = self._running.pop(number)
+        if taken:
+            log.warning("trial %d was taken up by another driver", number + 1)
+            return
         if outcome.run_id:
             trial.set_user_attr("run_id", outcome.run_id)
         if outcome.state == "complete":
             self._study.tell(trial, list(outcome.values))
         else:
             self._study.tell(trial, state=TrialState[outcome.state.upper()])
+
+    def _is_taken(self, number: int) -> bool:
+        """Whether the trial ended without us: we were silent for too long."""
+        trial = self._running[number]
+        return bool(trial.storage.get_trial(trial._trial_id).state.is_finished())
 
     def died(self, number: int, why: str) -> None:
         """A trial's process is gone: it is taken up again, at most MOST_RETRIES times."""
@@ -263,53 +301,54 @@ class Search:
         if run := trial.user_attrs.get(RUN):
             tracking.fail(run, f"{why}, {retries} times")
 
-    def _interrupted(self) -> list["optuna.Trial"]:
-        """The trials that a driver which is gone left running."""
+    def _take_up(self) -> None:
+        """Try again what a driver that is gone left running."""
         import optuna
         from optuna.trial import TrialState
 
-        self._again = []
         for frozen in own_trials(self._study):
             if frozen.state == TrialState.RUNNING and is_gone(frozen.user_attrs.get(DRIVER)):
                 trial = optuna.Trial(self._study, frozen._trial_id)
                 self._retry(trial, "its driver was killed")
-        return self._again
 
     def _planned(self) -> int:
         """How many trials the study may have: those that take up a lost one do not count."""
-        from optuna.storages import RetryHeartbeatStaleTrialCallback, fail_stale_trials
+        from optuna.storages import fail_stale_trials
 
+        self._beat_all()  # this process may have slept
         with _quietly():
             fail_stale_trials(self._study)
-            number_of_lost = RetryHeartbeatStaleTrialCallback.retried_trial_number
-            again = sum(number_of_lost(one) is not None for one in own_trials(self._study))
+        again = sum(_takes_up(one) for one in self._study.get_trials(deepcopy=False))
         return self.job.sweep.trials + again
 
-    def _beat(self, trial: "optuna.Trial") -> None:
-        from sqlalchemy.exc import SQLAlchemyError
+    def goes_on(self) -> bool:
+        """Whether other drivers have trials in hand that may come back."""
+        return not self.over() and unfinished(self._study, self.job)
 
-        with contextlib.suppress(SQLAlchemyError):  # one that is lost is no matter
+    def _beat_all(self) -> None:
+        for trial in [*self._running.values(), *self._again]:
+            self._beat(trial)
+
+    def _beat(self, trial: "optuna.Trial") -> None:
+        from optuna.exceptions import StorageInternalError
+
+        with contextlib.suppress(StorageInternalError):  # one that is lost is no matter
             trial.storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
 
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
         """Within, drivers on other machines hear that the trials here live."""
-
-        def beat() -> None:
-            for trial in list(self._running.values()):
-                self._beat(trial)
-
-        with _every(BEAT_S, beat):
+        with _every(BEAT_S, self._beat_all):
             yield
 
 
 @contextlib.contextmanager
 def owned(study: "optuna.Study") -> Iterator[None]:
     """Within, this driver is the one that concludes the study; others may help with its trials."""
-    from sqlalchemy.exc import SQLAlchemyError
+    from optuna.exceptions import StorageInternalError
 
     def beat() -> None:
-        with contextlib.suppress(SQLAlchemyError):
+        with contextlib.suppress(StorageInternalError):
             study.set_user_attr(SEEN, time.time())
 
     study.set_user_attr(OWNER, me())
@@ -376,29 +415,34 @@ def is_gone(driver: str | None) -> bool:
         return True
 
 
-def _warm(study: "optuna.Study", earlier: str, search: spaces.Space) -> None:
+def _earlier(
+    kept: "optuna.storages.BaseStorage", settings: SweepConfig, search: spaces.Space
+) -> list["optuna.trial.FrozenTrial"]:
+    """Finished trials of the study ``from_study``, as they are added to another one."""
     import optuna
     from optuna.trial import TrialState
 
+    if settings.from_study is None:
+        return []
     try:
-        old = optuna.load_study(study_name=earlier, storage=study._storage)
+        old = optuna.load_study(study_name=settings.from_study, storage=kept)
     except KeyError as error:
-        known = ", ".join(optuna.get_all_study_names(study._storage))
-        raise ConfigError(f"from_study={earlier}: there are only {known}") from error
-    fitting = [
-        one
-        for one in old.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if set(one.params) == set(search) and spaces.inside(one.params, search) == one.params
-    ]
-    if not fitting or len(old.directions) != len(study.directions):
+        known = ", ".join(optuna.get_all_study_names(kept)) or "none"
+        raise ConfigError(f"from_study={settings.from_study}: there are only {known}") from error
+    asked = optuna.trial.FixedTrial({key: spaces.edge(one) for key, one in search.items()})
+    spaces.suggest(asked, search)
+    finished = old.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    fitting = [one for one in finished if one.distributions == asked.distributions]
+    if not fitting or len(old.directions) != len(settings.aims):
         raise ConfigError(
-            f"from_study={earlier} has no finished trial in this space, with these objectives"
+            f"from_study={settings.from_study} has no finished trial in this very space, with "
+            "these objectives"
         )
-    for one in fitting:
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=one.params, distributions=one.distributions, values=one.values,
-                user_attrs={FROM: earlier},
-            )
-        )  # fmt: skip
-    log.info("the sampler begins with %d trials of study %s", len(fitting), earlier)
+    log.info("the sampler begins with %d trials of %s", len(fitting), settings.from_study)
+    return [
+        optuna.trial.create_trial(
+            params=one.params, distributions=one.distributions, values=one.values,
+            user_attrs={FROM: settings.from_study},
+        )
+        for one in fitting
+    ]  # fmt: skip

@@ -40,7 +40,7 @@ def load(name: str) -> Space:
     return {key: _entry(value, f"{file}: {key}") for key, value in entries.items()}
 
 
-def suggest(trial: "optuna.Trial", space: Space) -> dict[str, Any]:
+def suggest(trial: "optuna.trial.BaseTrial", space: Space) -> dict[str, Any]:
     """Ask the sampler for one value per key."""
     return {
         key: trial.suggest_float(key, one.low, one.high, log=one.log)
@@ -48,6 +48,11 @@ def suggest(trial: "optuna.Trial", space: Space) -> dict[str, Any]:
         else trial.suggest_categorical(key, one.choices)
         for key, one in space.items()
     }
+
+
+def edge(one: Range | Choices) -> Any:
+    """One value that it allows."""
+    return one.low if isinstance(one, Range) else one.choices[0]
 
 
 def inside(values: Mapping[str, Any], space: Space) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def ask(study: Study, overrides: Sequence[str], parent: tracking.Run) -> Curves:
         label = f"{study.key}={value}"
         try:
             with tracking.run(
-                config.experiment, label, parent=parent.run_id, tags={"kind": "study"}
+                config.experiment, label, parent=parent.journal, tags={"kind": "study"}
             ) as run:
                 train.describe(config, data, run)
                 launch.fit(config, data, run, on_epoch)

@@ -5,11 +5,10 @@ import logging
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from eurosat import cli, logs, machine, tracking, train
 from eurosat.config import compose
@@ -28,11 +27,6 @@ if TYPE_CHECKING:
     import optuna
 
 log = logging.getLogger(__name__)
-
-OTHERS_S = 5.0
-"""Between two looks at trials that other drivers have in hand."""
-PARENT = "parent"
-"""Attribute of the study: the journal of its parent run."""
 
 USAGE = """
 usage: python -m experiments.sweep [key=value ...]
@@ -58,16 +52,20 @@ def sweep(settings: SweepConfig, overrides: tuple[str, ...], parent: tracking.Ru
         EuroSATError: no trial finished, or a worker cannot work.
     """
     config = compose(overrides)
+    if settings.workers > 1 and config.trainer.devices > 1:
+        raise ConfigError(
+            f"workers={settings.workers} and trainer.devices={config.trainer.devices}: a worker "
+            "starts no processes of its own; take one of them, or engine=ray"
+        )
     data = prepare(config)
     space = spaces.load(settings.space)
-    compose([*overrides, *as_overrides({key: _any_of(one) for key, one in space.items()})])
+    compose([*overrides, *as_overrides({key: spaces.edge(one) for key, one in space.items()})])
     parent.set_tags({**data.tags, "kind": "sweep", "config.digest": config.digest})
     parent.log_params({"sweep": asdict(settings)})
     parent.log_params(config.as_dict())
     name = settings.study or f"sweep-{parent.run_id.removeprefix('journal:')}"
-    job = Job(sweep=settings, study=name, overrides=overrides, parent=parent.run_id)
+    job = Job(sweep=settings, study=name, overrides=overrides, parent=parent.journal)
     study = searches.create(job, space, tracking.flatten(config.as_dict()))
-    study.set_user_attr(PARENT, parent.journal)
     parent.set_tags({"study": name})
     return carry_on(job, study, data, parent)
 
@@ -82,15 +80,10 @@ def run_trials(job: Job, study: "optuna.Study", data: Prepared, *, owner: bool) 
     search = Search(job, study, threads)
     view = View(study, job)
     with search.alive(), view.shown():
-        while True:
-            if job.sweep.workers == 1:
-                local.run_here(search, data, view)
-            else:
-                local.run_in_workers(search, view)
-            if not owner or search.over() or not searches.unfinished(study, job):
-                break
-            time.sleep(OTHERS_S)
-            view.update()
+        if job.sweep.workers == 1:
+            local.run_here(search, data, view, wait_for_others=owner)
+        else:
+            local.run_in_workers(search, view, wait_for_others=owner)
     if why := search.over():
         log.info("sweep: %s", why)
     return None
@@ -113,9 +106,9 @@ def _refitted(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.
     tags = {"kind": "refit", "study": job.study, "trial.number": top.number}
     place = {**data.fingerprints, "study": job.study, "trial": "refit"}
     with (
-        claim(best, place) as saved,
+        claim(best, place, alone=True) as saved,
         tracking.run(
-            best.experiment, "refit of the best", parent=parent.run_id, resume=saved.journal,
+            best.experiment, "refit of the best", parent=job.parent, resume=saved.journal,
             tags=tags,
         ) as run,
     ):  # fmt: skip
@@ -125,12 +118,10 @@ def _refitted(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.
     parent.log_metrics(tested)
     print(train.summary(tested))
     if job.sweep.register:
-        subprocess.run([sys.executable, "-m", "registry.register", run.run_id], check=True)
+        command = [sys.executable, "-m", "registry.register", run.run_id]
+        if subprocess.run(command).returncode:
+            raise EuroSATError(f"run {run.run_id} was not registered: see above")
     return run.run_id
-
-
-def _any_of(one: spaces.Range | spaces.Choices) -> Any:
-    return one.low if isinstance(one, spaces.Range) else one.choices[0]
 
 
 def _conclude(study: "optuna.Study", parent: tracking.Run) -> None:
@@ -160,15 +151,16 @@ def _conclude(study: "optuna.Study", parent: tracking.Run) -> None:
         parent.log_folder(Path(folder), "figures")
     print(
         f"{len(states)} trials: {counts['trials_complete']} finished, {counts['trials_pruned']} "
-        f"pruned, {counts['trials_fail']} failed; best is trial {top.number} "
+        f"pruned, {counts['trials_fail']} failed; best is trial {top.number + 1} "
         f"with validation accuracy {top.values[0]:.4f}: {top.params}"
     )
 
 
 def main(argv: Sequence[str]) -> int:
-    settings, rest = take(SweepConfig, cli.overrides(argv, USAGE))
+    told = cli.overrides(argv, USAGE)
+    settings, rest = take(SweepConfig, told)
     if settings.resume:
-        return resume(settings, rest)
+        return resume(settings, {one.partition("=")[0] for one in told}, rest)
     overrides = tuple(rest)
     config = compose(overrides)
     with (
@@ -183,7 +175,7 @@ def main(argv: Sequence[str]) -> int:
     return tell(parent.run_id, best)
 
 
-def resume(settings: SweepConfig, rest: Sequence[str]) -> int:
+def resume(settings: SweepConfig, given: set[str], rest: Sequence[str]) -> int:
     """Go on with a study whose driver was killed, or help one that lives on another machine.
 
     Raises:
@@ -191,13 +183,12 @@ def resume(settings: SweepConfig, rest: Sequence[str]) -> int:
     """
     if rest:
         raise ConfigError(f"resume={settings.resume} keeps the recipe it has: drop {rest[0]}")
-    study, job = searches.load(str(settings.resume), settings)
+    study, job = searches.load(str(settings.resume), settings, given)
     config = compose(job.overrides)
     data = prepare(config)
-    journal = study.user_attrs[PARENT]
-    if not searches.unfinished(study, job) and is_concluded(journal):
+    if not searches.unfinished(study, job) and is_concluded(job.parent):
         print(f"study {job.study} is complete; trials=N asks for more")
-        return tell(journal, None)
+        return tell(job.parent, None)
     if searches.is_owned(study):
         if job.sweep.engine == "ray":
             raise ConfigError(f"the driver of study {job.study} lives: give its cluster more nodes")
@@ -206,7 +197,7 @@ def resume(settings: SweepConfig, rest: Sequence[str]) -> int:
         return cli.OK
     with (
         tempfile.TemporaryDirectory() as folder,
-        tracking.run(config.experiment, f"sweep {config.recipe}", resume=journal) as parent,
+        tracking.run(config.experiment, f"sweep {config.recipe}", resume=job.parent) as parent,
         logs.copied_to(Path(folder) / "sweep.log") as file,
     ):
         try:

@@ -10,6 +10,7 @@ from pathlib import Path
 import optuna
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
 from eurosat import tracking
@@ -39,7 +40,7 @@ def saying(folder: Path, *given: str) -> "subprocess.Popen[str]":
 def trials(folder: Path, study: str = "s") -> list[optuna.trial.FrozenTrial]:
     try:
         return optuna.load_study(study_name=study, storage=f"sqlite:///{folder}/study.db").trials
-    except (KeyError, OperationalError):  # not begun yet
+    except (KeyError, OperationalError, StorageInternalError):  # not begun yet, or busy
         return []
 
 

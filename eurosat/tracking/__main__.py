@@ -19,12 +19,13 @@ def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
     A journal that is held is written by a living process, which sends it too.
     """
     for directory in list(journals.all_journals()):
-        journal = Journal(directory)
+        if (journal := journals.opened(directory)) is None:
+            continue
+        alive = not journal.hold()
+        abandoned = not alive and not journal.about("status") and not journal.about("attached")
         names = {journal.reference, journal.id, journals.PREFIX + journal.id}
-        with journals.held(directory) as mine:
-            abandoned = mine and journal.about("status") is None and not journal.about("attached")
-            if (not references or names & {*references}) and (journal.waiting() or abandoned):
-                yield journal, not mine
+        if (not references or names & {*references}) and (journal.waiting() or abandoned):
+            yield journal, alive
         journal.close()
 
 

@@ -228,8 +228,9 @@ class Sender:
                 log.info("sending to the tracking server: %s", self._journal.waiting())
             if now - moved > PATIENCE_S:
                 self._given_up = True
+                self._hurry.set()
                 return False
-        self._journal.close()
+        self._thread.join()
         return True
 
     def _loop(self) -> None:
@@ -237,12 +238,12 @@ class Sender:
         while not self._given_up:
             ending = self._ending  # all was said before it was asked for
             try:
-                while self._delivery.step():
+                while not self._given_up and self._delivery.step():
                     self._steps += 1
                 self.fault, backoff = None, BACKOFF_S
                 if ending:
                     self._done.set()
-                    return
+                    break
                 self._journal.settle()
                 wait = EVERY_S
             except Exception as error:  # noqa: BLE001 - a thread's boundary: training goes on
@@ -254,6 +255,7 @@ class Sender:
             self._tried.set()
             self._hurry.wait(wait)
             self._hurry.clear()
+        self._journal.close()
 
 
 def deliver(

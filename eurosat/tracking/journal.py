@@ -17,9 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat.errors import TrackingError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +105,7 @@ class Journal:
         self.directory = directory
         self.id = directory.name
         self._lock = threading.Lock()
+        self._held: FileLock | None = None
         self._unwritten: list[tuple[Any, ...]] = []
         self._repeated: set[tuple[str, int, Any]] = set()
         """Points of a run that goes on: an epoch that is trained again is not logged again."""
@@ -116,13 +120,13 @@ class Journal:
             self._connection.execute("PRAGMA wal_autocheckpoint=0")  # an fsync, left to `settle`
 
     @classmethod
-    def create(cls, **about: str | None) -> "Journal":
-        """A new one; ``about`` says which run, of which experiment, on which server.
+    def create(cls, identity: str | None = None, **about: str | None) -> "Journal":
+        """A new one, held; ``about`` says which run, of which experiment, on which server.
 
         Raises:
             TrackingError: the folder cannot be written.
         """
-        identity = uuid.uuid4().hex
+        identity = identity or uuid.uuid4().hex
         directory, making = root() / identity, root() / f".{identity}"
         with _explained(directory):
             making.mkdir(parents=True, mode=0o700)
@@ -132,18 +136,40 @@ class Journal:
                 connection.executescript(SCHEMA)
             finally:
                 connection.close()
-            making.rename(directory)  # so that there is no journal but a whole one
+            lock = _lock(making)
+            lock.acquire()
+            making.rename(directory)  # so that there is no journal but a whole one, and held
         made = cls(directory)
+        made._held = lock
         made.note(start_ms=str(now_ms()), **about)
         return made
+
+    def hold(self) -> bool:
+        """Take its lock until `close`, or until this process ends; False if another has it.
+
+        Its holder is the one that writes the run, or delivers what a dead one left.
+        """
+        from filelock import Timeout
+
+        if self._held is None:
+            lock = _lock(self.directory)
+            try:
+                lock.acquire()
+            except Timeout:
+                return False
+            self._held = lock
+        return True
 
     def close(self) -> None:
         with self._lock:
             self._connection.close()
+        if self._held:
+            self._held.release()
+            self._held = None
 
     def remove(self) -> None:
-        self.close()
         shutil.rmtree(self.directory, ignore_errors=True)
+        self.close()
 
     # What the run is told
 
@@ -194,34 +220,30 @@ class Journal:
     def keep(self, source: Path | bytes, path: str) -> None:
         """Copy a file, or write its content, to be sent as the artifact ``path``."""
         with _explained(self.directory):
+            coming = self.directory / FILES / f"new-{uuid.uuid4().hex}"
+            coming.mkdir(parents=True)
+            digest, size = _copied(source, coming / Path(path).name)
             with self._lock, self._connection:
                 replaced = self._one("SELECT seq FROM files WHERE path = ?", path)
                 self._connection.execute("DELETE FROM files WHERE path = ?", (path,))
                 cursor = self._connection.execute(
-                    "INSERT INTO files (path, sha256, size, sent) VALUES (?, '', 0, 1)", (path,)
+                    "INSERT INTO files (path, sha256, size) VALUES (?, ?, ?)", (path, digest, size)
                 )
-                seq = int(cursor.lastrowid or 0)
-            local = self._local(seq, path)
-            local.parent.mkdir(parents=True)
-            digest, size = _copied(source, local)
-            with self._lock, self._connection:
-                self._connection.execute(
-                    "UPDATE files SET sha256 = ?, size = ?, sent = 0 WHERE seq = ?",
-                    (digest, size, seq),
-                )
+                coming.rename(self._local(int(cursor.lastrowid or 0), path).parent)
             if replaced is not None:
                 shutil.rmtree(self.directory / FILES / str(replaced), ignore_errors=True)
 
     def end(self, status: Status) -> None:
-        """The last word of the run.
+        """The last word of the run: FAILED where metrics still wait for room on the disk.
 
         Raises:
-            TrackingError: metrics still wait in memory for room on the disk.
+            TrackingError: there is no such room.
         """
         self._full_until = min(self._full_until, 1e-9)
         self.log_metrics({}, 0, 0)
-        self.note(status=status, end_ms=str(now_ms()), status_sent=None)
-        if self._unwritten:
+        full = bool(self._unwritten)
+        self.note(status="FAILED" if full else status, end_ms=str(now_ms()), status_sent=None)
+        if full:
             raise TrackingError(
                 f"{len(self._unwritten)} metrics were lost: {self.directory} cannot be written; "
                 "make room there"
@@ -311,7 +333,7 @@ class Journal:
     def start_over(self) -> None:
         """The server has lost the run: all of it waits again."""
         with self._lock, self._connection:
-            self._connection.execute("UPDATE files SET sent = 0 WHERE sha256 <> ''")
+            self._connection.execute("UPDATE files SET sent = 0")
         self.note(run_id=None, opened=None, sent=None, status_sent=None)
 
     def waiting(self) -> Waiting:
@@ -366,24 +388,10 @@ def now_ms() -> int:
     return int(time.time() * 1000)
 
 
-@contextmanager
-def held(directory: Path) -> Iterator[bool]:
-    """Hold a journal's lock, which ends with this process however it ends; False if another does.
+def _lock(directory: Path) -> "FileLock":
+    from filelock import FileLock
 
-    Its holder is the one that writes the run, or delivers what a dead one left.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(directory / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    return FileLock(directory / LOCK, timeout=0)
 
 
 def all_journals() -> Iterator[Path]:
@@ -407,16 +415,28 @@ def find(reference: str) -> Path | None:
 def forget_old() -> None:
     """Remove the journals that wait for nothing and that nobody came back for."""
     for directory in list(all_journals()):
-        if time.time() - directory.stat().st_mtime < KEPT_DAYS * 86400:
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - directory.stat().st_mtime < KEPT_DAYS * 86400:
+                continue
+        if (old := opened(directory)) is None:
             continue
-        with held(directory) as mine:
-            if mine:
-                with contextlib.suppress(TrackingError, sqlite3.Error):
-                    old = Journal(directory)
-                    if old.waiting():
-                        old.close()
-                    else:
-                        old.remove()
+        told = old.about("status") is not None or old.about("attached") is not None
+        if old.hold() and told and not old.waiting():
+            old.remove()
+        else:
+            old.close()
+
+
+def opened(directory: Path) -> Journal | None:
+    """The journal there, or None where it was removed meanwhile or cannot be read."""
+    try:
+        journal = Journal(directory)
+        journal.about("server")
+    except (TrackingError, sqlite3.Error) as error:
+        if directory.exists():
+            log.warning("the journal %s cannot be read: %s", directory, error)
+        return None
+    return journal
 
 
 def _started(directory: Path) -> int:

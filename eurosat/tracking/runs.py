@@ -4,7 +4,6 @@ Written on ``MlflowClient`` with explicit run ids: MLflow's fluent API keeps glo
 parallel trials would share.
 """
 
-import contextlib
 import logging
 import os
 import re
@@ -39,7 +38,6 @@ class Run:
 
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
         self._journal, self._sender = journal, Sender(journal, client)
-        self._sender.wait_for_start()
         self._last_id: str | None = None
 
     @property
@@ -86,6 +84,10 @@ class Run:
     def log_text(self, text: str, path: str) -> None:
         self._journal.keep(text.encode(), path)
 
+    def wait_for_start(self) -> None:
+        """Until the server has the run, was seen to be away, or has let it wait for seconds."""
+        self._sender.wait_for_start()
+
     def settle(self) -> None:
         """Force what was logged onto the disk: a power cut spares it too."""
         self._journal.settle()
@@ -100,13 +102,14 @@ class Run:
             if status:
                 self._journal.end(status)
         finally:
-            delivered = self._sender.finish()
-            self._last_id = self._journal.reference
+            delivered, journal = self._sender.finish(), self._journal
+            self._last_id = journal.reference
             self._tell(delivered)
-            if delivered and not self._journal.refusals() and status in ("FINISHED", None):
-                self._journal.remove()
+            ended_well = status is None or (status == "FINISHED" and journal.about("status_sent"))
+            if delivered and not journal.refusals() and ended_well:
+                journal.remove()
             else:  # not sent, or to be continued
-                self._journal.close()
+                journal.close()
 
     def _tell(self, delivered: bool) -> None:
         journal = self._journal
@@ -176,24 +179,24 @@ def run(
     with store.explained():
         client = store.client()
     journals.forget_old()
-    journal = _journal(experiment, name, parent, resume)
+    opened = Run(_journal(experiment, name, parent, resume), client)
     status: Status = "FAILED"
-    with _held(journal):
-        opened = Run(journal, client)
+    sampler: SystemMetrics | None = None
+    try:
+        opened.wait_for_start()
         own = {"code.commit": code_commit(), "mlflow.user": user(), "mlflow.source.name": _verb()}
         opened.set_tags(own | dict(tags or {}))
         sampler = SystemMetrics(opened.log_metrics) if system_metrics else None
-        try:
-            yield opened
-            status = "FINISHED"
-        except BaseException as error:
-            if isinstance(error, (KeyboardInterrupt, SystemExit, *killed_by)):
-                status = "KILLED"
-            raise
-        finally:
-            if sampler:
-                sampler.stop()
-            opened.finish(status)
+        yield opened
+        status = "FINISHED"
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit, *killed_by)):
+            status = "KILLED"
+        raise
+    finally:
+        if sampler:
+            sampler.stop()
+        opened.finish(status)
 
 
 @contextmanager
@@ -206,13 +209,11 @@ def attached(reference: str) -> Iterator[Run]:
     """
     with store.explained():
         client = store.client()
-    journal = Journal.create(server=store.server(), attached=reference)
-    with _held(journal):
-        opened = Run(journal, client)
-        try:
-            yield opened
-        finally:
-            opened.finish(None)
+    opened = Run(Journal.create(server=store.server(), attached=reference), client)
+    try:
+        yield opened
+    finally:
+        opened.finish(None)
 
 
 def fail(reference: str, why: str) -> None:
@@ -220,14 +221,12 @@ def fail(reference: str, why: str) -> None:
     with store.explained():
         client = store.client()
     directory = journals.find(reference)
-    with contextlib.ExitStack() as stack:
-        if directory and stack.enter_context(journals.held(directory)):
-            journal = Journal(directory)
-        else:
-            journal = Journal.create(server=store.server(), attached=reference)
-        over = Run(journal, client)
-        over.set_tags({"failed.why": why})
-        over.finish("FAILED")
+    journal = journals.opened(directory) if directory else None
+    if journal is None or not journal.hold():
+        journal = Journal.create(server=store.server(), attached=reference)
+    over = Run(journal, client)
+    over.set_tags({"failed.why": why})
+    over.finish("FAILED")
 
 
 def can_continue(reference: str | None) -> bool:
@@ -235,9 +234,9 @@ def can_continue(reference: str | None) -> bool:
     from mlflow.exceptions import MlflowException
 
     directory = journals.find(reference) if reference else None
-    if directory is None:
+    journal = journals.opened(directory) if directory else None
+    if journal is None:
         return False
-    journal = Journal(directory)
     try:
         run_id, status = journal.run_id, journal.about("status")
     finally:
@@ -285,11 +284,16 @@ def _journal(experiment: str, name: str, parent: str | None, resume: str | None)
     made_by_mlflow_run = None if parent else os.environ.get("MLFLOW_RUN_ID")
     if resume:
         if (directory := journals.find(resume)) is None:
-            run_id = store.known(resume)
-            return Journal.create(
-                server=store.server(), experiment=experiment, run_name=name, run_id=run_id
-            )
+            with store.explained():
+                run_id = store.known(resume)
+            return Journal.create(  # by the same name: runs below it know it by that
+                resume.removeprefix(journals.PREFIX),
+                server=store.server(), experiment=experiment, run_name=name, run_id=run_id,
+            )  # fmt: skip
         journal = Journal(directory)
+        if not journal.hold():
+            journal.close()
+            raise TrackingError(f"another process writes the journal {directory}")
         journal.reopen()
         if made_by_mlflow_run:
             with attached(made_by_mlflow_run) as beside:
@@ -299,14 +303,6 @@ def _journal(experiment: str, name: str, parent: str | None, resume: str | None)
         server=store.server(), experiment=experiment, run_name=name, parent=parent,
         run_id=made_by_mlflow_run,
     )  # fmt: skip
-
-
-@contextmanager
-def _held(journal: Journal) -> Iterator[None]:
-    with journals.held(journal.directory) as mine:
-        if not mine:
-            raise TrackingError(f"another process writes the journal {journal.directory}")
-        yield
 
 
 def _verb() -> str:

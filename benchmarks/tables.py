@@ -63,10 +63,29 @@ def bench_train(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{told} {hardware}"])
 
 
+def bench_tracking(report: dict[str, Any]) -> str:
+    """What a training step costs with each way of logging."""
+    lines = ["| one metric set a step, batch 64 | ms a step | of it in the logger | overhead |"]
+    lines.append("|---|---|---|---|")
+    for one in report["rows"]:
+        spread = f"{100 * one['low']:.1f} to {100 * one['high']:.1f}"
+        overhead = "" if one["arm"] == "none" else f"{100 * one['overhead']:.1f} % ({spread})"
+        lines.append(
+            f"| {one['what']} | {one['step_ms']:.0f} | {one['call_ms']:.2f} | {overhead} |"
+        )
+    goals = [
+        f"`{g['name']}` {g['value']}, goal {g['goal']}{'' if g['met'] else ' (not met)'}"
+        for g in report["goals"]
+    ]
+    hardware = f"{report['hardware']}; median (lowest to highest) of {report['n']} rounds."
+    return "\n".join([*lines, "", f"{', '.join(goals)}. {hardware}"])
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
     "main-job": main_job,
     "results": results,
     "bench-train": bench_train,
+    "bench-tracking": bench_tracking,
 }
 """Each report with a table, and how it is drawn."""
 

@@ -87,6 +87,10 @@ def choose_compute(spec: "NetworkSpec", precision: str, *, probe: bool = True) -
         return usual
     speeds = _images_per_s(spec, modes)
     fastest = max(modes, key=lambda mode: speeds[mode])
+    if speeds[fastest] > CLEARLY_FASTER * speeds[usual]:  # or was it another process's work?
+        second = _images_per_s(spec, modes)
+        speeds = {mode: max(speeds[mode], second[mode]) for mode in modes}
+        fastest = max(modes, key=lambda mode: speeds[mode])
     chosen = fastest if speeds[fastest] > CLEARLY_FASTER * speeds[usual] else usual
     told = ", ".join(f"{_name(mode)} {speed:,.0f}" for mode, speed in speeds.items())
     log.info("training in %s on the CPU (images/s probed: %s)", _name(chosen), told)

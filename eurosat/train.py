@@ -169,9 +169,14 @@ def main(argv: Sequence[str]) -> int:
     name = f"{config.recipe} seed {config.seed}"
     with (
         claim(config, data.fingerprints) as saved,
-        tracking.run(config.experiment, name, resume=saved.journal, tags={"kind": "train"}) as run,
+        tracking.run(
+            config.experiment,
+            name,
+            journal=saved.begin(),
+            resume=saved.journal,
+            tags={"kind": "train"},
+        ) as run,
     ):
-        saved.begin(run.journal)
         tested = train(config, data, run, saved=saved)
     print(summary(tested))
     print(f"run {run.run_id}")

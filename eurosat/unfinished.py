@@ -24,7 +24,7 @@ KEPT_DAYS = 14
 ORPHAN_S = 600
 """What is trained once alone waits so long for a process whose parent was killed: it ends after
 its epoch."""
-STATE, ABOUT, DESCRIBED = "state.pt", "run.json", "described"
+STATE, ABOUT, DESCRIBED, CONCLUDED = "state.pt", "run.json", "described", "concluded.json"
 
 
 class Unfinished:
@@ -33,8 +33,22 @@ class Unfinished:
     def __init__(self, directory: Path, about: Mapping[str, str]) -> None:
         self._directory = directory
         self._about = dict(about)
-        self.journal = self._continued()
-        self._adopted = False
+        held = self._held()
+        self.journal = held if tracking.can_continue(held) else None
+        """Of the run that stopped here, if it can go on."""
+        self.concluded: dict[str, Any] | None = None
+        """What `conclude` was told, where the process died after it."""
+        if held and (self._directory / CONCLUDED).exists():
+            self.concluded = json.loads((self._directory / CONCLUDED).read_text())
+
+    def _held(self) -> str | None:
+        """Journal of the run that stopped here, if it was of the same data."""
+        try:
+            held = json.loads((self._directory / ABOUT).read_text())
+        except (OSError, ValueError):
+            return None
+        journal = held.pop("journal", None)
+        return str(journal) if held == self._about else None
 
     @property
     def directory(self) -> Path:
@@ -46,28 +60,25 @@ class Unfinished:
         if self.journal is None and (folder / ABOUT).exists():
             shutil.copytree(folder, self._directory, dirs_exist_ok=True)
             self.journal = json.loads((folder / ABOUT).read_text())["journal"]
-            self._adopted = True
 
-    def _continued(self) -> str | None:
-        """Journal of the run that stopped here, if it was of the same data and can go on."""
-        try:
-            held = json.loads((self._directory / ABOUT).read_text())
-        except (OSError, ValueError):
-            return None
-        journal = held.pop("journal", None)
-        if held != self._about or not tracking.can_continue(journal):
-            return None
-        return str(journal)
+    def begin(self) -> str:
+        """The journal of the run: the one that goes on, or a new one.
 
-    def begin(self, journal: str) -> None:
-        """Say by its journal which run it is; what another run left here is dropped."""
-        if journal == self.journal:
-            log.info("continuing the run of %s, which was cut short", journal)
-            return
-        if not self._adopted:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory.mkdir(parents=True)
+        It is written here before there is a run, so that a process that is killed at any moment
+        leaves one run; what another run left here is dropped.
+        """
+        if self.journal:
+            log.info("continuing the run of %s, which was cut short", self.journal)
+            return self.journal
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(parents=True)
+        journal = tracking.new_journal()
         _write(self._directory / ABOUT, json.dumps(self._about | {"journal": journal}).encode())
+        return journal
+
+    def conclude(self, told: Mapping[str, Any]) -> None:
+        """Keep what came of it, before its run is ended: it is not trained again for that."""
+        _write(self._directory / CONCLUDED, json.dumps(dict(told)).encode())
 
     @property
     def described(self) -> bool:

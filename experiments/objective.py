@@ -87,15 +87,23 @@ def run(
         with claim(config, place, alone=True) as saved:
             if left:
                 saved.adopt(left)
+            if saved.concluded:  # and its process was killed before it could tell
+                if saved.journal:
+                    tracking.end(saved.journal, "FINISHED")
+                told = saved.concluded
+                return Outcome(
+                    state="complete", values=tuple(told["values"]), run_id=told["run_id"]
+                )
             try:
                 with tracking.run(
-                    config.experiment, label, parent=job.parent, resume=saved.journal, tags=tags,
-                    killed_by=(Stopped,),
+                    config.experiment, label, parent=job.parent, journal=saved.begin(),
+                    resume=saved.journal, tags=tags, killed_by=(Stopped,),
                 ) as opened:  # fmt: skip
                     run_id = opened.run_id
-                    saved.begin(opened.journal)
                     begun(opened, saved)
                     values = _trained(job, config, data, opened, saved, report, label)
+                    run_id = opened.run_id
+                    saved.conclude({"values": values, "run_id": run_id})
             except (Stopped, NonFiniteLoss) as error:
                 ended = error  # and its state is not kept
             else:

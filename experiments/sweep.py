@@ -108,11 +108,11 @@ def _refitted(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.
     with (
         claim(best, place, alone=True) as saved,
         tracking.run(
-            best.experiment, "refit of the best", parent=job.parent, resume=saved.journal,
+            best.experiment, "refit of the best", parent=job.parent, journal=saved.begin(),
+            resume=saved.journal,
             tags=tags,
         ) as run,
     ):  # fmt: skip
-        saved.begin(run.journal)
         tested = train.train(best, data, run, saved=saved)
     parent.set_tags({tracking.BEST_RUN: run.run_id})
     parent.log_metrics(tested)

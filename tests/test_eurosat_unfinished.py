@@ -122,7 +122,7 @@ def test_a_full_disk_keeps_the_last_good_state(
     config: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     with claim(config, FINGERPRINTS) as place:
-        place.begin("r")
+        place.begin()
         place.save({"epoch": 1, "weights": torch.ones(1000)})
         with no_room_beyond(100_000):
             place.save({"epoch": 2, "weights": torch.ones(1_000_000)})
@@ -146,7 +146,7 @@ class Trap:
 def test_nothing_in_a_state_or_in_weights_is_executed(config: TrainConfig, tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
     with claim(config, FINGERPRINTS) as place:
-        place.begin("r")
+        place.begin()
         place.save({"epoch": Trap(sprung)})
         assert place.load() is None
     torch.save({"weights": Trap(sprung)}, tmp_path / "weights.safetensors")
@@ -160,7 +160,7 @@ def test_a_second_training_beside_a_living_one_has_a_place_of_its_own(
     config: TrainConfig,
 ) -> None:
     with claim(config, FINGERPRINTS) as one:
-        one.begin("r")
+        one.begin()
         one.save({"epoch": 1})
         with claim(config, FINGERPRINTS) as other:
             assert other.load() is None

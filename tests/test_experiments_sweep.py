@@ -13,10 +13,12 @@ import yaml
 from mlflow import MlflowClient
 
 from eurosat import cli, tracking
-from eurosat.config import CONF, compose
+from eurosat.config import CONF, TrainConfig, compose
 from eurosat.errors import ConfigError, EuroSATError
+from eurosat.prepare import Prepared
+from eurosat.unfinished import Unfinished, claim
 from experiments import objective, space, sweep
-from experiments.objective import Job
+from experiments.objective import Job, Outcome, Task
 from experiments.search import Search, create
 from experiments.settings import SweepConfig
 from tests.conftest import TINY
@@ -289,3 +291,44 @@ def test_a_search_that_cannot_be_is_named(given: str, words: str, tmp_path: Path
     base = [] if given.startswith("resume") else SWEEP
     with pytest.raises(ConfigError, match=words):
         sweep.main([*base, given, f"storage=sqlite:///{tmp_path}/study.db", "log_level=error"])
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_trial_that_was_killed_after_its_end_is_not_trained_again(
+    tiny_data: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SweepConfig(trials=1, trial_epochs=1, study="s")
+    with tracking.run("eurosat", "parent", system_metrics=False) as parent:
+        job = Job(sweep=settings, study="s", overrides=TINY, parent=parent.journal)
+        task, begun = Task(number=0, values={}), []
+
+        def trial() -> Outcome:
+            return objective.run(
+                job, task, tiny_data, lambda *_: None, lambda run, _: begun.append(run)
+            )
+
+        def killed(_: object) -> None:
+            raise SystemExit
+
+        with monkeypatch.context() as dying:
+            dying.setattr(Unfinished, "remove", killed)
+            with pytest.raises(SystemExit):
+                trial()
+        outcome = trial()
+    assert len(begun) == 1
+    assert outcome.state == "complete"
+    held = tracking.get(begun[0].run_id)
+    assert (held.status, held.run_id) == ("FINISHED", outcome.run_id)
+    assert outcome.values == (held.metrics["best_val_accuracy"],)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_training_killed_before_its_run_was_made_has_one(tiny_config: TrainConfig) -> None:
+    with pytest.raises(SystemExit), claim(tiny_config, {"a": "b"}) as place:
+        place.begin()
+        raise SystemExit  # before there is a journal of that name
+    with claim(tiny_config, {"a": "b"}) as place:
+        assert place.journal is None
+        with tracking.run("e", "r", journal=place.begin(), system_metrics=False) as run:
+            pass
+    assert tracking.get(run.journal).run_id == run.run_id

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -156,6 +157,7 @@ def run(
     name: str,
     *,
     parent: str | None = None,
+    journal: str | None = None,
     resume: str | None = None,
     tags: Mapping[str, object] | None = None,
     system_metrics: bool = True,
@@ -167,8 +169,9 @@ def run(
     exceptions go on to the caller. With ``parent`` the run stands below it, in its experiment.
     Where the server is away, the run goes on without it.
 
-    ``resume`` opens the run of that journal again (`can_continue`), in a new journal where it is
-    another machine's. Without it and without
+    ``journal`` names the journal of a new run (`new_journal`), so that the caller can keep its
+    name first. ``resume`` opens the run of that journal again (`can_continue`), in a new journal
+    where it is another machine's. Without it and without
     ``parent``, the run that ``mlflow run`` made for this process (MLFLOW_RUN_ID) is joined rather
     than a second one opened; beside a resumed one it gets the tag ``continued.run_id``.
 
@@ -179,7 +182,7 @@ def run(
     with store.explained():
         client = store.client()
     journals.forget_old()
-    opened = Run(_journal(experiment, name, parent, resume), client)
+    opened = Run(_journal(experiment, name, parent, journal, resume), client)
     status: Status = "FAILED"
     sampler: SystemMetrics | None = None
     try:
@@ -218,6 +221,11 @@ def attached(reference: str) -> Iterator[Run]:
 
 def fail(reference: str, why: str) -> None:
     """End a run whose process can no longer do it: FAILED, with the tag ``failed.why``."""
+    end(reference, "FAILED", {"failed.why": why})
+
+
+def end(reference: str, status: Status, tags: Mapping[str, object] | None = None) -> None:
+    """End a run whose process can no longer do it."""
     with store.explained():
         client = store.client()
     directory = journals.find(reference)
@@ -225,8 +233,13 @@ def fail(reference: str, why: str) -> None:
     if journal is None or not journal.hold():
         journal = Journal.create(server=store.server(), attached=reference)
     over = Run(journal, client)
-    over.set_tags({"failed.why": why})
-    over.finish("FAILED")
+    over.set_tags(tags or {})
+    over.finish(status)
+
+
+def new_journal() -> str:
+    """A name for the journal of a run that is not there yet."""
+    return journals.PREFIX + uuid.uuid4().hex
 
 
 def can_continue(reference: str | None) -> bool:
@@ -280,7 +293,9 @@ def user() -> str:
         return "unknown"
 
 
-def _journal(experiment: str, name: str, parent: str | None, resume: str | None) -> Journal:
+def _journal(
+    experiment: str, name: str, parent: str | None, journal: str | None, resume: str | None
+) -> Journal:
     made_by_mlflow_run = None if parent else os.environ.get("MLFLOW_RUN_ID")
     if resume:
         if (directory := journals.find(resume)) is None:
@@ -290,16 +305,17 @@ def _journal(experiment: str, name: str, parent: str | None, resume: str | None)
                 resume.removeprefix(journals.PREFIX),
                 server=store.server(), experiment=experiment, run_name=name, run_id=run_id,
             )  # fmt: skip
-        journal = Journal(directory)
-        if not journal.hold():
-            journal.close()
+        continued = Journal(directory)
+        if not continued.hold():
+            continued.close()
             raise TrackingError(f"another process writes the journal {directory}")
-        journal.reopen()
+        continued.reopen()
         if made_by_mlflow_run:
             with attached(made_by_mlflow_run) as beside:
-                beside.set_tags({"continued.run_id": journal.reference})
-        return journal
+                beside.set_tags({"continued.run_id": continued.reference})
+        return continued
     return Journal.create(
+        journal.removeprefix(journals.PREFIX) if journal else None,
         server=store.server(), experiment=experiment, run_name=name, parent=parent,
         run_id=made_by_mlflow_run,
     )  # fmt: skip

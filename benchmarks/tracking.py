@@ -18,9 +18,8 @@ import torch
 
 from benchmarks import reports
 from benchmarks.server import free_port, mlflow_server, proxy
-from eurosat import logs, machine, network, tracking
-from eurosat.config import compose
-from eurosat.module import make_optimizer
+from benchmarks.steps import stepper
+from eurosat import logs, machine, tracking
 
 FAR_S = 0.05
 METRICS = ("train_loss_step", "train_accuracy_step", "lr")
@@ -34,32 +33,6 @@ TOLD = {
 }
 
 Log = Callable[[dict[str, float], int], None]
-
-
-def stepper() -> Callable[[], float]:
-    """One training step of the default recipe on a random batch; returns its loss."""
-    config = compose([])
-    torch.manual_seed(0)
-    spec = network.NetworkSpec(
-        name=config.model.name, classes=tuple("abcdefghij"), bands=3, tile_size=(64, 64),
-        input_size=config.model.input_size, norm="batch", drop_rate=0.0,
-        mean=(100.0,) * 3, std=(50.0,) * 3,
-    )  # fmt: skip
-    net = network.untrained(spec).train()
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = make_optimizer(net, config.optim)
-    tiles = torch.rand(config.optim.batch_size, 3, 64, 64) * 255
-    labels = torch.randint(0, 10, (len(tiles),))
-
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=machine.has_bf16()):
-            loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return float(loss)
-
-    return step
 
 
 @contextmanager
@@ -109,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     logs.setup("info")
     torch.set_num_threads(machine.cores())
-    started, step = reports.now(), stepper()
+    started, (step, _) = reports.now(), stepper("resnet18-quick")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         os.environ["EUROSAT_CACHE"] = folder
         port = stack.enter_context(mlflow_server(Path(folder)))

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,16 @@ PROTOCOLS = {"60/20/20": (0.6, 0.2, 0.2), "80/20": (0.7, 0.1, 0.2)}
 """Shares of train, val and test. 80/20 is the EuroSAT paper's (Helber et al. 2019, table 2);
 its validation part is carved from the 80."""
 
+KEPT_DAYS = 14
+"""What nobody came back for is removed from the cache after so long: states of trainings that
+were cut short, journals that wait for nothing."""
+
 T = TypeVar("T")
+
+
+def usual_cache() -> Path:
+    """EUROSAT_CACHE, or ~/.cache/eurosat: where this machine keeps packs, states and journals."""
+    return Path(os.environ.get("EUROSAT_CACHE") or "~/.cache/eurosat").expanduser()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +97,7 @@ class DataConfig:
 
     @property
     def cache_dir(self) -> Path:
-        return Path(self.cache or "~/.cache/eurosat").expanduser()
+        return Path(self.cache).expanduser() if self.cache else usual_cache()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

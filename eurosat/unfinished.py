@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from eurosat import tracking
-from eurosat.config import TrainConfig
+from eurosat.config import KEPT_DAYS, TrainConfig
 
 log = logging.getLogger(__name__)
 
-KEPT_DAYS = 14
-"""State that nobody came back for is removed after so long."""
 ORPHAN_S = 600
 """What is trained once alone waits so long for a process whose parent was killed: it ends after
 its epoch."""

@@ -22,8 +22,8 @@ from benchmarks.server import Proxy, free_port, mlflow_server, proxy
 from eurosat import cli, tracking
 from eurosat.errors import TrackingError
 from eurosat.tracking import __main__ as verbs
-from eurosat.tracking import delivery, store
-from eurosat.tracking import journal as journals
+from eurosat.tracking import delivery, journals, store
+from eurosat.tracking.journal import now_ms
 from tests.conftest import TINY
 
 STEPS = 400
@@ -157,7 +157,7 @@ def test_a_run_that_never_saw_its_server_is_sent_later_once(
     with tracking.run(experiment, "r", system_metrics=False) as run:
         assert run.run_id.startswith("journal:")
         log_all(run, tmp_path)
-        started = journals.now_ms()
+        started = now_ms()
     said = [r.message for r in caplog.records]
     assert sum("is kept in" in line for line in said) == 2, "at the start and at the end"
     assert not runs(server, experiment)

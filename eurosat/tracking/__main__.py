@@ -7,10 +7,9 @@ from rich.progress import TaskID
 
 from eurosat import cli, logs
 from eurosat.progress import bar
-from eurosat.tracking import journal as journals
-from eurosat.tracking import store
+from eurosat.tracking import journals, store
 from eurosat.tracking.delivery import deliver
-from eurosat.tracking.journal import Journal
+from eurosat.tracking.journal import PREFIX, Journal, now_ms
 
 
 def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
@@ -23,7 +22,7 @@ def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
             continue
         alive = not journal.hold()
         abandoned = not alive and not journal.about("status") and not journal.about("attached")
-        names = {journal.reference, journal.id, journals.PREFIX + journal.id}
+        names = {journal.reference, journal.id, PREFIX + journal.id}
         if (not references or names & {*references}) and (journal.waiting() or abandoned):
             yield journal, alive
         journal.close()
@@ -34,7 +33,7 @@ def status() -> int:
     found = 0
     for journal, alive in unsent():
         found += 1
-        minutes = (journals.now_ms() - int(journal.about("start_ms") or 0)) / 60e3
+        minutes = (now_ms() - int(journal.about("start_ms") or 0)) / 60e3
         state = "a process writes it" if alive else "its process has ended"
         print(
             f"{journal.reference}\t{journal.about('run_name') or 'additions'}\t{minutes:.0f} min\t"

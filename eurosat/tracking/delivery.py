@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat.errors import TrackingError
-from eurosat.tracking import journal as journals
 from eurosat.tracking import store
-from eurosat.tracking.journal import Entry, Journal, KeptFile
+from eurosat.tracking.journal import PREFIX, Entry, Journal, KeptFile, sha256_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -105,8 +104,8 @@ class Delivery:
         """The run that this journal is of; of several, made by requests that were repeated
         although they had arrived, the first, and the others are deleted.
         """
-        reference = self._journal.about("attached") or journals.PREFIX + self._journal.id
-        if not reference.startswith(journals.PREFIX):
+        reference = self._journal.about("attached") or PREFIX + self._journal.id
+        if not reference.startswith(PREFIX):
             return reference
         first, *others = [*store.tagged(self._client, store.JOURNAL_ID, _id_in(reference)), None]
         for other in others[:-1]:
@@ -115,7 +114,7 @@ class Delivery:
 
     def _id_of(self, reference: str) -> str:
         """A run's id on the server, also where only its journal is known so far."""
-        if not reference.startswith(journals.PREFIX):
+        if not reference.startswith(PREFIX):
             return reference
         if found := store.tagged(self._client, store.JOURNAL_ID, _id_in(reference)):
             return found[0]
@@ -155,7 +154,7 @@ class Delivery:
         self._client.log_artifact(self._run_id, str(file.local), None if folder == "." else folder)
         with tempfile.TemporaryDirectory() as temporary:
             copy = self._client.download_artifacts(self._run_id, file.path, temporary)
-            if (arrived := journals.sha256_of(Path(copy))) != file.sha256:
+            if (arrived := sha256_of(Path(copy))) != file.sha256:
                 raise TrackingError(
                     f"artifact {file.path} arrived with sha256 {arrived[:12]}, not "
                     f"{file.sha256[:12]}: it is sent again"
@@ -244,7 +243,6 @@ class Sender:
                 if ending:
                     self._done.set()
                     break
-                self._journal.settle()
                 wait = EVERY_S
             except Exception as error:  # noqa: BLE001 - a thread's boundary: training goes on
                 self.fault = store.first_line(error)
@@ -253,6 +251,7 @@ class Sender:
                 wait = min(backoff, limit) * random.uniform(0.5, 1)  # noqa: S311 - jitter
                 backoff *= 2
             self._tried.set()
+            self._journal.settle("PASSIVE")  # beside the training, which writes on
             self._hurry.wait(wait)
             self._hurry.clear()
         self._journal.close()
@@ -294,7 +293,7 @@ def _batch(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _id_in(reference: str) -> str:
-    return reference.removeprefix(journals.PREFIX)
+    return reference.removeprefix(PREFIX)
 
 
 def _is_bad_request(error: Any) -> bool:

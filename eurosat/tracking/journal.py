@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from eurosat.config import usual_cache
 from eurosat.errors import TrackingError
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEPT_DAYS = 14
-"""Journals that wait for nothing are removed after so long; others never."""
-CHUNK = 1 << 20
 FULL_S = 1.0
 """Between two attempts to write to a disk that is full."""
 DATABASE, FILES, LOCK = "journal.db", "files", "lock"
@@ -90,8 +88,8 @@ class Waiting:
 
 
 def root() -> Path:
-    """Where journals are: ``EUROSAT_CACHE`` or ~/.cache/eurosat, in ``journals``."""
-    return Path(os.environ.get("EUROSAT_CACHE") or "~/.cache/eurosat").expanduser() / "journals"
+    """Where this machine's journals are."""
+    return usual_cache() / "journals"
 
 
 class Journal:
@@ -258,10 +256,13 @@ class Journal:
         self._repeated = set(rows)
         self.note(status=None, end_ms=None, status_sent=None, opened=None)
 
-    def settle(self) -> None:
-        """Force all that is written onto the disk: it survives a power cut as well."""
+    def settle(self, mode: Literal["FULL", "PASSIVE"] = "FULL") -> None:
+        """Force what is written onto the disk: it survives a power cut as well.
+
+        FULL takes all and makes writers wait for it; PASSIVE takes what it can get beside them.
+        """
         with self._lock, contextlib.suppress(sqlite3.OperationalError):  # a full disk: told above
-            self._connection.execute("PRAGMA wal_checkpoint(FULL)")
+            self._connection.execute(f"PRAGMA wal_checkpoint({mode})")
 
     # What was noted about it
 
@@ -394,90 +395,22 @@ def _lock(directory: Path) -> "FileLock":
     return FileLock(directory / LOCK, timeout=0)
 
 
-def all_journals() -> Iterator[Path]:
-    """The folders of the journals here, the oldest first."""
-    if root().is_dir():
-        found = [path.parent for path in root().glob(f"*/{DATABASE}")]
-        yield from sorted(found, key=lambda folder: (_started(folder), folder.name))
-
-
-def find(reference: str) -> Path | None:
-    """The journal of a run, by its id on the server or by ``journal:ID``."""
-    if reference.startswith(PREFIX):
-        directory = root() / reference.removeprefix(PREFIX)
-        return directory if (directory / DATABASE).is_file() else None
-    for directory in all_journals():
-        if _glance(directory).get("run_id") == reference:
-            return directory
-    return None
-
-
-def forget_old() -> None:
-    """Remove the journals that wait for nothing and that nobody came back for."""
-    for directory in list(all_journals()):
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            if time.time() - directory.stat().st_mtime < KEPT_DAYS * 86400:
-                continue
-        if (old := opened(directory)) is None:
-            continue
-        told = old.about("status") is not None or old.about("attached") is not None
-        if old.hold() and told and not old.waiting():
-            old.remove()
-        else:
-            old.close()
-
-
-def opened(directory: Path) -> Journal | None:
-    """The journal there, or None where it was removed meanwhile or cannot be read."""
-    try:
-        journal = Journal(directory)
-        journal.about("server")
-    except (TrackingError, sqlite3.Error) as error:
-        if directory.exists():
-            log.warning("the journal %s cannot be read: %s", directory, error)
-        return None
-    return journal
-
-
-def _started(directory: Path) -> int:
-    return int(_glance(directory).get("start_ms") or 0)
-
-
-def _glance(directory: Path) -> dict[str, str]:
-    """What is noted in a journal, or nothing where it cannot be read."""
-    with (
-        contextlib.suppress(sqlite3.Error, TrackingError),
-        contextlib.closing(
-            sqlite3.connect(f"file:{directory / DATABASE}?mode=rw", uri=True)
-        ) as connection,
-    ):
-        return dict(connection.execute("SELECT name, value FROM about").fetchall())
-    return {}
-
-
 def _copied(source: Path | bytes, target: Path) -> tuple[str, int]:
     """Write and force to the disk; returns sha256 and size."""
-    digest, size = hashlib.sha256(), 0
     with target.open("wb") as out:
-        for chunk in [source] if isinstance(source, bytes) else _chunks(source):
-            digest.update(chunk)
-            size += out.write(chunk)
+        if isinstance(source, bytes):
+            out.write(source)
+        else:
+            with source.open("rb") as opened:
+                shutil.copyfileobj(opened, out)
         out.flush()
         os.fsync(out.fileno())
-    return digest.hexdigest(), size
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            yield chunk
+    return sha256_of(target), target.stat().st_size
 
 
 def sha256_of(file: Path) -> str:
-    digest = hashlib.sha256()
-    for chunk in _chunks(file):
-        digest.update(chunk)
-    return digest.hexdigest()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @contextmanager

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat.errors import TrackingError
-from eurosat.tracking import journal as journals
-from eurosat.tracking import store
+from eurosat.tracking import journals, store
 from eurosat.tracking.delivery import Sender
-from eurosat.tracking.journal import Journal, Status
+from eurosat.tracking.journal import PREFIX, Journal, Status, now_ms
 from eurosat.tracking.system import SystemMetrics
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Run:
     @property
     def journal(self) -> str:
         """By which `run` continues it, and readers find it on any server: ``journal:ID``."""
-        return journals.PREFIX + self._journal.id
+        return PREFIX + self._journal.id
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics with the present time.
@@ -57,7 +56,7 @@ class Run:
         Characters that MLflow does not allow in a name become underscores.
         """
         named = {NOT_IN_NAMES.sub("_", key): float(value) for key, value in metrics.items()}
-        self._journal.log_metrics(named, journals.now_ms(), step)
+        self._journal.log_metrics(named, now_ms(), step)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Nested mappings become dotted names.
@@ -239,7 +238,7 @@ def end(reference: str, status: Status, tags: Mapping[str, object] | None = None
 
 def new_journal() -> str:
     """A name for the journal of a run that is not there yet."""
-    return journals.PREFIX + uuid.uuid4().hex
+    return PREFIX + uuid.uuid4().hex
 
 
 def can_continue(reference: str | None) -> bool:
@@ -302,7 +301,7 @@ def _journal(
             with store.explained():
                 run_id = store.known(resume)
             return Journal.create(  # by the same name: runs below it know it by that
-                resume.removeprefix(journals.PREFIX),
+                resume.removeprefix(PREFIX),
                 server=store.server(), experiment=experiment, run_name=name, run_id=run_id,
             )  # fmt: skip
         continued = Journal(directory)
@@ -315,7 +314,7 @@ def _journal(
                 beside.set_tags({"continued.run_id": continued.reference})
         return continued
     return Journal.create(
-        journal.removeprefix(journals.PREFIX) if journal else None,
+        journal.removeprefix(PREFIX) if journal else None,
         server=store.server(), experiment=experiment, run_name=name, parent=parent,
         run_id=made_by_mlflow_run,
     )  # fmt: skip

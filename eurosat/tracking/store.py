@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eurosat.errors import TrackingError
-from eurosat.tracking import journal as journals
+from eurosat.tracking.journal import PREFIX
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -156,9 +156,9 @@ def known(reference: str) -> str:
     Raises:
         TrackingError: the server does not have that journal's run yet.
     """
-    if not reference.startswith(journals.PREFIX):
+    if not reference.startswith(PREFIX):
         return reference
-    if found := tagged(client(), JOURNAL_ID, reference.removeprefix(journals.PREFIX)):
+    if found := tagged(client(), JOURNAL_ID, reference.removeprefix(PREFIX)):
         return found[0]
     raise TrackingError(
         f"{reference} is not on the tracking server yet: run `python -m eurosat.tracking sync`"

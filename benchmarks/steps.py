@@ -1,0 +1,41 @@
+"""A training step that benchmarks time: a recipe's network on one random batch."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from eurosat import machine, network
+from eurosat.config import compose
+from eurosat.module import make_optimizer
+
+
+def stepper(
+    recipe: str, within: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> tuple[Callable[[], float], int]:
+    """The step, which returns its loss, and the number of tiles in it.
+
+    ``within`` makes the context of the forward pass; bf16 is taken where the processor has it.
+    """
+    config = compose([f"recipe={recipe}"])
+    torch.manual_seed(0)
+    spec = network.NetworkSpec(
+        name=config.model.name, classes=tuple("abcdefghij"), bands=3, tile_size=(64, 64),
+        input_size=config.model.input_size, norm="batch", drop_rate=0.0,
+        mean=(100.0,) * 3, std=(50.0,) * 3,
+    )  # fmt: skip
+    net = network.untrained(spec).train()
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = make_optimizer(net, config.optim)
+    tiles = torch.rand(config.optim.batch_size, 3, 64, 64) * 255
+    labels = torch.randint(0, 10, (len(tiles),))
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=machine.has_bf16()), within():
+            loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return float(loss)
+
+    return step, len(tiles)

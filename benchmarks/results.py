@@ -53,6 +53,8 @@ def row(runs: Sequence[tracking.FinishedRun]) -> dict[str, Any]:
         if run.status != "FINISHED" or run.params["data.source"] != "eurosat":
             sys.exit(f"error: run {run.run_id} has not finished, or is not of the real tiles")
     seeds = sorted(int(run.params["seed"]) for run in runs)
+    views = int(runs[0].params["model.views"])
+    one_view = "test_one_view_accuracy" if views > 1 else "test_accuracy"
 
     def each(metric: str) -> list[float]:
         return [run.metrics[metric] for run in runs]
@@ -63,7 +65,8 @@ def row(runs: Sequence[tracking.FinishedRun]) -> dict[str, Any]:
         "n": len(runs),
         "accuracy_mean": round(statistics.mean(each("test_accuracy")), 4),
         "accuracy_std": round(statistics.stdev(each("test_accuracy")), 4) if seeds[1:] else None,
-        "tta_accuracy_mean": round(statistics.mean(each("test_tta_accuracy")), 4),
+        "views": views,
+        "one_view_accuracy_mean": round(statistics.mean(each(one_view)), 4),
         "macro_f1_mean": round(statistics.mean(each("test_macro_f1")), 4),
         "macro_auprc_mean": round(statistics.mean(each("test_macro_auprc")), 4),
         "epochs": int(max(each("epochs"))),

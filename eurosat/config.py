@@ -110,6 +110,9 @@ class ModelConfig:
     """Group norm does not depend on the batch (Wu & He 2018); for ResNets."""
     drop_rate: float = 0.0
     """Dropout before the head, in [0, 1)."""
+    views: Literal[1, 8] = 1
+    """Flips and turns of a tile that a trained network looks at for one answer, also when it is
+    served: the mean of their logits. Four, not eight, where height and width differ."""
 
     def __post_init__(self) -> None:
         if self.input_size is not None:
@@ -194,15 +197,16 @@ class TrainerConfig:
     """Stop after so many epochs without a better validation accuracy; 0 never stops early."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto probes this machine and takes what is faster."""
+    passes: int = 1
+    """Over the training tiles in an epoch, which ends with a validation: more for few tiles."""
     threads: int = 0
     """CPU threads of torch; 0 takes every core the process may use."""
-    tta: bool = True
-    """Average the test predictions over the eight flips and turns."""
 
     def __post_init__(self) -> None:
         _within("trainer.epochs", self.epochs, 1, 10_000)
         _within("trainer.devices", self.devices, 1, 4096)
         _within("trainer.patience", self.patience, 0, 10_000)
+        _within("trainer.passes", self.passes, 1, 10_000)
         _within("trainer.threads", self.threads, 0, 1024)
 
 

@@ -83,7 +83,7 @@ def explain(
 def heat_maps(
     network: "Network", tiles_NCHW: "Tensor", classes: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float32]:
-    """(N, H, W) in [0, 1]: Grad-CAM++ of the given class of each tile.
+    """(N, H, W) in [0, 1]: Grad-CAM++ of the given class of each tile, as it stands.
 
     Raises:
         ModelError: the backbone has no map of features that could be shown.
@@ -93,10 +93,11 @@ def heat_maps(
 
     if not len(classes):
         return np.empty((0, *tiles_NCHW.shape[2:]), np.float32)
-    layer, transform = _layer(network, tiles_NCHW[:1])
     targets = [ClassifierOutputTarget(int(k)) for k in classes]
-    with GradCAMPlusPlus(network, [layer], reshape_transform=transform) as cam:
-        heat: npt.NDArray[np.float32] = cam(tiles_NCHW, targets)
+    with network.in_one_view():
+        layer, transform = _layer(network, tiles_NCHW[:1])
+        with GradCAMPlusPlus(network, [layer], reshape_transform=transform) as cam:
+            heat: npt.NDArray[np.float32] = cam(tiles_NCHW, targets)
     return heat
 
 

@@ -34,7 +34,7 @@ def export_onnx(network: Network, file: Path, metadata: Mapping[str, str] | None
     """Write ``file`` and return the largest difference from torch on random tiles.
 
     Input ``tiles_NHWC`` uint8 (N, H, W, C), output ``probabilities`` float32 (N, K); the
-    metadata carry ``classes``, ``tile_size`` and ``bands`` as JSON.
+    metadata carry ``classes``, ``tile_size``, ``bands`` and ``views`` as JSON.
 
     Raises:
         ModelError: the file answers otherwise than the network.
@@ -58,6 +58,7 @@ def export_onnx(network: Network, file: Path, metadata: Mapping[str, str] | None
         "classes": json.dumps(spec.classes),
         "tile_size": json.dumps(spec.tile_size),
         "bands": json.dumps(spec.bands),
+        "views": json.dumps(spec.views),
     }
     onnx.helper.set_model_props(model, described | dict(metadata or {}))
     onnx.checker.check_model(model)

@@ -82,7 +82,7 @@ def fit(
     )
     loaders = TileData(
         pack, data.split, batch_size=config.optim.batch_size, seed=config.seed, ranks=ranks,
-        targets=distill.targets(config, data, compute),
+        targets=distill.targets(config, data, compute), passes=config.trainer.passes,
     )  # fmt: skip
     watch = callbacks.Watch(f"train {config.recipe}", on_epoch)
     kept = callbacks.KeepBest()
@@ -117,7 +117,8 @@ def fit(
     # the network and the probe drew from it; each rank augments in its own way
     lightning.seed_everything(config.seed + ranks.rank, verbose=False)
     started = time.monotonic()
-    with interrupt, warnings.catch_warnings():  # Lightning 2.6 calls what torch 2.13 deprecated
+    with interrupt, net.in_one_view(), warnings.catch_warnings():
+        # Lightning 2.6 calls what torch 2.13 deprecated
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         try:
             trainer.fit(module, datamodule=loaders)

@@ -1,7 +1,6 @@
 """The Lightning module: loss, optimiser, schedule, and what is logged."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -13,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from eurosat import depthwise
-from eurosat.augment import augment, dihedral_views
+from eurosat.augment import augment
 from eurosat.batches import EVAL_BATCH, Batches
 from eurosat.config import AugmentConfig, OptimConfig
 from eurosat.errors import NonFiniteLoss
@@ -154,25 +153,10 @@ def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
 def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
     """(N, K) logits before calibration, and (N,) labels."""
     each, labels = [], []
-    for tiles_NCHW, batch_labels in _evaluated(network, batches, "predicting"):
-        each.append(network.logits(tiles_NCHW).double().cpu().numpy())
+    network.eval()
+    for tiles_NCHW, batch_labels in track(
+        batches, len(batches), "predicting", f"x {EVAL_BATCH} tiles"
+    ):
+        each.append(network.logits(tiles_NCHW.to(network.mean.device)).double().cpu().numpy())
         labels.append(batch_labels.cpu().numpy())
     return np.concatenate(each), np.concatenate(labels)
-
-
-@torch.inference_mode()
-def averaged(network: Network, batches: Batches, *, bf16: bool) -> Floats:
-    """(N, K) probabilities, averaged over the flips and turns of each tile."""
-    each = []
-    for tiles_NCHW, _ in _evaluated(network, batches, "predicting all views"):
-        with torch.autocast(network.mean.device.type, torch.bfloat16, enabled=bf16):
-            views = [network(view).float().softmax(dim=1) for view in dihedral_views(tiles_NCHW)]
-        each.append(torch.stack(views).mean(dim=0).double().cpu().numpy())
-    return np.concatenate(each)
-
-
-def _evaluated(network: Network, batches: Batches, label: str) -> Iterator[tuple[Tensor, Tensor]]:
-    network.eval()
-    device = network.mean.device
-    for tiles_NCHW, labels in track(batches, len(batches), label, f"x {EVAL_BATCH} tiles"):
-        yield tiles_NCHW.to(device), labels

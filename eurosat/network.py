@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from eurosat.augment import dihedral_views
 from eurosat.errors import ModelError
 
 GROUPS = 32
@@ -34,6 +37,8 @@ class NetworkSpec:
     mean: tuple[float, ...]
     """Of each band, on the scale of the pixels: 0 to 255."""
     std: tuple[float, ...]
+    views: int = 1
+    """Flips and turns of a tile that are looked at for one answer, outside training."""
 
 
 class Network(nn.Module):
@@ -43,6 +48,7 @@ class Network(nn.Module):
         super().__init__()
         self.spec = spec
         self.backbone = backbone
+        self._views = spec.views
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
@@ -56,14 +62,31 @@ class Network(nn.Module):
         return logits if self.training else logits / self.temperature
 
     def logits(self, tiles_NCHW: Tensor) -> Tensor:
-        """(N, K), before calibration."""
+        """(N, K), before calibration; outside training the mean over the views of a tile."""
         normal = (tiles_NCHW.float() - self.mean) / self.std
         if side := self.spec.input_size:
             normal = functional.interpolate(
                 normal, (side, side), mode="bilinear", align_corners=False
             )
-        logits: Tensor = self.backbone(normal)
-        return logits
+        if self.training or self._views == 1:
+            of_one_view: Tensor = self.backbone(normal)
+            return of_one_view
+        views = dihedral_views(normal)
+        if torch.compiler.is_exporting():  # the graph holds the backbone once
+            each = self.backbone(torch.cat(views)).view(len(views), -1, len(self.spec.classes))
+        else:  # a batch as large as asked for
+            each = torch.stack([self.backbone(view) for view in views])
+        mean: Tensor = each.mean(dim=0)
+        return mean
+
+    @contextmanager
+    def in_one_view(self) -> Iterator[None]:
+        """While it is entered, a tile is looked at once, as in training."""
+        self._views = 1
+        try:
+            yield
+        finally:
+            self._views = self.spec.views
 
 
 def untrained(spec: NetworkSpec) -> Network:

@@ -41,7 +41,7 @@ def conclude(
     """Calibrate on the val fold, judge on the test fold, once, and leave the files in the run."""
     import numpy as np
 
-    from eurosat import calibration, export, figures, machine, metrics, module, network
+    from eurosat import calibration, export, figures, metrics, module, network
     from eurosat.batches import TileData
 
     net, classes = fitted.network.float(), data.pack.classes
@@ -55,10 +55,10 @@ def conclude(
     merits = metrics.evaluate(labels, probabilities, classes)
     merits |= calibration.judge(calibrated, logits, labels)
     merits |= {f"uncalibrated_{name}": raw[name] for name in ("ece", "nll")}
-    if config.trainer.tta:
-        bf16 = config.trainer.precision != "fp32" and machine.has_bf16()
-        views = module.averaged(net, loaders.test_dataloader(), bf16=bf16)
-        merits["tta_accuracy"] = float((views.argmax(axis=1) == labels).mean())
+    if net.spec.views > 1:
+        with net.in_one_view():
+            once, _ = module.logits(net, loaders.test_dataloader())
+        merits["one_view_accuracy"] = float((once.argmax(axis=1) == labels).mean())
     tested = {f"test_{name}": value for name, value in merits.items()}
     run.log_metrics(tested)
     with tempfile.TemporaryDirectory() as temporary:
@@ -156,7 +156,7 @@ def train(
 
 
 def summary(tested: dict[str, float]) -> str:
-    names = ("accuracy", "macro_f1", "macro_auprc", "nll", "ece", "tta_accuracy")
+    names = ("accuracy", "macro_f1", "macro_auprc", "nll", "ece", "one_view_accuracy")
     told: list[Any] = [
         f"{name} {tested[f'test_{name}']:.4f}" for name in names if f"test_{name}" in tested
     ]

@@ -67,6 +67,7 @@ def create(
         drop_rate=config.drop_rate,
         mean=tuple(mean),
         std=tuple(std),
+        views=config.views,
     )
     made = network.untrained(spec)
     if start:

@@ -312,7 +312,7 @@ def context(
         "seed": int(champion.params["seed"]),
         "epochs": int(champion.metrics["epochs"]),
         "train_seconds": round(champion.metrics["train_seconds"], 1),
-        "test_tta_accuracy": champion.metrics.get("test_tta_accuracy"),
+        "views": int(champion.params["model.views"]),
         "hardware": champion.tags["compute.hardware"],
         "precision": champion.tags["compute.precision"],
         "commit": champion.tags["code.commit"],

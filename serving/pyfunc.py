@@ -30,7 +30,7 @@ MAX_TILES = 1024
 MAX_SIDE = 1024
 """Pixels. A larger picture is a scene to be cut into tiles, or a decompression bomb."""
 BATCH = 64
-"""Tiles that go through the network at once: bounds the memory of a request."""
+"""Views of tiles that go through the network at once: bounds the memory of a request."""
 FORMATS = ("JPEG", "PNG", "TIFF")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 """How files of those formats begin; the last two are BigTIFF."""
@@ -57,6 +57,7 @@ class TileClassifier(PythonModel):
         self.classes: list[str] = json.loads(described["classes"])
         height, width = json.loads(described["tile_size"])
         self.shape_HWC = (int(height), int(width), int(described["bands"]))
+        self.batch = max(1, BATCH // int(described.get("views", 1)))
         lineage = json.loads(Path(context.artifacts["lineage"]).read_text())
         self.provenance = {
             "model_version": _version(Path(network)),
@@ -81,8 +82,8 @@ class TileClassifier(PythonModel):
         return [answer for batch in self._batches(rows) for answer in self._answers(batch)]
 
     def _batches(self, rows: Sequence[object]) -> Iterator[npt.NDArray[np.uint8]]:
-        for start in range(0, len(rows), BATCH):
-            numbered = enumerate(rows[start : start + BATCH], start)
+        for start in range(0, len(rows), self.batch):
+            numbered = enumerate(rows[start : start + self.batch], start)
             yield np.stack([self._tile(row, number) for number, row in numbered])
 
     def _answers(self, tiles_NHWC: npt.NDArray[np.uint8]) -> Iterator[dict[str, Any]]:

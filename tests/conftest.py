@@ -19,7 +19,7 @@ OFFLINE = str(Path(__file__).parent / "offline")
 TINY = (
     "data=synthetic", "data.synthetic.tiles=200", "data.synthetic.size=32",
     "data.allow_unvalidated=true", "model.name=test_resnet", "optim.batch_size=20",
-    "trainer.epochs=2", "trainer.precision=fp32", "trainer.tta=false", "trainer.threads=1",
+    "trainer.epochs=2", "trainer.precision=fp32", "model.views=1", "trainer.threads=1",
 )  # fmt: skip
 """A whole training run in seconds: timm's test network on small tiles."""
 

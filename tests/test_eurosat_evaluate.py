@@ -74,7 +74,7 @@ def test_a_run_is_evaluated_told_and_kept(
 @pytest.mark.usefixtures("tracking_store", "eurosat_root")
 def test_corruptions_of_real_tiles_cost_accuracy_and_more_the_worse_they_are() -> None:
     config = compose(
-        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "trainer.tta=false"]
+        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "model.views=1"]
     )
     data = prepare(config)
     with tracking.run("e", "r", system_metrics=False) as run:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 
 from eurosat import network
+from eurosat.augment import dihedral_views
 from eurosat.config import ModelConfig
 from eurosat.errors import ModelError
 from eurosat.export import export_onnx
@@ -19,11 +21,11 @@ from eurosat.weights import IMAGENET_MEAN, _from_package, create
 
 def build(
     name: str = "test_resnet", weights: str = "none", classes: int = 4, bands: int = 3,
-    input_size: int | None = None,
+    input_size: int | None = None, views: Literal[1, 8] = 1,
 ) -> Network:  # fmt: skip
     torch.manual_seed(0)
     return create(
-        ModelConfig(name=name, input_size=input_size), weights,
+        ModelConfig(name=name, input_size=input_size, views=views), weights,
         classes=[f"c{k}" for k in range(classes)], bands=bands, tile_size=(32, 32),
         mean=[100.0] * bands, std=[50.0] * bands,
     )  # fmt: skip
@@ -43,6 +45,33 @@ def test_a_saved_network_comes_back_with_the_same_answers(tmp_path: Path, bands:
     back = network.load(tmp_path / "w.safetensors")
     assert back.spec == net.spec
     torch.testing.assert_close(answer(back, bands), answer(net, bands), rtol=0, atol=0)
+
+
+def test_eight_views_answer_alike_however_a_tile_is_turned(tmp_path: Path) -> None:
+    net = build(views=8, input_size=48).eval()
+    tiles = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1))
+    tiles = tiles.to(torch.uint8)
+    network.save(net, tmp_path / "w.safetensors")
+    with torch.inference_mode():
+        turned = net(tiles.rot90(1, (2, 3)).flip(3))
+        torch.testing.assert_close(turned, net(tiles), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(network.load(tmp_path / "w.safetensors")(tiles), net(tiles))
+        with net.in_one_view():
+            of_views = [net(view) for view in dihedral_views(tiles)]
+        torch.testing.assert_close(torch.stack(of_views).mean(0), net(tiles), rtol=1e-4, atol=1e-4)
+        assert (of_views[0] - of_views[1]).abs().max() > 1e-3, "one view is not another"
+
+
+def test_views_are_in_the_exported_graph_and_the_backbone_is_there_once(tmp_path: Path) -> None:
+    sizes = []
+    both: tuple[Literal[1, 8], ...] = (1, 8)
+    for views in both:
+        net = build(views=views, input_size=48)
+        assert export_onnx(net, tmp_path / "m.onnx") < 1e-4
+        session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
+        assert json.loads(session.get_modelmeta().custom_metadata_map["views"]) == views
+        sizes.append((tmp_path / "m.onnx").stat().st_size)
+    assert sizes[1] < 1.2 * sizes[0]
 
 
 def test_training_starts_from_a_file_of_weights(tmp_path: Path) -> None:

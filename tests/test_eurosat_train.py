@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     [
         ["optim.name=adamw", "optim.lr=1e-3", "optim.ema=0", "optim.clip_norm=1"],
         ["trainer.precision=bf16", "augment.brightness=0.2", "augment.contrast=0.2"],
-        ["trainer.precision=auto", "model.input_size=48", "trainer.tta=true"],
+        ["trainer.precision=auto", "model.input_size=48", "model.views=8"],
     ],
 )
 def test_every_setting_trains(tiny_data: Prepared, changes: list[str]) -> None:
@@ -102,7 +102,7 @@ def test_every_setting_trains(tiny_data: Prepared, changes: list[str]) -> None:
     with tracking.run("e", "r", system_metrics=False) as run:
         tested = train.train(config, tiny_data, run)
     assert 0 <= tested["test_accuracy"] <= 1
-    assert ("test_tta_accuracy" in tested) == config.trainer.tta
+    assert ("test_one_view_accuracy" in tested) == (config.model.views == 8)
 
 
 @pytest.mark.usefixtures("tracking_store")
@@ -277,6 +277,10 @@ def test_evaluation_leaves_no_tile_out_and_training_no_half_batch(tiny_pack: Pac
     assert [len(labels) for _, labels in Batches(tiny_pack, rows, 20)] == [20, 20, 10]
     assert [len(labels) for _, labels in Batches(tiny_pack, rows, 20, seed=0)] == [20, 20]
     assert [len(labels) for _, labels in Batches(tiny_pack, rows, 64, seed=0)] == [50]
+    passes = [labels for _, labels in Batches(tiny_pack, rows[:6], 4, seed=0, passes=4)]
+    assert [len(labels) for labels in passes] == [4] * 6
+    seen = np.sort(np.concatenate(passes))
+    np.testing.assert_array_equal(seen, np.sort(np.repeat(tiny_pack.labels[rows[:6]], 4)))
 
 
 def test_batches_held_on_a_device_are_those_of_the_pack(tiny_pack: Pack) -> None:

@@ -180,7 +180,7 @@ def test_a_training_on_real_tiles_killed_five_times_ends_as_if_it_never_was(
     tmp_path: Path,
 ) -> None:
     check_killed_training(
-        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "trainer.tta=false"],
+        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "model.views=1"],
         tmp_path,
         epoch_s=60,
     )

@@ -12,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow bench-train bench-depthwise bench-tracking sweep-ui lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,17 @@ test-slow: .venv/dev ## the long forms of the tests
 
 bench-train: .venv/product .venv-torchgeo/done ## training speed against a plain loop, torchgeo and the bare step
 	$(BIN)/python -m benchmarks.train --torchgeo .venv-torchgeo/bin/python $(BENCH_ARGS)
+
+RECIPE ?= resnet18-quick
+STUDY ?= few-labels
+
+bench-results: .venv/product ## a row of the results table (RECIPE=efficientnet-lite0 BENCH_ARGS='--seeds 0')
+	$(BIN)/python -m benchmarks.results $(RECIPE) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables
+
+bench-extras: .venv/product ## a study beside it (STUDY=few-labels, learning-rates or bands)
+	$(BIN)/python -m benchmarks.extras $(STUDY) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 bench-depthwise: .venv/product ## training steps with our gradients of depthwise convolutions and PyTorch's
 	$(BIN)/python -m benchmarks.depthwise $(BENCH_ARGS)

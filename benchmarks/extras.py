@@ -68,8 +68,7 @@ def learning_rates(further: Sequence[str]) -> Rows:
     with tracking.artifact(run_id, "study.csv") as file:
         rows: Rows = [
             {"lr": float(row["optim.lr"]), "epoch": int(row["epoch"]),
-             "val_macro_f1": float(row["val_macro_f1"]),
-             "commit": tracking.code_commit(), "hardware": hardware()}
+             "val_macro_f1": float(row["val_macro_f1"])}
             for row in csv.DictReader(file.read_text().splitlines())
         ]  # fmt: skip
     with tracking.artifact(run_id, "figures/learning-rates.png") as file:
@@ -95,8 +94,6 @@ def _merits(run: tracking.FinishedRun) -> dict[str, Any]:
         "epochs": int(run.metrics["epochs"]),
         "minutes": round(run.seconds / 60, 1),
         "seed": int(run.params["seed"]),
-        "commit": run.tags["code.commit"],
-        "hardware": run.tags["compute.hardware"],
     }
 
 
@@ -118,6 +115,8 @@ def main(argv: Sequence[str]) -> None:
     held[args.study] = {
         "started": started,
         "n": 1,
+        "commit": tracking.code_commit(),
+        "hardware": hardware(),
         "command": " ".join(["python -m benchmarks.extras", args.study, *further]),
         "rows": rows,
     }

@@ -25,8 +25,8 @@ Tiles = npt.NDArray[np.uint8]
 
 MIN_SIDE = 4
 """Pixels of the map that is explained: the last stage of a ResNet has 2 x 2 on a 64 px tile."""
-GALLERY = 5
-"""Tiles of each kind at the end of a training: the hardest and the surest."""
+HARDEST = 6
+"""Tiles in the gallery at the end of a training, before the surest of each class."""
 MOST = 100
 """Tiles on a page."""
 
@@ -142,14 +142,18 @@ def gallery(
     network: "Network", tiles_NHWC: Tiles, names: Sequence[str], labels: npt.NDArray[np.int64],
     probabilities: npt.NDArray[np.float64],
 ) -> list[Explained]:  # fmt: skip
-    """The tiles of the highest loss, then those of the highest confidence that are right."""
+    """The tiles of the highest loss, then of each class the right one of the lowest."""
     from eurosat.metrics import surprise
 
     loss = surprise(labels, probabilities)
     right = probabilities.argmax(axis=1) == labels
-    hardest = np.argsort(-loss, kind="stable")[:GALLERY]
-    surest = np.argsort(np.where(right, loss, np.inf), kind="stable")[:GALLERY]
-    chosen = np.concatenate([hardest, surest])
+    hardest = np.argsort(-loss, kind="stable")[:HARDEST]
+    surest = [
+        min(found, key=lambda n: loss[n])
+        for k in range(len(network.spec.classes))
+        if len(found := np.flatnonzero(right & (labels == k)))
+    ]
+    chosen = np.asarray([*hardest, *surest])
     expected = [network.spec.classes[int(labels[n])] for n in chosen]
     return explain(network, tiles_NHWC[chosen], [names[n] for n in chosen], expected)
 

@@ -88,7 +88,7 @@ def conclude(
 def _draw_gallery(
     data: Prepared, network: "Network", labels: "Labels", probabilities: "Floats", file: Path
 ) -> None:
-    """The hardest and the surest test tiles, and where the network looked."""
+    """The hardest test tiles, the surest of each class, and where the network looked."""
     from eurosat import explain
 
     rows = data.split.indices("test")
@@ -98,7 +98,7 @@ def _draw_gallery(
     except ModelError as error:
         log.warning("no gallery: %s", error)
         return
-    explain.draw(explained, "Test fold: the hardest tiles, then the surest", file)
+    explain.draw(explained, "Test fold: the hardest tiles, then the surest of each class", file)
 
 
 def predictions(

@@ -1,6 +1,8 @@
 """Runs hold what was logged, and end with their true status."""
 
 import logging
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,27 @@ def test_a_run_holds_every_point_param_tag_and_file(tmp_path: Path) -> None:
             "note.txt": "hello",
             "other.txt": "world",
         }
+
+
+def test_the_commit_is_dirty_by_code_and_not_by_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tracking.code_commit() == "unknown"
+    for file in ("code.py", "reports/a.json", "docs/a.png", "README.md"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("1")
+    name = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*name, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], check=True, timeout=30)
+    commit = tracking.code_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    for file in ("reports/a.json", "docs/a.png", "README.md"):
+        (tmp_path / file).write_text("2")
+    assert tracking.code_commit() == commit
+    monkeypatch.chdir(tmp_path / "docs")
+    (tmp_path / "code.py").write_text("2")
+    assert tracking.code_commit() == f"{commit}-dirty"
 
 
 class PrunedError(Exception):

@@ -262,14 +262,22 @@ def can_continue(reference: str | None) -> bool:
 
 
 def code_commit() -> str:
-    """The commit of the working directory, with ``-dirty`` where files differ from it."""
+    """The commit of the working directory, with ``-dirty`` where files differ from it.
+
+    Reports and docs aside: a benchmark that has written its own measures the same code again.
+    """
     try:
-        command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        differ = ["diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)reports"]
+        differ += [":(top,exclude)docs", ":(top,exclude)*.md"]
+        commit, changed = (
+            subprocess.run(
+                ["git", *command], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], differ)
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return f"{commit}-dirty" if changed else commit
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,14 +8,13 @@ import argparse
 import csv
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.reports import REPORTS, ROOT, now
-from benchmarks.results import trained
+from benchmarks.results import said, trained, validate
 from eurosat import logs, tracking
 from eurosat.machine import hardware
 
@@ -63,12 +62,12 @@ def _draw_few_labels(rows: Rows, file: Path) -> None:
 def learning_rates(further: Sequence[str]) -> Rows:
     """Validation F1 by epoch for each rate of experiments/studies/learning-rates.yaml."""
     command = [sys.executable, "-m", "experiments.study", "learning-rates", *further]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    run_id = done.stdout.split()[-1]
+    run_id = said(command).split()[-1]
     with tracking.artifact(run_id, "study.csv") as file:
         rows: Rows = [
             {"lr": float(row["optim.lr"]), "epoch": int(row["epoch"]),
-             "val_macro_f1": float(row["val_macro_f1"])}
+             "val_macro_f1": float(row["val_macro_f1"]),
+             "commit": tracking.get(run_id).tags["code.commit"]}
             for row in csv.DictReader(file.read_text().splitlines())
         ]  # fmt: skip
     with tracking.artifact(run_id, "figures/learning-rates.png") as file:
@@ -94,6 +93,7 @@ def _merits(run: tracking.FinishedRun) -> dict[str, Any]:
         "epochs": int(run.metrics["epochs"]),
         "minutes": round(run.seconds / 60, 1),
         "seed": int(run.params["seed"]),
+        "commit": run.tags["code.commit"],
     }
 
 
@@ -110,12 +110,13 @@ def main(argv: Sequence[str]) -> None:
     args, further = parser.parse_known_args(argv)
     logs.setup("info")
     started = now()
+    if args.study != "bands":
+        validate()
     rows = STUDIES[args.study](further)
     held = json.loads(FILE.read_text()) if FILE.exists() else {}
     held[args.study] = {
         "started": started,
         "n": 1,
-        "commit": tracking.code_commit(),
         "hardware": hardware(),
         "command": " ".join(["python -m benchmarks.extras", args.study, *further]),
         "rows": rows,

@@ -31,8 +31,21 @@ def trained(given: Sequence[str]) -> str:
         return held[0]
     command = [sys.executable, "-m", "eurosat.train", *given]
     print(f"$ {' '.join(['python', *command[1:]])}", flush=True)
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.split()[-1]
+    return said(command).split()[-1]
+
+
+def said(command: Sequence[str]) -> str:
+    """What a verb of ours prints; ends with its exit code where it fails, as it has said why."""
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+def validate() -> None:
+    """Give the real tiles the receipt that training asks for."""
+    print("validating the tiles", flush=True)
+    said([sys.executable, "-m", "expectations.validate", "data=eurosat"])
 
 
 def taught(recipe: str, protocol: str, seed: int) -> str:
@@ -44,14 +57,25 @@ def taught(recipe: str, protocol: str, seed: int) -> str:
     return trained(given)
 
 
+def check(run: tracking.FinishedRun) -> None:
+    """End where this run is not what the recipe says, on all of the real tiles."""
+    recipe, split = run.params["recipe"], run.params["data.protocol"]
+    given = arguments(recipe, split, int(run.params["seed"]))
+    if (teacher := run.params["distill.teacher"]) != "none":
+        given.append(f"distill.teacher={teacher}")
+    if run.status != "FINISHED" or run.params["data.source"] != "eurosat":
+        sys.exit(f"error: run {run.run_id} has not finished, or is not of the real tiles")
+    if compose(given).digest != run.tags["config.digest"]:
+        sys.exit(f"error: run {run.run_id} has other settings than {' '.join(given)}")
+
+
 def row(runs: Sequence[tracking.FinishedRun]) -> dict[str, Any]:
     """One line of the table, over runs of one recipe and split that differ by their seed."""
     recipe, split = runs[0].params["recipe"], runs[0].params["data.protocol"]
     for run in runs:
+        check(run)
         if (run.params["recipe"], run.params["data.protocol"]) != (recipe, split):
             sys.exit(f"error: run {run.run_id} is not of recipe {recipe} and split {split}")
-        if run.status != "FINISHED" or run.params["data.source"] != "eurosat":
-            sys.exit(f"error: run {run.run_id} has not finished, or is not of the real tiles")
     seeds = sorted(int(run.params["seed"]) for run in runs)
     views = int(runs[0].params["model.views"])
     one_view = "test_one_view_accuracy" if views > 1 else "test_accuracy"
@@ -67,6 +91,8 @@ def row(runs: Sequence[tracking.FinishedRun]) -> dict[str, Any]:
         "accuracy_std": round(statistics.stdev(each("test_accuracy")), 4) if seeds[1:] else None,
         "views": views,
         "one_view_accuracy_mean": round(statistics.mean(each(one_view)), 4),
+        "ece_mean": round(statistics.mean(each("test_ece")), 4),
+        "coverage_mean": round(statistics.mean(each("test_coverage")), 4),
         "macro_f1_mean": round(statistics.mean(each("test_macro_f1")), 4),
         "macro_auprc_mean": round(statistics.mean(each("test_macro_auprc")), 4),
         "epochs": int(max(each("epochs"))),
@@ -96,6 +122,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--runs", nargs="+", help="ids of runs that have finished")
     args = parser.parse_args(argv)
     logs.setup("info")
+    if not args.runs:
+        validate()
     ids = args.runs or [taught(args.recipe, args.protocol, seed) for seed in args.seeds]
     new = row([tracking.get(run_id) for run_id in ids])
     keep(new)

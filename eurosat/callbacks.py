@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import signal
 import tempfile
 import threading
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
+from eurosat.errors import NonFiniteLoss
 from eurosat.machine import Compute
 from eurosat.progress import bar
 from eurosat.tracking import Run
@@ -37,10 +39,11 @@ class MovingAverage(WeightAveraging):
     that a short training is not judged on its first steps.
     """
 
-    def __init__(self, decay_per_step: float) -> None:
+    def __init__(self, decay_per_step: float, device: str) -> None:
+        """``device`` is where training computes: Lightning would leave the average on the CPU."""
         self._every = EMA_EVERY_STEPS
         self._decay_per_step = decay_per_step
-        super().__init__(avg_fn=self._average)
+        super().__init__(device=device, avg_fn=self._average)
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         self._every = min(EMA_EVERY_STEPS, int(trainer.num_training_batches))
@@ -178,7 +181,8 @@ class Watch(lightning.Callback):
         now = time.monotonic()
         if now - self._told > 0.2:
             self._told = now
-            rate = self._epoch_images / max(now - self._epoch_started, 1e-9)
+            images = self._epoch_images * trainer.world_size
+            rate = images / max(now - self._epoch_started, 1e-9)
             self._bar.update(
                 self._task,
                 completed=trainer.global_step,
@@ -194,7 +198,8 @@ class Watch(lightning.Callback):
             return
         epoch = trainer.current_epoch
         row = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val_")}
-        row["images_per_s"] = self._epoch_images / max(self._train_s, 1e-9)
+        images = self._epoch_images * trainer.world_size
+        row["images_per_s"] = images / max(self._train_s, 1e-9)
         self.history.append(row)
         spent = self.seconds + time.monotonic() - self._started
         left = spent / (epoch + 1) * ((trainer.max_epochs or 0) - epoch - 1)
@@ -232,12 +237,26 @@ class KeepBest(lightning.Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule
     ) -> None:
         accuracy = float(trainer.callback_metrics["val_accuracy"])
-        if accuracy >= self._accuracy:
+        if accuracy >= self._accuracy and _is_sound(trainer):
             self._accuracy = accuracy
             state = module.get_submodule("network").state_dict()
             self._weights = {name: value.detach().clone() for name, value in state.items()}
 
+    @property
+    def found(self) -> bool:
+        return bool(self._weights)
+
     def restore(self, network: nn.Module) -> None:
+        """Put the best weights into ``network``.
+
+        Raises:
+            NonFiniteLoss: no validation had a finite loss.
+        """
+        if not self.found:
+            raise NonFiniteLoss(
+                "no epoch ended with a finite validation loss: lower optim.lr, or set "
+                "optim.clip_norm=1"
+            )
         network.load_state_dict(self._weights)
 
     def state_dict(self) -> dict[str, Any]:
@@ -245,6 +264,11 @@ class KeepBest(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._accuracy, self._weights = state_dict["accuracy"], state_dict["weights"]
+
+
+def _is_sound(trainer: lightning.Trainer) -> bool:
+    """Whether the last validation had a loss: weights that are not finite may guess a class."""
+    return math.isfinite(float(trainer.callback_metrics["val_loss"]))
 
 
 class Profile(lightning.Callback):
@@ -303,7 +327,7 @@ class Resume(lightning.Callback):
     def __init__(
         self, saved: Unfinished | None, run: Run, compute: Compute, state: Mapping[str, Any] | None
     ) -> None:
-        """``saved`` is None for all of several processes but the first: they only restore."""
+        """``saved`` is None for all of several processes but the first, which writes for all."""
         self._saved, self._run, self._compute, self._state = saved, run, compute, state
         self._kept = state["epoch"] if state else 0
         """Epochs in the state that is saved."""
@@ -324,9 +348,10 @@ class Resume(lightning.Callback):
         steps.completed = loop.epoch_loop._batches_that_stepped = state["step"]
         if state["stopped"]:  # early, and killed before the test fold was judged
             loop.max_epochs = state["epoch"]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        own = state["random"][trainer.global_rank]
+        torch.set_rng_state(own["cpu"])
+        if "cuda" in own:
+            torch.cuda.set_rng_state(own["cuda"])
         self._state = None
 
     def on_train_epoch_start(
@@ -338,9 +363,12 @@ class Resume(lightning.Callback):
         self._keep(trainer, module)
 
     def _keep(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        if self._saved is None or trainer.current_epoch == self._kept:
+        if trainer.current_epoch == self._kept or not _is_sound(trainer):
             return
         self._kept = trainer.current_epoch
+        random = _random_states(trainer)
+        if self._saved is None:
+            return
         self._run.settle()  # what is not trained again is not logged again
         self._saved.save(
             {
@@ -351,8 +379,7 @@ class Resume(lightning.Callback):
                 "optimizer": trainer.optimizers[0].state_dict(),
                 "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
                 "callbacks": {type(c).__name__: c.state_dict() for c in self._stateful(trainer)},
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                "random": random,
                 "compute": dataclasses.asdict(self._compute),
             }
         )
@@ -360,3 +387,15 @@ class Resume(lightning.Callback):
     def _stateful(self, trainer: lightning.Trainer) -> Iterator[lightning.Callback]:
         """The callbacks that remember something; Lightning holds one of a kind."""
         return (c for c in trainer.callbacks if c is not self and c.state_dict())  # type: ignore[attr-defined]
+
+
+def _random_states(trainer: lightning.Trainer) -> list[dict[str, Tensor]]:
+    """Of each rank: every one augments in its own way."""
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        own["cuda"] = torch.cuda.get_rng_state()
+    if trainer.world_size == 1:
+        return [own]
+    each: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(each, own)
+    return each

@@ -234,6 +234,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _within("seed", self.seed, 0, 2**31)
+        if self.model.views > 1 and not self.augment.dihedral:
+            raise ConfigError(
+                f"model.views={self.model.views} asks about flips and turns that "
+                "augment.dihedral=false never shows in training: set model.views=1"
+            )
         if self.optim.batch_size % self.trainer.devices:
             raise ConfigError(
                 f"optim.batch_size={self.optim.batch_size} cannot be shared evenly by "

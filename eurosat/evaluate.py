@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -230,6 +231,8 @@ def main(argv: Sequence[str]) -> int:
 
     judged = evaluate(tracking.resolve_run(args.run), args.fold, args.data)
     told = report.figures(judged)
+    if args.data:
+        told["data"] = args.data
     if args.against:
         other = evaluate(tracking.resolve_run(args.against), args.fold, args.data)
         told["against"] = compared(judged, other)
@@ -240,10 +243,13 @@ def main(argv: Sequence[str]) -> int:
         (folder / "figures.json").write_text(json.dumps(told, indent=1))
         (folder / "report.md").write_text(report.markdown(told))
         report.draw(judged, told, folder)
+        kept = f"evaluation/{judged.fold}"
+        if args.data:
+            kept += "-" + re.sub(r"[^\w.]+", "-", args.data).strip("-")
         with tracking.attached(judged.run_id) as run:
-            run.log_folder(folder, f"evaluation/{judged.fold}")
+            run.log_folder(folder, kept)
     print(report.markdown(told))
-    print(f"in run {judged.run_id}: evaluation/{judged.fold}")
+    print(f"in run {judged.run_id}: {kept}")
     return cli.OK
 
 

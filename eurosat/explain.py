@@ -6,6 +6,7 @@ import io
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,9 +119,12 @@ def _layer(network: "Network", tile_NCHW: "Tensor") -> tuple["nn.Module", Any]:
         return backbone.blocks[-1].norm1, places
     found: list[nn.Module] = []
 
+    channels_last = "NHWC" in str(getattr(backbone, "output_fmt", "NCHW"))  # as timm's Swin
+    height, width = (1, 2) if channels_last else (2, 3)
+
     def look(module: "nn.Module", _: Any, output: Any) -> None:
         is_map = isinstance(output, torch.Tensor) and output.ndim == 4
-        if is_map and min(output.shape[2:]) >= MIN_SIDE:
+        if is_map and min(output.shape[height], output.shape[width]) >= MIN_SIDE:
             found.append(module)
 
     hooks = [module.register_forward_hook(look) for module in backbone.modules()]
@@ -135,7 +139,11 @@ def _layer(network: "Network", tile_NCHW: "Tensor") -> tuple["nn.Module", Any]:
             f"{network.spec.name} has no map of {MIN_SIDE}x{MIN_SIDE} features or more to explain: "
             "take a backbone of convolutions or patches"
         )
-    return found[-1], None
+    return found[-1], _channels_first if channels_last else None
+
+
+def _channels_first(map_NHWC: "Tensor") -> "Tensor":
+    return map_NHWC.permute(0, 3, 1, 2)
 
 
 def gallery(
@@ -296,11 +304,12 @@ def main(argv: Sequence[str]) -> int:
         draw(explained, title, folder / "explained.png")
         (folder / "explained.html").write_text(page(explained, title))
         with tracking.attached(run_id) as run:
+            kept = f"explanations/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S-%f}"  # a page a call
             for file in (folder / "explained.png", folder / "explained.html"):
-                run.log_file(file, "explanations")
+                run.log_file(file, kept)
     for one in explained:
         print(f"{one.tile}\t{one.expected or '-'}\t{one.label}\t{one.confidence:.4f}")
-    print(f"in run {run_id}: explanations/explained.html" + (f", {args.out}" if args.out else ""))
+    print(f"in run {run_id}: {kept}/explained.html" + (f", {args.out}" if args.out else ""))
     return cli.OK
 
 

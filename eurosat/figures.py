@@ -9,6 +9,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from eurosat import bands
 from eurosat.metrics import BINS, confidence_bin
 
 DPI = 120
@@ -140,7 +141,12 @@ def contact_sheet(rows: Mapping[str, npt.NDArray[np.uint8]], title: str, file: P
 
 
 def visible(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """The first three bands of (H, W, C) as a picture, or the first alone."""
+    """Red, green and blue of (H, W, C), or the first band where it has none.
+
+    Those are its first three bands, or Sentinel-2's own of its thirteen.
+    """
+    if tile.shape[-1] == len(bands.NAMES):
+        return tile[..., bands.colours()]
     return tile[..., :3] if tile.shape[-1] >= 3 else tile[..., 0]
 
 

@@ -90,7 +90,7 @@ def fit(
     if config.optim.freeze_epochs:
         extra.append(callbacks.HeadFirst(config.optim.freeze_epochs))
     if config.optim.ema:
-        extra.append(callbacks.MovingAverage(config.optim.ema))
+        extra.append(callbacks.MovingAverage(config.optim.ema, compute.device))
     if config.trainer.patience:
         extra.append(EarlyStopping("val_accuracy", mode="max", patience=config.trainer.patience))
     if config.profile and ranks.first:
@@ -123,7 +123,7 @@ def fit(
         try:
             trainer.fit(module, datamodule=loaders)
         except NonFiniteLoss:
-            if watch.history:
+            if kept.found:
                 kept.restore(net)
                 _keep_last_good(net, run)
             raise

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from eurosat import cli, distill, logs, network, tracking
+from eurosat import cli, distill, logs, network, tracking, weights
 from eurosat.callbacks import EpochHook
 from eurosat.config import TrainConfig
 from eurosat.errors import EuroSATError
@@ -38,8 +38,9 @@ def fit(
 
     Raises:
         EuroSATError: a process of several was lost.
+        DataError: the first weights or the teacher come from a run that may know this test fold.
     """
-    config = distill.settled(config, data, run)
+    config = weights.settled(distill.settled(config, data, run), data, run)
     if config.launcher == "ray":
         return _fit_on_ray(config, run)
     if config.trainer.devices == 1:

@@ -151,12 +151,15 @@ def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
-    """(N, K) logits before calibration, and (N,) labels."""
+    """(N, K) logits before calibration, and (N,) labels; on the GPU where there is one."""
     each, labels = [], []
-    network.eval()
+    home = network.mean.device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network.eval().to(device)
     for tiles_NCHW, batch_labels in track(
         batches, len(batches), "predicting", f"x {EVAL_BATCH} tiles"
     ):
-        each.append(network.logits(tiles_NCHW.to(network.mean.device)).double().cpu().numpy())
+        each.append(network.logits(tiles_NCHW.to(device)).double().cpu().numpy())
         labels.append(batch_labels.cpu().numpy())
+    network.to(home)
     return np.concatenate(each), np.concatenate(labels)

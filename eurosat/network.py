@@ -63,21 +63,23 @@ class Network(nn.Module):
 
     def logits(self, tiles_NCHW: Tensor) -> Tensor:
         """(N, K), before calibration; outside training the mean over the views of a tile."""
+        if self.training or self._views == 1:
+            return self._of_one_view(tiles_NCHW)
+        views = dihedral_views(tiles_NCHW)
+        if torch.compiler.is_exporting():  # the graph holds the backbone once
+            each = self._of_one_view(torch.cat(views)).view(len(views), -1, len(self.spec.classes))
+        else:  # a batch as large as asked for
+            each = torch.stack([self._of_one_view(view) for view in views])
+        return each.mean(dim=0)
+
+    def _of_one_view(self, tiles_NCHW: Tensor) -> Tensor:
         normal = (tiles_NCHW.float() - self.mean) / self.std
         if side := self.spec.input_size:
             normal = functional.interpolate(
                 normal, (side, side), mode="bilinear", align_corners=False
             )
-        if self.training or self._views == 1:
-            of_one_view: Tensor = self.backbone(normal)
-            return of_one_view
-        views = dihedral_views(normal)
-        if torch.compiler.is_exporting():  # the graph holds the backbone once
-            each = self.backbone(torch.cat(views)).view(len(views), -1, len(self.spec.classes))
-        else:  # a batch as large as asked for
-            each = torch.stack([self.backbone(view) for view in views])
-        mean: Tensor = each.mean(dim=0)
-        return mean
+        logits: Tensor = self.backbone(normal)
+        return logits
 
     @contextmanager
     def in_one_view(self) -> Iterator[None]:

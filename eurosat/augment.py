@@ -34,6 +34,22 @@ def jitter(tiles_NCHW: Tensor, brightness: float, contrast: float) -> Tensor:
     return ((tiles_NCHW - mean) * spread + mean * gain).clamp(0, 255)
 
 
+def tint(tiles_NCHW: Tensor, amount: float) -> Tensor:
+    """Scale each band of each tile by itself; pixels stay in [0, 255]."""
+    shape = (*tiles_NCHW.shape[:2], 1, 1)
+    gain = 1 + amount * (2 * torch.rand(shape, device=tiles_NCHW.device) - 1)
+    return (tiles_NCHW * gain).clamp(0, 255)
+
+
+def mixup(tiles_NCHW: Tensor, targets_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """Lay another tile over each, in a share that is even in [0, 1] (Zhang et al. 2018)."""
+    partner = torch.randperm(len(tiles_NCHW), device=tiles_NCHW.device)
+    share = float(torch.rand(()))
+    return torch.lerp(tiles_NCHW, tiles_NCHW[partner], share), torch.lerp(
+        targets_NK, targets_NK[partner], share
+    )
+
+
 def cutmix(tiles_NCHW: Tensor, targets_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Paste one box of another tile into each and mix the targets by area (Yun et al. 2019)."""
     height, width = tiles_NCHW.shape[-2:]
@@ -55,6 +71,12 @@ def augment(tiles_NCHW: Tensor, targets_NK: Tensor, config: AugmentConfig) -> tu
     tiles_NCHW = tiles_NCHW.float()
     if config.brightness or config.contrast:
         tiles_NCHW = jitter(tiles_NCHW, config.brightness, config.contrast)
-    if config.cutmix and float(torch.rand(())) < config.cutmix:
-        tiles_NCHW, targets_NK = cutmix(tiles_NCHW, targets_NK)
+    if config.colour:
+        tiles_NCHW = tint(tiles_NCHW, config.colour)
+    if mixed := config.cutmix + config.mixup:
+        drawn = float(torch.rand(()))
+        if drawn < config.cutmix:
+            return cutmix(tiles_NCHW, targets_NK)
+        if drawn < mixed:
+            return mixup(tiles_NCHW, targets_NK)
     return tiles_NCHW, targets_NK

@@ -106,6 +106,9 @@ class ModelConfig:
     """Any name that ``timm.create_model`` takes."""
     input_size: int | None = None
     """Height and width the network sees, tiles resized in the graph; None leaves them."""
+    stem: Literal["stock", "gentle"] = "stock"
+    """gentle, for ResNets on small tiles: 3x3 of stride 2 and no pooling, so that the first block
+    sees four times the pixels that the stock stem leaves; nearly three times the work."""
     norm: Literal["batch", "group"] = "batch"
     """Group norm does not depend on the batch (Wu & He 2018); for ResNets."""
     drop_rate: float = 0.0
@@ -160,15 +163,22 @@ class AugmentConfig:
     """One of the eight flips and turns per tile: a tile has no up."""
     cutmix: float = 0.0
     """Share of batches mixed by CutMix (Yun et al. 2019), in [0, 1]."""
+    mixup: float = 0.0
+    """Share of batches mixed by Mixup (Zhang et al. 2018), beside those of CutMix."""
     brightness: float = 0.0
     """Largest relative change of a tile's brightness, in [0, 1)."""
     contrast: float = 0.0
     """Largest relative change of a tile's contrast, in [0, 1)."""
+    colour: float = 0.0
+    """Largest relative change of each band of a tile by itself, in [0, 1)."""
 
     def __post_init__(self) -> None:
         _within("augment.cutmix", self.cutmix, 0, 1)
+        _within("augment.mixup", self.mixup, 0, 1)
+        _within("augment.cutmix + augment.mixup", self.cutmix + self.mixup, 0, 1)
         _within("augment.brightness", self.brightness, 0, 0.99)
         _within("augment.contrast", self.contrast, 0, 0.99)
+        _within("augment.colour", self.colour, 0, 0.99)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -39,6 +39,8 @@ class NetworkSpec:
     std: tuple[float, ...]
     views: int = 1
     """Flips and turns of a tile that are looked at for one answer, outside training."""
+    stem: str = "stock"
+    """'stock' or 'gentle', see `eurosat.config.ModelConfig`."""
 
 
 class Network(nn.Module):
@@ -145,9 +147,24 @@ def _backbone(spec: NetworkSpec) -> nn.Module:
     if spec.norm == "group":
         arguments["norm_layer"] = group_norm
     try:
-        return timm.create_model(spec.name, **arguments)
+        backbone = timm.create_model(spec.name, **arguments)
     except Exception as error:
         raise ModelError(f"timm cannot build {spec.name} with {arguments}: {error}") from error
+    if spec.stem == "gentle":
+        _soften(backbone, spec)
+    return backbone
+
+
+def _soften(backbone: Any, spec: NetworkSpec) -> None:
+    """Put a 3x3 convolution of stride 2 and no pooling in the place of a ResNet's stem."""
+    stock = getattr(backbone, "conv1", None)
+    if not isinstance(stock, nn.Conv2d) or not hasattr(backbone, "maxpool"):
+        raise ModelError(
+            f"model.stem=gentle is for ResNets, and {spec.name} is none: say model.stem=stock"
+        )
+    backbone.conv1 = nn.Conv2d(spec.bands, stock.out_channels, 3, stride=2, padding=1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    backbone.maxpool = nn.Identity()
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], NetworkSpec]:

@@ -99,6 +99,7 @@ def create(
         mean=tuple(mean),
         std=tuple(std),
         views=config.views,
+        stem=config.stem,
     )
     made = network.untrained(spec)
     if start:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eurosat.augment import augment, cutmix, dihedral, dihedral_views, jitter
+from eurosat.augment import augment, cutmix, dihedral, dihedral_views, jitter, mixup, tint
 from eurosat.config import AugmentConfig
 
 
@@ -54,3 +54,39 @@ def test_augment_follows_its_configuration(share: float) -> None:
     out, soft = augment(given, targets, config)
     assert torch.equal(out, given.float()) == (share == 0)
     assert torch.equal(soft, targets) == (share == 0)
+
+
+def test_mixup_lays_tiles_and_targets_over_each_other_in_one_share() -> None:
+    torch.manual_seed(0)
+    levels = torch.arange(16.0)
+    batch, targets = levels.view(16, 1, 1, 1).expand(16, 3, 4, 4), torch.eye(16)
+    mixed, told = mixup(batch, targets)
+    assert (told.sum(dim=1) - 1).abs().max() < 1e-6
+    assert ((told > 0).sum(dim=1) == 2).sum() >= 12, "nearly every tile has a partner"
+    torch.testing.assert_close(mixed[:, 0, 0, 0], told @ levels)
+
+
+def test_a_tint_changes_each_band_by_itself_and_stays_within_bounds() -> None:
+    batch = torch.full((200, 3, 2, 2), 100.0)
+    changed = tint(batch, 0.2)
+    assert changed.min() >= 80
+    assert changed.max() <= 120
+    assert (changed.std(dim=1) > 1).float().mean() > 0.9, "bands move apart"
+    assert (changed.flatten(2).std(dim=2) == 0).all(), "a band moves as a whole"
+    assert tint(torch.full((50, 3, 2, 2), 255.0), 0.5).max() == 255
+
+
+def test_batches_are_mixed_in_their_shares() -> None:
+    torch.manual_seed(0)
+    config = AugmentConfig(dihedral=False, cutmix=0.3, mixup=0.3)
+    batch = torch.arange(8).view(8, 1, 1, 1).expand(8, 3, 6, 6).to(torch.uint8) * 30
+    kinds = {"whole": 0, "cut": 0, "laid over": 0}
+    for _ in range(400):
+        made, told = augment(batch, torch.eye(8), config)
+        if (told.max(dim=1).values == 1).all():
+            kinds["whole"] += 1
+        else:
+            seen = torch.isin(made, 30 * torch.arange(8.0)).all()
+            kinds["cut" if seen else "laid over"] += 1
+    assert 100 < kinds["whole"] < 220
+    assert 80 < kinds["laid over"] < 160

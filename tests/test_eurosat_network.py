@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime
@@ -18,14 +18,17 @@ from eurosat.export import export_onnx
 from eurosat.network import Network
 from eurosat.weights import IMAGENET_MEAN, _from_package, create
 
+STEMS: tuple[Literal["stock", "gentle"], ...] = ("stock", "gentle")
+
 
 def build(
     name: str = "test_resnet", weights: str = "none", classes: int = 4, bands: int = 3,
     input_size: int | None = None, views: Literal[1, 8] = 1,
+    stem: Literal["stock", "gentle"] = "stock",
 ) -> Network:  # fmt: skip
     torch.manual_seed(0)
     return create(
-        ModelConfig(name=name, input_size=input_size, views=views), weights,
+        ModelConfig(name=name, input_size=input_size, views=views, stem=stem), weights,
         classes=[f"c{k}" for k in range(classes)], bands=bands, tile_size=(32, 32),
         mean=[100.0] * bands, std=[50.0] * bands,
     )  # fmt: skip
@@ -72,6 +75,21 @@ def test_views_are_in_the_exported_graph_and_the_backbone_is_there_once(tmp_path
         assert json.loads(session.get_modelmeta().custom_metadata_map["views"]) == views
         sizes.append((tmp_path / "m.onnx").stat().st_size)
     assert sizes[1] < 1.2 * sizes[0]
+
+
+def test_a_gentle_stem_leaves_four_times_the_pixels_and_is_kept_with_the_weights(
+    tmp_path: Path,
+) -> None:
+    sizes = []
+    for stem in STEMS:
+        net = build("resnet18", stem=stem).eval()
+        backbone: Any = net.backbone
+        backbone.layer1.register_forward_hook(lambda *seen: sizes.append(seen[2].shape[2:]))
+        network.save(net, tmp_path / "w.safetensors")
+        torch.testing.assert_close(answer(network.load(tmp_path / "w.safetensors")), answer(net))
+    assert sizes == [(8, 8), (16, 16)]
+    with pytest.raises(ModelError, match="gentle is for ResNets, and test_vit is none"):
+        build("test_vit", stem="gentle", input_size=160)
 
 
 def test_training_starts_from_a_file_of_weights(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking sweep-ui lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +78,10 @@ bench-depthwise: .venv/product ## training steps with our gradients of depthwise
 
 bench-tracking: .venv/product ## what logging costs a training step, on a near and a far server
 	$(BIN)/python -m benchmarks.tracking $(BENCH_ARGS)
+
+bench-sweep: .venv/product ## what a sweep finds for its epochs, against random trials (an hour)
+	$(BIN)/python -m benchmarks.sweep $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 sweep-ui: .venv/product ## look at the studies while they run (STORAGE=sqlite:///optuna.db)
 	$(BIN)/optuna-dashboard $(STORAGE)

@@ -72,12 +72,31 @@ def bench_tracking(report: dict[str, Any]) -> str:
         lines.append(
             f"| {one['what']} | {one['step_ms']:.0f} | {one['call_ms']:.2f} | {overhead} |"
         )
+    return "\n".join([*lines, "", _goals(report)])
+
+
+def bench_sweep(report: dict[str, Any]) -> str:
+    """What each way to search came to."""
+    columns = [f"{report['trial_epochs']} epochs a trial, {report['tiles']:,} tiles"]
+    columns += ["epochs trained", "best validation accuracy", "minutes", "of both cores"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for one in report["rows"]:
+        spread = f"{one['low']:.4f} to {one['high']:.4f}"
+        lines.append(
+            f"| {one['trials']} {one['what']} | {one['epochs']:.0f} "
+            f"| {one['best_val_accuracy']:.4f} ({spread}) | {one['minutes']:.1f} "
+            f"| {100 * one['core_use']:.0f} % |"
+        )
+    return "\n".join([*lines, "", _goals(report)])
+
+
+def _goals(report: dict[str, Any]) -> str:
     goals = [
         f"`{g['name']}` {g['value']}, goal {g['goal']}{'' if g['met'] else ' (not met)'}"
         for g in report["goals"]
     ]
     hardware = f"{report['hardware']}; median (lowest to highest) of {report['n']} rounds."
-    return "\n".join([*lines, "", f"{', '.join(goals)}. {hardware}"])
+    return f"{', '.join(goals)}. {hardware}"
 
 
 TABLES: dict[str, Callable[[Any], str]] = {
@@ -85,6 +104,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "results": results,
     "bench-train": bench_train,
     "bench-tracking": bench_tracking,
+    "bench-sweep": bench_sweep,
 }
 """Each report with a table, and how it is drawn."""
 

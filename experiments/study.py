@@ -80,6 +80,7 @@ def draw(study: Study, curves: Curves, file: Path) -> None:
     """The figure by epoch, one line a value."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -88,6 +89,7 @@ def draw(study: Study, curves: Curves, file: Path) -> None:
         end = f", best {max(curve):.4f}" if curve else ", diverged at once"
         axes.plot(range(1, len(curve) + 1), curve, marker=".", color=colour, label=f"{value}{end}")
     axes.set(xlabel="epoch", ylabel=study.metric, title=study.question)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(title=study.key, fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

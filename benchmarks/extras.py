@@ -49,12 +49,13 @@ def _draw_few_labels(rows: Rows, file: Path) -> None:
     for row in rows:
         told = f"{row['test_accuracy']:.3f}"
         axes.annotate(
-            told, (row["per_class"], row["test_accuracy"]), (0, 7), textcoords="offset points"
+            told, (row["per_class"], row["test_accuracy"]), (-36, 6), textcoords="offset points"
         )
     axes.set(xscale="log", xlabel="labelled tiles of each class", xticks=counts)
     axes.set_xticklabels([str(count) for count in counts])
     axes.set_title("EfficientNet-Lite0 on EuroSAT RGB, 5,400 test tiles")
-    axes.legend()
+    axes.margins(0.1)
+    axes.legend(loc="lower right")
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
 

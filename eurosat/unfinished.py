@@ -36,8 +36,9 @@ class Unfinished:
         """Of the run that stopped here, if it can go on."""
         self.concluded: dict[str, Any] | None = None
         """What `conclude` was told, where the process died after it."""
-        if held and (self._directory / CONCLUDED).exists():
-            self.concluded = json.loads((self._directory / CONCLUDED).read_text())
+        if held:
+            with contextlib.suppress(OSError, ValueError):  # it died before that
+                self.concluded = json.loads((self._directory / CONCLUDED).read_text())
 
     def _held(self) -> str | None:
         """Journal of the run that stopped here, if it was of the same data."""
@@ -167,5 +168,8 @@ def _forget(root: Path) -> None:
 
 def _write(file: Path, data: bytes) -> None:
     unfinished = file.with_suffix(".new")
-    unfinished.write_bytes(data)
+    with unfinished.open("wb") as opened:
+        opened.write(data)
+        opened.flush()
+        os.fsync(opened.fileno())
     unfinished.replace(file)

@@ -24,8 +24,8 @@ from ray.tune.stopper import Stopper
 from ray.tune.trainable.function_trainable import wrap_function
 
 from eurosat import cli, launch, logs, tracking
-from eurosat.config import compose
-from eurosat.errors import EuroSATError
+from eurosat.config import compose, usual_cache
+from eurosat.errors import EuroSATError, TrackingError
 from eurosat.prepare import prepare
 from eurosat.progress import STYLE
 from eurosat.unfinished import Unfinished
@@ -86,8 +86,7 @@ def environment(job: Job) -> dict[str, Any]:
 
 def home(job: Job) -> Path:
     """What this machine keeps of the sweep; another storage may have a study of the same name."""
-    cache = Path(os.environ.get("EUROSAT_CACHE") or "~/.cache/eurosat").expanduser()
-    return cache / "ray" / f"{job.study}-{job.parent.removeprefix('journal:')[:8]}"
+    return usual_cache() / "ray" / f"{job.study}-{job.parent.removeprefix('journal:')[:8]}"
 
 
 def tuner(job: Job) -> Tuner:
@@ -315,6 +314,7 @@ def _bury_the_lost(study: optuna.Study) -> None:
             study.tell(trial.number, state=TrialState.FAIL)
         elif trial.state != TrialState.FAIL:
             continue
-        reference = trial.user_attrs.get(search.RUN)
-        if reference and tracking.get(reference).status == "RUNNING":
-            tracking.fail(reference, "its processes were killed")
+        if reference := trial.user_attrs.get(search.RUN):
+            with contextlib.suppress(TrackingError):  # the server is away: its journal is kept
+                if tracking.get(reference).status == "RUNNING":
+                    tracking.fail(reference, "its processes were killed")

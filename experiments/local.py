@@ -1,5 +1,6 @@
 """The engine ``optuna``: trials in this process, or in several worker processes of this machine."""
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -44,8 +45,10 @@ def run_here(search: Search, data: Prepared, view: View, *, wait_for_others: boo
         def begun(run: tracking.Run, _: Unfinished, task: Task = task) -> None:
             search.begun(task.number, run.journal)
 
-        outcome = objective.run(search.job, task, data, report, begun)
-        search.ended(task.number, outcome)
+        def ended(outcome: Outcome, task: Task = task) -> None:
+            search.ended(task.number, outcome)
+
+        objective.run(search.job, task, data, report, begun, ended=ended)
         view.update()
 
 
@@ -127,9 +130,11 @@ def _hear(search: Search, worker: Worker, view: View) -> None:
         case ("epoch", epoch, metrics):
             worker.line.send(search.epoch(number, epoch, metrics))
             view.heard(number, metrics["val_accuracy"])
-        case Outcome() as outcome:
+        case (Outcome() as outcome,):
             worker.task = None
             search.ended(number, outcome)
+            with contextlib.suppress(ConnectionError):  # it died: the next trial will find out
+                worker.line.send("heard")  # now the worker drops the trial's state
 
 
 def _bury(search: Search, worker: Worker) -> None:
@@ -161,13 +166,20 @@ def _take_tasks(job: Job, line: Connection) -> int:
         except OSError as gone:  # the driver's end: its trials are kept for another one
             raise SystemExit(cli.TERMINATED) from gone
 
-    def ask(epoch: int, metrics: Mapping[str, float]) -> str | None:
-        say("epoch", epoch, dict(metrics))
+    def hear() -> Any:
         try:
-            answer: str | None = line.recv()
+            return line.recv()
         except (EOFError, OSError) as gone:
             raise SystemExit(cli.TERMINATED) from gone
+
+    def ask(epoch: int, metrics: Mapping[str, float]) -> str | None:
+        say("epoch", epoch, dict(metrics))
+        answer: str | None = hear()
         return answer
+
+    def ended(outcome: Outcome) -> None:
+        say(outcome)
+        hear()
 
     while True:
         try:
@@ -175,5 +187,4 @@ def _take_tasks(job: Job, line: Connection) -> int:
         except (EOFError, OSError):
             return cli.OK
         data = data or prepare(compose(job.overrides))
-        outcome = objective.run(job, task, data, ask, lambda run, _: say("begun", run.journal))
-        line.send(outcome)
+        objective.run(job, task, data, ask, lambda run, _: say("begun", run.journal), ended=ended)

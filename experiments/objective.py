@@ -69,11 +69,13 @@ def run(
     report: Report,
     begun: Callable[[tracking.Run, Unfinished], None],
     left: Path | None = None,
+    ended: Callable[[Outcome], None] = lambda _: None,
 ) -> Outcome:
     """Train one trial; one that was killed goes on where its last whole epoch ended.
 
     ``begun`` hears its run, and where its state is kept; ``left`` holds what it left on another
-    machine.
+    machine. Its state is dropped once ``ended`` has heard of the outcome: where that raises, or
+    the process is killed before, the trial is not trained again.
     """
     config = trial_config(job, task)
     label = f"trial {task.number + 1}"
@@ -91,9 +93,11 @@ def run(
                 if saved.journal:
                     tracking.end(saved.journal, "FINISHED")
                 told = saved.concluded
-                return Outcome(
+                outcome = Outcome(
                     state="complete", values=tuple(told["values"]), run_id=told["run_id"]
                 )
+                ended(outcome)
+                return outcome
             try:
                 with tracking.run(
                     config.experiment, label, parent=job.parent, journal=saved.begin(),
@@ -104,16 +108,18 @@ def run(
                     values = _trained(job, config, data, opened, saved, report, label)
                     run_id = opened.run_id
                     saved.conclude({"values": values, "run_id": run_id})
+                outcome = Outcome(state="complete", values=values, run_id=run_id)
             except (Stopped, NonFiniteLoss) as error:
-                ended = error  # and its state is not kept
-            else:
-                return Outcome(state="complete", values=values, run_id=run_id)
+                log.info("%s: %s", label, error)
+                state: Literal["pruned", "fail"] = "fail"
+                if isinstance(error, Stopped):
+                    state = "pruned"
+                outcome = Outcome(state=state, run_id=run_id)
+            ended(outcome)
+            return outcome
     except BaseException:
         log.info("%s: interrupted; its state is kept", label)
         raise
-    log.info("%s: %s", label, ended)
-    state: Literal["pruned", "fail"] = "pruned" if isinstance(ended, Stopped) else "fail"
-    return Outcome(state=state, run_id=run_id)
 
 
 def _trained(

@@ -32,8 +32,10 @@ BEAT_S, STALE_S = 15, 60
 BUSY_S = 60
 """One writer of an SQLite file waits so long for another."""
 JOB, FROM = "job", "from_study"
-OWNER, SEEN = "owner", "seen"
+OWNER, SEEN, SPENT = "owner", "seen", "spent_s"
 RUN, DRIVER, RETRIES = "run", "driver", "retries"
+RELEASED = "released"
+"""In the place of a driver that has ended in an orderly way, by Ctrl-C or SIGTERM."""
 ANEW = ("trials", "workers", "minutes", "target", "refit", "register")
 ANEW_ON_RAY = ("refit", "register", "ray_address")
 """What a continued sweep may be told otherwise than it began with; Ray keeps the rest itself."""
@@ -59,8 +61,9 @@ def storage(url: str, *, beats: bool = True) -> "optuna.storages.RDBStorage":
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MOST_RETRIES),
             )  # fmt: skip
     except (SQLAlchemyError, ImportError) as error:
+        why = tracking.without_password(str(error).splitlines()[0])
         raise ConfigError(
-            f"storage={url} cannot be used ({str(error).splitlines()[0]}): "
+            f"storage={tracking.without_password(url)} cannot be used ({why}): "
             "give a URL such as sqlite:///optuna.db"
         ) from error
 
@@ -73,7 +76,7 @@ def create(job: Job, search: spaces.Space, recipe: Mapping[str, Any]) -> "optuna
     """
     import optuna
 
-    kept = storage(job.sweep.storage)
+    kept, where = storage(job.sweep.storage), tracking.without_password(job.sweep.storage)
     earlier = _earlier(kept, job.sweep, search)
     try:
         study = optuna.create_study(
@@ -85,10 +88,11 @@ def create(job: Job, search: spaces.Space, recipe: Mapping[str, Any]) -> "optuna
         )
     except optuna.exceptions.DuplicatedStudyError as error:
         raise ConfigError(
-            f"study {job.study!r} is already in {job.sweep.storage}: give another study=NAME, or "
+            f"study {job.study!r} is already in {where}: give another study=NAME, or "
             f"go on with it by resume={job.study}"
         ) from error
-    study.set_user_attr(JOB, json.dumps(dataclasses.asdict(job)))
+    told = dataclasses.replace(job, sweep=dataclasses.replace(job.sweep, storage=where))
+    study.set_user_attr(JOB, json.dumps(dataclasses.asdict(told)))
     for one in earlier:
         study.add_trial(one)
     study.enqueue_trial(spaces.inside(recipe, search))
@@ -108,7 +112,8 @@ def load(name: str, settings: SweepConfig, given: Collection[str]) -> tuple["opt
         held = optuna.load_study(study_name=name, storage=kept).user_attrs.get(JOB)
     except KeyError as error:
         known = ", ".join(optuna.get_all_study_names(kept)) or "none"
-        raise ConfigError(f"{settings.storage} has no study {name!r}; it has {known}") from error
+        where = tracking.without_password(settings.storage)
+        raise ConfigError(f"{where} has no study {name!r}; it has {known}") from error
     if held is None:
         raise ConfigError(f"study {name!r} was not made by a sweep: it cannot be continued")
     told = json.loads(held)
@@ -146,6 +151,8 @@ def sampler(settings: SweepConfig, beyond: int = 0) -> "optuna.samplers.BaseSamp
     if kind is optuna.samplers.TPESampler:
         wanted["n_startup_trials"] = min(10, max(2, settings.trials // 3))
         wanted["constant_liar"] = settings.workers > 1
+    if "population_size" in inspect.signature(kind).parameters:  # optuna's 50 would stay random
+        wanted["population_size"] = min(50, max(4, settings.trials // 4))
     taken = inspect.signature(kind).parameters
     try:
         made: optuna.samplers.BaseSampler = kind(**{k: v for k, v in wanted.items() if k in taken})
@@ -186,6 +193,18 @@ def unfinished(study: "optuna.Study", job: Job) -> bool:
     )
 
 
+def is_over(study: "optuna.Study", job: Job, spent_s: float | None = None) -> str | None:
+    """Why no further trial begins, apart from their number; ``spent_s`` as far as is known."""
+    sweep, top = job.sweep, best(study)
+    if spent_s is None:
+        spent_s = float(study.user_attrs.get(SPENT, 0))
+    if sweep.minutes and spent_s > 60 * sweep.minutes:
+        return f"its {sweep.minutes:g} minutes are over"
+    if sweep.target and top and top.values[0] >= sweep.target:
+        return f"trial {top.number + 1} reached {top.values[0]:.4f}"
+    return None
+
+
 def _takes_up(trial: "optuna.trial.FrozenTrial") -> bool:
     """Whether the trial repeats one that another driver lost."""
     from optuna.storages import RetryHeartbeatStaleTrialCallback
@@ -211,13 +230,15 @@ class Search:
     def __init__(self, job: Job, study: "optuna.Study", threads: int = 0) -> None:
         self.job, self._study, self._threads = job, study, threads
         self._space = spaces.load(job.sweep.space)
-        self._began = time.monotonic()
+        self._began, self._spent_s = time.monotonic(), float(study.user_attrs.get(SPENT, 0))
         self._running: dict[int, optuna.Trial] = {}
         self._again: list[optuna.Trial] = []
         self._take_up()
 
     def next(self) -> Task | None:
         """What to try now, or None where there is nothing (left) to begin."""
+        while self._again and self._has_ended(self._again[0]):
+            self._again.pop(0)  # another driver was quicker
         if self._again:
             trial = self._again.pop(0)
         elif self.over() or self._planned() <= len(own_trials(self._study)):
@@ -225,9 +246,10 @@ class Search:
         else:
             with _quietly():
                 trial = self._study.ask()
-            if lost := trial.user_attrs.get(RUN):  # of another machine, taken up again here
+            lost = trial.user_attrs.get(RUN)
+            trial.set_user_attr(DRIVER, me())
+            if lost:  # of another machine, taken up again here
                 tracking.fail(lost, "its driver was lost")
-        trial.set_user_attr(DRIVER, me())
         self._running[trial.number] = trial
         self._beat(trial)
         return Task(
@@ -239,15 +261,12 @@ class Search:
 
     def over(self) -> str | None:
         """Why no further trial begins, apart from their number."""
-        sweep, top = self.job.sweep, best(self._study)
-        if sweep.minutes and time.monotonic() - self._began > 60 * sweep.minutes:
-            return f"its {sweep.minutes:g} minutes are over"
-        if sweep.target and top and top.values[0] >= sweep.target:
-            return f"trial {top.number + 1} reached {top.values[0]:.4f}"
-        return None
+        spent_s = self._spent_s + time.monotonic() - self._began
+        return is_over(self._study, self.job, spent_s)
 
     def begun(self, number: int, run: str) -> None:
-        self._running[number].set_user_attr(RUN, run)
+        if not self._is_taken(number):
+            self._running[number].set_user_attr(RUN, run)
 
     def epoch(self, number: int, epoch: int, metrics: Mapping[str, float]) -> str | None:
         """Why the trial is to stop, or None."""
@@ -279,13 +298,23 @@ class Search:
 
     def _is_taken(self, number: int) -> bool:
         """Whether the trial ended without us: we were silent for too long."""
-        trial = self._running[number]
+        return self._has_ended(self._running[number])
+
+    def _has_ended(self, trial: "optuna.Trial") -> bool:
         return bool(trial.storage.get_trial(trial._trial_id).state.is_finished())
 
     def died(self, number: int, why: str) -> None:
         """A trial's process is gone: it is taken up again, at most MOST_RETRIES times."""
+        taken = self._is_taken(number)
         trial = self._running.pop(number)
-        self._retry(trial, why)
+        if not taken:
+            self._retry(trial, why)
+
+    def release(self) -> None:
+        """End in an orderly way: who takes up what is left here does not count it as a retry."""
+        for trial in [*self._running.values(), *self._again]:
+            if not self._has_ended(trial):
+                trial.set_user_attr(DRIVER, RELEASED)
 
     def _retry(self, trial: "optuna.Trial", why: str) -> None:
         from optuna.trial import TrialState
@@ -294,6 +323,7 @@ class Search:
         if retries <= MOST_RETRIES:
             log.warning("trial %d: %s; it is taken up again", trial.number + 1, why)
             trial.set_user_attr(RETRIES, retries)
+            trial.set_user_attr(DRIVER, me())  # it waits here, and for nobody else
             self._again.append(trial)
             return
         log.warning("trial %d: %s, %d times now: it failed", trial.number + 1, why, retries)
@@ -307,8 +337,14 @@ class Search:
         from optuna.trial import TrialState
 
         for frozen in own_trials(self._study):
-            if frozen.state == TrialState.RUNNING and is_gone(frozen.user_attrs.get(DRIVER)):
-                trial = optuna.Trial(self._study, frozen._trial_id)
+            if frozen.state != TrialState.RUNNING:
+                continue
+            driver = frozen.user_attrs.get(DRIVER)
+            trial = optuna.Trial(self._study, frozen._trial_id)
+            if driver == RELEASED:
+                trial.set_user_attr(DRIVER, me())
+                self._again.append(trial)
+            elif is_gone(driver) if driver else _age_s(frozen) > STALE_S:
                 self._retry(trial, "its driver was killed")
 
     def _planned(self) -> int:
@@ -347,14 +383,20 @@ def owned(study: "optuna.Study") -> Iterator[None]:
     """Within, this driver is the one that concludes the study; others may help with its trials."""
     from optuna.exceptions import StorageInternalError
 
+    began, spent_s = time.monotonic(), float(study.user_attrs.get(SPENT, 0))
+
     def beat() -> None:
         with contextlib.suppress(StorageInternalError):
             study.set_user_attr(SEEN, time.time())
+            study.set_user_attr(SPENT, spent_s + time.monotonic() - began)
 
     study.set_user_attr(OWNER, me())
     beat()
-    with _every(BEAT_S, beat):
-        yield
+    try:
+        with _every(BEAT_S, beat):
+            yield
+    finally:
+        beat()
 
 
 def is_owned(study: "optuna.Study") -> bool:
@@ -400,17 +442,22 @@ def me() -> str:
     return json.dumps([socket.gethostname(), os.getpid(), psutil.Process().create_time()])
 
 
-def is_gone(driver: str | None) -> bool:
+def _age_s(trial: "optuna.trial.FrozenTrial") -> float:
+    begun = trial.datetime_start
+    return time.time() - begun.timestamp() if begun else 0.0
+
+
+def is_gone(driver: str) -> bool:
     """Whether a driver of this machine has ended; of other machines only heartbeats tell."""
     import psutil
 
-    if driver is None:
-        return True
     host, pid, born = json.loads(driver)
     if host != socket.gethostname():
         return False
     try:
-        return bool(abs(psutil.Process(pid).create_time() - born) > 1)
+        process = psutil.Process(pid)
+        dead = process.status() == psutil.STATUS_ZOMBIE  # and nobody has asked for its exit code
+        return bool(dead or abs(process.create_time() - born) > 1)
     except psutil.NoSuchProcess:
         return True
 

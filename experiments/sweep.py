@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REFITTED = "sweep.refitted_trial"
+"""Tag of the parent: the trial whose configuration was trained in full."""
+
 USAGE = """
 usage: python -m experiments.sweep [key=value ...]
 
@@ -61,7 +64,8 @@ def sweep(settings: SweepConfig, overrides: tuple[str, ...], parent: tracking.Ru
     space = spaces.load(settings.space)
     compose([*overrides, *as_overrides({key: spaces.edge(one) for key, one in space.items()})])
     parent.set_tags({**data.tags, "kind": "sweep", "config.digest": config.digest})
-    parent.log_params({"sweep": asdict(settings)})
+    told = asdict(settings) | {"storage": tracking.without_password(settings.storage)}
+    parent.log_params({"sweep": told})
     parent.log_params(config.as_dict())
     name = settings.study or f"sweep-{parent.run_id.removeprefix('journal:')}"
     job = Job(sweep=settings, study=name, overrides=overrides, parent=parent.journal)
@@ -80,10 +84,13 @@ def run_trials(job: Job, study: "optuna.Study", data: Prepared, *, owner: bool) 
     search = Search(job, study, threads)
     view = View(study, job)
     with search.alive(), view.shown():
-        if job.sweep.workers == 1:
-            local.run_here(search, data, view, wait_for_others=owner)
-        else:
-            local.run_in_workers(search, view, wait_for_others=owner)
+        try:
+            if job.sweep.workers == 1:
+                local.run_here(search, data, view, wait_for_others=owner)
+            else:
+                local.run_in_workers(search, view, wait_for_others=owner)
+        finally:
+            search.release()
     if why := search.over():
         log.info("sweep: %s", why)
     return None
@@ -102,6 +109,11 @@ def _refitted(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.
     top = searches.best(study)
     assert top is not None
     best = compose([*job.overrides, *as_overrides(top.params)])
+    number = str(top.number)
+    if parent.tag(REFITTED) == number and (held := parent.tag(tracking.BEST_RUN)):
+        log.info("the best, trial %d, is refitted already: run %s", top.number + 1, held)
+        _register(job, held)
+        return held
     log.info("refitting the best in full: %s", top.params)
     tags = {"kind": "refit", "study": job.study, "trial.number": top.number}
     place = {**data.fingerprints, "study": job.study, "trial": "refit"}
@@ -114,14 +126,19 @@ def _refitted(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.
         ) as run,
     ):  # fmt: skip
         tested = train.train(best, data, run, saved=saved)
-    parent.set_tags({tracking.BEST_RUN: run.run_id})
     parent.log_metrics(tested)
+    parent.set_tags({tracking.BEST_RUN: run.run_id, REFITTED: number})
     print(train.summary(tested))
-    if job.sweep.register:
-        command = [sys.executable, "-m", "registry.register", run.run_id]
-        if subprocess.run(command).returncode:
-            raise EuroSATError(f"run {run.run_id} was not registered: see above")
+    _register(job, run.run_id)
     return run.run_id
+
+
+def _register(job: Job, run_id: str) -> None:
+    """Make it a version of the model, where the sweep was asked to."""
+    if job.sweep.register:
+        command = [sys.executable, "-m", "registry.register", run_id]
+        if subprocess.run(command).returncode:
+            raise EuroSATError(f"run {run_id} was not registered: see above")
 
 
 def _conclude(study: "optuna.Study", parent: tracking.Run) -> None:
@@ -186,7 +203,8 @@ def resume(settings: SweepConfig, given: set[str], rest: Sequence[str]) -> int:
     study, job = searches.load(str(settings.resume), settings, given)
     config = compose(job.overrides)
     data = prepare(config)
-    if not searches.unfinished(study, job) and is_concluded(job.parent):
+    reached = not given & {"trials", "minutes", "target"} and searches.is_over(study, job)
+    if (reached or not searches.unfinished(study, job)) and is_concluded(job.parent):
         print(f"study {job.study} is complete; trials=N asks for more")
         return tell(job.parent, None)
     if searches.is_owned(study):

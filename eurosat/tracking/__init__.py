@@ -30,6 +30,7 @@ from eurosat.tracking.store import (
     latest_run,
     resolve_run,
     server,
+    without_password,
 )
 
 __all__ = [
@@ -56,4 +57,5 @@ __all__ = [
     "run",
     "server",
     "user",
+    "without_password",
 ]

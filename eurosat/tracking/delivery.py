@@ -30,6 +30,8 @@ START_S = 5.0
 """A run waits so long for the server at its start, and then begins without it."""
 PATIENCE_S = 20.0
 """At the end a run waits for as long as the server gets on; and then so long for nothing."""
+SLOWEST = 250_000
+"""Bytes a second, there and back: a file that is on its way for as long as that is no fault."""
 SHOWN_AFTER_S = 2.0
 
 
@@ -38,6 +40,8 @@ class Delivery:
 
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
         self._journal, self._client = journal, client
+        self.patient_until = 0.0
+        """Until then a file may be on its way, on the clock of `time.monotonic`."""
 
     def step(self) -> bool:
         """Send what is next; False where nothing waits. May be repeated after any exception.
@@ -63,8 +67,7 @@ class Delivery:
             self._send(entries)
             self._journal.delivered(entries[-1].seq)
         elif file := self._journal.next_file():
-            self._upload(file)
-            self._journal.file_sent(file.seq)
+            self._send_file(file)
         elif self._journal.waiting().status:
             self._end()
         else:
@@ -149,6 +152,21 @@ class Delivery:
             log.warning("the server refuses %s %s: %s", entries[0].kind, entries[0].name, why)
             self._journal.refused(entries[0].seq, why)
 
+    def _send_file(self, file: KeptFile) -> None:
+        self.patient_until = time.monotonic() + file.size / SLOWEST
+        try:
+            self._upload(file)
+        except Exception as error:
+            if not _is_bad_request(error) or self._is_lost(error):
+                raise
+            why = store.first_line(error)
+            log.warning("the server refuses the artifact %s: %s", file.path, why)
+            self._journal.file_refused(file.seq, why)
+        else:
+            self._journal.file_sent(file.seq)
+        finally:
+            self.patient_until = 0.0
+
     def _upload(self, file: KeptFile) -> None:
         folder = str(Path(file.path).parent)
         self._client.log_artifact(self._run_id, str(file.local), None if folder == "." else folder)
@@ -178,6 +196,8 @@ class Delivery:
 
         run_id = self._journal.run_id
         if run_id is None or self._journal.about("attached"):
+            return False
+        if not isinstance(error, MlflowException):
             return False
         if error.error_code not in store.ABSENT:
             return False
@@ -225,9 +245,10 @@ class Sender:
             if now - started > SHOWN_AFTER_S and not shown:
                 shown = True
                 log.info("sending to the tracking server: %s", self._journal.waiting())
-            if now - moved > PATIENCE_S:
+            if now - moved > PATIENCE_S and now > self._delivery.patient_until:
                 self._given_up = True
                 self._hurry.set()
+                self._thread.join(1)  # unless a request hangs
                 return False
         self._thread.join()
         return True
@@ -298,5 +319,10 @@ def _id_in(reference: str) -> str:
 
 def _is_bad_request(error: Any) -> bool:
     """Whether the fault is in what was sent, so that sending it again is in vain."""
-    too_large = "error code 413" in str(error)  # MLflow knows no code of its own for it
-    return error.get_http_status_code() == 400 or too_large
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        too_large = "error code 413" in str(error)  # MLflow knows no code of its own for it
+        return error.get_http_status_code() == 400 or too_large
+    answer = getattr(error, "response", None)  # artifacts raise what requests raises
+    return getattr(answer, "status_code", None) in (400, 413, 414)

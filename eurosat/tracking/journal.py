@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 FULL_S = 1.0
 """Between two attempts to write to a disk that is full."""
 DATABASE, FILES, LOCK = "journal.db", "files", "lock"
+ENDED_WHY = ("killed.why", "failed.why")
+"""Tags that tell why a run has ended, until it goes on."""
 PREFIX = "journal:"
 """Before a journal's id, where a run has no id of a server yet."""
 
@@ -42,7 +44,8 @@ CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL,
     name TEXT NOT NULL, value, time INTEGER, step INTEGER, refused TEXT);
 CREATE INDEX named ON entries (name) WHERE kind <> 'metric';
 CREATE TABLE files (seq INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT UNIQUE NOT NULL,
-    sha256 TEXT NOT NULL, size INTEGER NOT NULL, sent INTEGER NOT NULL DEFAULT 0);
+    folder TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL,
+    sent INTEGER NOT NULL DEFAULT 0, refused TEXT);
 """
 
 
@@ -125,7 +128,7 @@ class Journal:
             TrackingError: the folder cannot be written.
         """
         identity = identity or uuid.uuid4().hex
-        directory, making = root() / identity, root() / f".{identity}"
+        directory, making = root() / identity, root() / f".{identity}-{uuid.uuid4().hex}"
         with _explained(directory):
             making.mkdir(parents=True, mode=0o700)
             connection = sqlite3.connect(making / DATABASE)
@@ -142,7 +145,7 @@ class Journal:
         made.note(start_ms=str(now_ms()), **about)
         return made
 
-    def hold(self) -> bool:
+    def hold(self, wait_s: float = 0) -> bool:
         """Take its lock until `close`, or until this process ends; False if another has it.
 
         Its holder is the one that writes the run, or delivers what a dead one left.
@@ -152,7 +155,7 @@ class Journal:
         if self._held is None:
             lock = _lock(self.directory)
             try:
-                lock.acquire()
+                lock.acquire(timeout=wait_s)
             except Timeout:
                 return False
             self._held = lock
@@ -217,19 +220,20 @@ class Journal:
 
     def keep(self, source: Path | bytes, path: str) -> None:
         """Copy a file, or write its content, to be sent as the artifact ``path``."""
+        folder = uuid.uuid4().hex
+        local = self._local(folder, path)
         with _explained(self.directory):
-            coming = self.directory / FILES / f"new-{uuid.uuid4().hex}"
-            coming.mkdir(parents=True)
-            digest, size = _copied(source, coming / Path(path).name)
+            local.parent.mkdir(parents=True)
+            digest, size = _copied(source, local)
             with self._lock, self._connection:
-                replaced = self._one("SELECT seq FROM files WHERE path = ?", path)
+                replaced = self._one("SELECT folder FROM files WHERE path = ?", path)
                 self._connection.execute("DELETE FROM files WHERE path = ?", (path,))
-                cursor = self._connection.execute(
-                    "INSERT INTO files (path, sha256, size) VALUES (?, ?, ?)", (path, digest, size)
+                self._connection.execute(
+                    "INSERT INTO files (path, folder, sha256, size) VALUES (?, ?, ?, ?)",
+                    (path, folder, digest, size),
                 )
-                coming.rename(self._local(int(cursor.lastrowid or 0), path).parent)
             if replaced is not None:
-                shutil.rmtree(self.directory / FILES / str(replaced), ignore_errors=True)
+                shutil.rmtree(self.directory / FILES / replaced, ignore_errors=True)
 
     def end(self, status: Status) -> None:
         """The last word of the run: FAILED where metrics still wait for room on the disk.
@@ -254,6 +258,9 @@ class Journal:
                 "SELECT name, step, value FROM entries WHERE kind = 'metric'"
             ).fetchall()
         self._repeated = set(rows)
+        for name in ENDED_WHY:
+            if why := self.tag(name):
+                self.set_tags({name: f"{why}; then continued"})
         self.note(status=None, end_ms=None, status_sent=None, opened=None)
 
     def settle(self, mode: Literal["FULL", "PASSIVE"] = "FULL") -> None:
@@ -318,18 +325,24 @@ class Journal:
     def next_file(self) -> KeptFile | None:
         with self._lock:
             row = self._connection.execute(
-                "SELECT seq, path, sha256, size FROM files WHERE sent = 0 ORDER BY seq LIMIT 1"
+                "SELECT seq, path, folder, sha256, size FROM files "
+                "WHERE sent = 0 AND refused IS NULL ORDER BY seq LIMIT 1"
             ).fetchone()
         if row is None:
             return None
-        seq, path, sha256, size = row
+        seq, path, folder, sha256, size = row
         return KeptFile(
-            seq=seq, path=path, sha256=sha256, size=size, local=self._local(seq, path)
+            seq=seq, path=path, sha256=sha256, size=size, local=self._local(folder, path)
         )  # fmt: skip
 
     def file_sent(self, seq: int) -> None:
         with self._lock, self._connection:
             self._connection.execute("UPDATE files SET sent = 1 WHERE seq = ?", (seq,))
+
+    def file_refused(self, seq: int, why: str) -> None:
+        """The server will never take this file; it is kept here with the reason."""
+        with self._lock, self._connection:
+            self._connection.execute("UPDATE files SET refused = ? WHERE seq = ?", (why, seq))
 
     def start_over(self) -> None:
         """The server has lost the run: all of it waits again."""
@@ -342,7 +355,8 @@ class Journal:
             count = "SELECT count(*) FROM entries WHERE seq > ? AND refused IS NULL"
             entries = self._connection.execute(count, (self._sent(),)).fetchone()[0]
             files, size = self._connection.execute(
-                "SELECT count(*), coalesce(sum(size), 0) FROM files WHERE sent = 0"
+                "SELECT count(*), coalesce(sum(size), 0) FROM files "
+                "WHERE sent = 0 AND refused IS NULL"
             ).fetchone()
         ended = self.about("status") is not None and self.about("status_sent") is None
         return Waiting(entries=entries, files=files, bytes=size, status=ended)
@@ -350,7 +364,8 @@ class Journal:
     def refusals(self) -> list[str]:
         with self._lock:
             rows = self._connection.execute(
-                "SELECT kind, name, refused FROM entries WHERE refused IS NOT NULL ORDER BY seq"
+                "SELECT kind, name, refused FROM entries WHERE refused IS NOT NULL "
+                "UNION ALL SELECT 'artifact', path, refused FROM files WHERE refused IS NOT NULL"
             ).fetchall()
         return [f"{kind} {name}: {why}" for kind, name, why in rows]
 
@@ -381,8 +396,8 @@ class Journal:
     def _sent(self) -> int:
         return int(self._one("SELECT value FROM about WHERE name = 'sent'") or 0)
 
-    def _local(self, seq: int, path: str) -> Path:
-        return self.directory / FILES / str(seq) / Path(path).name
+    def _local(self, folder: str, path: str) -> Path:
+        return self.directory / FILES / folder / Path(path).name
 
 
 def now_ms() -> int:

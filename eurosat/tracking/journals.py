@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 def all_journals() -> Iterator[Path]:
     """The folders of the journals here, the oldest first."""
     if root().is_dir():
-        found = [path.parent for path in root().glob(f"*/{DATABASE}")]
+        found = [path.parent for path in root().glob(f"[!.]*/{DATABASE}")]
         yield from sorted(found, key=lambda folder: (_started(folder), folder.name))
 
 
@@ -33,11 +34,16 @@ def find(reference: str) -> Path | None:
 
 
 def forget_old() -> None:
-    """Remove the journals that wait for nothing and that nobody came back for."""
+    """Remove the journals that wait for nothing and that nobody came back for.
+
+    And what a process left that was killed while it made one.
+    """
+    for unmade in root().glob(f".*/{DATABASE}"):
+        if _is_old(unmade.parent):
+            shutil.rmtree(unmade.parent, ignore_errors=True)
     for directory in list(all_journals()):
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            if time.time() - directory.stat().st_mtime < KEPT_DAYS * 86400:
-                continue
+        if not _is_old(directory):
+            continue
         if (old := opened(directory)) is None:
             continue
         told = old.about("status") is not None or old.about("attached") is not None
@@ -57,6 +63,12 @@ def opened(directory: Path) -> Journal | None:
             log.warning("the journal %s cannot be read: %s", directory, error)
         return None
     return journal
+
+
+def _is_old(directory: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+        return time.time() - directory.stat().st_mtime > KEPT_DAYS * 86400
+    return False
 
 
 def _started(directory: Path) -> int:

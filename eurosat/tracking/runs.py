@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SYNC_S = 60.0
+"""A run that is to go on waits so long for a `sync` that sends its journal at this moment."""
 NOT_IN_NAMES = re.compile(r"[^/\w.\- :]")
 """What MLflow refuses in the name of a metric."""
 
@@ -49,6 +51,11 @@ class Run:
     def journal(self) -> str:
         """By which `run` continues it, and readers find it on any server: ``journal:ID``."""
         return PREFIX + self._journal.id
+
+    @property
+    def age_s(self) -> float:
+        """Since it was begun, by whichever process."""
+        return (now_ms() - int(self._journal.about("start_ms") or now_ms())) / 1000
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
         """Log metrics with the present time.
@@ -188,7 +195,7 @@ def run(
         opened.wait_for_start()
         own = {"code.commit": code_commit(), "mlflow.user": user(), "mlflow.source.name": _verb()}
         opened.set_tags(own | dict(tags or {}))
-        sampler = SystemMetrics(opened.log_metrics) if system_metrics else None
+        sampler = SystemMetrics(opened.log_metrics, opened.age_s) if system_metrics else None
         yield opened
         status = "FINISHED"
     except BaseException as error:
@@ -313,7 +320,7 @@ def _journal(
                 server=store.server(), experiment=experiment, run_name=name, run_id=run_id,
             )  # fmt: skip
         continued = Journal(directory)
-        if not continued.hold():
+        if not continued.hold(SYNC_S):
             continued.close()
             raise TrackingError(f"another process writes the journal {directory}")
         continued.reopen()

@@ -17,7 +17,8 @@ LogMetrics = Callable[[Mapping[str, float], int], None]
 class SystemMetrics:
     """Samples MLflow's own collectors, but logs through the run like everything else."""
 
-    def __init__(self, log_metrics: LogMetrics) -> None:
+    def __init__(self, log_metrics: LogMetrics, age_s: float = 0) -> None:
+        """``age_s`` is the run's: steps go on where a process that was killed has stopped."""
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -28,7 +29,7 @@ class SystemMetrics:
         with contextlib.suppress(Exception):  # no NVIDIA card or no pynvml: nothing to sample
             self._collectors.append(GPUMonitor())
         self._stopped = threading.Event()
-        self._step = 0
+        self._step = int(age_s / SYSTEM_S)
         self._thread = threading.Thread(target=self._loop, name="system-metrics", daemon=True)
         self._thread.start()
 

@@ -14,6 +14,7 @@ from eurosat.pack import Pack, open_pack
 from eurosat.prepare import Prepared
 from eurosat.split import make_split
 from tests.offline import sitecustomize
+from tests.postgres import initdb, running
 
 OFFLINE = str(Path(__file__).parent / "offline")
 TINY = (
@@ -97,6 +98,16 @@ def eurosat_root() -> Path:
     if not root:
         pytest.skip("EUROSAT_ROOT is not set: the real tiles are not here")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A PostgreSQL; a test that asks for it is skipped where it is not installed."""
+    program = initdb()
+    if program is None:
+        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    with running(program) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -44,10 +44,11 @@ def trials(folder: Path, study: str = "s") -> list[optuna.trial.FrozenTrial]:
         return []
 
 
-def until(condition: Callable[[], object], process: "subprocess.Popen[str]") -> None:
+def until(condition: Callable[[], object], process: "subprocess.Popen[str] | None") -> None:
+    """Wait for it, as long as ``process`` lives."""
     deadline = time.monotonic() + 180
     while not condition():
-        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert process is None or process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline, "it did not come to pass"
         time.sleep(0.05)
 

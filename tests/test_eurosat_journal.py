@@ -1,5 +1,6 @@
 """Runs through every mood of a real tracking server: nothing is lost, and nothing comes twice."""
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
@@ -23,18 +25,30 @@ from eurosat import cli, tracking
 from eurosat.errors import TrackingError
 from eurosat.tracking import __main__ as verbs
 from eurosat.tracking import delivery, journals, store
-from eurosat.tracking.journal import now_ms
+from eurosat.tracking.journal import Journal, now_ms
 from tests.conftest import TINY
+from tests.postgres import create
 
 STEPS = 400
 
 
-@pytest.fixture(scope="module")
-def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+ON_POSTGRES = pytest.param("postgres", marks=[pytest.mark.postgres, pytest.mark.slow])
+
+
+@pytest.fixture(scope="module", params=["sqlite", ON_POSTGRES])
+def ports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[list[int]]:
     """Two servers; the second one's disk is empty."""
+    backends: list[str | None] = [None, None]
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres")
+        backends = [create(url, name) for name in ("first", "second")]
     with ExitStack() as stack:
-        folders = [tmp_path_factory.mktemp("server"), tmp_path_factory.mktemp("server")]
-        yield [stack.enter_context(mlflow_server(folder)) for folder in folders]
+        yield [
+            stack.enter_context(mlflow_server(tmp_path_factory.mktemp("server"), backend))
+            for backend in backends
+        ]
 
 
 @pytest.fixture
@@ -321,6 +335,74 @@ def test_an_entry_that_the_server_refuses_does_not_hold_back_the_others(
     check_all(server, only(server, experiment), tmp_path)
     assert "the tracking server refused 1 entries" in caplog.text
     assert run._journal.directory.exists(), "it is kept with the reason"
+
+
+def test_a_file_that_the_server_refuses_does_not_hold_back_the_others(
+    server: Proxy, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.status = lambda _, method, path: (
+        413 if (method, "huge" in path) == ("PUT", True) else None
+    )
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        run.log_text("x", "huge.bin")
+        log_all(run, tmp_path)
+    check_all(server, only(server, experiment), tmp_path)
+    assert "the server refuses the artifact huge.bin" in caplog.text
+    assert run._journal.directory.exists(), "it is kept with the reason"
+    assert verbs.main(["status"]) == cli.OK, "nothing waits"
+
+
+class Killed(Exception):
+    """Where a process might have been killed."""
+
+
+@pytest.mark.parametrize("word", ["note", "file_sent"])
+def test_a_delivery_cut_before_the_journal_hears_of_it_sends_nothing_twice(
+    server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    """Each word to the journal is cut off once: of the run, of each batch, file and status."""
+    server.away = True
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        log_all(run, tmp_path)
+    server.away = False
+    [directory] = journals.all_journals()
+    real, calls = getattr(Journal, word), 0
+
+    def cut(self: Journal, *args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 2:
+            raise Killed
+        real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Journal, word, cut)
+    journal, whole = Journal(directory), False
+    while not whole:
+        carried = delivery.Delivery(journal, store.client())
+        with contextlib.suppress(Killed):
+            while carried.step():
+                pass
+            whole = True
+    journal.close()
+    assert calls >= 4
+    check_all(server, only(server, experiment), tmp_path)
+
+
+def test_a_journal_that_is_not_made_yet_is_none(
+    server: Proxy, experiment: str, tmp_path: Path
+) -> None:
+    server.away = True
+    with tracking.run(experiment, "r", system_metrics=False):
+        pass
+    [directory] = journals.all_journals()
+    unmade = directory.rename(directory.with_name(f".{directory.name}-1"))
+    assert not list(journals.all_journals())
+    assert verbs.main(["status"]) == cli.OK
+    journals.forget_old()
+    assert unmade.exists(), "its process may be at it"
+    os.utime(unmade, (0, 0))
+    journals.forget_old()
+    assert not unmade.exists()
 
 
 def test_a_child_waits_for_its_parent_to_be_on_the_server(

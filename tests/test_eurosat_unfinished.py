@@ -19,6 +19,8 @@ import torch
 from eurosat import cli, tracking, train
 from eurosat.config import TrainConfig, compose
 from eurosat.errors import ModelError
+from eurosat.fit import fit
+from eurosat.prepare import Prepared
 from eurosat.unfinished import claim
 from eurosat.weights import find
 from tests.conftest import TINY
@@ -171,6 +173,49 @@ def test_a_second_training_beside_a_living_one_has_a_place_of_its_own(
 def test_a_training_killed_five_times_ends_as_if_it_never_was(tmp_path: Path) -> None:
     settings = ["trainer.epochs=16", "trainer.patience=15", "augment.cutmix=0.5", "optim.ema=0.9"]
     check_killed_training([*TINY, *settings], tmp_path, epoch_s=0.5)
+
+
+class Cut(Exception):
+    """What ends a training in the middle."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["optim.name=adamw", "optim.lr=1e-3", "optim.layer_decay=0.7", "optim.freeze_epochs=1"],
+        ["trainer.precision=bf16", "augment.mixup=0.5", "augment.colour=0.2", "optim.ema=0"],
+        ["trainer.epochs=30", "trainer.patience=2", "model.drop_rate=0.3", "optim.ema=0"],
+        ["trainer.passes=2", "optim.label_smoothing=0.1", "optim.clip_norm=1"],
+    ],
+)
+@pytest.mark.usefixtures("tracking_store")
+def test_whatever_the_settings_a_training_cut_after_an_epoch_ends_as_if_it_never_was(
+    tiny_data: Prepared, settings: list[str]
+) -> None:
+    """Optimisers, frozen stages, mixing, dropout, precision, the count of early stopping."""
+    config = compose([*TINY, "trainer.epochs=5", *settings])
+
+    def cut(epoch: int, _: object) -> None:
+        if epoch == 1:
+            raise Cut
+
+    with tracking.run("e", "whole", system_metrics=False) as run:
+        whole = fit(config, tiny_data, run)
+    with pytest.raises(Cut), claim(config, tiny_data.fingerprints) as saved:
+        journal = saved.begin()
+        with tracking.run("e", "cut", journal=journal, system_metrics=False) as run:
+            fit(config, tiny_data, run, cut, saved)
+    with (
+        claim(config, tiny_data.fingerprints) as saved,
+        tracking.run("e", "cut", resume=saved.journal, system_metrics=False) as run,
+    ):
+        continued = fit(config, tiny_data, run, None, saved)
+    assert 2 < len(whole.history) < 30, "those of thirty epochs stopped early"
+    assert [row["val_loss"] for row in continued.history] == [
+        row["val_loss"] for row in whole.history
+    ]
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(continued.network.state_dict()[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -1,10 +1,14 @@
 """A sweep: one parent, a child per trial with its true status, the best refitted in full."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psutil
@@ -17,7 +21,7 @@ from eurosat.config import CONF, TrainConfig, compose
 from eurosat.errors import ConfigError, EuroSATError
 from eurosat.prepare import Prepared
 from eurosat.unfinished import Unfinished, claim
-from experiments import objective, space, sweep
+from experiments import objective, search, space, sweep
 from experiments.objective import Job, Outcome, Task
 from experiments.search import Search, create
 from experiments.settings import SweepConfig
@@ -244,6 +248,71 @@ def test_a_trial_is_given_up_after_two_retries(tmp_path: Path) -> None:
     assert study.trials[0].state.name == "FAIL"
 
 
+def searching(folder: Path, **settings: Any) -> tuple[Job, optuna.Study]:
+    made = SweepConfig(study="s", storage=f"sqlite:///{folder}/study.db", **settings)
+    job = Job(sweep=made, study="s", overrides=(), parent="")
+    return job, create(job, space.load("resnet18"), {})
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_an_orderly_end_of_a_driver_is_no_retry(tmp_path: Path) -> None:
+    job, study = searching(tmp_path, trials=1)
+    for _ in range(4):
+        driver = Search(job, study)
+        task = driver.next()
+        assert task
+        assert (task.number, task.retries) == (0, 0)
+        assert Search(job, study).next() is None, "its driver lives"
+        driver.release()
+    driver = Search(job, study)
+    assert driver.next()
+    driver.died(0, "its worker was killed")
+    assert Search(job, study).next() is None, "it waits for the driver that lives"
+    again = driver.next()
+    assert again
+    assert again.retries == 1
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_minutes_are_those_of_the_whole_study(tmp_path: Path) -> None:
+    job, study = searching(tmp_path, trials=5, minutes=1)
+    assert Search(job, study).over() is None
+    with search.owned(study):
+        study.set_user_attr(search.SPENT, 59.0)
+    assert study.user_attrs[search.SPENT] < 59, "the driver that ends tells what it has spent"
+    study.set_user_attr(search.SPENT, 61.0)
+    driver = Search(job, study)
+    assert driver.over() == "its 1 minutes are over"
+    assert driver.next() is None
+
+
+def test_a_driver_that_nobody_has_buried_is_gone() -> None:
+    assert not search.is_gone(search.me())
+    dead = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    told = json.dumps([socket.gethostname(), dead.pid, psutil.Process(dead.pid).create_time()])
+    assert not search.is_gone(told)
+    dead.kill()
+    until(lambda: psutil.Process(dead.pid).status() == psutil.STATUS_ZOMBIE, None)
+    assert search.is_gone(told)
+    dead.communicate()
+    assert search.is_gone(told)
+    assert not search.is_gone(json.dumps(["elsewhere", dead.pid, 0])), "only its silence tells"
+
+
+def test_a_genetic_sampler_gets_generations_within_the_trials() -> None:
+    made = search.sampler(SweepConfig(trials=40, sampler="NSGAIISampler"))
+    assert isinstance(made, optuna.samplers.NSGAIISampler)
+    assert made.population_size == 10
+
+
+def test_a_password_of_the_storage_is_told_to_nobody(tmp_path: Path) -> None:
+    url = "postgresql+psycopg2://team:secret@127.0.0.1:1/studies"
+    with pytest.raises(ConfigError) as caught:
+        search.storage(url)
+    assert "team:***@" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.usefixtures("tracking_store", "tiny_pack")
 def test_a_sweep_ends_at_its_target_and_may_begin_with_another_study(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -252,6 +321,8 @@ def test_a_sweep_ends_at_its_target_and_may_begin_with_another_study(
     given = [*SWEEP, storage, "refit=false", "log_level=warning", "pruner=asha"]
     assert sweep.main([*given, "study=s", "trials=9", "target=0.05"]) == cli.OK
     assert capsys.readouterr().out.startswith("1 trials: 1 finished")
+    assert sweep.main(["resume=s", storage, "log_level=warning"]) == cli.OK
+    assert capsys.readouterr().out.startswith("study s is complete"), "the target was reached"
     assert sweep.main([*given, "study=t", "trials=2", "from_study=s", "minutes=5"]) == cli.OK
     assert len(trials(tmp_path, "t")) == 3, "two of its own, and one to begin with"
     assert capsys.readouterr().out.startswith("2 trials: ")
@@ -293,28 +364,33 @@ def test_a_search_that_cannot_be_is_named(given: str, words: str, tmp_path: Path
         sweep.main([*base, given, f"storage=sqlite:///{tmp_path}/study.db", "log_level=error"])
 
 
+@pytest.mark.parametrize("when", ["before it was told", "before its state was dropped"])
 @pytest.mark.usefixtures("tracking_store")
 def test_a_trial_that_was_killed_after_its_end_is_not_trained_again(
-    tiny_data: Prepared, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Prepared, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     settings = SweepConfig(trials=1, trial_epochs=1, study="s")
     with tracking.run("eurosat", "parent", system_metrics=False) as parent:
         job = Job(sweep=settings, study="s", overrides=TINY, parent=parent.journal)
         task, begun = Task(number=0, values={}), []
 
-        def trial() -> Outcome:
+        def trial(ended: Callable[[Outcome], None] = lambda _: None) -> Outcome:
             return objective.run(
-                job, task, tiny_data, lambda *_: None, lambda run, _: begun.append(run)
-            )
+                job, task, tiny_data, lambda *_: None, lambda run, _: begun.append(run),
+                ended=ended,
+            )  # fmt: skip
 
         def killed(_: object) -> None:
             raise SystemExit
 
-        with monkeypatch.context() as dying:
+        with monkeypatch.context() as dying, pytest.raises(SystemExit):
+            if when == "before it was told":
+                trial(ended=killed)
             dying.setattr(Unfinished, "remove", killed)
-            with pytest.raises(SystemExit):
-                trial()
-        outcome = trial()
+            trial()
+        told: list[Outcome] = []
+        outcome = trial(ended=told.append)
+        assert told == [outcome]
     assert len(begun) == 1
     assert outcome.state == "complete"
     held = tracking.get(begun[0].run_id)

@@ -32,7 +32,7 @@ from tests.postgres import create
 STEPS = 400
 
 
-ON_POSTGRES = pytest.param("postgres", marks=[pytest.mark.postgres, pytest.mark.slow])
+ON_POSTGRES = pytest.param("postgres", marks=pytest.mark.postgres)
 
 
 @pytest.fixture(scope="module", params=["sqlite", ON_POSTGRES])

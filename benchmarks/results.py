@@ -1,7 +1,8 @@
 """Train recipes on the real tiles over several seeds, and keep what they reach.
 
 `python -m benchmarks.results RECIPE [--seeds 0 1 2] [--protocol 60/20/20]` trains what the tracking
-server does not hold yet; `--runs ID ...` takes runs as they are. Writes reports/results.json.
+server does not hold yet; `--runs ID ...` takes runs as they are, and `--add` keeps the seeds that
+the row has, for a recipe that has not changed. Writes reports/results.json.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from eurosat import logs, tracking
 from eurosat.config import compose
 
 FILE = REPORTS / "results.json"
+FIGURES = ("accuracy", "macro_f1", "macro_auprc", "ece", "coverage")
+"""Of the test fold; the mean of each over the seeds stands in the row."""
 
 
 def arguments(recipe: str, protocol: str, seed: int) -> list[str]:
@@ -69,47 +72,58 @@ def check(run: tracking.FinishedRun) -> None:
         sys.exit(f"error: run {run.run_id} has other settings than {' '.join(given)}")
 
 
-def row(runs: Sequence[tracking.FinishedRun]) -> dict[str, Any]:
-    """One line of the table, over runs of one recipe and split that differ by their seed."""
+def of_seed(run: tracking.FinishedRun) -> dict[str, Any]:
+    """What one seed has reached."""
+    one_view = "test_one_view_accuracy" if int(run.params["model.views"]) > 1 else "test_accuracy"
+    metrics = {name: f"test_{name}" for name in FIGURES} | {"one_view_accuracy": one_view}
+    return {
+        "seed": int(run.params["seed"]),
+        **{name: round(run.metrics[metric], 5) for name, metric in metrics.items()},
+        "minutes": round(run.seconds / 60, 1),
+        "commit": run.tags["code.commit"],
+    }
+
+
+def row(runs: Sequence[tracking.FinishedRun], held: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One line of the table, over runs of one recipe and split, and the seeds that it ``held``."""
     recipe, split = runs[0].params["recipe"], runs[0].params["data.protocol"]
     for run in runs:
         check(run)
         if (run.params["recipe"], run.params["data.protocol"]) != (recipe, split):
             sys.exit(f"error: run {run.run_id} is not of recipe {recipe} and split {split}")
-    seeds = sorted(int(run.params["seed"]) for run in runs)
-    views = int(runs[0].params["model.views"])
-    one_view = "test_one_view_accuracy" if views > 1 else "test_accuracy"
+    by_seed = {one["seed"]: one for one in [*held, *map(of_seed, runs)]}
+    each = [by_seed[seed] for seed in sorted(by_seed)]
 
-    def each(metric: str) -> list[float]:
-        return [run.metrics[metric] for run in runs]
+    def mean(name: str) -> float:
+        return float(round(statistics.mean(one[name] for one in each), 4))
 
+    accuracies = [one["accuracy"] for one in each]
+    seeds = " ".join(str(one["seed"]) for one in each)
     return {
         "recipe": recipe,
         "split": split,
-        "n": len(runs),
-        "accuracy_mean": round(statistics.mean(each("test_accuracy")), 4),
-        "accuracy_std": round(statistics.stdev(each("test_accuracy")), 4) if seeds[1:] else None,
-        "views": views,
-        "one_view_accuracy_mean": round(statistics.mean(each(one_view)), 4),
-        "ece_mean": round(statistics.mean(each("test_ece")), 4),
-        "coverage_mean": round(statistics.mean(each("test_coverage")), 4),
-        "macro_f1_mean": round(statistics.mean(each("test_macro_f1")), 4),
-        "macro_auprc_mean": round(statistics.mean(each("test_macro_auprc")), 4),
-        "epochs": int(max(each("epochs"))),
-        "minutes": round(statistics.mean(run.seconds / 60 for run in runs), 1),
+        "n": len(each),
+        "accuracy_mean": mean("accuracy"),
+        "accuracy_std": round(statistics.stdev(accuracies), 4) if each[1:] else None,
+        "views": int(runs[0].params["model.views"]),
+        **{f"{name}_mean": mean(name) for name in ("one_view_accuracy", *FIGURES[1:])},
+        "epochs": int(max(run.metrics["epochs"] for run in runs)),
+        "minutes": round(statistics.mean(one["minutes"] for one in each), 1),
         "hardware": runs[0].tags["compute.hardware"],
         "precision": runs[0].tags["compute.precision"],
-        "seeds": seeds,
-        "commit": runs[0].tags["code.commit"],
-        "command": f"python -m benchmarks.results {recipe} --protocol {split} "
-        f"--seeds {' '.join(map(str, seeds))}",
+        "command": f"python -m benchmarks.results {recipe} --protocol {split} --seeds {seeds}",
+        "each": each,
     }
+
+
+def kept() -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
+    return rows
 
 
 def keep(new: dict[str, Any]) -> None:
     """Put the row in the place of the one it replaces."""
-    rows = json.loads(FILE.read_text()) if FILE.exists() else []
-    rows = [one for one in rows if (one["recipe"], one["split"]) != (new["recipe"], new["split"])]
+    rows = [one for one in kept() if (one["recipe"], one["split"]) != (new["recipe"], new["split"])]
     rows = sorted([*rows, new], key=lambda one: -one["accuracy_mean"])
     FILE.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -120,12 +134,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--protocol", default="60/20/20")
     parser.add_argument("--runs", nargs="+", help="ids of runs that have finished")
+    parser.add_argument("--add", action="store_true", help="keep the seeds that the row has")
     args = parser.parse_args(argv)
     logs.setup("info")
     if not args.runs:
         validate()
     ids = args.runs or [taught(args.recipe, args.protocol, seed) for seed in args.seeds]
-    new = row([tracking.get(run_id) for run_id in ids])
+    held = [one for one in kept() if (one["recipe"], one["split"]) == (args.recipe, args.protocol)]
+    new = row(
+        [tracking.get(run_id) for run_id in ids], held[0]["each"] if held and args.add else []
+    )
     keep(new)
     print(json.dumps(new, indent=1))
 

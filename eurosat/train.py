@@ -136,12 +136,15 @@ def train(
     on_epoch: "EpochHook | None" = None,
     saved: Unfinished | None = None,
 ) -> dict[str, float]:
-    """Fit and conclude in ``run``; returns the test metrics."""
+    """Fit and conclude in ``run``; returns the test metrics.
+
+    A training that is continued goes on with the log of the process that was cut short.
+    """
     from eurosat import launch
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        logs.copied_to(Path(folder) / "train.log") as file,
+        logs.copied_to((saved.directory if saved else Path(folder)) / "train.log") as file,
     ):
         try:
             if saved is None or not saved.described:

@@ -101,6 +101,8 @@ def check_killed_training(arguments: list[str], tmp_path: Path, epoch_s: float) 
         )
         assert one == other, metric
     assert said(tmp_path / "killed.log", "which was cut short") == 5
+    with tracking.artifact(resumed, "logs/train.log") as kept:
+        assert said(kept, "training in") >= 2, "what the killed processes said is there too"
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from eurosat.pack import Pack
 from eurosat.ranks import ALONE, Ranks
 from eurosat.split import Split
 
-EVAL_BATCH = 32
-"""Tiles a batch without gradients: in 256, what flows through EfficientNet-Lite0 no longer fits a
+EVAL_BATCH = {"cpu": 32, "cuda": 1024}
+"""Tiles a batch without gradients. In 256, what flows through EfficientNet-Lite0 no longer fits a
 CPU's caches, and half as many a second go through it."""
 UPLOAD = 4096
 """Tiles that are copied to a device at once."""
@@ -38,6 +38,8 @@ class Batches:
 
     Given soft ``targets``, a row for each of the ``tiles``, it yields (N, K) of them for labels.
 
+    Without ``batch_size`` they are as large as suits an evaluation on this machine.
+
     With ``seed`` each ``epoch`` is a permutation of its own, the same for the same seed, and a
     last batch that is not full is left out; without it tiles come in order and none is left out.
     Of several ``passes`` in an epoch, none is over before the next one begins.
@@ -48,7 +50,7 @@ class Batches:
         self,
         tiles: Labelled,
         indices: npt.NDArray[np.int64],
-        batch_size: int,
+        batch_size: int | None = None,
         seed: int | None = None,
         ranks: Ranks = ALONE,
         targets: Targets | None = None,
@@ -57,7 +59,8 @@ class Batches:
         self._tiles_NHWC = tiles.tiles_NHWC
         self._labels = tiles.labels if targets is None else targets
         self._indices = indices
-        self._batch_size = min(batch_size, passes * len(indices))
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.batch_size = min(batch_size or EVAL_BATCH[device], passes * len(indices))
         self._seed, self._ranks, self._passes = seed, ranks, passes
         self._held: tuple[Tensor, Tensor] | None = None
         self.epoch = 0
@@ -79,18 +82,18 @@ class Batches:
         self._place[self._indices] = np.arange(len(self._indices))
 
     def __len__(self) -> int:
-        full, rest = divmod(self._passes * len(self._indices), self._batch_size)
+        full, rest = divmod(self._passes * len(self._indices), self.batch_size)
         return full + (rest > 0 and self._seed is None)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         order = np.tile(self._indices, self._passes)
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self.epoch]).permutation(order)
-            order = order[: len(self) * self._batch_size]
+            order = order[: len(self) * self.batch_size]
         if self._ranks.world > 1:
             parts = np.array_split(order, len(self))  # no rank is left without a tile
         else:
-            parts = np.split(order, np.arange(1, len(self)) * self._batch_size)
+            parts = np.split(order, np.arange(1, len(self)) * self.batch_size)
         for part in parts:
             tiles_NHWC, labels = self._gather(part[self._ranks.rank :: self._ranks.world])
             yield tiles_NHWC.permute(0, 3, 1, 2), labels
@@ -126,10 +129,10 @@ class TileData(lightning.LightningDataModule):
 
     def val_dataloader(self) -> Batches:
         rows = self._split.indices("val")
-        return self._near(Batches(self._pack, rows, EVAL_BATCH, ranks=self._ranks))
+        return self._near(Batches(self._pack, rows, ranks=self._ranks))
 
     def test_dataloader(self) -> Batches:
-        return Batches(self._pack, self._split.indices("test"), EVAL_BATCH)
+        return Batches(self._pack, self._split.indices("test"))
 
     def _near(self, batches: Batches) -> Batches:
         """On the GPU that trains, if there is one and it has the room."""

@@ -53,7 +53,7 @@ def targets(config: TrainConfig, data: Prepared, compute: "Compute") -> "Targets
         TrackingError: there is no such run.
     """
     from eurosat import calibration, module
-    from eurosat.batches import EVAL_BATCH, Batches
+    from eurosat.batches import Batches
 
     if config.distill.teacher == "none":
         return None
@@ -63,7 +63,7 @@ def targets(config: TrainConfig, data: Prepared, compute: "Compute") -> "Targets
     rows = data.split.indices("train")
     log.info("asking the teacher, run %s, about %d tiles", run_id, len(rows))
     with compute.autocast():
-        logits, labels = module.logits(teacher, Batches(data.pack, rows, EVAL_BATCH))
+        logits, labels = module.logits(teacher, Batches(data.pack, rows))
     told = calibration.softmax(logits / config.distill.temperature)
     share = config.distill.share
     mixed = np.zeros((len(data.pack.labels), told.shape[1]), np.float32)

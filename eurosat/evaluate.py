@@ -154,11 +154,11 @@ def evaluate(run_id: str, fold: str = "test", data: str | None = None) -> Judged
         DataError: see `recorded_fold` and `other_tiles`.
     """
     from eurosat import module
-    from eurosat.batches import EVAL_BATCH, Batches
+    from eurosat.batches import Batches
 
     net, calibration = recorded_network(run_id)
     pack, rows = other_tiles(run_id, net, data) if data else recorded_fold(run_id, fold)
-    logits, labels = module.logits(net, Batches(pack, rows, EVAL_BATCH))
+    logits, labels = module.logits(net, Batches(pack, rows))
     return Judged(
         run_id=run_id, fold=ALL if data else fold, network=net, calibration=calibration,
         pack=pack, rows=rows, logits=logits, labels=labels,
@@ -170,7 +170,7 @@ def under_corruptions(judged: Judged, most: int = CORRUPTED_TILES) -> list[dict[
     import numpy as np
 
     from eurosat import calibration, corruptions, module
-    from eurosat.batches import EVAL_BATCH, Batches
+    from eurosat.batches import Batches
     from eurosat.progress import track
 
     rng = np.random.default_rng(0)
@@ -181,7 +181,7 @@ def under_corruptions(judged: Judged, most: int = CORRUPTED_TILES) -> list[dict[
     table = []
     for kind, severity in track(steps, len(steps), "corruptions", "passes"):
         seen = corruptions.corrupt(tiles, kind, severity) if severity else tiles
-        batches = Batches(Seen(seen, labels), np.arange(len(seen)), EVAL_BATCH)
+        batches = Batches(Seen(seen, labels), np.arange(len(seen)))
         logits, _ = module.logits(judged.network, batches)
         probabilities = calibration.softmax(logits / judged.calibration.temperature)
         unlike = calibration.energy(logits) > judged.calibration.unlike_above

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from eurosat import depthwise
 from eurosat.augment import augment
-from eurosat.batches import EVAL_BATCH, Batches
+from eurosat.batches import Batches
 from eurosat.config import AugmentConfig, OptimConfig
 from eurosat.errors import NonFiniteLoss
 from eurosat.metrics import Floats, Labels
@@ -157,7 +157,7 @@ def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.eval().to(device)
     for tiles_NCHW, batch_labels in track(
-        batches, len(batches), "predicting", f"x {EVAL_BATCH} tiles"
+        batches, len(batches), "predicting", f"x {batches.batch_size} tiles"
     ):
         each.append(network.logits(tiles_NCHW.to(device)).double().cpu().numpy())
         labels.append(batch_labels.cpu().numpy())

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from eurosat import calibration, cli, corruptions, evaluate, tracking, train
+from eurosat import calibration, cli, corruptions, evaluate, report, tracking, train
 from eurosat.config import compose
 from eurosat.errors import DataError
 from eurosat.metrics import Floats, Labels, surprise
@@ -50,6 +50,11 @@ def test_a_run_is_evaluated_told_and_kept(
     assert len(kept["corruptions"]) == 1 + 5 * len(corruptions.KINDS)
     losses = [one["loss"] for one in kept["worst"]]
     assert losses == sorted(losses, reverse=True)
+    for one in kept["worst"]:
+        assert one["tile"] in set(tiny_data.pack.table["path"])
+        assert one["tile"].startswith(f"{one['expected']}/")
+    for label in tiny_data.pack.classes:
+        assert f"| {label} | " in told, "a line for each class"
 
     assert evaluate.main([run.run_id, "--fold", "val", *quiet]) == cli.OK
     with tracking.artifact(run.run_id, "evaluation/val/figures.json") as file:
@@ -67,6 +72,14 @@ def test_a_run_is_evaluated_told_and_kept(
         DataError, match=r"tiles of \(64, 64, 3\); the network knows .* \(32, 32, 3"
     ):
         evaluate.evaluate(run.run_id, data="synthetic data.synthetic.tiles=100")
+
+
+def test_pairs_of_classes_are_counted_both_ways_and_the_most_confused_come_first() -> None:
+    counts = np.array([[5, 2, 0], [1, 5, 0], [0, 4, 5]])
+    assert report._confused(counts, ("a", "b", "c")) == [
+        {"classes": ["b", "c"], "tiles": 4},
+        {"classes": ["a", "b"], "tiles": 3},
+    ]
 
 
 @pytest.mark.slow

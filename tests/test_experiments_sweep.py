@@ -276,7 +276,12 @@ def test_an_orderly_end_of_a_driver_is_no_retry(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("tracking_store")
 def test_minutes_are_those_of_the_whole_study(tmp_path: Path) -> None:
     job, study = searching(tmp_path, trials=5, minutes=1)
-    assert Search(job, study).over() is None
+    driver = Search(job, study)
+    assert driver.over() is None
+    assert driver.next()
+    assert driver.epoch(0, 0, {"val_accuracy": 0.5}) is None
+    driver._began -= 61
+    assert driver.epoch(0, 1, {"val_accuracy": 0.5}) == "stopped: its 1 minutes are over"
     with search.owned(study):
         study.set_user_attr(search.SPENT, 59.0)
     assert study.user_attrs[search.SPENT] < 59, "the driver that ends tells what it has spent"

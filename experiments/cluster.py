@@ -288,15 +288,18 @@ def carry_out(job: Job, config: Mapping[str, Any]) -> None:
         run, kept = opened.journal, saved.directory
 
     done = home(job) / f"trial-{task.number}.json"
+
+    def ended(outcome: Outcome) -> None:
+        done.parent.mkdir(parents=True, exist_ok=True)
+        done.write_text(json.dumps(dataclasses.asdict(outcome)))
+
     if done.exists():  # a driver that was killed did not know
         outcome = Outcome(**json.loads(done.read_text()))
     else:
         with contextlib.ExitStack() as stack:
             checkpoint = tune.get_checkpoint()
             left = Path(stack.enter_context(checkpoint.as_directory())) if checkpoint else None
-            outcome = objective.run(job, task, data, report, begun, left)
-        done.parent.mkdir(parents=True, exist_ok=True)
-        done.write_text(json.dumps(dataclasses.asdict(outcome)))
+            outcome = objective.run(job, task, data, report, begun, left, ended)
     if outcome.state == "complete":
         best = outcome.values[0]
         named = dict(zip(job.sweep.aims, outcome.values, strict=True))

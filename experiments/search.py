@@ -34,12 +34,12 @@ BUSY_S = 60
 JOB, FROM = "job", "from_study"
 OWNER, SEEN, SPENT = "owner", "seen", "spent_s"
 RUN, DRIVER, RETRIES = "run", "driver", "retries"
+"""Attributes of the study, and of its trials."""
 RELEASED = "released"
 """In the place of a driver that has ended in an orderly way, by Ctrl-C or SIGTERM."""
 ANEW = ("trials", "workers", "minutes", "target", "refit", "register")
 ANEW_ON_RAY = ("refit", "register", "ray_address")
 """What a continued sweep may be told otherwise than it began with; Ray keeps the rest itself."""
-"""Attributes of the study, and of its trials."""
 
 
 def storage(url: str, *, beats: bool = True) -> "optuna.storages.RDBStorage":
@@ -147,13 +147,13 @@ def sampler(settings: SweepConfig, beyond: int = 0) -> "optuna.samplers.BaseSamp
     known = [name for name in optuna.samplers.__all__ if name.endswith("Sampler")]
     if settings.sampler not in known or kind is None:
         raise ConfigError(f"sampler={settings.sampler} is none of {', '.join(known)}")
+    taken = inspect.signature(kind).parameters
     wanted: dict[str, Any] = {"seed": settings.sampler_seed + beyond}
     if kind is optuna.samplers.TPESampler:
         wanted["n_startup_trials"] = min(10, max(2, settings.trials // 3))
         wanted["constant_liar"] = settings.workers > 1
-    if "population_size" in inspect.signature(kind).parameters:  # optuna's 50 would stay random
+    if "population_size" in taken:  # with optuna's 50 a short sweep would have one generation
         wanted["population_size"] = min(50, max(4, settings.trials // 4))
-    taken = inspect.signature(kind).parameters
     try:
         made: optuna.samplers.BaseSampler = kind(**{k: v for k, v in wanted.items() if k in taken})
     except (TypeError, ImportError) as error:
@@ -312,9 +312,12 @@ class Search:
 
     def release(self) -> None:
         """End in an orderly way: who takes up what is left here does not count it as a retry."""
+        from optuna.exceptions import StorageInternalError
+
         for trial in [*self._running.values(), *self._again]:
-            if not self._has_ended(trial):
-                trial.set_user_attr(DRIVER, RELEASED)
+            with contextlib.suppress(StorageInternalError):  # then it counts as one
+                if not self._has_ended(trial):
+                    trial.set_user_attr(DRIVER, RELEASED)
 
     def _retry(self, trial: "optuna.Trial", why: str) -> None:
         from optuna.trial import TrialState

@@ -5,18 +5,16 @@ import dataclasses
 import inspect
 import json
 import logging
-import os
-import socket
-import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from eurosat import tracking
 from eurosat.errors import ConfigError
 from experiments import space as spaces
+from experiments.drivers import BEAT_S, SPENT, STALE_S, every, is_gone, me
 from experiments.objective import Job, Outcome, Task
 from experiments.settings import SweepConfig
 
@@ -27,12 +25,9 @@ log = logging.getLogger(__name__)
 
 MOST_RETRIES = 2
 """Of a trial whose worker or driver was killed."""
-BEAT_S, STALE_S = 15, 60
-"""How often a driver says that its trials live, and how long after its last word they do not."""
 BUSY_S = 60
 """One writer of an SQLite file waits so long for another."""
 JOB, FROM = "job", "from_study"
-OWNER, SEEN, SPENT = "owner", "seen", "spent_s"
 RUN, DRIVER, RETRIES = "run", "driver", "retries"
 """Attributes of the study, and of its trials."""
 RELEASED = "released"
@@ -377,54 +372,8 @@ class Search:
     @contextlib.contextmanager
     def alive(self) -> Iterator[None]:
         """Within, drivers on other machines hear that the trials here live."""
-        with _every(BEAT_S, self._beat_all):
+        with every(BEAT_S, self._beat_all):
             yield
-
-
-@contextlib.contextmanager
-def owned(study: "optuna.Study") -> Iterator[None]:
-    """Within, this driver is the one that concludes the study; others may help with its trials."""
-    from optuna.exceptions import StorageInternalError
-
-    began, spent_s = time.monotonic(), float(study.user_attrs.get(SPENT, 0))
-
-    def beat() -> None:
-        with contextlib.suppress(StorageInternalError):
-            study.set_user_attr(SEEN, time.time())
-            study.set_user_attr(SPENT, spent_s + time.monotonic() - began)
-
-    study.set_user_attr(OWNER, me())
-    beat()
-    try:
-        with _every(BEAT_S, beat):
-            yield
-    finally:
-        beat()
-
-
-def is_owned(study: "optuna.Study") -> bool:
-    """Whether the driver that concludes the study lives."""
-    owner = study.user_attrs.get(OWNER)
-    if owner and json.loads(owner)[0] == socket.gethostname():
-        return not is_gone(owner)
-    return bool(time.time() - study.user_attrs.get(SEEN, 0) < STALE_S)
-
-
-@contextlib.contextmanager
-def _every(seconds: float, work: Callable[[], None]) -> Iterator[None]:
-    done = threading.Event()
-
-    def loop() -> None:
-        while not done.wait(seconds):
-            work()
-
-    thread = threading.Thread(target=loop, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 @contextlib.contextmanager
@@ -438,31 +387,9 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def me() -> str:
-    """The present process, told so that others can see whether it lives."""
-    import psutil
-
-    return json.dumps([socket.gethostname(), os.getpid(), psutil.Process().create_time()])
-
-
 def _age_s(trial: "optuna.trial.FrozenTrial") -> float:
     begun = trial.datetime_start
     return time.time() - begun.timestamp() if begun else 0.0
-
-
-def is_gone(driver: str) -> bool:
-    """Whether a driver of this machine has ended; of other machines only heartbeats tell."""
-    import psutil
-
-    host, pid, born = json.loads(driver)
-    if host != socket.gethostname():
-        return False
-    try:
-        process = psutil.Process(pid)
-        dead = process.status() == psutil.STATUS_ZOMBIE  # and nobody has asked for its exit code
-        return bool(dead or abs(process.create_time() - born) > 1)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _earlier(

@@ -15,7 +15,7 @@ from eurosat.config import compose
 from eurosat.errors import ConfigError, EuroSATError, TrackingError
 from eurosat.prepare import Prepared, prepare
 from eurosat.unfinished import claim
-from experiments import local
+from experiments import drivers, local
 from experiments import search as searches
 from experiments import space as spaces
 from experiments.objective import Job, as_overrides
@@ -98,7 +98,7 @@ def run_trials(job: Job, study: "optuna.Study", data: Prepared, *, owner: bool) 
 
 def carry_on(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.Run) -> str | None:
     """What is left of a sweep: its trials, its figures, the refit of the best."""
-    with searches.owned(study):
+    with drivers.owned(study):
         run_trials(job, study, data, owner=True)
         _conclude(study, parent)
         return _refitted(job, study, data, parent) if job.sweep.refit else None
@@ -207,7 +207,7 @@ def resume(settings: SweepConfig, given: set[str], rest: Sequence[str]) -> int:
     if (reached or not searches.unfinished(study, job)) and is_concluded(job.parent):
         print(f"study {job.study} is complete; trials=N asks for more")
         return tell(job.parent, None)
-    if searches.is_owned(study):
+    if drivers.is_owned(study):
         if job.sweep.engine == "ray":
             raise ConfigError(f"the driver of study {job.study} lives: give its cluster more nodes")
         run_trials(job, study, data, owner=False)

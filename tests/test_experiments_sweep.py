@@ -21,7 +21,7 @@ from eurosat.config import CONF, TrainConfig, compose
 from eurosat.errors import ConfigError, EuroSATError
 from eurosat.prepare import Prepared
 from eurosat.unfinished import Unfinished, claim
-from experiments import objective, search, space, sweep
+from experiments import drivers, objective, search, space, sweep
 from experiments.objective import Job, Outcome, Task
 from experiments.search import Search, create
 from experiments.settings import SweepConfig
@@ -282,26 +282,26 @@ def test_minutes_are_those_of_the_whole_study(tmp_path: Path) -> None:
     assert driver.epoch(0, 0, {"val_accuracy": 0.5}) is None
     driver._began -= 61
     assert driver.epoch(0, 1, {"val_accuracy": 0.5}) == "stopped: its 1 minutes are over"
-    with search.owned(study):
-        study.set_user_attr(search.SPENT, 59.0)
-    assert study.user_attrs[search.SPENT] < 59, "the driver that ends tells what it has spent"
-    study.set_user_attr(search.SPENT, 61.0)
+    with drivers.owned(study):
+        study.set_user_attr(drivers.SPENT, 59.0)
+    assert study.user_attrs[drivers.SPENT] < 59, "the driver that ends tells what it has spent"
+    study.set_user_attr(drivers.SPENT, 61.0)
     driver = Search(job, study)
     assert driver.over() == "its 1 minutes are over"
     assert driver.next() is None
 
 
 def test_a_driver_that_nobody_has_buried_is_gone() -> None:
-    assert not search.is_gone(search.me())
+    assert not drivers.is_gone(drivers.me())
     dead = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     told = json.dumps([socket.gethostname(), dead.pid, psutil.Process(dead.pid).create_time()])
-    assert not search.is_gone(told)
+    assert not drivers.is_gone(told)
     dead.kill()
     until(lambda: psutil.Process(dead.pid).status() == psutil.STATUS_ZOMBIE, None)
-    assert search.is_gone(told)
+    assert drivers.is_gone(told)
     dead.communicate()
-    assert search.is_gone(told)
-    assert not search.is_gone(json.dumps(["elsewhere", dead.pid, 0])), "only its silence tells"
+    assert drivers.is_gone(told)
+    assert not drivers.is_gone(json.dumps(["elsewhere", dead.pid, 0])), "only its silence tells"
 
 
 def test_a_genetic_sampler_gets_generations_within_the_trials() -> None:

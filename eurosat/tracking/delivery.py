@@ -153,10 +153,12 @@ class Delivery:
             self._journal.refused(entries[0].seq, why)
 
     def _send_file(self, file: KeptFile) -> None:
+        from mlflow.exceptions import MlflowException
+
         self.patient_until = time.monotonic() + file.size / SLOWEST
         try:
             self._upload(file)
-        except Exception as error:
+        except (MlflowException, OSError) as error:
             if not _is_bad_request(error) or self._is_lost(error):
                 raise
             why = store.first_line(error)

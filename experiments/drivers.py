@@ -1,0 +1,88 @@
+"""The processes that drive a study: which one concludes it, and which of them still live."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import optuna
+
+BEAT_S, STALE_S = 15, 60
+"""How often a driver says that it and its trials live, and how long after its last word they do
+not."""
+OWNER, SEEN, SPENT = "owner", "seen", "spent_s"
+"""Attributes of the study: who concludes it, when it last said so, and how long all have."""
+
+
+@contextlib.contextmanager
+def owned(study: "optuna.Study") -> Iterator[None]:
+    """Within, this driver is the one that concludes the study; others may help with its trials."""
+    from optuna.exceptions import StorageInternalError
+
+    began, spent_s = time.monotonic(), float(study.user_attrs.get(SPENT, 0))
+
+    def beat() -> None:
+        with contextlib.suppress(StorageInternalError):
+            study.set_user_attr(SEEN, time.time())
+            study.set_user_attr(SPENT, spent_s + time.monotonic() - began)
+
+    study.set_user_attr(OWNER, me())
+    beat()
+    try:
+        with every(BEAT_S, beat):
+            yield
+    finally:
+        beat()
+
+
+def is_owned(study: "optuna.Study") -> bool:
+    """Whether the driver that concludes the study lives."""
+    owner = study.user_attrs.get(OWNER)
+    if owner and json.loads(owner)[0] == socket.gethostname():
+        return not is_gone(owner)
+    return bool(time.time() - study.user_attrs.get(SEEN, 0) < STALE_S)
+
+
+@contextlib.contextmanager
+def every(seconds: float, work: Callable[[], None]) -> Iterator[None]:
+    """Do ``work`` again and again, until the block ends."""
+    done = threading.Event()
+
+    def loop() -> None:
+        while not done.wait(seconds):
+            work()
+
+    thread = threading.Thread(target=loop, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def me() -> str:
+    """The present process, told so that others can see whether it lives."""
+    import psutil
+
+    return json.dumps([socket.gethostname(), os.getpid(), psutil.Process().create_time()])
+
+
+def is_gone(driver: str) -> bool:
+    """Whether a driver of this machine has ended; of other machines only heartbeats tell."""
+    import psutil
+
+    host, pid, born = json.loads(driver)
+    if host != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(pid)
+        dead = process.status() == psutil.STATUS_ZOMBIE  # and nobody has asked for its exit code
+        return bool(dead or abs(process.create_time() - born) > 1)
+    except psutil.NoSuchProcess:
+        return True

@@ -103,6 +103,7 @@ def _cpu_s() -> float:
 def draw(found: dict[str, list[Searched]], file: Path) -> None:
     """The best accuracy so far by the epochs trained, a line a sweep."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -116,6 +117,7 @@ def draw(found: dict[str, list[Searched]], file: Path) -> None:
         xlabel="epochs trained, over all trials", ylabel="best validation accuracy so far",
         title="ResNet18 on 5,400 EuroSAT tiles",
     )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(file, dpi=120)

@@ -252,14 +252,20 @@ def test_a_slow_server_does_not_hold_up_the_start(
     check_all(server, only(server, experiment), tmp_path)
 
 
+def unsent(server: Proxy, experiment: str, folder: Path) -> tuple[tracking.Run, Path]:
+    """A whole run that ended while the server was away, and its journal."""
+    server.away = True
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        log_all(run, folder)
+    server.away = False
+    [directory] = journals.all_journals()
+    return run, directory
+
+
 def test_a_journal_that_is_sent_twice_gives_the_same_run(
     server: Proxy, experiment: str, tmp_path: Path
 ) -> None:
-    server.away = True
-    with tracking.run(experiment, "r", system_metrics=False) as run:
-        log_all(run, tmp_path)
-    server.away = False
-    [directory] = journals.all_journals()
+    run, directory = unsent(server, experiment, tmp_path)
     shutil.copytree(directory, tmp_path / "copy")
     assert verbs.main(["sync"]) == cli.OK
     first = points(server, only(server, experiment), "loss")
@@ -361,11 +367,7 @@ def test_a_delivery_cut_before_the_journal_hears_of_it_sends_nothing_twice(
     server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
 ) -> None:
     """Each word to the journal is cut off once: of the run, of each batch, file and status."""
-    server.away = True
-    with tracking.run(experiment, "r", system_metrics=False) as run:
-        log_all(run, tmp_path)
-    server.away = False
-    [directory] = journals.all_journals()
+    _, directory = unsent(server, experiment, tmp_path)
     real, calls = getattr(Journal, word), 0
 
     def cut(self: Journal, *args: Any, **kwargs: Any) -> None:

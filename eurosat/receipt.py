@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from eurosat import durable
 from eurosat.config import DataConfig
 from eurosat.errors import DataError
 
@@ -36,11 +36,9 @@ def path_of(fingerprint: str, cache: Path) -> Path:
 def write(receipt: Receipt, cache: Path) -> Path:
     """Replace the data set's receipt by one rename."""
     file = path_of(receipt.fingerprint, cache)
-    fresh = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(dataclasses.asdict(receipt), indent=1))
-        fresh.replace(file)
+        durable.replace(file, json.dumps(dataclasses.asdict(receipt), indent=1).encode())
     except OSError as error:
         raise DataError(
             f"cannot write the receipt {file}: {error.strerror}; set EUROSAT_CACHE to a folder "

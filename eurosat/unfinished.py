@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eurosat import tracking
+from eurosat import durable, tracking
 from eurosat.config import KEPT_DAYS, TrainConfig
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,10 @@ class Unfinished:
         return self._directory
 
     def adopt(self, folder: Path) -> None:
-        """Take over what the same training left on another machine, where it left nothing here."""
-        if self.journal is None and (folder / ABOUT).exists():
+        """Take over what the same training left on another machine, where it got further there."""
+        if not (folder / ABOUT).exists():
+            return
+        if self.journal is None or _epochs(folder) > _epochs(self._directory):
             shutil.copytree(folder, self._directory, dirs_exist_ok=True)
             self.journal = json.loads((folder / ABOUT).read_text())["journal"]
 
@@ -72,12 +74,14 @@ class Unfinished:
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
         journal = tracking.new_journal()
-        _write(self._directory / ABOUT, json.dumps(self._about | {"journal": journal}).encode())
+        durable.replace(
+            self._directory / ABOUT, json.dumps(self._about | {"journal": journal}).encode()
+        )
         return journal
 
     def conclude(self, told: Mapping[str, Any]) -> None:
         """Keep what came of it, before its run is ended: it is not trained again for that."""
-        _write(self._directory / CONCLUDED, json.dumps(dict(told)).encode())
+        durable.replace(self._directory / CONCLUDED, json.dumps(dict(told)).encode())
 
     @property
     def described(self) -> bool:
@@ -111,17 +115,7 @@ class Unfinished:
 
     def load(self) -> dict[str, Any] | None:
         """The state of the last whole epoch, or None where none was reached."""
-        import torch
-
-        file = self._directory / STATE
-        if not file.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            log.warning("%s cannot be read (%s): training starts anew", file, type(error).__name__)
-            return None
-        return state
+        return _state(self._directory)
 
     def remove(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -166,10 +160,21 @@ def _forget(root: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _write(file: Path, data: bytes) -> None:
-    unfinished = file.with_suffix(".new")
-    with unfinished.open("wb") as opened:
-        opened.write(data)
-        opened.flush()
-        os.fsync(opened.fileno())
-    unfinished.replace(file)
+def _state(directory: Path) -> dict[str, Any] | None:
+    import torch
+
+    file = directory / STATE
+    if not file.exists():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        log.warning("%s cannot be read (%s): training starts anew", file, type(error).__name__)
+        return None
+    return state
+
+
+def _epochs(directory: Path) -> int:
+    """Whole epochs that were trained there."""
+    state = _state(directory)
+    return int(state["epoch"]) if state else 0

@@ -23,7 +23,7 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.stopper import Stopper
 from ray.tune.trainable.function_trainable import wrap_function
 
-from eurosat import cli, launch, logs, tracking
+from eurosat import cli, durable, launch, logs, tracking
 from eurosat.config import compose, usual_cache
 from eurosat.errors import EuroSATError, TrackingError
 from eurosat.prepare import prepare
@@ -291,7 +291,7 @@ def carry_out(job: Job, config: Mapping[str, Any]) -> None:
 
     def ended(outcome: Outcome) -> None:
         done.parent.mkdir(parents=True, exist_ok=True)
-        done.write_text(json.dumps(dataclasses.asdict(outcome)))
+        durable.replace(done, json.dumps(dataclasses.asdict(outcome)).encode())
 
     if done.exists():  # a driver that was killed did not know
         outcome = Outcome(**json.loads(done.read_text()))

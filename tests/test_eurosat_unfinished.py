@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from eurosat.config import TrainConfig, compose
 from eurosat.errors import ModelError
 from eurosat.fit import fit
 from eurosat.prepare import Prepared
-from eurosat.unfinished import claim
+from eurosat.unfinished import Unfinished, claim
 from eurosat.weights import find
 from tests.conftest import TINY
 
@@ -157,6 +158,26 @@ def test_nothing_in_a_state_or_in_weights_is_executed(config: TrainConfig, tmp_p
     with pytest.raises(ModelError, match="is not weights of ours"):
         find(str(tmp_path / "weights.safetensors"), "resnet18")
     assert not sprung.exists()
+
+
+@pytest.mark.usefixtures("tracking_store")
+@pytest.mark.parametrize(("here", "there", "goes_on"), [(2, 5, 5), (5, 2, 5), (0, 3, 3), (3, 0, 3)])
+def test_a_training_goes_on_from_whichever_machine_got_further(
+    tmp_path: Path, here: int, there: int, goes_on: int
+) -> None:
+    first = Unfinished(tmp_path / "near", FINGERPRINTS)
+    with pytest.raises(KeyboardInterrupt), tracking.run("e", "cut short", journal=first.begin()):
+        if here:
+            first.save({"epoch": here})
+        raise KeyboardInterrupt
+    shutil.copytree(first.directory, tmp_path / "far")
+    if there:
+        Unfinished(tmp_path / "far", FINGERPRINTS).save({"epoch": there})
+    else:
+        (tmp_path / "far" / "state.pt").unlink()
+    again = Unfinished(tmp_path / "near", FINGERPRINTS)
+    again.adopt(tmp_path / "far")
+    assert (again.load() or {})["epoch"] == goes_on
 
 
 @pytest.mark.usefixtures("tracking_store")

@@ -156,15 +156,17 @@ def _backbone(spec: NetworkSpec) -> nn.Module:
 
 
 def _soften(backbone: Any, spec: NetworkSpec) -> None:
-    """Put a 3x3 convolution of stride 2 and no pooling in the place of a ResNet's stem."""
+    """Take the pooling out of a ResNet's stem, and make its one large convolution a 3x3."""
     stock = getattr(backbone, "conv1", None)
-    if not isinstance(stock, nn.Conv2d) or not hasattr(backbone, "maxpool"):
+    if not isinstance(stock, nn.Conv2d | nn.Sequential) or not hasattr(backbone, "maxpool"):
         raise ModelError(
             f"model.stem=gentle is for ResNets, and {spec.name} is none: say model.stem=stock"
         )
-    backbone.conv1 = nn.Conv2d(spec.bands, stock.out_channels, 3, stride=2, padding=1, bias=False)
-    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
     backbone.maxpool = nn.Identity()
+    if isinstance(stock, nn.Conv2d):
+        soft = nn.Conv2d(spec.bands, stock.out_channels, 3, stride=2, padding=1, bias=False)
+        nn.init.kaiming_normal_(soft.weight, mode="fan_out", nonlinearity="relu")
+        backbone.conv1 = soft
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], NetworkSpec]:

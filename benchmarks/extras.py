@@ -80,7 +80,12 @@ def bands(further: Sequence[str]) -> Rows:
     """The same synthetic tiles in three colours and in all thirteen bands."""
     rows = []
     for chosen in ("rgb", "all"):
-        given = ["data=synthetic", "recipe=resnet18-quick", "data.synthetic.bands=13"]
+        given = [
+            "data=synthetic",
+            "recipe=resnet18-quick",
+            "data.synthetic.bands=13",
+            "distill.teacher=none",
+        ]
         given += ["data.dtype=uint16", "data.synthetic.difficulty=2", "trainer.epochs=12"]
         given += [f"data.bands={chosen}", "data.allow_unvalidated=true", "model.views=1"]
         rows.append({"bands": chosen, **_merits(tracking.get(trained([*given, *further])))})

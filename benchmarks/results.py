@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.reports import REPORTS, ROOT
 from eurosat import logs, tracking
-from eurosat.config import compose
+from eurosat.config import PACKAGED, compose
 
 FILE = REPORTS / "results.json"
 FIGURES = ("accuracy", "macro_f1", "macro_auprc", "ece", "coverage")
@@ -55,7 +55,7 @@ def taught(recipe: str, protocol: str, seed: int) -> str:
     """The run of a recipe on the real tiles, after that of its teacher with the same seed."""
     given = arguments(recipe, protocol, seed)
     teacher = compose(given).distill.teacher
-    if teacher != "none":
+    if teacher not in ("none", PACKAGED):
         given.append(f"distill.teacher=runs:/{taught(teacher, protocol, seed)}")
     return trained(given)
 

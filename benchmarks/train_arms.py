@@ -103,7 +103,8 @@ def ours(_: Path) -> None:
     from eurosat.prepare import prepare
 
     config = compose(
-        ["data=eurosat", "recipe=resnet18-quick", f"trainer.epochs={EPOCHS}",
+        ["data=eurosat", "recipe=resnet18-quick", "model.name=resnet18",
+         "distill.teacher=none", f"trainer.epochs={EPOCHS}",
          f"optim.batch_size={BATCH}", "data.allow_unvalidated=true"]
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as store:

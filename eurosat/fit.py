@@ -80,9 +80,10 @@ def fit(
             "compute.hardware": machine.hardware(),
         }
     )
+    targets = distill.targets(config, data, compute)
     loaders = TileData(
         pack, data.split, batch_size=config.optim.batch_size, seed=config.seed, ranks=ranks,
-        targets=distill.targets(config, data, compute), passes=config.trainer.passes,
+        targets=targets, passes=config.trainer.passes,
     )  # fmt: skip
     watch = callbacks.Watch(f"train {config.recipe}", on_epoch)
     kept = callbacks.KeepBest()
@@ -113,7 +114,8 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = Classifier(net, config.optim, config.augment)
+    axes = targets.shape[1] - len(pack.classes) if targets is not None else 0
+    module = Classifier(net, config.optim, config.augment, axes, config.distill.features)
     # the network and the probe drew from it; each rank augments in its own way
     lightning.seed_everything(config.seed + ranks.rank, verbose=False)
     started = time.monotonic()

@@ -1,12 +1,13 @@
 """The Lightning module: loss, optimiser, schedule, and what is logged."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -25,12 +26,26 @@ LOG_EVERY_STEPS = 10
 
 
 class Classifier(lightning.LightningModule):
-    """Trains a `Network` on batches of `eurosat.batches`."""
+    """Trains a `Network` on batches of `eurosat.batches`.
 
-    def __init__(self, network: Network, optim: OptimConfig, augmentation: AugmentConfig) -> None:
+    Targets that are wider than the classes hold a teacher's features after them: what the head is
+    given must tell those too, by one linear layer, at a weight of ``features`` in the loss.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        optim: OptimConfig,
+        augmentation: AugmentConfig,
+        axes: int = 0,
+        features: float = 0.0,
+    ) -> None:
+        """``axes`` is how many features of a teacher the targets hold."""
         super().__init__()
         self.network = network
-        self._optim, self._augmentation = optim, augmentation
+        self._optim, self._augmentation, self._features = optim, augmentation, features
+        width: Any = network.backbone.num_features
+        self.retold = nn.Linear(width, axes) if axes else None
 
     def on_train_epoch_start(self) -> None:
         batches: Any = self.trainer.train_dataloader
@@ -38,16 +53,22 @@ class Classifier(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         tiles_NCHW, labels_or_targets = batch
-        targets_NK = labels_or_targets
+        targets, classes = labels_or_targets, len(self.network.spec.classes)
         if labels_or_targets.ndim == 1:
-            classes = len(self.network.spec.classes)
-            targets_NK = functional.one_hot(labels_or_targets, classes).float()
-        tiles_NCHW, targets_NK = augment(tiles_NCHW, targets_NK, self._augmentation)
+            targets = functional.one_hot(labels_or_targets, classes).float()
+        tiles_NCHW, targets = augment(tiles_NCHW, targets, self._augmentation)
+        targets_NK, features_ND = targets[:, :classes], targets[:, classes:]
         with depthwise.fast_backward():
-            logits = self.network(tiles_NCHW).float()
+            if self.retold is None:
+                logits = self.network(tiles_NCHW)
+            else:
+                seen, logits = self.network.seen(tiles_NCHW)
+                retold_ND = self.retold(seen)
         loss = functional.cross_entropy(
-            logits, targets_NK, label_smoothing=self._optim.label_smoothing
+            logits.float(), targets_NK, label_smoothing=self._optim.label_smoothing
         )
+        if self.retold is not None:
+            loss += self._features * functional.mse_loss(retold_ND.float(), features_ND)
         if self.global_rank == 0:  # the others learn it next step
             self._check(loss.detach())
         self.log(
@@ -92,6 +113,10 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.network, self._optim)
+        if self.retold is not None:
+            optimizer.add_param_group(
+                {"params": list(self.retold.parameters()), "weight_decay": 0.0}
+            )
         total = int(self.trainer.estimated_stepping_batches)
         schedule = LambdaLR(
             optimizer, lambda step: one_cycle(step, total=total, warmup=self._optim.warmup)
@@ -149,9 +174,17 @@ def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
     return parts
 
 
-@torch.inference_mode()
 def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
     """(N, K) logits before calibration, and (N,) labels; on the GPU where there is one."""
+    (logits_NK,), labels = told(network, batches, lambda tiles_NCHW: (network.logits(tiles_NCHW),))
+    return logits_NK, labels
+
+
+@torch.inference_mode()
+def told(
+    network: Network, batches: Batches, ask: Callable[[Tensor], tuple[Tensor, ...]]
+) -> tuple[list[Floats], Labels]:
+    """What ``ask`` tells of each tile, with the network in its evaluation mode; and labels."""
     each, labels = [], []
     home = network.mean.device
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -159,7 +192,7 @@ def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
     for tiles_NCHW, batch_labels in track(
         batches, len(batches), "predicting", f"x {batches.batch_size} tiles"
     ):
-        each.append(network.logits(tiles_NCHW.to(device)).double().cpu().numpy())
+        each.append([one.double().cpu().numpy() for one in ask(tiles_NCHW.to(device))])
         labels.append(batch_labels.cpu().numpy())
     network.to(home)
-    return np.concatenate(each), np.concatenate(labels)
+    return [np.concatenate(ones) for ones in zip(*each, strict=True)], np.concatenate(labels)

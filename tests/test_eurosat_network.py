@@ -77,12 +77,13 @@ def test_views_are_in_the_exported_graph_and_the_backbone_is_there_once(tmp_path
     assert sizes[1] < 1.2 * sizes[0]
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet18d"])
 def test_a_gentle_stem_leaves_four_times_the_pixels_and_is_kept_with_the_weights(
-    tmp_path: Path,
+    tmp_path: Path, name: str
 ) -> None:
     sizes = []
     for stem in STEMS:
-        net = build("resnet18", stem=stem).eval()
+        net = build(name, stem=stem).eval()
         backbone: Any = net.backbone
         backbone.layer1.register_forward_hook(lambda *seen: sizes.append(seen[2].shape[2:]))
         network.save(net, tmp_path / "w.safetensors")

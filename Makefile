@@ -69,7 +69,7 @@ bench-results: .venv/product ## a row of the results table (RECIPE=efficientnet-
 	$(BIN)/python -m benchmarks.results $(RECIPE) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
-bench-extras: .venv/product ## a study beside it (STUDY=few-labels, learning-rates or bands)
+bench-extras: .venv/product ## a study beside it (STUDY=few-labels, learning-rates, features or bands)
 	$(BIN)/python -m benchmarks.extras $(STUDY) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 

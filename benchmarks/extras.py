@@ -1,7 +1,8 @@
-"""Studies beside the results table: `python -m benchmarks.extras few-labels|learning-rates|bands`.
+"""Studies beside the results table: `python -m benchmarks.extras STUDY [key=value ...]`.
 
-Each leaves its rows in reports/results-extra.json and, where there is a curve, a figure in docs/.
-Arguments after the study's name go to its trainings, such as `seed=1`.
+STUDY is few-labels, learning-rates, features or bands. Each leaves its rows in
+reports/results-extra.json and, where there is a curve, a figure in docs/. Arguments after the
+study's name go to its trainings, such as `seed=1`.
 """
 
 import argparse
@@ -24,6 +25,8 @@ PASSES = {5: 20, 50: 6, 500: 1}
 """Of few labels, in each epoch: more passes over fewer tiles, so that each count gets its steps."""
 
 Rows = list[dict[str, Any]]
+Study = Callable[[Sequence[str]], Rows]
+"""Takes further arguments for its trainings."""
 
 
 def few_labels(further: Sequence[str]) -> Rows:
@@ -60,33 +63,36 @@ def _draw_few_labels(rows: Rows, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def learning_rates(further: Sequence[str]) -> Rows:
-    """Validation F1 by epoch for each rate of experiments/studies/learning-rates.yaml."""
-    command = [sys.executable, "-m", "experiments.study", "learning-rates", *further]
-    run_id = said(command).split()[-1]
-    with tracking.artifact(run_id, "study.csv") as file:
-        rows: Rows = [
-            {"lr": float(row["optim.lr"]), "epoch": int(row["epoch"]),
-             "val_macro_f1": float(row["val_macro_f1"]),
-             "commit": tracking.get(run_id).tags["code.commit"]}
-            for row in csv.DictReader(file.read_text().splitlines())
-        ]  # fmt: skip
-    with tracking.artifact(run_id, "figures/learning-rates.png") as file:
-        shutil.copy(file, DOCS / "learning-rates.png")
-    return rows
+def asked(name: str) -> Study:
+    """The curves of ``experiments/studies/NAME.yaml``: its metric by epoch for each value."""
+
+    def ask(further: Sequence[str]) -> Rows:
+        run_id = said([sys.executable, "-m", "experiments.study", name, *further]).split()[-1]
+        commit = tracking.get(run_id).tags["code.commit"]
+        with tracking.artifact(run_id, "study.csv") as file:
+            read = list(csv.DictReader(file.read_text().splitlines()))
+        with tracking.artifact(run_id, f"figures/{name}.png") as file:
+            shutil.copy(file, DOCS / f"{name}.png")
+        return [
+            {key.split(".")[-1]: json.loads(value) for key, value in row.items()}
+            | {"commit": commit}
+            for row in read
+        ]
+
+    return ask
 
 
 def bands(further: Sequence[str]) -> Rows:
     """The same synthetic tiles in three colours and in all thirteen bands."""
     rows = []
     for chosen in ("rgb", "all"):
-        given = [
-            "data=synthetic",
-            "recipe=resnet18-quick",
-            "data.synthetic.bands=13",
+        given = ["data=synthetic", "recipe=resnet18-quick", "data.synthetic.bands=13"]
+        given += [
             "distill.teacher=none",
+            "data.dtype=uint16",
+            "data.synthetic.difficulty=2",
+            "trainer.epochs=12",
         ]
-        given += ["data.dtype=uint16", "data.synthetic.difficulty=2", "trainer.epochs=12"]
         given += [f"data.bands={chosen}", "data.allow_unvalidated=true", "model.views=1"]
         rows.append({"bands": chosen, **_merits(tracking.get(trained([*given, *further])))})
     return rows
@@ -103,9 +109,10 @@ def _merits(run: tracking.FinishedRun) -> dict[str, Any]:
     }
 
 
-STUDIES: dict[str, Callable[[Sequence[str]], Rows]] = {
+STUDIES: dict[str, Study] = {
     "few-labels": few_labels,
-    "learning-rates": learning_rates,
+    "learning-rates": asked("learning-rates"),
+    "features": asked("features"),
     "bands": bands,
 }
 

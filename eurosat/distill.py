@@ -87,8 +87,9 @@ def principal_axes(features_NF: "Floats") -> "Floats":
     """(N, `AXES`) at most: where the features differ most, around 0, in all at a variance of 1."""
     centred = features_NF - features_NF.mean(axis=0)
     _, vectors = np.linalg.eigh(np.cov(centred, rowvar=False))
-    told: Floats = centred @ vectors[:, ::-1][:, :AXES]
-    return told / max(told.std(), 1e-12)
+    told = centred @ vectors[:, ::-1][:, :AXES]
+    scaled: Floats = told / max(told.std(), 1e-12)
+    return scaled
 
 
 def _told(config: TrainConfig, data: Prepared, compute: "Compute") -> "tuple[Floats, Floats]":

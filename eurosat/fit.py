@@ -115,9 +115,9 @@ def fit(
         enable_model_summary=False,
     )
     axes = targets.shape[1] - len(pack.classes) if targets is not None else 0
-    module = Classifier(net, config.optim, config.augment, axes, config.distill.features)
-    # the network and the probe drew from it; each rank augments in its own way
+    # the network, the probe and perhaps a teacher drew from it; each rank augments in its own way
     lightning.seed_everything(config.seed + ranks.rank, verbose=False)
+    module = Classifier(net, config.optim, config.augment, axes, config.distill.features)
     started = time.monotonic()
     with interrupt, net.in_one_view(), warnings.catch_warnings():
         # Lightning 2.6 calls what torch 2.13 deprecated

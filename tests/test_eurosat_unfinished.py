@@ -209,13 +209,14 @@ class Cut(Exception):
         ["trainer.precision=bf16", "augment.mixup=0.5", "augment.colour=0.2", "optim.ema=0"],
         ["trainer.epochs=30", "trainer.patience=2", "model.drop_rate=0.3", "optim.ema=0"],
         ["trainer.passes=2", "optim.label_smoothing=0.1", "optim.clip_norm=1"],
+        ["distill.teacher=efficientnet-lite", "distill.share=0", "distill.features=5"],
     ],
 )
 @pytest.mark.usefixtures("tracking_store")
 def test_whatever_the_settings_a_training_cut_after_an_epoch_ends_as_if_it_never_was(
     tiny_data: Prepared, settings: list[str]
 ) -> None:
-    """Optimisers, frozen stages, mixing, dropout, precision, the count of early stopping."""
+    """Optimisers, frozen stages, mixing, dropout, precision, early stopping, a teacher."""
     config = compose([*TINY, "trainer.epochs=5", *settings])
 
     def cut(epoch: int, _: object) -> None:

@@ -63,7 +63,7 @@ def _draw_few_labels(rows: Rows, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def asked(name: str) -> Study:
+def curves(name: str) -> Study:
     """The curves of ``experiments/studies/NAME.yaml``: its metric by epoch for each value."""
 
     def ask(further: Sequence[str]) -> Rows:
@@ -74,12 +74,18 @@ def asked(name: str) -> Study:
         with tracking.artifact(run_id, f"figures/{name}.png") as file:
             shutil.copy(file, DOCS / f"{name}.png")
         return [
-            {key.split(".")[-1]: json.loads(value) for key, value in row.items()}
-            | {"commit": commit}
+            {key.split(".")[-1]: _number(value) for key, value in row.items()} | {"commit": commit}
             for row in read
         ]
 
     return ask
+
+
+def _number(text: str) -> float | str:
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:  # a key whose values are names
+        return text
 
 
 def bands(further: Sequence[str]) -> Rows:
@@ -111,8 +117,8 @@ def _merits(run: tracking.FinishedRun) -> dict[str, Any]:
 
 STUDIES: dict[str, Study] = {
     "few-labels": few_labels,
-    "learning-rates": asked("learning-rates"),
-    "features": asked("features"),
+    "learning-rates": curves("learning-rates"),
+    "features": curves("features"),
     "bands": bands,
 }
 

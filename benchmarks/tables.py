@@ -15,7 +15,8 @@ def main_job(report: dict[str, Any]) -> str:
     """The champion of one main job on the real tiles."""
     rows = {
         "data": f"EuroSAT RGB, {report['split']} split, seed {report['seed']}",
-        "recipe": f"`{report['recipe']}`, {report['epochs']} epochs from scratch",
+        "recipe": f"`{report['recipe']}` as of commit {report['commit'][:7]}, "
+        f"{report['epochs']} epochs",
         "test accuracy": f"**{report['test_accuracy']:.4f}**",
         "macro F1": f"{report['macro_f1']:.4f}",
         "macro AUPRC": f"{report['macro_auprc']:.4f}",

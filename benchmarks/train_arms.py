@@ -96,7 +96,7 @@ def torchgeo(folder: Path) -> None:
 
 
 def ours(_: Path) -> None:
-    """The training of this project as it is: augmentation, moving average, tracking, progress."""
+    """The training of this project: augmentation, moving average, tracking, progress."""
     from eurosat import tracking
     from eurosat.config import compose
     from eurosat.fit import fit

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import io
 import json
 import logging
 import zipfile
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from eurosat import durable, tracking
+from eurosat import bands, durable, tracking
 from eurosat.config import PACKAGED, ModelConfig, TrainConfig
 from eurosat.errors import DataError, ModelError, TrackingError
 from eurosat.prepare import Prepared
@@ -28,8 +27,9 @@ log = logging.getLogger(__name__)
 TEACHER = "distill.teacher.run_id"
 """Tag of the run: a training that is continued keeps its teacher."""
 AXES = 128
-"""Of EfficientNet-Lite0's 1,280 features as they come from ImageNet, they hold 0.82 of the variance
-on EuroSAT."""
+"""Of a teacher's features, the widest; the log says how much of their variance they hold."""
+FORMAT = 1
+"""Of what is kept of a teacher; another one is asked for anew, as for another `PACKAGED_SIZE`."""
 PACKAGED_SIZE = 128
 """Side to which the packaged teacher's tiles are scaled, as in the recipe efficientnet-lite0."""
 
@@ -67,16 +67,16 @@ def targets(config: TrainConfig, data: Prepared, compute: "Compute") -> "Targets
     """
     from eurosat import calibration
 
-    asked = config.distill
-    if asked.teacher == "none":
+    teaching = config.distill
+    if teaching.teacher == "none" or not (teaching.share or teaching.features):
         return None
-    features, logits = _told(config, data, compute)
+    axes, logits = _remembered(config, data, compute)
     rows = data.split.indices("train")
     labels = np.eye(len(data.pack.classes))[data.pack.labels[rows]]
-    told = calibration.softmax(logits / asked.temperature) if asked.share else 0
-    parts = [asked.share * told + (1 - asked.share) * labels]
-    if asked.features:
-        parts.append(principal_axes(features))
+    answers = calibration.softmax(logits / teaching.temperature) if teaching.share else 0
+    parts = [teaching.share * answers + (1 - teaching.share) * labels]
+    if teaching.features:
+        parts.append(axes)
     known = np.concatenate(parts, axis=1)
     filled = np.zeros((len(data.pack.labels), known.shape[1]), np.float32)
     filled[rows] = known
@@ -84,54 +84,66 @@ def targets(config: TrainConfig, data: Prepared, compute: "Compute") -> "Targets
 
 
 def principal_axes(features_NF: "Floats") -> "Floats":
-    """(N, `AXES`) at most: where the features differ most, around 0, in all at a variance of 1."""
+    """(N, `AXES`) at most: where the features differ most, around 0, in all at a variance of 1.
+
+    An axis points where its largest component is positive: another machine finds the same.
+    """
     centred = features_NF - features_NF.mean(axis=0)
-    _, vectors = np.linalg.eigh(np.cov(centred, rowvar=False))
-    told = centred @ vectors[:, ::-1][:, :AXES]
-    scaled: Floats = told / max(told.std(), 1e-12)
+    spreads, vectors = np.linalg.eigh(np.cov(centred, rowvar=False))
+    vectors = vectors[:, ::-1][:, :AXES]
+    largest = np.take_along_axis(vectors, abs(vectors).argmax(axis=0)[None], axis=0)
+    axes = centred @ (vectors * np.sign(largest))
+    held = spreads[::-1][:AXES].sum() / max(spreads.sum(), 1e-12)
+    log.info("%d axes hold %.2f of the variance of its features", axes.shape[1], held)
+    scaled: Floats = axes / max(axes.std(), 1e-12)
     return scaled
 
 
-def _told(config: TrainConfig, data: Prepared, compute: "Compute") -> "tuple[Floats, Floats]":
-    """Features and logits of the train fold, asked for once on this machine."""
+def _remembered(config: TrainConfig, data: Prepared, compute: "Compute") -> "tuple[Floats, Floats]":
+    """Principal axes and logits of the train fold, asked for once on this machine."""
     from filelock import FileLock
 
-    teacher = config.distill.teacher
+    teacher, features = config.distill.teacher, bool(config.distill.features)
     if teacher != PACKAGED:
         teacher = tracking.resolve_run(teacher)
     root = config.data.cache_dir / "teachers"
     root.mkdir(parents=True, exist_ok=True)
     durable.forget(root)
-    key = json.dumps([teacher, data.fingerprints, dataclasses.asdict(compute)], sort_keys=True)
+    asked = [FORMAT, teacher, features, data.fingerprints, config.data.reading]
+    key = json.dumps([*asked, dataclasses.asdict(compute)], sort_keys=True, default=str)
     file = root / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     with FileLock(f"{file}.lock"):  # several trials or ranks need one answer
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
             with np.load(file, allow_pickle=False) as kept:
-                told = kept["features"], kept["logits"]
-            file.touch()
+                told = kept["axes"], kept["logits"]
+            with contextlib.suppress(OSError):  # another user's
+                file.touch()
             return told
-        told = _asked(teacher, data, compute)
-        written = io.BytesIO()
-        np.savez(written, features=told[0], logits=told[1])
+        axes, logits = _ask(teacher, data, compute, features=features)
         with contextlib.suppress(OSError):  # the next one asks again
-            durable.replace(file, written.getvalue())
-    return told
+            durable.replace(file, lambda opened: np.savez(opened, axes=axes, logits=logits))
+    return axes, logits
 
 
-def _asked(teacher: str, data: Prepared, compute: "Compute") -> "tuple[Floats, Floats]":
-    from eurosat import bands, module
+def _ask(
+    teacher: str, data: Prepared, compute: "Compute", *, features: bool
+) -> "tuple[Floats, Floats]":
+    from eurosat import module
     from eurosat.batches import Batches
 
     net = _packaged(data) if teacher == PACKAGED else _load(teacher, data)
     net.to(compute.device, memory_format=compute.memory_format)  # type: ignore[call-overload]
-    rows = data.split.indices("train")
-    log.info("asking the teacher, %s, about %d tiles", teacher, len(rows))
-    colours = bands.colours() if data.pack.bands > net.spec.bands else slice(None)
+    batches = Batches(data.pack, data.split.indices("train"))
+    log.info("asking the teacher, %s, about %d tiles", teacher, len(data.split.indices("train")))
     with compute.autocast():
-        (features, logits), _ = module.told(
-            net, Batches(data.pack, rows), lambda tiles_NCHW: net.seen(tiles_NCHW[:, colours])
+        if not features:
+            logits, _ = module.logits(net, batches)
+            return np.empty((len(logits), 0), np.float32), logits
+        colours = bands.colours() if net.spec.bands < data.pack.bands else slice(None)
+        (seen, logits), _ = module.predicted(
+            net, batches, lambda tiles_NCHW: net.seen(tiles_NCHW[:, colours])
         )
-    return features.astype(np.float32), logits.astype(np.float32)
+    return principal_axes(seen).astype(np.float32), logits
 
 
 def find(config: TrainConfig, data: Prepared) -> str:
@@ -171,6 +183,11 @@ def _packaged(data: Prepared) -> "Network":
     """EfficientNet-Lite0 as it came from ImageNet; it sees the colours of a tile."""
     from eurosat import weights
 
+    if data.pack.bands not in (weights.COLOURS, len(bands.NAMES)):
+        raise ModelError(
+            f"the teacher {PACKAGED} sees red, green and blue, or those of {len(bands.NAMES)} "
+            f"bands; the data hold {data.pack.bands} bands: say distill.teacher=none"
+        )
     return weights.create(
         ModelConfig(name=weights.PACKAGED_MODEL, input_size=PACKAGED_SIZE), PACKAGED,
         classes=data.pack.classes, bands=weights.COLOURS,

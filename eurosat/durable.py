@@ -4,26 +4,34 @@ import contextlib
 import os
 import shutil
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 from eurosat.config import KEPT_DAYS
 
 
-def replace(file: Path, data: bytes) -> None:
-    """Write ``data`` beside ``file``, force it to the disk, and put it in its place by one rename.
+def replace(file: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file beside, force it to the disk, and put it in place by one rename.
 
-    A process that is killed, or a full disk (OSError), leaves the file as it was.
+    A process that is killed, or whatever ``write`` raises, leaves ``file`` as it was.
     """
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        with unfinished.open("wb") as opened:
-            opened.write(data)
+        with unfinished.open("xb") as opened:
+            write(opened)
             opened.flush()
             os.fsync(opened.fileno())
         unfinished.replace(file)
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise
+
+
+def replace_text(file: Path, text: str) -> None:
+    replace(file, lambda opened: opened.write(text.encode()))
 
 
 def forget(root: Path) -> None:

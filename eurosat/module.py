@@ -44,8 +44,7 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.network = network
         self._optim, self._augmentation, self._features = optim, augmentation, features
-        width: Any = network.backbone.num_features
-        self.retold = nn.Linear(width, axes) if axes else None
+        self.retold = nn.Linear(network.head_width, axes) if axes else None
 
     def on_train_epoch_start(self) -> None:
         batches: Any = self.trainer.train_dataloader
@@ -62,20 +61,33 @@ class Classifier(lightning.LightningModule):
             if self.retold is None:
                 logits = self.network(tiles_NCHW)
             else:
-                seen, logits = self.network.seen(tiles_NCHW)
-                retold_ND = self.retold(seen)
+                seen_NF, logits = self.network.seen(tiles_NCHW)
+                retold_ND = self.retold(seen_NF)
         loss = functional.cross_entropy(
             logits.float(), targets_NK, label_smoothing=self._optim.label_smoothing
         )
+        losses = {"train_loss": loss.detach()}
         if self.retold is not None:
-            loss += self._features * functional.mse_loss(retold_ND.float(), features_ND)
+            of_features = functional.mse_loss(retold_ND.float(), features_ND)
+            losses["train_features_loss"] = of_features.detach()
+            loss = loss + self._features * of_features
         if self.global_rank == 0:  # the others learn it next step
             self._check(loss.detach())
-        self.log(
-            "train_loss", loss.detach(), on_step=True, on_epoch=True,
-            batch_size=len(targets_NK), sync_dist=self.trainer.world_size > 1,
+        self.log_dict(
+            losses, on_step=True, on_epoch=True, batch_size=len(targets_NK),
+            sync_dist=self.trainer.world_size > 1,
         )  # fmt: skip
         return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """By the norm of all; Lightning's own refuses fused optimisers where it mixes precision."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def _check(self, loss: Tensor) -> None:
         """Stop at a loss that is not finite. Asking a GPU means waiting for it: now and then."""
@@ -176,12 +188,14 @@ def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
 
 def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
     """(N, K) logits before calibration, and (N,) labels; on the GPU where there is one."""
-    (logits_NK,), labels = told(network, batches, lambda tiles_NCHW: (network.logits(tiles_NCHW),))
+    (logits_NK,), labels = predicted(
+        network, batches, lambda tiles_NCHW: (network.logits(tiles_NCHW),)
+    )
     return logits_NK, labels
 
 
 @torch.inference_mode()
-def told(
+def predicted(
     network: Network, batches: Batches, ask: Callable[[Tensor], tuple[Tensor, ...]]
 ) -> tuple[list[Floats], Labels]:
     """What ``ask`` tells of each tile, with the network in its evaluation mode; and labels."""

@@ -83,6 +83,23 @@ class Network(nn.Module):
         logits: Tensor = self.backbone(normal)
         return logits
 
+    @property
+    def head_width(self) -> int:
+        """F, how many features of a tile the last layer is given.
+
+        Raises:
+            ModelError: this backbone has no head that is one layer.
+        """
+        head: Any = self.backbone.get_classifier()  # type: ignore[operator]
+        if isinstance(head, nn.Linear):
+            return head.in_features
+        if isinstance(head, nn.Conv2d):
+            return head.in_channels
+        raise ModelError(
+            f"{self.spec.name} has no single last layer whose input could be matched: say "
+            "distill.features=0, or take another model"
+        )
+
     def seen(self, tiles_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(N, F), what the head is given of each tile, and `logits`; both means over the views."""
         given: list[Tensor] = []
@@ -91,7 +108,7 @@ class Network(nn.Module):
             lambda _, args: given.append(args[0])
         ):
             logits = self.logits(tiles_NCHW)
-        return torch.stack(given).mean(dim=0), logits
+        return torch.stack(given).mean(dim=0).flatten(1), logits
 
     @contextmanager
     def in_one_view(self) -> Iterator[None]:

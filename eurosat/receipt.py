@@ -38,7 +38,7 @@ def write(receipt: Receipt, cache: Path) -> Path:
     file = path_of(receipt.fingerprint, cache)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        durable.replace(file, json.dumps(dataclasses.asdict(receipt), indent=1).encode())
+        durable.replace_text(file, json.dumps(dataclasses.asdict(receipt), indent=1))
     except OSError as error:
         raise DataError(
             f"cannot write the receipt {file}: {error.strerror}; set EUROSAT_CACHE to a folder "

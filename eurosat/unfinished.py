@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,8 @@ ORPHAN_S = 600
 """What is trained once alone waits so long for a process whose parent was killed: it ends after
 its epoch."""
 STATE, ABOUT, DESCRIBED, CONCLUDED = "state.pt", "run.json", "described", "concluded.json"
+DAMAGED = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
+"""What reading a state raises that was torn or tampered with."""
 
 
 class Unfinished:
@@ -30,11 +31,15 @@ class Unfinished:
     def __init__(self, directory: Path, about: Mapping[str, str]) -> None:
         self._directory = directory
         self._about = dict(about)
-        held = self._held()
-        self.journal = held if tracking.can_continue(held) else None
+        self.journal: str | None
         """Of the run that stopped here, if it can go on."""
-        self.concluded: dict[str, Any] | None = None
+        self.concluded: dict[str, Any] | None
         """What `conclude` was told, where the process died after it."""
+        held = self._held()
+        self._take_up(held, held if tracking.can_continue(held) else None)
+
+    def _take_up(self, held: str | None, journal: str | None) -> None:
+        self.journal, self.concluded = journal, None
         if held:
             with contextlib.suppress(OSError, ValueError):  # it died before that
                 self.concluded = json.loads((self._directory / CONCLUDED).read_text())
@@ -58,8 +63,13 @@ class Unfinished:
         if not (folder / ABOUT).exists():
             return
         if self.journal is None or _epochs(folder) > _epochs(self._directory):
-            shutil.copytree(folder, self._directory, dirs_exist_ok=True)
-            self.journal = json.loads((folder / ABOUT).read_text())["journal"]
+            copied = self._directory.with_name(f"{self._directory.name}.adopted")
+            shutil.rmtree(copied, ignore_errors=True)
+            shutil.copytree(folder, copied)
+            shutil.rmtree(self._directory, ignore_errors=True)
+            copied.rename(self._directory)
+            held = str(json.loads((self._directory / ABOUT).read_text())["journal"])
+            self._take_up(held, held)
 
     def begin(self) -> str:
         """The journal of the run: the one that goes on, or a new one.
@@ -73,14 +83,13 @@ class Unfinished:
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
         journal = tracking.new_journal()
-        durable.replace(
-            self._directory / ABOUT, json.dumps(self._about | {"journal": journal}).encode()
-        )
+        about = json.dumps(self._about | {"journal": journal})
+        durable.replace_text(self._directory / ABOUT, about)
         return journal
 
     def conclude(self, told: Mapping[str, Any]) -> None:
         """Keep what came of it, before its run is ended: it is not trained again for that."""
-        durable.replace(self._directory / CONCLUDED, json.dumps(dict(told)).encode())
+        durable.replace_text(self._directory / CONCLUDED, json.dumps(dict(told)))
 
     @property
     def described(self) -> bool:
@@ -94,17 +103,9 @@ class Unfinished:
         """Replace the state by this one, or keep the last good one where that fails."""
         import torch
 
-        file = self._directory / STATE
-        unfinished = file.with_suffix(".new")
         try:
-            with unfinished.open("wb") as opened:
-                torch.save(dict(state), opened)
-                opened.flush()
-                os.fsync(opened.fileno())
-            unfinished.replace(file)
+            durable.replace(self._directory / STATE, lambda opened: torch.save(dict(state), opened))
         except (OSError, RuntimeError) as error:  # torch wraps what the disk says
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
             reason = str(error).splitlines()[0]
             log.warning(
                 "the state of epoch %s could not be written to %s (%s): training goes on, and the "
@@ -114,7 +115,12 @@ class Unfinished:
 
     def load(self) -> dict[str, Any] | None:
         """The state of the last whole epoch, or None where none was reached."""
-        return _state(self._directory)
+        try:
+            return _state(self._directory)
+        except DAMAGED as error:
+            file, kind = self._directory / STATE, type(error).__name__
+            log.warning("%s cannot be read (%s): training starts anew", file, kind)
+            return None
 
     def remove(self) -> None:
         shutil.rmtree(self._directory, ignore_errors=True)
@@ -158,15 +164,13 @@ def _state(directory: Path) -> dict[str, Any] | None:
     file = directory / STATE
     if not file.exists():
         return None
-    try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        log.warning("%s cannot be read (%s): training starts anew", file, type(error).__name__)
-        return None
+    state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 
 def _epochs(directory: Path) -> int:
-    """Whole epochs that were trained there."""
-    state = _state(directory)
-    return int(state["epoch"]) if state else 0
+    """Whole epochs that were trained there, and can be taken up."""
+    with contextlib.suppress(*DAMAGED):
+        if state := _state(directory):
+            return int(state["epoch"])
+    return 0

@@ -291,7 +291,7 @@ def carry_out(job: Job, config: Mapping[str, Any]) -> None:
 
     def ended(outcome: Outcome) -> None:
         done.parent.mkdir(parents=True, exist_ok=True)
-        durable.replace(done, json.dumps(dataclasses.asdict(outcome)).encode())
+        durable.replace_text(done, json.dumps(dataclasses.asdict(outcome)))
 
     if done.exists():  # a driver that was killed did not know
         outcome = Outcome(**json.loads(done.read_text()))

@@ -93,6 +93,25 @@ def test_a_gentle_stem_leaves_four_times_the_pixels_and_is_kept_with_the_weights
         build("test_vit", stem="gentle", input_size=160)
 
 
+@pytest.mark.parametrize("name", ["resnet18d", "tf_efficientnet_lite0", "mobilenetv3_small_050"])
+def test_what_the_head_is_given_is_seen_in_every_view_and_answered_as_ever(name: str) -> None:
+    net = build(name, views=8).eval()
+    tiles = torch.rand(2, 3, 32, 32) * 255
+    with torch.no_grad():
+        seen, logits = net.seen(tiles)
+        turned, _ = net.seen(tiles.flip(-1))
+        torch.testing.assert_close(logits, net.logits(tiles))
+        head: Any = net.backbone
+        torch.testing.assert_close(head.get_classifier()(seen), logits)
+    assert seen.shape == (2, net.head_width)
+    torch.testing.assert_close(seen, turned, rtol=1e-3, atol=1e-3)
+
+
+def test_a_backbone_without_one_last_layer_has_nothing_to_match() -> None:
+    with pytest.raises(ModelError, match="crossvit_tiny_240 has no single last layer"):
+        _ = build("crossvit_tiny_240", input_size=240).head_width
+
+
 def test_training_starts_from_a_file_of_weights(tmp_path: Path) -> None:
     net = build()
     with torch.no_grad():

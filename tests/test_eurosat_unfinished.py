@@ -208,7 +208,7 @@ class Cut(Exception):
         ["optim.name=adamw", "optim.lr=1e-3", "optim.layer_decay=0.7", "optim.freeze_epochs=1"],
         ["trainer.precision=bf16", "augment.mixup=0.5", "augment.colour=0.2", "optim.ema=0"],
         ["trainer.epochs=30", "trainer.patience=2", "model.drop_rate=0.3", "optim.ema=0"],
-        ["trainer.passes=2", "optim.label_smoothing=0.1", "optim.clip_norm=1"],
+        ["trainer.passes=2", "optim.clip_norm=1", "trainer.precision=bf16"],
         ["distill.teacher=efficientnet-lite", "distill.share=0", "distill.features=5"],
     ],
 )

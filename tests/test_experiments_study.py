@@ -20,7 +20,7 @@ def test_every_study_asks_what_its_recipe_knows(name: str) -> None:
 
 def test_an_unknown_study_is_named_with_those_there_are() -> None:
     with pytest.raises(
-        ConfigError, match="no study 'nope': known are fine-tuning-rates, learning-rates"
+        ConfigError, match="no study 'nope': known are features, fine-tuning-rates, learning-rates"
     ):
         study.load("nope")
 

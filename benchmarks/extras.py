@@ -93,12 +93,8 @@ def bands(further: Sequence[str]) -> Rows:
     rows = []
     for chosen in ("rgb", "all"):
         given = ["data=synthetic", "recipe=resnet18-quick", "data.synthetic.bands=13"]
-        given += [
-            "distill.teacher=none",
-            "data.dtype=uint16",
-            "data.synthetic.difficulty=2",
-            "trainer.epochs=12",
-        ]
+        given += ["distill.teacher=none", "data.dtype=uint16", "trainer.epochs=12"]
+        given += ["data.synthetic.difficulty=2"]
         given += [f"data.bands={chosen}", "data.allow_unvalidated=true", "model.views=1"]
         rows.append({"bands": chosen, **_merits(tracking.get(trained([*given, *further])))})
     return rows

@@ -29,7 +29,7 @@ TEACHER = "distill.teacher.run_id"
 AXES = 128
 """Of a teacher's features, the widest; the log says how much of their variance they hold."""
 FORMAT = 1
-"""Of what is kept of a teacher; another one is asked for anew, as for another `PACKAGED_SIZE`."""
+"""Of what is kept of a teacher: where it changes, teachers are asked anew."""
 PACKAGED_SIZE = 128
 """Side to which the packaged teacher's tiles are scaled, as in the recipe efficientnet-lite0."""
 
@@ -109,7 +109,7 @@ def _remembered(config: TrainConfig, data: Prepared, compute: "Compute") -> "tup
     root = config.data.cache_dir / "teachers"
     root.mkdir(parents=True, exist_ok=True)
     durable.forget(root)
-    asked = [FORMAT, teacher, features, data.fingerprints, config.data.reading]
+    asked = [FORMAT, AXES, PACKAGED_SIZE, teacher, features, data.fingerprints, config.data.reading]
     key = json.dumps([*asked, dataclasses.asdict(compute)], sort_keys=True, default=str)
     file = root / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     with FileLock(f"{file}.lock"):  # several trials or ranks need one answer

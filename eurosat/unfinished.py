@@ -79,6 +79,8 @@ class Unfinished:
         """
         if self.journal:
             log.info("continuing the run of %s, which was cut short", self.journal)
+            for torn in self._directory.glob(".*"):  # what a killed process was writing
+                torn.unlink()
             return self.journal
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)

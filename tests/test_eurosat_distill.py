@@ -65,6 +65,8 @@ def test_features_are_the_teachers_principal_axes_and_are_asked_for_once(
     assert again is not None
     assert caplog.text.count("asking the teacher") == 1
     np.testing.assert_array_equal(one, again)
+    labels = np.eye(10)[tiny_data.pack.labels[rows]]
+    np.testing.assert_array_equal(one[rows][:, :10], labels, "nothing of its answers is wanted")
     told = one[rows][:, 10:]
     assert told.shape[1] <= distill.AXES
     np.testing.assert_allclose(told.mean(axis=0), 0, atol=1e-4)

@@ -175,8 +175,11 @@ def test_a_training_goes_on_from_whichever_machine_got_further(
         Unfinished(tmp_path / "far", FINGERPRINTS).save({"epoch": there})
     else:
         (tmp_path / "far" / "state.pt").unlink()
+    (tmp_path / "near" / ".state.pt.torn").touch()
     again = Unfinished(tmp_path / "near", FINGERPRINTS)
     again.adopt(tmp_path / "far")
+    again.begin()
+    assert not list((tmp_path / "near").glob(".*"))
     assert (again.load() or {})["epoch"] == goes_on
 
 

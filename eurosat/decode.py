@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eurosat.bands import COLOUR_MAX, COLOURS, NAMES, colours, full_scale
+from eurosat.bands import COLOUR_MAX, COLOURS, NAMES, colours
+from eurosat.bands import full_scale as of_thirteen_bands
 from eurosat.errors import DataError
 
 MAX_SIDE = 1024
@@ -45,7 +46,8 @@ def decode(
             f"set data.dtype={pixels.dtype} or convert the file"
         )
     if dtype == "uint16":
-        pixels = np.rint(np.clip(pixels * (255 / _full_scale(pixels, reflectance_max)), 0, 255))
+        scale = 255 / full_scale(pixels.shape[2], reflectance_max)
+        pixels = np.rint(np.clip(pixels * scale, 0, 255))
     if bands == "rgb" and pixels.shape[2] != len(COLOURS):
         if pixels.shape[2] != len(NAMES):
             raise DataError(
@@ -56,10 +58,11 @@ def decode(
     return np.asarray(pixels, dtype=np.uint8)
 
 
-def _full_scale(pixels: Any, reflectance_max: float | None) -> npt.NDArray[np.float32]:
-    if reflectance_max is None and pixels.shape[2] == len(NAMES):
-        return full_scale()
-    return np.full(1, reflectance_max or COLOUR_MAX, np.float32)
+def full_scale(bands: int, reflectance_max: float | None) -> npt.NDArray[np.float32]:
+    """(bands,) the value of each that becomes 255."""
+    if reflectance_max is None and bands == len(NAMES):
+        return of_thirteen_bands()
+    return np.full(bands, reflectance_max or COLOUR_MAX, np.float32)
 
 
 def _picture(data: bytes, path: str) -> Any:

@@ -37,6 +37,17 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
+def hushed() -> Iterator[None]:
+    """Nothing below an error until the block ends, from libraries that log as the root."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
 def copied_to(file: Path) -> Iterator[Path]:
     """Also write every record to ``file`` until the block ends."""
     handler = logging.FileHandler(file, encoding="utf-8")

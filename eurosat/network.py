@@ -67,20 +67,20 @@ class Network(nn.Module):
         """(N, K), before calibration; outside training the mean over the views of a tile."""
         if self.training or self._views == 1:
             return self._of_one_view(tiles_NCHW)
-        views = dihedral_views(tiles_NCHW)
-        if torch.compiler.is_exporting():  # the graph holds the backbone once
-            each = self._of_one_view(torch.cat(views)).view(len(views), -1, len(self.spec.classes))
-        else:  # a batch as large as asked for
-            each = torch.stack([self._of_one_view(view) for view in views])
-        return each.mean(dim=0)
+        each = [self._of_one_view(view) for view in dihedral_views(tiles_NCHW)]
+        return torch.stack(each).mean(dim=0)
 
-    def _of_one_view(self, tiles_NCHW: Tensor) -> Tensor:
+    def prepared(self, tiles_NCHW: Tensor) -> Tensor:
+        """What the backbone is given: normalised, and as large as it takes them."""
         normal = (tiles_NCHW.float() - self.mean) / self.std
         if side := self.spec.input_size:
             normal = functional.interpolate(
                 normal, (side, side), mode="bilinear", align_corners=False
             )
-        logits: Tensor = self.backbone(normal)
+        return normal
+
+    def _of_one_view(self, tiles_NCHW: Tensor) -> Tensor:
+        logits: Tensor = self.backbone(self.prepared(tiles_NCHW))
         return logits
 
     @property

@@ -3,7 +3,7 @@
 import json
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ def conclude(
 
     from eurosat import calibration, export, figures, metrics, module, network
     from eurosat.batches import TileData
+    from eurosat.decode import full_scale
 
     net, classes = fitted.network.float(), data.pack.classes
     loaders = TileData(data.pack, data.split, batch_size=2, seed=0)
@@ -77,12 +78,51 @@ def conclude(
         (folder / "calibration.json").write_text(json.dumps(calibrated.as_dict(), indent=1))
         network.save(net, folder / "weights.safetensors")
         run.log_folder(folder)  # before the export: a backbone may refuse it
-        lineage = {**data.tags, "config.digest": config.digest, "run_id": run.run_id}
+        told = {**data.tags, "config.digest": config.digest, "run_id": run.run_id}
+        told["calibration"] = json.dumps(calibrated.as_dict())
+        if config.data.dtype == "uint16":
+            scale = full_scale(data.pack.bands, config.data.reflectance_max)
+            told["full_scale"] = json.dumps(scale.tolist())
         log.info("exporting to ONNX")
-        parity = export.export_onnx(net, folder / "model.onnx", lineage)
+        parity = export.export_onnx(net, folder / "model.onnx", told)
         run.log_metrics({"onnx_difference": parity})
         run.log_file(folder / "model.onnx")
+        _log_int8(data, net, labels, probabilities, told, run)
     return tested
+
+
+def _log_int8(
+    data: Prepared, net: "Network", labels: "Labels", probabilities: "Floats",
+    told: Mapping[str, str], run: tracking.Run,
+) -> None:  # fmt: skip
+    """Leave the network in whole numbers in the run, if it is as accurate on the test fold."""
+    import numpy as np
+
+    from eurosat import onnxfile, quantise
+
+    log.info("quantising to INT8")
+    train = data.split.indices("train")
+    some = np.random.default_rng(0).permutation(train)[: quantise.CALIBRATION_TILES]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.int8.onnx"
+        try:
+            quantise.export_int8(net, data.pack.tiles_NHWC[np.sort(some)], file, told)
+        except Exception as error:  # noqa: BLE001 - the quantiser raises anything on a backbone that
+            # it does not know, after hours of training; FP32 is served
+            log.warning("no INT8 form of %s: %s", net.spec.name, " ".join(str(error).split())[:200])
+            return
+        answered = onnxfile.answers(file, data.pack.tiles_NHWC[data.split.indices("test")])
+        accuracy = float((answered.argmax(axis=1) == labels).mean())
+        lost = float((probabilities.argmax(axis=1) == labels).mean()) - accuracy
+        difference = float(np.abs(answered - probabilities).mean())
+        run.log_metrics({"int8_accuracy": accuracy, "int8_mean_difference": difference})
+        if lost > quantise.MAX_LOSS:
+            log.warning(
+                "the INT8 form is not kept: its accuracy is %.4f lower, over the %.4f allowed",
+                lost, quantise.MAX_LOSS,
+            )  # fmt: skip
+            return
+        run.log_file(file)
 
 
 def _draw_gallery(

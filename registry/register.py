@@ -13,6 +13,8 @@ from eurosat.errors import ConfigError, ModelError, TrackingError
 from registry import evidence, versions
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import pandas as pd
 
 log = logging.getLogger(__name__)
@@ -20,11 +22,15 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 PYFUNC = ROOT / "serving" / "pyfunc.py"
 LOCK = ROOT / "requirements.lock"
-SERVED_BY = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow")
+SERVED_BY = ("mlflow", "numpy", "onnxruntime", "pandas", "pillow", "simplejpeg")
 """What ``serving/pyfunc.py`` imports; pinned in the model as in the lock."""
+READS_BANDS = ("rasterio",)
+"""What it imports beside for tiles of other bands than red, green and blue."""
 FOLDER = "model"
 """Of the run's artifacts, where the wrapped model is kept."""
-NETWORK = "model.onnx"
+SETTINGS = {"form": "auto", "threads": 0, "max_batch": 16, "max_wait_ms": 2.0}
+"""Of ``serving/pyfunc.py``. Whoever loads a model may change those that it was saved with."""
+NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
 NEEDED = (NETWORK, evidence.PREDICTIONS, "config.yaml", "split.csv")
 TAGS = ("data.fingerprint", "split.fingerprint", "code.commit", "config.digest")
 VALIDATION = "data.validation"
@@ -93,22 +99,28 @@ def describe(network: Path) -> dict[str, Any]:
     Raises:
         ModelError: not ONNX, or not of the form that ``eurosat.export`` writes.
     """
-    import onnxruntime
+    from eurosat import onnxfile
 
     try:
-        session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
+        session = onnxfile.opened(network)
     except Exception as error:  # onnxruntime's errors share no base class but this
         first = str(error).splitlines()[0][:200]
         raise ModelError(f"{NETWORK} is no network that ONNX Runtime opens: {first}") from error
     interface = [(node.name, node.type) for node in (*session.get_inputs(), *session.get_outputs())]
     expected = [("tiles_NHWC", "tensor(uint8)"), ("probabilities", "tensor(float)")]
-    if interface != expected:
+    if interface[: len(expected)] != expected:
         raise ModelError(f"{NETWORK} takes and gives {interface}, not {expected}: export it again")
     properties = session.get_modelmeta().custom_metadata_map
     try:
-        return {key: json.loads(properties[key]) for key in ("classes", "tile_size", "bands")}
+        told = {key: json.loads(properties[key]) for key in ("classes", "tile_size", "bands")}
+        return told | {"views": json.loads(properties.get("views", "1"))}
     except (KeyError, ValueError) as error:
         raise ModelError(f"{NETWORK} lacks or garbles its property {error}") from error
+
+
+def _held(run: tracking.FinishedRun) -> set[str]:
+    with tracking.explained(f"artifacts of run {run.run_id}"):
+        return {file.path for file in versions.client().list_artifacts(run.run_id)}
 
 
 def _check(run: tracking.FinishedRun) -> None:
@@ -116,8 +128,7 @@ def _check(run: tracking.FinishedRun) -> None:
         raise TrackingError(
             f"run {run.run_id} is {run.status}: only a FINISHED training run can be registered"
         )
-    with tracking.explained(f"artifacts of run {run.run_id}"):
-        held = {file.path for file in versions.client().list_artifacts(run.run_id)}
+    held = _held(run)
     lacking = [name for name in NEEDED if name not in held]
     lacking += [f"the tag {name}" for name in (*TAGS, VALIDATION) if name not in run.tags]
     if lacking:
@@ -129,8 +140,14 @@ def _check(run: tracking.FinishedRun) -> None:
 
 def _create(run: tracking.FinishedRun, model: str) -> str:
     with ExitStack() as stack:
-        network = stack.enter_context(tracking.artifact(run.run_id, NETWORK))
-        described = describe(network)
+        names = {"network": NETWORK}
+        if NETWORK_INT8 in _held(run):
+            names["network_int8"] = NETWORK_INT8
+        networks = {
+            artifact: stack.enter_context(tracking.artifact(run.run_id, name))
+            for artifact, name in names.items()
+        }
+        described = describe(networks["network"])
         tested = evidence.read(run.run_id).classes
         if tested != described["classes"]:
             raise ModelError(
@@ -139,7 +156,7 @@ def _create(run: tracking.FinishedRun, model: str) -> str:
             )
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder = scratch / FOLDER
-        _wrap(network, described, lineage(run, described), folder)
+        _wrap(networks, described, lineage(run, described), folder)
         versions.ensure(model, "Land cover of satellite tiles")
         with tracking.explained(f"run {run.run_id}"):
             client = versions.client()
@@ -160,34 +177,52 @@ def lineage(run: tracking.FinishedRun, described: Mapping[str, Any]) -> dict[str
 
 
 def _wrap(
-    network: Path, described: Mapping[str, Any], origin: Mapping[str, Any], folder: Path
-) -> None:
-    """Write the MLflow model: code by path, no pickle."""
+    networks: Mapping[str, Path], described: Mapping[str, Any], origin: Mapping[str, Any],
+    folder: Path,
+) -> None:  # fmt: skip
+    """Write the MLflow model: code by path, no pickle; its lineage tells the example's answers."""
     import mlflow.pyfunc
+    import numpy as np
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, Schema
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
+    from eurosat import onnxfile
+
+    height, width = described["tile_size"]
+    grey_HWC = np.full((height, width, described["bands"]), GREY, np.uint8)
+    answers = {
+        name: onnxfile.answers(file, grey_HWC[None])[0].tolist() for name, file in networks.items()
+    }
     written = folder.parent / "lineage.json"
-    written.write_text(json.dumps(origin, indent=1))
+    written.write_text(json.dumps({**origin, "example_probabilities": answers}, indent=1))
+    in_colours = described["bands"] == len("RGB")
+    params = [
+        ParamSpec("top_k", "integer", 0),
+        ParamSpec("tta", "boolean", described["views"] > 1),
+        ParamSpec("explain", "boolean", False),
+    ]
     mlflow.pyfunc.save_model(
         folder,
         python_model=str(PYFUNC),
-        artifacts={"network": str(network), "lineage": str(written)},
-        signature=ModelSignature(inputs=Schema([ColSpec("binary", "image")])),
-        input_example=_example(*described["tile_size"]) if described["bands"] == 3 else None,
-        pip_requirements=pins(),
+        artifacts={"lineage": str(written)} | {name: str(file) for name, file in networks.items()},
+        signature=ModelSignature(
+            inputs=Schema([ColSpec("binary", "image")]), params=ParamSchema(params)
+        ),
+        input_example=_example(grey_HWC) if in_colours else None,
+        model_config=SETTINGS,
+        pip_requirements=pins(SERVED_BY if in_colours else (*SERVED_BY, *READS_BANDS)),
     )
 
 
-def _example(height: int, width: int) -> "pd.DataFrame":
-    """One grey tile as PNG bytes."""
+def _example(tile_HWC: "npt.NDArray[np.uint8]") -> "pd.DataFrame":
+    """The tile as PNG bytes."""
     import io
 
     import pandas as pd
     from PIL import Image
 
     file = io.BytesIO()
-    Image.new("RGB", (width, height), (GREY, GREY, GREY)).save(file, "PNG")
+    Image.fromarray(tile_HWC).save(file, "PNG")
     return pd.DataFrame({"image": [file.getvalue()]})
 
 

@@ -228,7 +228,7 @@ def test_onnx_gives_the_networks_probabilities_for_any_number_of_tiles(
     assert (described["bands"], described["run_id"]) == ("3", "r")
     for count in (1, 2, 9):
         tiles = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
-        (given,) = session.run(None, {"tiles_NHWC": tiles})
+        (given,) = session.run(["probabilities"], {"tiles_NHWC": tiles})
         with torch.inference_mode():
             wanted = net(torch.from_numpy(tiles).permute(0, 3, 1, 2)).softmax(dim=1).numpy()
         np.testing.assert_allclose(given, wanted, atol=1e-4)

@@ -68,7 +68,7 @@ def test_a_run_carries_all_that_judges_and_serves_it(
     for name, value in judge(labels, probabilities, tiny_pack.classes).items():
         assert run.metrics[f"test_{name}"] == pytest.approx(value, abs=1e-5)
     rows = [list(tiny_pack.table["path"]).index(tile) for tile in predicted["tile"]]
-    (served,) = session.run(None, {"tiles_NHWC": tiny_pack.tiles_NHWC[rows]})
+    (served,) = session.run(["probabilities"], {"tiles_NHWC": tiny_pack.tiles_NHWC[rows]})
     np.testing.assert_allclose(served, probabilities, atol=1e-4)
 
 

@@ -72,7 +72,9 @@ def test_many_tiles_are_answered_in_order_over_several_batches(
     answers = ask(model, *[pixels(label) for label in labels])
     assert [answer["label"] for answer in answers] == labels
     session = onnxruntime.InferenceSession(make_network(tmp_path / "model.onnx"))
-    (expected,) = session.run(None, {"tiles_NHWC": np.stack([pixels(label) for label in labels])})
+    (expected,) = session.run(
+        ["probabilities"], {"tiles_NHWC": np.stack([pixels(label) for label in labels])}
+    )
     answered = [list(answer["probabilities"].values()) for answer in answers]
     np.testing.assert_allclose(answered, expected, atol=1e-6)
 
@@ -111,8 +113,9 @@ def test_other_colours_are_converted(model: "TileClassifier", mode: str, kind: s
 def test_a_file_of_another_size_is_resized_bilinearly(model: "TileClassifier", size: int) -> None:
     image = Image.fromarray(pixels("Forest", size))
     expected = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR))
-    answers = ask(model, encoded("Forest", size=size), expected)
-    assert answers[0] == answers[1]
+    resized, given = ask(model, encoded("Forest", size=size), expected)
+    assert resized.pop("resized_from", [64, 64]) == [size, size], "and it says so"
+    assert resized == given
 
 
 def test_base64_in_a_row_is_decoded(model: "TileClassifier") -> None:

@@ -98,7 +98,7 @@ def test_answers_are_what_onnx_runtime_gives_and_say_where_they_are_from(
 ) -> None:
     tiles = np.stack([pixels(label) for label in COLOURS])
     session = onnxruntime.InferenceSession(make_network(tmp_path / "model.onnx"))
-    (expected,) = session.run(None, {"tiles_NHWC": tiles})
+    (expected,) = session.run(["probabilities"], {"tiles_NHWC": tiles})
     run_id = versions.run_of(versions.get("eurosat", version))
     for payload in (raw(*tiles), files(*[encoded(label) for label in COLOURS])):
         answers = predictions(url, payload)

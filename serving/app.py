@@ -1,0 +1,364 @@
+"""The ASGI app: pictures in, answers out, around MLflow's own protocol.
+
+Its few routes are a table and not a framework: one tile must not cost more than its decoding.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from serving import limits, refusals
+from serving.client import reason
+from serving.keys import Keys
+from serving.limits import Limits
+from serving.live import Follower, Live
+from serving.metrics import CONTENT_TYPE, Metrics
+from serving.refusals import Refused
+
+log = logging.getLogger(__name__)
+
+OPENAPI = Path(__file__).with_name("openapi.yaml")
+PICTURES = ("image/jpeg", "image/png", "image/tiff", "application/octet-stream")
+FORM = "multipart/form-data"
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
+LOOK_S = 1.0
+"""Between two looks at how many wait."""
+FILE_FIELDS = 1000
+"""Parts of a form that are read before its files are counted."""
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class App:
+    """`follower`'s version answers; see serving/openapi.yaml for the routes."""
+
+    def __init__(
+        self, follower: Follower, metrics: Metrics, bounds: Limits, keys: Keys | None = None
+    ) -> None:
+        self.follower, self.metrics, self.limits, self.keys = follower, metrics, bounds, keys
+        self.asked = 0
+        self.closing = False
+        self._routes: dict[str, dict[str, Handler]] = {
+            "/predict": {"POST": self.predict},
+            "/predict/batch": {"POST": self.predict_batch},
+            "/invocations": {"POST": self.invocations},
+            "/ping": {"GET": self.mlflows_own},
+            "/health": {"GET": self.mlflows_own},
+            "/version": {"GET": self.mlflows_own},
+            "/ready": {"GET": self.ready},
+            "/model": {"GET": self.model},
+            "/metrics": {"GET": self.measured},
+            "/openapi.json": {"GET": self.openapi},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":  # a websocket is closed
+            await send({"type": "websocket.close", "code": 1003})
+            return
+        started = time.perf_counter()
+        request = Request(scope, receive)
+        path = scope["path"] if scope["path"] in self._routes else "other"
+        self.asked += 1
+        try:
+            response = await self._answer(request)
+        except ClientDisconnect:
+            return
+        finally:
+            self.asked -= 1
+        self.metrics.request(path, response.status_code, time.perf_counter() - started)
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Response:
+        try:
+            methods = self._routes.get(request.scope["path"])
+            if methods is None:
+                raise Refused(404, "no such path: GET /openapi.json tells those that there are")
+            handler = methods.get(request.scope["method"])
+            if handler is None:
+                raise Refused(405, f"this path takes {', '.join(methods)}")
+            if ("POST" in methods or handler == self.model) and self.keys is not None:
+                self.keys.admit(request.headers)
+            return await handler(request)
+        except Refused as refused:
+            return refusals.response(refused.status, str(refused))
+        except ClientDisconnect:
+            raise
+        except Exception:
+            log.exception("a request failed")
+            return refusals.response(500, "a fault of this server's: its log tells more")
+
+    def _admit(self) -> Live:
+        """The version that answers, if there is room for another request.
+
+        Raises:
+            Refused: none is loaded, or too many are waiting.
+        """
+        live = self.follower.live
+        if live is None:
+            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
+        waiting = len(live.waiting)
+        if waiting >= self.limits.queue or self.asked > self.limits.requests:
+            raise Refused(429, f"{waiting} tiles wait and {self.asked} requests are open: wait")
+        return live
+
+    async def predict(self, request: Request) -> Response:
+        """One tile: the body itself, or the one file of a form."""
+        self._admit()
+        deadline = limits.deadline(request, self.limits)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind in PICTURES:
+            pictures: Sequence[bytes] = [await limits.read_body(request, self.limits)]
+        elif kind == FORM:
+            pictures = await self._form(request, 1)
+        else:
+            raise Refused(415, f"send a picture as {', '.join(PICTURES)} or as {FORM}")
+        (answer,) = await self._ask(request, pictures, deadline)
+        return _json(answer)
+
+    async def predict_batch(self, request: Request) -> Response:
+        """Several: the files of a form, or JSON of ``{"images": [base64, ...]}``."""
+        self._admit()
+        deadline = limits.deadline(request, self.limits)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind == FORM:
+            pictures = await self._form(request, self.limits.tiles)
+        elif kind == "application/json":
+            pictures = _decoded(await limits.read_body(request, self.limits), self.limits.tiles)
+        else:
+            raise Refused(415, f"send files as {FORM}, or application/json of images in base64")
+        answers = await self._ask(request, pictures, deadline)
+        return _json({"predictions": answers})
+
+    async def _form(self, request: Request, most: int) -> list[bytes]:
+        """The files of a form, which is read whole before it is taken apart."""
+        whole = await limits.read_body(request, self.limits)
+
+        async def again() -> Message:
+            return {"type": "http.request", "body": whole, "more_body": False}
+
+        copied = Request(request.scope, again)
+        try:
+            async with copied.form(
+                max_files=FILE_FIELDS, max_fields=FILE_FIELDS, max_part_size=self.limits.body_bytes
+            ) as form:
+                files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
+                if not 1 <= len(files) <= most:
+                    raise Refused(
+                        413 if len(files) > most else 422,
+                        f"a form of {len(files)} files: send 1 to {most}",
+                    )
+                return [await file.read() for file in files]
+        except (MultiPartException, AssertionError, ValueError, KeyError) as error:
+            raise Refused(
+                400, "the form cannot be taken apart: send multipart/form-data"
+            ) from error
+        except Exception as error:
+            if type(error).__name__ != "HTTPException":  # what Starlette makes of a bad form
+                raise
+            raise Refused(
+                400, "the form cannot be taken apart: send multipart/form-data"
+            ) from error
+
+    async def _ask(
+        self, request: Request, pictures: Sequence[bytes], deadline: float
+    ) -> list[dict[str, Any]]:
+        with self._admit() as live:  # asked anew: reading a body takes its time
+            try:
+                wish = live.classifier.wish(_params(request.query_params))
+            except ValueError as error:
+                raise Refused(422, str(error)) from error
+            told = await asyncio.gather(*live.ask(pictures, wish, deadline), return_exceptions=True)
+            answers = [_said(one, number, len(told)) for number, one in enumerate(told)]
+            for answer in answers:
+                self.metrics.tile(live.version, answer["label"])
+            return answers
+
+    async def invocations(self, request: Request) -> Response:
+        """MLflow's protocol, by MLflow's own app; only what it refuses is told in our shape."""
+        self._admit()
+        deadline = limits.deadline(request, self.limits)
+        whole = await limits.read_body(request, self.limits)
+        with self._admit() as live:
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    return await _of_mlflow(live, request.scope, whole)
+            except TimeoutError as error:
+                raise Refused(429, "the time allowed has passed: this server is busy") from error
+
+    async def mlflows_own(self, request: Request) -> Response:
+        live = self.follower.live
+        if live is None:
+            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
+        return await _of_mlflow(live, request.scope, b"")
+
+    async def ready(self, request: Request) -> Response:
+        live = self.follower.live
+        if live is None or self.closing:
+            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
+        return _json({"ready": True, "model_version": live.version})
+
+    async def model(self, request: Request) -> Response:
+        """Where the version that answers is from, and which were refused."""
+        live = self.follower.live
+        if live is None:
+            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
+        classifier = live.classifier
+        height, width, bands = classifier.shape_HWC
+        return _json(
+            {
+                "follows": self.follower.reference, "uri": live.uri, **classifier.provenance,
+                "form": classifier.form, "classes": classifier.classes,
+                "tile": {"height": height, "width": width, "bands": bands},
+                "views": classifier.judged_views, "swaps": self.follower.swaps,
+                "refused": self.follower.refused,
+            }
+        )  # fmt: skip
+
+    async def measured(self, request: Request) -> Response:
+        self._look()
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+    def _look(self) -> None:
+        live = self.follower.live
+        self.metrics.at_present(len(live.waiting) if live else 0, self.asked)
+
+    async def _look_on(self) -> None:
+        """Another process of this server may be the one that tells."""
+        while True:
+            self._look()
+            await asyncio.sleep(LOOK_S)
+
+    async def openapi(self, request: Request) -> Response:
+        return _json(document())
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        tasks: list[asyncio.Task[None]] = []
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.follower.step()
+                tasks = [
+                    asyncio.create_task(each()) for each in (self.follower.follow, self._look_on)
+                ]
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                self.closing = True
+                for task in tasks:
+                    task.cancel()
+                await self.follower.close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+
+def _said(told: Any, number: int, count: int) -> dict[str, Any]:
+    """The answer to a tile; raises what came instead."""
+    if isinstance(told, TimeoutError):
+        raise Refused(429, f"{told}: this server is busy, try again") from told
+    if isinstance(told, ValueError):
+        raise Refused(422, f"row {number}: {told}" if count > 1 else str(told)) from told
+    if isinstance(told, BaseException):
+        raise told
+    answer: dict[str, Any] = told
+    return answer
+
+
+def document() -> dict[str, Any]:
+    """What the server offers, as OpenAPI."""
+    told: dict[str, Any] = yaml.safe_load(OPENAPI.read_text(encoding="utf-8"))
+    return told
+
+
+def _json(value: object) -> Response:
+    return Response(json.dumps(value).encode(), media_type="application/json")
+
+
+def _params(query: Mapping[str, str]) -> dict[str, Any]:
+    """Parameters of a tile's answer, from the query.
+
+    Raises:
+        Refused: one is unknown, or not of its type.
+    """
+    told: dict[str, Any] = {}
+    for name, text in query.items():
+        if name == "top_k" and text.isascii() and text.isdecimal() and len(text) < 10:
+            told[name] = int(text)
+        elif name in ("tta", "explain") and text.lower() in TRUTH:
+            told[name] = TRUTH[text.lower()]
+        else:
+            raise Refused(422, "the query takes top_k=NUMBER, tta=true|false, explain=true|false")
+    return told
+
+
+def _decoded(body: bytes, most: int) -> list[bytes]:
+    """The pictures of ``{"images": [base64, ...]}``."""
+    try:
+        images = json.loads(body)["images"]
+        if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
+            raise TypeError
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Refused(400, 'send JSON of the form {"images": ["<base64>", ...]}') from error
+    if not 1 <= len(images) <= most:
+        status = 413 if len(images) > most else 422
+        raise Refused(status, f"{len(images)} images in one request: send 1 to {most}")
+    pictures = []
+    for number, text in enumerate(images):
+        try:
+            pictures.append(base64.b64decode(text, validate=True))
+        except (binascii.Error, ValueError) as error:
+            raise Refused(422, f"row {number}: not base64: send the file's bytes so") from error
+    return pictures
+
+
+async def _of_mlflow(live: Live, scope: Scope, body: bytes) -> Response:
+    """The answer of MLflow's app; its refusals quote the request, so they are told anew."""
+    status, kind, parts = 500, "application/json", []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Message) -> None:
+        nonlocal status, kind
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            headers = dict(message.get("headers", ()))
+            kind = headers.get(b"content-type", b"application/json").decode("latin-1")
+        else:
+            parts.append(message.get("body", b""))
+
+    own = {key: scope[key] for key in ("type", "asgi", "http_version", "method", "path")}
+    own |= {key: scope[key] for key in ("raw_path", "query_string", "root_path", "scheme")}
+    own |= {"headers": scope["headers"], "server": scope["server"], "client": scope["client"]}
+    await live.app(own, receive, send)
+    answer = b"".join(parts)
+    if status < 400:
+        return Response(answer, status, media_type=kind)
+    raise _retold(status, answer)
+
+
+def _retold(status: int, answer: bytes) -> Refused:
+    """What ``predict`` said of a row; all else that MLflow says may hold what was sent."""
+    text = answer.decode("utf-8", "replace")
+    said = reason(text) if "\\nError: " in text else ""
+    if status == 415:
+        return Refused(415, "send application/json, text/csv or application/vnd.apache.parquet")
+    if said:
+        return Refused(422, said)
+    return Refused(
+        400, "the request is not of MLflow's protocol: see GET /openapi.json for an example"
+    )

@@ -1,13 +1,12 @@
 """What happens around the training steps: progress, the run's metrics, the moving average."""
 
-import dataclasses
 import logging
 import math
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from eurosat.errors import NonFiniteLoss
-from eurosat.machine import Compute
 from eurosat.progress import bar
 from eurosat.tracking import Run
-from eurosat.unfinished import Unfinished
 
 log = logging.getLogger(__name__)
 
@@ -237,7 +234,7 @@ class KeepBest(lightning.Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule
     ) -> None:
         accuracy = float(trainer.callback_metrics["val_accuracy"])
-        if accuracy >= self._accuracy and _is_sound(trainer):
+        if accuracy >= self._accuracy and is_sound(trainer):
             self._accuracy = accuracy
             state = module.get_submodule("network").state_dict()
             self._weights = {name: value.detach().clone() for name, value in state.items()}
@@ -266,7 +263,7 @@ class KeepBest(lightning.Callback):
         self._accuracy, self._weights = state_dict["accuracy"], state_dict["weights"]
 
 
-def _is_sound(trainer: lightning.Trainer) -> bool:
+def is_sound(trainer: lightning.Trainer) -> bool:
     """Whether the last validation had a loss: weights that are not finite may guess a class."""
     return math.isfinite(float(trainer.callback_metrics["val_loss"]))
 
@@ -314,88 +311,3 @@ class Profile(lightning.Callback):
             self._run.log_file(Path(folder) / "trace.json", "profile")
         self._run.log_text(str(table), "profile/operators.txt")
         log.info("profiled %d steps: profile/ in the run", self.ACTIVE)
-
-
-class Resume(lightning.Callback):
-    """Saves after each epoch all that the rest of a training depends on, and restores it.
-
-    Between two epochs there is little of it; Lightning's own checkpoints restart inside its
-    loops' bookkeeping instead, which repeats or skips hooks. An epoch is over when the next one
-    starts or training ends: only then has Lightning logged the last of its metrics.
-    """
-
-    def __init__(
-        self, saved: Unfinished | None, run: Run, compute: Compute, state: Mapping[str, Any] | None
-    ) -> None:
-        """``saved`` is None for all of several processes but the first, which writes for all."""
-        self._saved, self._run, self._compute, self._state = saved, run, compute, state
-        self._kept = state["epoch"] if state else 0
-        """Epochs in the state that is saved."""
-
-    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Optimiser and callbacks are set up, and no hook of training has run."""
-        if self._state is None:
-            return
-        state, loop = self._state, trainer.fit_loop
-        module.load_state_dict(state["module"])
-        trainer.optimizers[0].load_state_dict(state["optimizer"])
-        trainer.lr_scheduler_configs[0].scheduler.load_state_dict(state["schedule"])
-        for callback in self._stateful(trainer):
-            callback.load_state_dict(state["callbacks"][type(callback).__name__])
-        epochs: Any = loop.epoch_progress.current
-        epochs.processed = epochs.completed = state["epoch"]
-        steps = loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
-        steps.completed = loop.epoch_loop._batches_that_stepped = state["step"]
-        if state["stopped"]:  # early, and killed before the test fold was judged
-            loop.max_epochs = state["epoch"]
-        own = state["random"][trainer.global_rank]
-        torch.set_rng_state(own["cpu"])
-        if "cuda" in own:
-            torch.cuda.set_rng_state(own["cuda"])
-        self._state = None
-
-    def on_train_epoch_start(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule
-    ) -> None:
-        self._keep(trainer, module)
-
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self._keep(trainer, module)
-
-    def _keep(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        if trainer.current_epoch == self._kept or not _is_sound(trainer):
-            return
-        self._kept = trainer.current_epoch
-        random = _random_states(trainer)
-        if self._saved is None:
-            return
-        self._run.settle()  # what is not trained again is not logged again
-        self._saved.save(
-            {
-                "epoch": self._kept,
-                "step": trainer.global_step,
-                "stopped": trainer.should_stop,
-                "module": module.state_dict(),
-                "optimizer": trainer.optimizers[0].state_dict(),
-                "schedule": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
-                "callbacks": {type(c).__name__: c.state_dict() for c in self._stateful(trainer)},
-                "random": random,
-                "compute": dataclasses.asdict(self._compute),
-            }
-        )
-
-    def _stateful(self, trainer: lightning.Trainer) -> Iterator[lightning.Callback]:
-        """The callbacks that remember something; Lightning holds one of a kind."""
-        return (c for c in trainer.callbacks if c is not self and c.state_dict())  # type: ignore[attr-defined]
-
-
-def _random_states(trainer: lightning.Trainer) -> list[dict[str, Tensor]]:
-    """Of each rank: every one augments in its own way."""
-    own = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        own["cuda"] = torch.cuda.get_rng_state()
-    if trainer.world_size == 1:
-        return [own]
-    each: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(each, own)
-    return each

@@ -22,6 +22,7 @@ from eurosat.errors import NonFiniteLoss
 from eurosat.module import LOG_EVERY_STEPS, Classifier
 from eurosat.prepare import Prepared
 from eurosat.ranks import ALONE, Ranks
+from eurosat.resume import Resume
 from eurosat.unfinished import Unfinished
 
 
@@ -97,7 +98,7 @@ def fit(
     if config.profile and ranks.first:
         extra.append(callbacks.Profile(run))
     interrupt = callbacks.Interrupt()
-    resume = [callbacks.Resume(saved if ranks.first else None, run, compute, state)]
+    resume = [Resume(saved if ranks.first else None, run, compute, state)]
     trainer = lightning.Trainer(
         accelerator="gpu" if compute.device == "cuda" else "cpu",
         devices=ranks.beside,

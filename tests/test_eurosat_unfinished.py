@@ -26,7 +26,7 @@ from eurosat.unfinished import Unfinished, claim
 from eurosat.weights import find
 from tests.conftest import TINY
 
-PRELOAD = ["eurosat.train", "eurosat.callbacks", "eurosat.weights", "eurosat.export", "mlflow"]
+PRELOAD = ["eurosat.train", "eurosat.resume", "eurosat.weights", "eurosat.export", "mlflow"]
 """Imported once for all the processes of a test: they cost more than what is tested."""
 FINGERPRINTS = {"data.fingerprint": "d", "split.fingerprint": "s"}
 

@@ -194,6 +194,17 @@ def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
     return logits_NK, labels
 
 
+def logits_and_first_view(network: Network, batches: Batches) -> tuple[Floats, Floats, Labels]:
+    """`logits`, those of the first view alone, and labels, in one look at the tiles."""
+
+    def ask(tiles_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+        views = network.of_views(tiles_NCHW)
+        return views.mean(dim=0), views[0]
+
+    (logits_NK, first_NK), labels = predicted(network, batches, ask)
+    return logits_NK, first_NK, labels
+
+
 @torch.inference_mode()
 def predicted(
     network: Network, batches: Batches, ask: Callable[[Tensor], tuple[Tensor, ...]]

@@ -67,8 +67,12 @@ class Network(nn.Module):
         """(N, K), before calibration; outside training the mean over the views of a tile."""
         if self.training or self._views == 1:
             return self._of_one_view(tiles_NCHW)
-        each = [self._of_one_view(view) for view in dihedral_views(tiles_NCHW)]
-        return torch.stack(each).mean(dim=0)
+        return self.of_views(tiles_NCHW).mean(dim=0)
+
+    def of_views(self, tiles_NCHW: Tensor) -> Tensor:
+        """(views, N, K), before calibration; the first view is the tile as it is."""
+        views = dihedral_views(tiles_NCHW) if self._views > 1 else [tiles_NCHW]
+        return torch.stack([self._of_one_view(view) for view in views])
 
     def prepared(self, tiles_NCHW: Tensor) -> Tensor:
         """What the backbone is given: normalised, and as large as it takes them."""

@@ -50,15 +50,13 @@ def conclude(
     calibrated = calibration.fit(*module.logits(net, loaders.val_dataloader()))
     net.temperature.fill_(calibrated.temperature)
     log.info("judging on the %d tiles of the test fold", len(data.split.indices("test")))
-    logits, labels = module.logits(net, loaders.test_dataloader())
+    logits, once, labels = module.logits_and_first_view(net, loaders.test_dataloader())
     probabilities = calibration.softmax(logits / calibrated.temperature)
     raw = metrics.evaluate(labels, calibration.softmax(logits), classes)
     merits = metrics.evaluate(labels, probabilities, classes)
     merits |= calibration.judge(calibrated, logits, labels)
     merits |= {f"uncalibrated_{name}": raw[name] for name in ("ece", "nll")}
     if net.spec.views > 1:
-        with net.in_one_view():
-            once, _ = module.logits(net, loaders.test_dataloader())
         merits["one_view_accuracy"] = float((once.argmax(axis=1) == labels).mean())
     tested = {f"test_{name}": value for name, value in merits.items()}
     run.log_metrics(tested)

@@ -19,7 +19,7 @@ from eurosat.errors import DataError, NonFiniteLoss
 from eurosat.fit import Fitted, fit
 from eurosat.metrics import evaluate as judge
 from eurosat.module import logits as logits_of
-from eurosat.module import make_optimizer, one_cycle
+from eurosat.module import logits_and_first_view, make_optimizer, one_cycle
 from eurosat.network import load, save
 from eurosat.pack import Pack
 from eurosat.prepare import Prepared, prepare
@@ -103,6 +103,30 @@ def test_every_setting_trains(tiny_data: Prepared, changes: list[str]) -> None:
         tested = train.train(config, tiny_data, run)
     assert 0 <= tested["test_accuracy"] <= 1
     assert ("test_one_view_accuracy" in tested) == (config.model.views == 8)
+    if config.model.views == 8:
+        with tracking.artifact(run.run_id, "weights.safetensors") as file:
+            net = load(file)
+        with net.in_one_view():
+            once, labels = logits_of(net, Batches(tiny_data.pack, tiny_data.split.indices("test")))
+        assert tested["test_one_view_accuracy"] == (once.argmax(axis=1) == labels).mean()
+
+
+def test_one_look_at_the_tiles_tells_what_all_views_answer_and_what_the_first_does(
+    tiny_data: Prepared,
+) -> None:
+    net = build_network(classes=10, views=8)
+    batches = Batches(tiny_data.pack, tiny_data.split.indices("test"))
+    passes: list[int] = []
+    net.backbone.register_forward_hook(lambda *seen: passes.append(len(seen[2])))
+    mean, first, labels = logits_and_first_view(net, batches)
+    assert len(passes) == 8 * len(batches), "the first view is not looked at again"
+    expected, expected_labels = logits_of(net, batches)
+    with net.in_one_view():
+        alone, _ = logits_of(net, batches)
+    np.testing.assert_array_equal(mean, expected)
+    np.testing.assert_array_equal(first, alone)
+    np.testing.assert_array_equal(labels, expected_labels)
+    assert abs(first - mean).max() > 1e-3, "one view is not the mean of eight"
 
 
 @pytest.mark.usefixtures("tracking_store")

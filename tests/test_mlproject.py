@@ -13,7 +13,7 @@ import yaml
 
 from benchmarks import tables
 from eurosat.config import CONF, TrainConfig, compose
-from experiments.demo import DemoConfig, split_arguments
+from experiments.demo import DemoConfig, say_how_long, split_arguments
 from experiments.settings import SweepConfig, take
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +73,18 @@ def test_a_recipe_is_chosen_by_the_data_unless_it_is_said() -> None:
     assert split_arguments(["data=eurosat"])[1] == ["data=eurosat", "recipe=resnet18-quick"]
     said = ["data=eurosat", "recipe=demo"]
     assert split_arguments(said)[1] == said
+
+
+def test_the_time_that_is_announced_holds_that_of_asking_a_teacher() -> None:
+    def announced(*overrides: str) -> str:
+        settings, recipe = split_arguments(["data=eurosat", "trials=1", *overrides])
+        return say_how_long(compose(recipe), settings)
+
+    taught, alone = announced(), announced("distill.teacher=none", "distill.features=0")
+    minutes = [int(re.findall(r"about (\d+) min", said)[0]) for said in (taught, alone)]
+    assert minutes[0] == minutes[1] + 1
+    assert "a teacher asked once" in taught
+    assert "teacher" not in alone
 
 
 def test_every_recipe_is_in_the_docs() -> None:

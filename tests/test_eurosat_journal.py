@@ -1,12 +1,14 @@
 """Runs through every mood of a real tracking server: nothing is lost, and nothing comes twice."""
 
 import contextlib
+import hashlib
 import math
 import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -25,7 +27,7 @@ from eurosat import cli, tracking
 from eurosat.errors import TrackingError
 from eurosat.tracking import __main__ as verbs
 from eurosat.tracking import delivery, journals, store
-from eurosat.tracking.journal import Journal, now_ms
+from eurosat.tracking.journal import Journal, now_ms, root
 from tests.conftest import TINY
 from tests.postgres import create
 
@@ -405,6 +407,49 @@ def test_a_journal_that_is_not_made_yet_is_none(
     os.utime(unmade, (0, 0))
     journals.forget_old()
     assert not unmade.exists()
+
+
+BEFORE_FOLDERS = """
+CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE entries (seq INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL,
+    name TEXT NOT NULL, value, time INTEGER, step INTEGER, refused TEXT);
+CREATE INDEX named ON entries (name) WHERE kind <> 'metric';
+CREATE TABLE files (seq INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT UNIQUE NOT NULL,
+    sha256 TEXT NOT NULL, size INTEGER NOT NULL, sent INTEGER NOT NULL DEFAULT 0);
+"""
+"""The schema of commits ffa2fdc to 759e512."""
+
+
+def test_a_journal_from_before_its_files_had_folders_arrives_in_full(
+    server: Proxy, experiment: str
+) -> None:
+    directory = root() / "0123456789abcdef"
+    for number, content in (("2", b"hello"), ("3", b"unsent")):
+        (directory / "files" / number).mkdir(parents=True)
+        (directory / "files" / number / "note.txt").write_bytes(content)
+    about = {"start_ms": str(now_ms()), "end_ms": str(now_ms()), "status": "FINISHED",
+             "server": store.server(), "experiment": experiment, "run_name": "r"}  # fmt: skip
+    file = "INSERT INTO files VALUES (?, ?, ?, ?, ?)"
+    with contextlib.closing(sqlite3.connect(directory / "journal.db")) as old, old:
+        old.execute("PRAGMA journal_mode=WAL")
+        old.executescript(BEFORE_FOLDERS)
+        old.executemany("INSERT INTO about VALUES (?, ?)", about.items())
+        old.execute("INSERT INTO entries VALUES (1, 'metric', 'loss', 0.5, 1, 0, NULL)")
+        old.execute(file, (1, "torn.txt", "", 0, 1))
+        for seq, path, content in ((2, "a/note.txt", b"hello"), (3, "b/note.txt", b"unsent")):
+            old.execute(file, (seq, path, hashlib.sha256(content).hexdigest(), len(content), 0))
+    for _ in range(2):  # it is brought up to date once
+        journal = Journal(directory)
+        assert journal.waiting().files == 2
+        journal.keep(b"later", "b/note.txt")
+        journal.close()
+    assert not (directory / "files" / "3").exists(), "what was replaced is gone"
+    assert verbs.main(["sync"]) == cli.OK
+    held = only(server, experiment)
+    assert (held.info.status, held.data.metrics) == ("FINISHED", {"loss": 0.5})
+    for path, text in (("a/note.txt", "hello"), ("b/note.txt", "later")):
+        with tracking.artifact(held.info.run_id, path) as copy:
+            assert copy.read_text() == text
 
 
 def test_a_child_waits_for_its_parent_to_be_on_the_server(

@@ -47,6 +47,13 @@ CREATE TABLE files (seq INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT UNIQUE NOT 
     folder TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL,
     sent INTEGER NOT NULL DEFAULT 0, refused TEXT);
 """
+UP_TO_DATE = (
+    "ALTER TABLE files ADD COLUMN folder TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE files ADD COLUMN refused TEXT",
+    "UPDATE files SET folder = CAST(seq AS TEXT)",
+    "DELETE FROM files WHERE sha256 = ''",
+)
+"""What makes that schema of the one before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +124,7 @@ class Journal:
                 f"file:{directory / DATABASE}?mode=rw", uri=True, timeout=30,
                 check_same_thread=False,
             )  # fmt: skip
+            self._bring_up_to_date()
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("PRAGMA wal_autocheckpoint=0")  # an fsync, left to `settle`
 
@@ -368,6 +376,23 @@ class Journal:
                 "UNION ALL SELECT 'artifact', path, refused FROM files WHERE refused IS NOT NULL"
             ).fetchall()
         return [f"{kind} {name}: {why}" for kind, name, why in rows]
+
+    def _bring_up_to_date(self) -> None:
+        """A journal from before files had folders by chance: each was in one named by its number.
+
+        One without a sha256 was never copied in full.
+        """
+
+        def is_old() -> bool:
+            columns = self._connection.execute("PRAGMA table_info(files)").fetchall()
+            return "folder" not in {name for _, name, *_ in columns}
+
+        if is_old():
+            with self._connection:
+                self._connection.execute("BEGIN IMMEDIATE")
+                if is_old():  # no other process was quicker
+                    for change in UP_TO_DATE:
+                        self._connection.execute(change)
 
     def _append(self, kind: Kind, values: Mapping[str, str]) -> None:
         if values:

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks import reports
 from benchmarks.server import free_port, mlflow_server, proxy
 from benchmarks.steps import stepper
 from eurosat import logs, machine, tracking
+from eurosat.errors import TrackingError
 
 FAR_S = 0.05
 METRICS = ("train_loss_step", "train_accuracy_step", "lr")
@@ -32,35 +34,60 @@ TOLD = {
     "MLFlowLogger, far": "Lightning's MLFlowLogger, a server 50 ms away",
 }
 
+DRAINED_S = 60
+"""A server that answers has what a turn logged within EVERY_S of `eurosat.tracking.delivery`."""
+
 Log = Callable[[dict[str, float], int], None]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    log_metrics: Log
+    drain: Callable[[], None] = lambda: None
+    """Returns once nothing waits to be sent."""
+
+
 @contextmanager
-def ours(uri: str) -> Iterator[Log]:
+def ours(uri: str, *, there: bool = True) -> Iterator[Arm]:
+    """``there`` says that a server answers at ``uri``: without one nothing is ever sent."""
     os.environ["MLFLOW_TRACKING_URI"] = uri
     with tracking.run("bench", "ours", system_metrics=False) as run:
-        yield run.log_metrics
+
+        def drain() -> None:
+            deadline = time.monotonic() + DRAINED_S
+            while waiting := run.waiting():
+                if time.monotonic() > deadline:
+                    raise TrackingError(f"{uri} did not take {waiting} within {DRAINED_S} s")
+                time.sleep(0.05)
+
+        yield Arm(log_metrics=run.log_metrics, drain=drain if there else lambda: None)
 
 
 @contextmanager
-def lightnings(uri: str) -> Iterator[Log]:
+def lightnings(uri: str) -> Iterator[Arm]:
+    """It sends within the call: nothing waits after it."""
     from lightning.pytorch.loggers import MLFlowLogger
 
     logger = MLFlowLogger("bench", tracking_uri=uri)
-    yield logger.log_metrics
+    yield Arm(log_metrics=logger.log_metrics)
     logger.finalize("success")
 
 
-def turn(step: Callable[[], float], log_metrics: Log, seconds: float) -> tuple[float, float]:
-    """Train and log for a while; returns the seconds of a step, and of a call to the logger."""
+def turn(step: Callable[[], float], arm: Arm, seconds: float) -> tuple[float, float]:
+    """Train and log for a while; returns the seconds of a step, and of a call to the logger.
+
+    What is left to be sent is sent after them, so that it does not slow the next arm's turn.
+    """
     begun, steps, calling = time.perf_counter(), 0, 0.0
     while time.perf_counter() - begun < seconds:
         loss = step()
         called = time.perf_counter()
-        log_metrics(dict.fromkeys(METRICS, loss), steps)
+        arm.log_metrics(dict.fromkeys(METRICS, loss), steps)
         calling += time.perf_counter() - called
         steps += 1
-    return (time.perf_counter() - begun) / steps, calling / steps
+    taken = time.perf_counter() - begun
+    arm.drain()
+    return taken / steps, calling / steps
 
 
 def row(name: str, steps_s: Sequence[float], calls_s: Sequence[float], none: Any) -> dict[str, Any]:
@@ -89,15 +116,17 @@ def main(argv: Sequence[str]) -> None:
         far = stack.enter_context(proxy(port))
         far.delay_s = FAR_S
         near, gone = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
-        arms: dict[str, Log] = {
-            "none": lambda *_: None,
+        arms: dict[str, Arm] = {
+            "none": Arm(log_metrics=lambda *_: None),
             "ours, near": stack.enter_context(ours(near)),
             "ours, far": stack.enter_context(ours(far.uri)),
-            "ours, gone": stack.enter_context(ours(gone)),
+            "ours, gone": stack.enter_context(ours(gone, there=False)),
             "MLFlowLogger, near": stack.enter_context(lightnings(near)),
             "MLFlowLogger, far": stack.enter_context(lightnings(far.uri)),
         }
         step()
+        for arm in arms.values():
+            arm.drain()
         steps: dict[str, list[float]] = {name: [] for name in TOLD}
         calls: dict[str, list[float]] = {name: [] for name in TOLD}
         for number in range(args.rounds):

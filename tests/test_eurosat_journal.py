@@ -22,6 +22,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from benchmarks import tracking as benchmark
 from benchmarks.server import Proxy, free_port, mlflow_server, proxy
 from eurosat import cli, tracking
 from eurosat.errors import TrackingError
@@ -407,6 +408,23 @@ def test_a_journal_that_is_not_made_yet_is_none(
     os.utime(unmade, (0, 0))
     journals.forget_old()
     assert not unmade.exists()
+
+
+def test_a_turn_of_the_benchmark_is_over_when_the_server_has_what_it_logged(
+    server: Proxy,
+) -> None:
+    server.delay_s = 0.2
+    steps: list[float] = []
+
+    def step() -> float:
+        time.sleep(0.001)
+        steps.append(0.5)
+        return 0.5
+
+    with benchmark.ours(server.uri) as arm:
+        step_s, _ = benchmark.turn(step, arm, 0.1)
+        assert len(points(server, only(server, "bench"), "lr")) == len(steps)
+    assert step_s * len(steps) < 0.2, "what is sent after a turn is not timed"
 
 
 BEFORE_FOLDERS = """

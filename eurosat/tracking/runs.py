@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from eurosat.errors import TrackingError
 from eurosat.tracking import journals, store
 from eurosat.tracking.delivery import Sender
-from eurosat.tracking.journal import PREFIX, Journal, Status, now_ms
+from eurosat.tracking.journal import PREFIX, Journal, Status, Waiting, now_ms
 from eurosat.tracking.system import SystemMetrics
 
 if TYPE_CHECKING:
@@ -95,6 +95,10 @@ class Run:
         """Until the server has the run, was seen to be away, or has let it wait for seconds."""
         self._sender.wait_for_start()
 
+    def waiting(self) -> Waiting:
+        """What the server does not have yet."""
+        return self._journal.waiting()
+
     def settle(self) -> None:
         """Force what was logged onto the disk: a power cut spares it too."""
         self._journal.settle()
@@ -153,6 +157,9 @@ class Unlogged(Run):
     def log_file(self, file: Path, folder: str | None = None) -> None: ...
     def log_folder(self, folder: Path, into: str | None = None) -> None: ...
     def log_text(self, text: str, path: str) -> None: ...
+    def waiting(self) -> Waiting:
+        return Waiting(entries=0, files=0, bytes=0, status=False)
+
     def settle(self) -> None: ...
     def finish(self, status: Status | None) -> None: ...
 

@@ -80,7 +80,10 @@ class HeadFirst(lightning.Callback):
 
 
 class RunLogger(Logger):
-    """Lightning's metrics into our run. Metrics of a step carry the step, all others the epoch."""
+    """Lightning's metrics into our run. Metrics of a step carry the step, all others the epoch.
+
+    One that is trained again, after its process was lost, keeps the point that it has.
+    """
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -103,9 +106,9 @@ class RunLogger(Logger):
         of_epoch = {k.removesuffix("_epoch"): v for k, v in metrics.items() if k not in of_step}
         of_epoch.pop("epoch", None)
         if of_step:
-            self._run.log_metrics(of_step, step or 0)
+            self._run.log_metrics(of_step, step or 0, once=True)
         if of_epoch:
-            self._run.log_metrics(of_epoch, epoch)
+            self._run.log_metrics(of_epoch, epoch, once=True)
 
 
 class Interrupt(lightning.Callback):

@@ -29,7 +29,7 @@ from eurosat.errors import EuroSATError, TrackingError
 from eurosat.prepare import prepare
 from eurosat.progress import STYLE
 from eurosat.unfinished import Unfinished
-from experiments import objective, search
+from experiments import drivers, objective, search
 from experiments import space as spaces
 from experiments.objective import Job, Outcome, Task
 from experiments.view import View
@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 LAST_WORDS_S = 60
 """A trial that is stopped is given so long to end its run."""
-NUMBER = "trial.number"
+NUMBER, LOST = "trial.number", "trial.lost"
+"""In a trial's configuration: its number in the study, and how often Ray has lost its process."""
 NOT_SHIPPED = [".venv*", ".git", "mlruns", "mlartifacts", "*.db", "reports", "docs", "data_docs"]
 SHIPPED_VARIABLES = ("MLFLOW_", "EUROSAT_", "OMP_", "GOOGLE_APPLICATION_CREDENTIALS")
 """Prefixes of what a trial on another machine is told: the server, its credentials, the tiles."""
@@ -63,8 +64,12 @@ def run(job: Job, study: optuna.Study) -> None:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     launch.start_ray(job.sweep.ray_address, environment(job))
     Listener.study, Listener.view = study, View(study, job)
-    with Listener.view.shown():
-        results = tuner(job).fit()
+    retries = _take_up(study)
+    try:
+        with Listener.view.shown():
+            results = tuner(job, retries).fit()
+    finally:
+        _release(study)
     for error in results.errors:
         log.warning("a trial failed: %s", str(error).strip().splitlines()[-1])
     _bury_the_lost(study)
@@ -89,11 +94,15 @@ def home(job: Job) -> Path:
     return usual_cache() / "ray" / f"{job.study}-{job.parent.removeprefix('journal:')[:8]}"
 
 
-def tuner(job: Job) -> Tuner:
-    """A new one, or the one of this study as a driver that was killed has left it."""
+def tuner(job: Job, retries: Mapping[int, int]) -> Tuner:
+    """A new one, or the one of this study as a driver that was killed has left it.
+
+    ``retries`` says how often each trial was left so.
+    """
     sweep = job.sweep
     kept = os.environ.get("RAY_STORAGE") or str(home(job).parent)
-    trial = tune.with_resources(trainable(job), {"cpu": sweep.trial_cpus, "gpu": sweep.trial_gpus})
+    resources = {"cpu": sweep.trial_cpus, "gpu": sweep.trial_gpus}
+    trial = tune.with_resources(trainable(job, retries), resources)
     place = f"{kept}/{home(job).name}"
     if tune.Tuner.can_restore(place):
         log.info("continuing what is kept in %s", place)
@@ -230,11 +239,15 @@ class Listener(Callback):
             optuna.Trial(self.study, frozen._trial_id).set_user_attr(search.RUN, result["run"])
         self.view.heard(number, result["accuracy"])
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Ray starts it again, in a new process that is given this configuration."""
+        trial.config[LOST] = trial.config.get(LOST, 0) + 1
+
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
         self.view.update()
 
 
-def trainable(job: Job) -> Any:
+def trainable(job: Job, retries: Mapping[int, int]) -> Any:
     """One trial as Ray runs it, in a process of its own."""
     ended = "_ended"
 
@@ -242,7 +255,7 @@ def trainable(job: Job) -> Any:
         done = threading.Event()
         globals()[ended] = done  # there is one trial in a process
         try:
-            carry_out(job, config)
+            carry_out(job, config, retries)
         finally:
             done.set()
 
@@ -256,13 +269,14 @@ def trainable(job: Job) -> Any:
     return Trial
 
 
-def carry_out(job: Job, config: Mapping[str, Any]) -> None:
+def carry_out(job: Job, config: Mapping[str, Any], retries: Mapping[int, int]) -> None:
     """Train in a process of Ray's, telling Ray of each epoch."""
     logs.setup("info")
     data = prepare(compose(job.overrides))
-    values = {name: value for name, value in config.items() if name != NUMBER}
-    threads = max(1, int(job.sweep.trial_cpus))
-    task = Task(number=config[NUMBER], values=values, threads=threads)
+    values = {name: value for name, value in config.items() if name not in (NUMBER, LOST)}
+    number, threads = config[NUMBER], max(1, int(job.sweep.trial_cpus))
+    again = retries.get(number, 0) + config.get(LOST, 0)
+    task = Task(number=number, values=values, retries=again, threads=threads)
     best, run = 0.0, ""
     kept: Path | None = None
 
@@ -306,6 +320,31 @@ def carry_out(job: Job, config: Mapping[str, Any]) -> None:
         tell(job.sweep.trial_epochs, **named)
     elif outcome.state == "fail":
         raise EuroSATError(f"trial {task.number + 1} failed: see its run {outcome.run_id}")
+
+
+def _take_up(study: optuna.Study) -> dict[int, int]:
+    """How often each trial that is taken up was left by a driver that was killed.
+
+    One that ended in an orderly way has let its trials go: taking them up is no retry.
+    """
+    retries = {}
+    for frozen in search.own_trials(study):
+        if frozen.state.is_finished() or search.RUN not in frozen.user_attrs:
+            continue
+        released = frozen.user_attrs.get(search.DRIVER) == search.RELEASED
+        retries[frozen.number] = frozen.user_attrs.get(search.RETRIES, 0) + (not released)
+        trial = optuna.Trial(study, frozen._trial_id)
+        trial.set_user_attr(search.RETRIES, retries[frozen.number])
+        trial.set_user_attr(search.DRIVER, drivers.me())
+    return retries
+
+
+def _release(study: optuna.Study) -> None:
+    with contextlib.suppress(optuna.exceptions.StorageInternalError):  # then it counts as one
+        for frozen in search.own_trials(study):
+            if not frozen.state.is_finished():
+                trial = optuna.Trial(study, frozen._trial_id)
+                trial.set_user_attr(search.DRIVER, search.RELEASED)
 
 
 def _bury_the_lost(study: optuna.Study) -> None:

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 
 from eurosat import cli, tracking, train
+from eurosat.callbacks import RunLogger
 from eurosat.config import TrainConfig, compose
 from eurosat.errors import ModelError
 from eurosat.fit import fit
@@ -181,6 +182,39 @@ def test_a_training_goes_on_from_whichever_machine_got_further(
     again.begin()
     assert not list((tmp_path / "near").glob(".*"))
     assert (again.load() or {})["epoch"] == goes_on
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_an_epoch_that_is_trained_again_on_another_machine_keeps_its_one_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def log_epochs(place: Unfinished, epochs: range, loss: float) -> str:
+        resume = place.journal
+        with tracking.run(
+            "e", "r", journal=place.begin(), resume=resume, system_metrics=False
+        ) as run:
+            for epoch in epochs:
+                RunLogger(run).log_metrics({"epoch": epoch, "val_loss": loss, "lr_step": 1}, epoch)
+            run.log_metrics({"train_seconds": loss})
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "one"))
+    first = Unfinished(tmp_path / "one" / "place", FINGERPRINTS)
+    with pytest.raises(KeyboardInterrupt):
+        log_epochs(first, range(3), 0.5)
+    monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "two"))
+    for epochs in (range(2, 4), range(2, 5)):  # and once more, after a kill of its own
+        second = Unfinished(tmp_path / "two" / "place", FINGERPRINTS)
+        second.adopt(first.directory)
+        with pytest.raises(KeyboardInterrupt):
+            log_epochs(second, epochs, 0.25)
+    [run_id] = runs()
+    client = mlflow.MlflowClient()
+    for name, values in (("val_loss", [0.5] * 3 + [0.25] * 2), ("lr_step", [1] * 5)):
+        points = sorted((p.step, p.value) for p in client.get_metric_history(run_id, name))
+        assert points == list(enumerate(values))
+    seconds = [p.value for p in client.get_metric_history(run_id, "train_seconds")]
+    assert seconds == [0.5, 0.25], "what is told of the whole is told anew"
 
 
 @pytest.mark.usefixtures("tracking_store")

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import psutil
 import pytest
 from mlflow import MlflowClient
@@ -60,7 +61,16 @@ def test_a_sweep_on_ray_whose_driver_was_killed_goes_on(tmp_path: Path) -> None:
     storage = f"storage=sqlite:///{tmp_path}/study.db"
     given = (*RAY, storage, "trials=4", "trial_epochs=60", "pruner=none", "refit=false")
     first = saying(tmp_path, *given)
-    until(lambda: any(t.state.is_finished() for t in trials(tmp_path)), first)
+    held: list[optuna.trial.FrozenTrial] = []
+
+    def under_way() -> set[int]:
+        """Trials that no process ends before it has heard of the driver's death."""
+        held[:] = trials(tmp_path)
+        left = [t for t in held if not t.state.is_finished()]
+        return {t.number for t in left if 3 < len(t.intermediate_values) < 25}
+
+    until(lambda: under_way() and any(t.state.is_finished() for t in held), first)
+    cut = under_way()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
@@ -68,7 +78,10 @@ def test_a_sweep_on_ray_whose_driver_was_killed_goes_on(tmp_path: Path) -> None:
     second = saying(tmp_path, "resume=s", storage)
     _, complaint = second.communicate(timeout=400)
     assert second.returncode == cli.OK, complaint[-3000:]
-    check_whole(tmp_path, 4, 60)
+    by_number = check_whole(tmp_path, 4, 60)
+    again = {int(n): r.data.tags.get("trial.retries") for n, r in by_number.items()}
+    assert {again[number] for number in cut} == {"1"}
+    assert {again[number] for number in done} == {None}
     after = {t.number: t.datetime_complete for t in trials(tmp_path)}
     assert all(after[number] == when for number, when in done.items())
 
@@ -126,4 +139,6 @@ def test_a_sweep_survives_the_loss_of_one_of_two_nodes(
     assert {run.info.status for run in runs} == {"FINISHED"}
     for run in runs:
         points = MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")
-        assert {p.step for p in points} == set(range(80))
+        assert sorted(p.step for p in points) == list(range(80)), "no epoch twice, none lost"
+    again = [run.data.tags.get("trial.retries") for run in runs]
+    assert sorted(again, key=str) == ["1", None, None, None]

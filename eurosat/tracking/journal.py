@@ -115,8 +115,8 @@ class Journal:
         self._lock = threading.Lock()
         self._held: FileLock | None = None
         self._unwritten: list[tuple[Any, ...]] = []
-        self._repeated: set[tuple[str, int, Any]] = set()
-        """Points of a run that goes on: an epoch that is trained again is not logged again."""
+        self._had: dict[tuple[str, int], set[Any]] = {}
+        """Values by name and step of a run that goes on: what is repeated is not logged again."""
         self._full_until = 0.0
         """Time before which a disk that was full is not tried again."""
         with _explained(directory):
@@ -182,13 +182,18 @@ class Journal:
 
     # What the run is told
 
-    def log_metrics(self, metrics: Mapping[str, float], time_ms: int, step: int) -> None:
-        """Where the disk is full they wait in memory for a later call, and one line says so."""
+    def log_metrics(
+        self, metrics: Mapping[str, float], time_ms: int, step: int, *, once: bool = False
+    ) -> None:
+        """Where the disk is full they wait in memory for a later call, and one line says so.
+
+        Of a run that goes on, a point is left out that it had: with ``once`` whatever its value.
+        """
         with self._lock:
             self._unwritten += [
-                ("metric", name, value if value == value else "nan", time_ms, step)
+                ("metric", name, _storable(value), time_ms, step)
                 for name, value in metrics.items()
-                if (name, step, value) not in self._repeated
+                if not (had := self._had.get((name, step))) or not (once or _storable(value) in had)
             ]
             if time.monotonic() < self._full_until:
                 return
@@ -261,15 +266,25 @@ class Journal:
 
     def reopen(self) -> None:
         """The run goes on, in another process than the one it began in."""
-        with self._lock:
-            rows = self._connection.execute(
-                "SELECT name, step, value FROM entries WHERE kind = 'metric'"
-            ).fetchall()
-        self._repeated = set(rows)
+        self._remember()
         for name in ENDED_WHY:
             if why := self.tag(name):
                 self.set_tags({name: f"{why}; then continued"})
         self.note(status=None, end_ms=None, status_sent=None, opened=None)
+
+    def adopt(self, points: Iterable[tuple[str, float, int, int]]) -> None:
+        """Begin with what the server has of a run that another machine wrote: see `store.points`.
+
+        These are delivered, and not logged again.
+        """
+        with _explained(self.directory), self._lock, self._connection:
+            self._insert(
+                ("metric", name, _storable(value), time_ms, step)
+                for name, value, time_ms, step in points
+            )
+            last = self._one("SELECT coalesce(max(seq), 0) FROM entries")
+        self.delivered(last)
+        self._remember()
 
     def settle(self, mode: Literal["FULL", "PASSIVE"] = "FULL") -> None:
         """Force what is written onto the disk: it survives a power cut as well.
@@ -394,6 +409,14 @@ class Journal:
                     for change in UP_TO_DATE:
                         self._connection.execute(change)
 
+    def _remember(self) -> None:
+        with self._lock:
+            rows = self._connection.execute(
+                "SELECT name, step, value FROM entries WHERE kind = 'metric'"
+            ).fetchall()
+        for name, step, value in rows:
+            self._had.setdefault((name, step), set()).add(value)
+
     def _append(self, kind: Kind, values: Mapping[str, str]) -> None:
         if values:
             now = now_ms()
@@ -423,6 +446,11 @@ class Journal:
 
     def _local(self, folder: str, path: str) -> Path:
         return self.directory / FILES / folder / Path(path).name
+
+
+def _storable(value: float) -> float | str:
+    """SQLite makes NULL of what is not a number."""
+    return value if value == value else "nan"
 
 
 def now_ms() -> int:

@@ -57,13 +57,15 @@ class Run:
         """Since it was begun, by whichever process."""
         return (now_ms() - int(self._journal.about("start_ms") or now_ms())) / 1000
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Log metrics with the present time.
+    def log_metrics(
+        self, metrics: Mapping[str, float], step: int = 0, *, once: bool = False
+    ) -> None:
+        """Log metrics with the present time; ``once`` leaves a step's point that is there already.
 
         Characters that MLflow does not allow in a name become underscores.
         """
         named = {NOT_IN_NAMES.sub("_", key): float(value) for key, value in metrics.items()}
-        self._journal.log_metrics(named, now_ms(), step)
+        self._journal.log_metrics(named, now_ms(), step, once=once)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Nested mappings become dotted names.
@@ -150,7 +152,9 @@ class Unlogged(Run):
     def journal(self) -> str:
         return ""
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None: ...
+    def log_metrics(
+        self, metrics: Mapping[str, float], step: int = 0, *, once: bool = False
+    ) -> None: ...
     def log_params(self, params: Mapping[str, Any]) -> None: ...
     def set_tags(self, tags: Mapping[str, object]) -> None: ...
     def tag(self, name: str) -> str | None: ...
@@ -322,10 +326,13 @@ def _journal(
         if (directory := journals.find(resume)) is None:
             with store.explained():
                 run_id = store.known(resume)
-            return Journal.create(  # by the same name: runs below it know it by that
+                points = store.points(run_id)
+            made = Journal.create(  # by the same name: runs below it know it by that
                 resume.removeprefix(PREFIX),
                 server=store.server(), experiment=experiment, run_name=name, run_id=run_id,
             )  # fmt: skip
+            made.adopt(points)
+            return made
         continued = Journal(directory)
         if not continued.hold(SYNC_S):
             continued.close()

@@ -60,6 +60,16 @@ def get(run_id: str) -> FinishedRun:
     )
 
 
+def points(run_id: str) -> list[tuple[str, float, int, int]]:
+    """Name, value, milliseconds since 1970 and step of all metrics that were logged to a run."""
+    asked = client()
+    return [
+        (one.key, one.value, one.timestamp, one.step)
+        for name in asked.get_run(run_id).data.metrics
+        for one in asked.get_metric_history(run_id, name)
+    ]
+
+
 @contextmanager
 def artifact(run_id: str, path: str) -> Iterator[Path]:
     """A local copy of an artifact file or folder, gone after the block.

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 ORPHAN_S = 600
 """What is trained once alone waits so long for a process whose parent was killed: it ends after
-its epoch."""
+the batch at hand, with its last words to a server that may be slow."""
 STATE, ABOUT, DESCRIBED, CONCLUDED = "state.pt", "run.json", "described", "concluded.json"
 DAMAGED = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 """What reading a state raises that was torn or tampered with."""

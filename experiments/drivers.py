@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import optuna
 
+log = logging.getLogger(__name__)
+
 BEAT_S, STALE_S = 15, 60
 """How often a driver says that it and its trials live, and how long after its last word they do
 not."""
-OWNER, SEEN, SPENT = "owner", "seen", "spent_s"
-"""Attributes of the study: who concludes it, when it last said so, and how long all have."""
+LISTEN_S = 1.0
+OWNER, SPENT = "owner", "spent_s"
+"""Attributes of the study: who concludes it, and how long all that did have spent. While its owner
+lives, the second one grows: no clock of one machine is held against another's."""
 
 
 @contextlib.contextmanager
@@ -28,7 +33,6 @@ def owned(study: "optuna.Study") -> Iterator[None]:
 
     def beat() -> None:
         with contextlib.suppress(StorageInternalError):
-            study.set_user_attr(SEEN, time.time())
             study.set_user_attr(SPENT, spent_s + time.monotonic() - began)
 
     study.set_user_attr(OWNER, me())
@@ -38,14 +42,29 @@ def owned(study: "optuna.Study") -> Iterator[None]:
             yield
     finally:
         beat()
+        with contextlib.suppress(StorageInternalError):  # then others listen for it in vain
+            study.set_user_attr(OWNER, None)
 
 
 def is_owned(study: "optuna.Study") -> bool:
-    """Whether the driver that concludes the study lives."""
+    """Whether the driver that concludes the study lives.
+
+    One on another machine is listened for, STALE_S at most.
+    """
     owner = study.user_attrs.get(OWNER)
-    if owner and json.loads(owner)[0] == socket.gethostname():
+    if owner is None:
+        return False
+    host = json.loads(owner)[0]
+    if host == socket.gethostname():
         return not is_gone(owner)
-    return bool(time.time() - study.user_attrs.get(SEEN, 0) < STALE_S)
+    log.info("listening for the study's driver on %s, %d s at most", host, STALE_S)
+    spent_s, until = study.user_attrs.get(SPENT), time.monotonic() + STALE_S
+    while time.monotonic() < until:
+        time.sleep(LISTEN_S)
+        told = study.user_attrs
+        if (told[OWNER], told.get(SPENT)) != (owner, spent_s):
+            return told[OWNER] is not None
+    return False
 
 
 @contextlib.contextmanager

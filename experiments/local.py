@@ -4,10 +4,12 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NoReturn
 
 from eurosat import cli, logs, tracking
 from eurosat.config import compose
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 
 OTHERS_S = 5.0
 """Between two looks at trials that other drivers have in hand."""
+NOTICED_S = 1.0
+"""A worker that speaks with its driver has noticed its death so soon."""
 LAST_WORDS_S = 30
 """A worker that is asked to end is given so long to send its run's status."""
 
@@ -154,23 +158,42 @@ def _work(job: Job, line: Connection, level: str) -> None:
     """A worker process: exits 2 on an error of ours, told in one line."""
     os.environ[STYLE] = "lines"  # the terminal has one bar, the driver's
     logs.setup(level)
-    cli.finish(lambda _: _take_tasks(job, line), [])
+    told = threading.Event()
+    threading.Thread(target=_follow, args=(told,), name="driver", daemon=True).start()
+    cli.finish(lambda _: _take_tasks(job, line, told), [])
 
 
-def _take_tasks(job: Job, line: Connection) -> int:
+def _follow(told: threading.Event) -> None:
+    """Ends this process after its driver, in the middle of an epoch too: the trial is another's.
+
+    Unless the line has ``told`` of it.
+    """
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    if not told.wait(NOTICED_S):
+        os.kill(os.getpid(), signal.SIGTERM)  # the run ends as KILLED
+
+
+def _take_tasks(job: Job, line: Connection, told: threading.Event) -> int:
     data: Prepared | None = None
+
+    def end(gone: BaseException) -> NoReturn:
+        """The driver is gone: its trials are kept for another one."""
+        told.set()
+        raise SystemExit(cli.TERMINATED) from gone
 
     def say(*words: Any) -> None:
         try:
             line.send(words)
-        except OSError as gone:  # the driver's end: its trials are kept for another one
-            raise SystemExit(cli.TERMINATED) from gone
+        except OSError as gone:
+            end(gone)
 
     def hear() -> Any:
         try:
             return line.recv()
         except (EOFError, OSError) as gone:
-            raise SystemExit(cli.TERMINATED) from gone
+            end(gone)
 
     def ask(epoch: int, metrics: Mapping[str, float]) -> str | None:
         say("epoch", epoch, dict(metrics))
@@ -185,6 +208,7 @@ def _take_tasks(job: Job, line: Connection) -> int:
         try:
             task = line.recv()
         except (EOFError, OSError):
+            told.set()
             return cli.OK
         data = data or prepare(compose(job.overrides))
         objective.run(job, task, data, ask, lambda run, _: say("begun", run.journal), ended=ended)

@@ -342,7 +342,9 @@ class Search:
             if driver == RELEASED:
                 trial.set_user_attr(DRIVER, me())
                 self._again.append(trial)
-            elif is_gone(driver) if driver else _age_s(frozen) > STALE_S:
+            elif driver is None:  # it was just asked for, or its driver died of that
+                self._beat(trial)  # so that it is failed where nobody else beats for it
+            elif is_gone(driver):
                 self._retry(trial, "its driver was killed")
 
     def _planned(self) -> int:
@@ -385,11 +387,6 @@ def _quietly() -> Iterator[None]:
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.filterwarnings("ignore", "Heartbeat of storage is supposed to be used with")
         yield
-
-
-def _age_s(trial: "optuna.trial.FrozenTrial") -> float:
-    begun = trial.datetime_start
-    return time.time() - begun.timestamp() if begun else 0.0
 
 
 def _earlier(

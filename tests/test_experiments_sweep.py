@@ -1,11 +1,14 @@
 """A sweep: one parent, a child per trial with its true status, the best refitted in full."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from eurosat import cli, tracking
 from eurosat.config import CONF, TrainConfig, compose
@@ -234,6 +238,30 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_taken_up(tmp_path: Pa
 
 
 @pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_workers_end_after_their_driver_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
+    given = ["study=s", f"storage=sqlite:///{tmp_path}/study.db", "workers=2", "trials=2"]
+    driver = saying(tmp_path, *SWEEP, *given, "refit=false", "trainer.passes=10000")
+    client = MlflowClient()
+
+    def runs() -> list[Run]:
+        experiments = [one.experiment_id for one in client.search_experiments()]
+        return list(client.search_runs(experiments, "tags.kind = 'trial'"))
+
+    try:
+        until(lambda: sum("train_loss_step" in r.data.metrics for r in runs()) == 2, driver)
+        workers = psutil.Process(driver.pid).children()
+        driver.kill()
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        assert not alive, "another driver waits for them"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(driver.pid, signal.SIGKILL)
+        driver.communicate()
+    assert [run.info.status for run in runs()] == ["KILLED"] * 2
+    assert not any(trial.intermediate_values for trial in trials(tmp_path))
+
+
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
 def test_a_trial_is_given_up_after_two_retries(tmp_path: Path) -> None:
     settings = SweepConfig(trials=1, study="s", storage=f"sqlite:///{tmp_path}/study.db")
     job = Job(sweep=settings, study="s", overrides=(), parent="")
@@ -289,6 +317,54 @@ def test_minutes_are_those_of_the_whole_study(tmp_path: Path) -> None:
     driver = Search(job, study)
     assert driver.over() == "its 1 minutes are over"
     assert driver.next() is None
+
+
+def drive_elsewhere(storage: str, skew_s: float) -> None:
+    """The owner of a study on a machine with another clock."""
+    real = time.time
+    time.time = lambda: real() + skew_s
+    socket.gethostname = lambda: "elsewhere"
+    drivers.BEAT_S = 1
+    with drivers.owned(optuna.load_study(study_name="s", storage=storage)):
+        time.sleep(600)
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, 3600.0])
+def test_whether_a_study_is_owned_is_told_by_no_clock_of_another_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew_s: float
+) -> None:
+    monkeypatch.setattr(drivers, "STALE_S", 3)
+    monkeypatch.setattr(drivers, "LISTEN_S", 0.1)
+    job, study = searching(tmp_path)
+    assert not drivers.is_owned(study)
+    context = multiprocessing.get_context("spawn")
+    far = context.Process(target=drive_elsewhere, args=(job.sweep.storage, skew_s))
+    far.start()
+    try:
+        until(lambda: drivers.OWNER in study.user_attrs, None)
+        assert drivers.is_owned(study), "it lives"
+    finally:
+        far.kill()
+        far.join()
+    assert not drivers.is_owned(study), "it has died"
+    with drivers.owned(study):
+        assert drivers.is_owned(study)
+    assert not drivers.is_owned(study), "it ended, and its process lives on"
+
+
+def test_a_trial_without_a_driver_is_taken_up_whatever_clock_it_was_begun_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "STALE_S", 2)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    job, study = searching(tmp_path, trials=1)
+    with search._quietly():
+        study.ask()  # and the process dies
+    driver = Search(job, study)
+    assert driver.next() is None, "the process may live"
+    until(driver.next, None)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
 
 
 def test_a_driver_that_nobody_has_buried_is_gone() -> None:

@@ -12,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep sweep-ui lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,9 +54,12 @@ test-slow: .venv/dev ## the long forms of the tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # Each peer of a benchmark has an environment of its own.
-.venv-torchgeo/done: benchmarks/torchgeo.lock | $(BIN)/uv
-	$(PYTHON) -m venv .venv-torchgeo
-	$(BIN)/uv pip install --python .venv-torchgeo/bin/python --quiet --require-hashes -r $<
+.venv-torchgeo/done: benchmarks/torchgeo.lock
+.venv-litserve/done: benchmarks/serving/litserve.lock
+.venv-bentoml/done: benchmarks/serving/bentoml.lock
+.venv-torchgeo/done .venv-litserve/done .venv-bentoml/done: | $(BIN)/uv
+	$(PYTHON) -m venv $(@D)
+	$(BIN)/uv pip install --python $(@D)/bin/python --quiet --require-hashes -r $<
 	@touch $@
 
 bench-train: .venv/product .venv-torchgeo/done ## training speed against a plain loop, torchgeo and the bare step
@@ -83,6 +86,12 @@ bench-sweep: .venv/product ## what a sweep finds for its epochs, against random 
 	$(BIN)/python -m benchmarks.sweep $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
+bench-serving: .venv/product .venv-litserve/done .venv-bentoml/done ## our server against MLflow's, FastAPI, LitServe and BentoML (a quarter of an hour)
+	@command -v wrk >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install --yes --quiet wrk; } || \
+		{ echo "error: wrk is not installed: apt-get install wrk" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.serving --litserve $(CURDIR)/.venv-litserve/bin/python \
+		--bentoml $(CURDIR)/.venv-bentoml/bin/python $(BENCH_ARGS)
+
 sweep-ui: .venv/product ## look at the studies while they run (STORAGE=sqlite:///optuna.db)
 	$(BIN)/optuna-dashboard $(STORAGE)
 
@@ -107,6 +116,12 @@ lock: $(BIN)/uv ## compile the locks anew from pyproject.toml
 	$(BIN)/uv pip compile benchmarks/torchgeo.in -c requirements.lock --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
 		-o benchmarks/torchgeo.lock
+	$(BIN)/uv pip compile benchmarks/serving/litserve.in -c requirements.lock --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
+		-o benchmarks/serving/litserve.lock
+	$(BIN)/uv pip compile benchmarks/serving/bentoml.in --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
+		-o benchmarks/serving/bentoml.lock
 
 clean: ## remove what runs left here: tracking data, studies, Data Docs (not .venv, not the packs)
 	rm -rf mlflow.db mlruns mlartifacts optuna.db data_docs reports/demo.json

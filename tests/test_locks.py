@@ -15,7 +15,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PRODUCT, DEV = ROOT / "requirements.lock", ROOT / "requirements-dev.lock"
-LOCKS = [pytest.param(lock, id=lock.name) for lock in (PRODUCT, DEV)]
+PEERS = sorted((ROOT / "benchmarks").rglob("*.lock"))
+LOCKS = [pytest.param(lock, id=lock.name) for lock in (PRODUCT, DEV, *PEERS)]
 SHA256 = re.compile(r"--hash=sha256:[0-9a-f]{64}")
 
 
@@ -138,6 +139,39 @@ def test_every_dependency_is_satisfied_by_the_lock(platform: str) -> None:
             locked = pinned.get(canonicalize_name(dependency.name))
             assert locked, f"{dependency} is not in {PRODUCT.name}"
             assert dependency.specifier.contains(locked), f"{dependency} is locked at {locked}"
+
+
+@pytest.mark.parametrize("lock", [pytest.param(lock, id=lock.name) for lock in PEERS])
+def test_the_lock_of_a_peer_holds_what_it_asks_for(lock: Path) -> None:
+    pinned = {
+        canonicalize_name(requirement.name): version(requirement)
+        for requirement, _ in entries(lock)
+        if requirement.marker is None or requirement.marker.evaluate()
+    }
+    for line in lock.with_suffix(".in").read_text().splitlines():
+        if asked := line.split("#")[0].strip():
+            dependency = Requirement(asked)
+            locked = pinned.get(canonicalize_name(dependency.name))
+            assert locked, f"{dependency} is not in {lock.name}"
+            assert dependency.specifier.contains(locked), f"{dependency} is locked at {locked}"
+
+
+@pytest.mark.parametrize("lock", [pytest.param(lock, id=lock.name) for lock in PEERS])
+def test_a_peer_computes_with_the_releases_of_the_product(lock: Path) -> None:
+    """Or a benchmark would compare these."""
+    ours, theirs = (
+        {
+            canonicalize_name(requirement.name): version(requirement)
+            for requirement, _ in entries(one)
+            if requirement.marker is None or requirement.marker.evaluate()
+        }
+        for one in (PRODUCT, lock)
+    )
+    names = ("torch", "torchvision", "timm", "onnxruntime", "numpy", "pillow", "uvicorn", "uvloop")
+    shared = {canonicalize_name(name) for name in names} & set(theirs)
+    assert shared >= {"torch", "timm", "numpy", "pillow"}
+    for name in sorted(shared):
+        assert theirs[name] == ours[name], f"{name} {theirs[name]} in {lock.name}, not {ours[name]}"
 
 
 def test_every_lower_bound_says_why() -> None:

@@ -41,16 +41,10 @@ def speed(arm: str, images_per_s: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def write(
-    name: str,
-    *,
-    started: str,
-    n: int,
-    goals: Sequence[Mapping[str, Any]],
-    rows: Sequence[Mapping[str, Any]],
-    **more: Any,
-) -> Path:
-    """Print the tables and leave reports/bench-NAME.json."""
+def show(
+    name: str, n: int, goals: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """Print the tables."""
     console = Console()
     columns = list(rows[0])
     table = Table(*columns, title=f"bench-{name}, n = {n}")
@@ -61,6 +55,19 @@ def write(
     for one in goals:
         verdicts.add_row(one["name"], str(one["value"]), str(one["goal"]), str(one["met"]))
     console.print(verdicts)
+
+
+def write(
+    name: str,
+    *,
+    started: str,
+    n: int,
+    goals: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    **more: Any,
+) -> Path:
+    """Print the tables and leave reports/bench-NAME.json."""
+    show(name, n, goals, rows)
     file = REPORTS / f"bench-{name}.json"
     report = {"commit": code_commit(), "hardware": hardware(), "started": started, "n": n}
     report |= {"goals": list(goals), "rows": list(rows), **more}

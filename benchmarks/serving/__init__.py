@@ -1,0 +1,1 @@
+"""bench-serving: one tile a request, ours and its peers. Run by `python -m benchmarks.serving`."""

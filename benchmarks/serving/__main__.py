@@ -67,6 +67,7 @@ def start(
     requests = arm.requests(served, folder)
     for concurrency in CONCURRENCIES:
         load(port, requests, concurrency, FIRST_WARM_S)
+        server.settle()
     idle = server.idle_cores()
     server.pause()
     print(f"{arm.name} stands ready, and takes {idle:.1%} of a core to do so", flush=True)
@@ -103,12 +104,17 @@ def measure(
 def turn(server: Server, requests: Requests, number: int, concurrency: int, seconds: int) -> Turn:
     server.resume()
     load(server.port, requests, concurrency, WARM_S)
+    server.settle()
     took = load(server.port, requests, concurrency, seconds)
     memory_mb = server.memory_mb()
+    server.settle()
     server.pause()
+    latencies = {}  # of no answers there are none
+    if took.answered:
+        latencies = {"p50_ms": took.p50_ms, "p95_ms": took.p95_ms, "p99_ms": took.p99_ms}
     return Turn(
-        arm=server.name, round=number, concurrency=concurrency, rate=took.rate, p50_ms=took.p50_ms,
-        p95_ms=took.p95_ms, p99_ms=took.p99_ms, errors=took.errors, memory_mb=memory_mb,
+        arm=server.name, round=number, concurrency=concurrency, rate=took.rate,
+        errors=took.errors, memory_mb=memory_mb, **latencies,
     )  # fmt: skip
 
 

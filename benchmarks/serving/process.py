@@ -15,6 +15,9 @@ import psutil
 
 READY_S = 300
 KILL_S = 10
+SETTLE_S, CALM, CALM_S = 30, 0.5, 0.2
+"""So long a server may work off what a client has left behind; it is done when it takes less than
+half of a core for a while."""
 IDLE_S = 3.0
 """For so long the CPU time of a server without requests is measured."""
 ANONYMOUS = ("Pss_Anon", "Pss_Shmem")
@@ -47,9 +50,18 @@ class Server:
 
     def idle_cores(self) -> float:
         """CPU time that it takes without a request, as a share of one core."""
+        return self._used(IDLE_S)
+
+    def settle(self) -> None:
+        """Wait until it works no more: servers answer on though the client has gone."""
+        deadline = time.monotonic() + SETTLE_S
+        while self._used(CALM_S) > CALM and time.monotonic() < deadline:
+            pass
+
+    def _used(self, seconds: float) -> float:
         before = self._cpu_s()
-        time.sleep(IDLE_S)
-        return (self._cpu_s() - before) / IDLE_S
+        time.sleep(seconds)
+        return (self._cpu_s() - before) / seconds
 
     def _cpu_s(self) -> float:
         times = [process.cpu_times() for process in self._tree()]

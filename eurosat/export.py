@@ -144,7 +144,7 @@ def served(model: "ModelProto", network: Network, metadata: Mapping[str, str]) -
     ]
     if any(output.name == MAPS for output in graph.output):
         after.append(helper.make_node("Slice", [MAPS, "none", "tile_count"], ["activation"]))
-        shape = ["N", count, "h", "w"]
+        shape: list[str | int | None] = ["N", count, "h", "w"]
         outputs.append(helper.make_tensor_value_info("activation", TensorProto.FLOAT, shape))
     constants = {
         "any": np.array([-1]), "none": np.array([0]), "class_count": np.array([count]),
@@ -153,7 +153,7 @@ def served(model: "ModelProto", network: Network, metadata: Mapping[str, str]) -
         "tta": np.array(spec.views > 1),
     }  # fmt: skip
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    tiles = ["N", *spec.tile_size, spec.bands]
+    tiles: list[str | int | None] = ["N", *spec.tile_size, spec.bands]
     whole = helper.make_graph(
         [*before, *graph.node, *after],
         spec.name,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eurosat import tracking
-from eurosat.errors import ModelError
+from eurosat.errors import EuroSATError, ModelError
 from serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -107,18 +107,18 @@ def load(uri: str, settings: Mapping[str, Any]) -> Live:
     import mlflow.pyfunc
     from mlflow.pyfunc import scoring_server
 
-    with tracking.explained(uri):
-        model = mlflow.pyfunc.load_model(uri, model_config=dict(settings))
-    classifier = model.unwrap_python_model()
-    version = classifier.provenance["model_version"]
     try:
+        with tracking.explained(uri):
+            model = mlflow.pyfunc.load_model(uri, model_config=dict(settings))
+        classifier = model.unwrap_python_model()
         _check(model, classifier)
-    except BaseException:
-        classifier.close()
+    except EuroSATError:
         raise
+    except Exception as error:  # its own code ran, and may have raised anything
+        raise CheckFailed(f"it cannot be loaded ({type(error).__name__}: {error})") from error
     return Live(
-        uri=uri, version=version, model=model, classifier=classifier,
-        app=scoring_server.init(model),
+        uri=uri, version=classifier.provenance["model_version"], model=model,
+        classifier=classifier, app=scoring_server.init(model),
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def _check(model: Any, classifier: Any) -> None:
         answers = _answered(classifier, [tile_HWC] * count)[:1]
     if (example := model.input_example) is not None:
         answers += model.predict(example)
-    expected = classifier.example_probabilities
+    expected = classifier.example_probabilities or ()
     for answer in answers:
         told = np.array(list(answer["probabilities"].values()))
         apart = float(np.abs(told - expected).max()) if len(told) == len(expected) else np.inf
@@ -177,9 +177,7 @@ class Follower:
             log.info("loading %s", uri)
             try:
                 new = await asyncio.to_thread(load, uri, self._settings)
-            except Exception as error:
-                if not isinstance(error, CheckFailed | ValueError | KeyError | AttributeError):
-                    raise
+            except CheckFailed as error:
                 self.refused[uri] = " ".join(str(error).split())
                 self._metrics.refused()
                 log.error("%s gets no traffic: %s", uri, self.refused[uri])

@@ -7,9 +7,9 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from types import FrameType
 
 from eurosat import cli
 from eurosat.errors import ConfigError
@@ -17,7 +17,7 @@ from eurosat.errors import ConfigError
 log = logging.getLogger(__name__)
 
 WORKER = "EUROSAT_SERVING_WORKER"
-"""Set in the environment of the processes that answer."""
+"""In the environment of the processes that answer: the process that started them."""
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
 """Where they count together; prometheus_client reads it when it is imported."""
 LOOK_S = 0.2
@@ -54,7 +54,7 @@ def run(command: Sequence[str], args: argparse.Namespace) -> int:
     """
     _check_free(args.host, args.port)
     with tempfile.TemporaryDirectory(prefix="eurosat-metrics-") as folder:
-        environment = dict(os.environ) | {WORKER: "1", METRICS: folder}
+        environment = dict(os.environ) | {WORKER: str(os.getpid()), METRICS: folder}
         return _keep(command, environment, args.processes, args.grace)
 
 
@@ -70,30 +70,22 @@ def _check_free(host: str, port: int) -> None:
 def _keep(
     command: Sequence[str], environment: Mapping[str, str], count: int, grace_s: float
 ) -> int:
-    stopping = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
-
+    stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+        signal.signal(number, lambda *_: stop.set())
     running: dict[subprocess.Popen[bytes], float] = {}
     code = cli.OK
-    while not stopping and code == cli.OK:
-        while len(running) < count:
-            running[subprocess.Popen(command, env=environment)] = time.monotonic()
-        time.sleep(LOOK_S)
+    while code == cli.OK and not stop.wait(LOOK_S):
         for process in [one for one in running if one.poll() is not None]:
             lived_s = time.monotonic() - running.pop(process)
-            if stopping:
-                break
             log.warning("process %d ended with code %d", process.pid, process.returncode)
             _forget(process.pid, environment[METRICS])
             if process.returncode == cli.BAD_INPUT:  # it has said what is wrong
                 code = cli.BAD_INPUT
             elif lived_s < TOO_SOON_S:
-                time.sleep(TOO_SOON_S - lived_s)
+                stop.wait(TOO_SOON_S - lived_s)
+        while len(running) < count and code == cli.OK:
+            running[subprocess.Popen(command, env=environment)] = time.monotonic()
     for process in running:
         process.terminate()
     until = time.monotonic() + grace_s + LOOK_S
@@ -105,6 +97,18 @@ def _keep(
             process.kill()
             process.wait()
     return code
+
+
+def end_with_parent() -> None:
+    """Watch that this process does not outlive the one that would start it again."""
+    parent = int(os.environ[WORKER])
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(LOOK_S)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _forget(pid: int, folder: str) -> None:

@@ -96,6 +96,7 @@ def _serve(args: argparse.Namespace, bounds: "Limits") -> int:
     from serving.live import Follower
     from serving.metrics import Metrics
 
+    processes.end_with_parent()
     keys = Keys.read(args.keys, share=1 / args.processes) if args.keys else None
     settings, metrics = {"form": args.form, "max_batch": args.max_batch}, Metrics()
     follower = Follower(args.model, settings, args.poll, metrics)

@@ -40,7 +40,7 @@ TAGS = {
 
 
 def make_network(
-    file: Path, size: int = 64, bands: int = 3, classes: Sequence[str] = CLASSES
+    file: Path, size: int = 64, bands: int = 3, classes: Sequence[str] = CLASSES, **told: str
 ) -> Path:
     """Probabilities are a softmax of the mean of each of the first bands: red is Forest."""
     weights = np.eye(bands, len(classes), dtype=np.float32) * 10 / 255
@@ -61,7 +61,7 @@ def make_network(
     )
     network = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     properties = {"classes": list(classes), "tile_size": [size, size], "bands": bands}
-    helper.set_model_props(network, {k: json.dumps(v) for k, v in properties.items()})
+    helper.set_model_props(network, {k: json.dumps(v) for k, v in properties.items()} | told)
     onnx.save(network, str(file))
     return file
 

@@ -1,18 +1,24 @@
 """The model from code, called in this process."""
 
 import base64
+import io
 import json
+import threading
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
+from eurosat import bands, decode
 from tests.test_registry_register import CLASSES, MLFLOW_WARNS, make_network
 from tests.test_serving_pictures import COLOURS, GOOD, REFUSED, encoded, pixels
 
@@ -22,17 +28,19 @@ if TYPE_CHECKING:
 pytestmark = MLFLOW_WARNS
 
 
-def load(folder: Path, bands: int = 3, size: int = 64) -> "TileClassifier":
+def load(
+    folder: Path, count: int = 3, size: int = 64, settings: Any = None, **told: str
+) -> "TileClassifier":
     from mlflow.pyfunc.model import PythonModelContext
 
     from serving.pyfunc import TileClassifier
 
     lineage = folder / "lineage.json"
     lineage.write_text(json.dumps({"data_fingerprint": "d", "run_id": "r"}))
-    network = make_network(folder / "model.onnx", size=size, bands=bands)
+    network = make_network(folder / "model.onnx", size=size, bands=count, **told)
     loaded = TileClassifier()
     artifacts = {"network": str(network), "lineage": str(lineage)}
-    loaded.load_context(PythonModelContext(artifacts, None))
+    loaded.load_context(PythonModelContext(artifacts, settings))
     return loaded
 
 
@@ -162,13 +170,149 @@ def test_bad_files_are_refused(model: "TileClassifier", case: str) -> None:
     assert REFUSED[case][1] in refusal(model, *rows)
 
 
-def test_a_model_of_other_bands_takes_tensors_alone(tmp_path: Path) -> None:
-    multispectral = load(tmp_path, bands=13, size=16)
-    tile = np.zeros((16, 16, 13), np.uint8)
-    tile[:, :, 1] = 255
-    assert ask(multispectral, tile)[0]["label"] == "River"
-    assert "send raw uint8 pixels of shape (N, 16, 16, 13)" in refusal(multispectral, GOOD)
+@pytest.fixture(scope="module")
+def multispectral(tmp_path_factory: pytest.TempPathFactory) -> "TileClassifier":
+    scale = bands.full_scale().tolist()
+    return load(tmp_path_factory.mktemp("bands"), count=13, size=16, full_scale=json.dumps(scale))
+
+
+def reflectance(size: int = 16, count: int = 13) -> npt.NDArray[np.uint16]:
+    """Bright in the second band alone, which the small network calls River."""
+    values = np.zeros((size, size, count), np.uint16)
+    values[:, :, 1] = 60_000
+    return values
+
+
+def test_a_model_of_thirteen_bands_takes_tensors_and_geotiffs(
+    multispectral: "TileClassifier",
+) -> None:
+    as_trained = decode.decode(
+        bands.geotiff(reflectance()), "t.tif", dtype="uint16", reflectance_max=None
+    )
+    tensor, tiff = ask(multispectral, as_trained, bands.geotiff(reflectance()))
+    assert tensor == tiff
+    assert tensor["label"] == "River"
+    (resized,) = ask(multispectral, bands.geotiff(reflectance(size=40)))
+    assert resized["label"] == "River"
+    assert resized["resized_from"] == [40, 40]
+
+
+def test_a_model_of_thirteen_bands_refuses_what_is_not_of_them(
+    multispectral: "TileClassifier",
+) -> None:
+    assert "send a GeoTIFF of 13 bands, or raw uint8" in refusal(multispectral, GOOD)
     assert "takes (16, 16, 13)" in refusal(multispectral, pixels("River"))
+    four = bands.geotiff(reflectance(count=4))
+    assert "4 bands of uint16 where the model takes 13 of uint16" in refusal(multispectral, four)
+    assert "damaged or truncated" in refusal(multispectral, bands.geotiff(reflectance())[:300])
+    assert "1025x1025 pixels" in refusal(multispectral, bands.geotiff(reflectance(size=1025)))
+
+
+def test_tiles_that_wait_are_shared_among_the_threads_in_their_order() -> None:
+    """Two free threads answer six tiles by three; a busy model gathers what comes meanwhile."""
+    from serving.pyfunc import PLAIN, Batches, Job, Wish
+
+    seen: list[list[object]] = []
+    go = threading.Event()
+
+    def answer(jobs: list[Job]) -> None:
+        seen.append([job.row for job in jobs])
+        go.wait(30)
+        for job in jobs:
+            job.future.set_result({"row": job.row})
+
+    def jobs(rows: range, wish: Wish = PLAIN) -> list[Job]:
+        return [Job(row, wish, None, Future()) for row in rows]
+
+    batches = Batches(answer, lambda wish: 4, threads=2, max_wait_s=0.0)
+    first = jobs(range(6))
+    batches.put(first)
+    while len(seen) < 2:
+        time.sleep(0.001)
+    assert sorted(map(len, seen)) == [3, 3]
+    late = jobs(range(6, 20)) + jobs(range(20, 22), Wish(tta=True))
+    batches.put(late)
+    assert len(batches) == 16
+    go.set()
+    assert [job.future.result(30)["row"] for job in first + late] == list(range(22))
+    assert max(map(len, seen)) == 4, "as many as one pass takes"
+    assert not any({19, 20} <= set(some) for some in seen), "kinds are not mixed"
+    batches.close()
+    with pytest.raises(RuntimeError):
+        batches.put(jobs(range(1)))
+
+
+def test_a_batch_that_fails_leaves_nobody_waiting() -> None:
+    from serving.pyfunc import PLAIN, Batches, Job
+
+    def answer(jobs: list[Job]) -> None:
+        raise MemoryError("no room")
+
+    batches = Batches(answer, lambda wish: 4, threads=1, max_wait_s=0.0)
+    lost = [Job(row, PLAIN, None, Future()) for row in range(3)]
+    batches.put(lost)
+    for job in lost:
+        with pytest.raises(MemoryError):
+            job.future.result(30)
+    batches.close()
+
+
+def test_a_tile_whose_time_has_passed_is_not_computed(model: "TileClassifier") -> None:
+    late, good = (
+        model.ask([GOOD], deadline=deadline)[0] for deadline in (time.monotonic() - 1, None)
+    )
+    with pytest.raises(TimeoutError):
+        late.result(30)
+    assert good.result(30)["label"] == "River"
+
+
+def test_the_likeliest_classes_come_first_where_so_many_are_asked_for(
+    model: "TileClassifier",
+) -> None:
+    frame = pd.DataFrame({"image": [GOOD]})
+    (two,) = model.predict(Mock(), frame, {"top_k": 2})
+    (every,) = model.predict(Mock(), frame)
+    ranked = sorted(every["probabilities"].items(), key=lambda item: -item[1])
+    assert list(two["probabilities"].items()) == ranked[:2]
+    with pytest.raises(MlflowException, match="top_k is 4: ask for 1 to 3 classes, or 0 for all"):
+        model.predict(Mock(), frame, {"top_k": 4})
+
+
+def test_jpeg_tiles_are_read_to_the_pixels_that_pillow_reads() -> None:
+    from serving.pyfunc import _plain_jpeg
+
+    for label in COLOURS:
+        data = encoded(label, "JPEG")
+        quick = _plain_jpeg(data, 64, 64)
+        assert quick is not None
+        np.testing.assert_array_equal(quick, np.asarray(Image.open(io.BytesIO(data))))
+    assert _plain_jpeg(encoded(kind="JPEG", mode="L"), 64, 64) is None
+    assert _plain_jpeg(encoded(kind="JPEG", mode="CMYK"), 64, 64) is None
+    assert _plain_jpeg(encoded(kind="JPEG", size=65), 64, 64) is None
+    assert _plain_jpeg(encoded(kind="JPEG")[:500], 64, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"form": "int8"}, "this version has no form int8: it has fp32"),
+        ({"speed": 1}, "model_config has no speed: it takes form, threads"),
+        ({"max_batch": 0}, "max_batch 1 or more"),
+    ],
+)
+def test_settings_that_cannot_be_are_told(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, settings=settings)
+
+
+def test_the_settings_that_a_version_is_saved_with_are_the_models_own() -> None:
+    """MLflow keeps from a model each setting that it was not saved with."""
+    from registry.register import SETTINGS
+    from serving.pyfunc import Settings
+
+    assert Settings()._asdict() == SETTINGS
 
 
 def test_the_version_is_read_from_what_mlflow_writes_beside_the_model(tmp_path: Path) -> None:

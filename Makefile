@@ -12,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving sweep-ui lint format describe main-job lock clean
+.PHONY: wrk help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,11 +86,29 @@ bench-sweep: .venv/product ## what a sweep finds for its epochs, against random 
 	$(BIN)/python -m benchmarks.sweep $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
-bench-serving: .venv/product .venv-litserve/done .venv-bentoml/done ## our server against MLflow's, FastAPI, LitServe and BentoML (a quarter of an hour)
+wrk:
 	@command -v wrk >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install --yes --quiet wrk; } || \
 		{ echo "error: wrk is not installed: apt-get install wrk" >&2; exit 2; }
+
+bench-serving: .venv/product .venv-litserve/done .venv-bentoml/done wrk ## our server against MLflow's, FastAPI, LitServe and BentoML (20 minutes)
 	$(BIN)/python -m benchmarks.serving --litserve $(CURDIR)/.venv-litserve/bin/python \
 		--bentoml $(CURDIR)/.venv-bentoml/bin/python $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables
+
+bench-strain: .venv/product wrk ## our server overrun, and its version swapped under load
+	$(BIN)/python -m benchmarks.serving.strain $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables
+
+soak-serving: .venv/product wrk ## the same, and 20 minutes of load in which nothing may grow
+	$(BIN)/python -m benchmarks.serving.strain --soak 20 $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables
+
+tune-serving: .venv/product wrk ## the processes and batches that serve fastest on this machine
+	$(BIN)/python -m benchmarks.serving.tune $(BENCH_ARGS)
+
+bench-forms: .venv/product ## FP32, INT8, bf16, compiled and pruned forms of a run's network (RUN=id)
+	$(BIN)/python -m benchmarks.forms $(RUN) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 sweep-ui: .venv/product ## look at the studies while they run (STORAGE=sqlite:///optuna.db)
 	$(BIN)/optuna-dashboard $(STORAGE)

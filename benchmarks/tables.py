@@ -91,6 +91,42 @@ def bench_sweep(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _goals(report)])
 
 
+def bench_serving(report: dict[str, Any]) -> str:
+    """Each server at 32 connections, and alone with one."""
+    columns = ["server", "answers/s at 32", "p50 ms", "p99 ms", "p50 ms at 1", "errors", "memory"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    rows = {(one["arm"], one["concurrency"]): one for one in report["rows"]}
+    for arm, at in rows:
+        one, alone = rows[arm, at], rows.get((arm, 1))
+        if at == 32 and alone:
+            lines.append(
+                f"| {report['arms'][arm]} | {one['images_per_s']:,.0f} | {one['p50_ms']:.1f} "
+                f"| {one['p99_ms']:.1f} | {alone['p50_ms']:.1f} | {one['errors']} "
+                f"| {one['memory_mb']:,} MB |"
+            )
+        elif at is None:
+            lines.append(f"| {report['arms'][arm]} | {one['images_per_s']:,.0f} | | | | | |")
+    return "\n".join([*lines, "", _goals(report)])
+
+
+def bench_forms(report: dict[str, Any]) -> str:
+    """What each form of one network is worth."""
+    columns = [f"`{report['network']}` of `{report['recipe']}`, one view", "test accuracy", "MB"]
+    columns += ["images/s in batches of 32", "ms for one tile"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for one in report["rows"]:
+        lines.append(
+            f"| {one['what']} | {one['accuracy']:.4f} | {one['size_mb']:.1f} "
+            f"| {one['images_per_s']:,.0f} | {one['p50_ms']:.2f} |"
+        )
+    return "\n".join([*lines, "", _goals(report)])
+
+
+def bench_strain(report: dict[str, Any]) -> str:
+    """The goals alone: the rows are in the report."""
+    return _goals(report)
+
+
 def _goals(report: dict[str, Any]) -> str:
     goals = [
         f"`{g['name']}` {g['value']}, goal {g['goal']}{'' if g['met'] else ' (not met)'}"
@@ -106,6 +142,9 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "bench-train": bench_train,
     "bench-tracking": bench_tracking,
     "bench-sweep": bench_sweep,
+    "bench-serving": bench_serving,
+    "bench-strain": bench_strain,
+    "bench-forms": bench_forms,
 }
 """Each report with a table, and how it is drawn."""
 

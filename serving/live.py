@@ -3,16 +3,19 @@
 import asyncio
 import logging
 import re
+import sys
+import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from eurosat import tracking
-from eurosat.errors import EuroSATError, ModelError
+from eurosat.errors import ModelError
 from serving.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -41,6 +44,8 @@ class Live:
     """``TileClassifier`` of the ``serving/pyfunc.py`` that the version carries."""
     app: Any
     """MLflow's own scoring app around it."""
+    files: ExitStack
+    """Holds this process's copy of the version's files and code, until it is retired."""
     waiting: deque[Any] = field(default_factory=deque)
     """Tiles whose turn has not come."""
     asked: int = 0
@@ -95,6 +100,7 @@ class Live:
             self._idle.clear()
             await self._idle.wait()
         await asyncio.to_thread(self.classifier.close)
+        self.files.close()
 
 
 def load(uri: str, settings: Mapping[str, Any]) -> Live:
@@ -105,21 +111,26 @@ def load(uri: str, settings: Mapping[str, Any]) -> Live:
         CheckFailed: it must not answer anybody.
     """
     import mlflow.pyfunc
+    from mlflow.artifacts import download_artifacts
     from mlflow.pyfunc import scoring_server
 
-    try:
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="eurosat-model-"))
         with tracking.explained(uri):
-            model = mlflow.pyfunc.load_model(uri, model_config=dict(settings))
-        classifier = model.unwrap_python_model()
-        _check(model, classifier)
-    except EuroSATError:
-        raise
-    except Exception as error:  # its own code ran, and may have raised anything
-        raise CheckFailed(f"it cannot be loaded ({type(error).__name__}: {error})") from error
-    return Live(
-        uri=uri, version=classifier.provenance["model_version"], model=model,
-        classifier=classifier, app=scoring_server.init(model),
-    )  # fmt: skip
+            files = download_artifacts(uri, dst_path=folder)
+        try:
+            model = mlflow.pyfunc.load_model(files, model_config=dict(settings))
+            classifier = model.unwrap_python_model()
+            stack.callback(sys.modules.pop, type(classifier).__module__, None)
+            _check(model, classifier)
+        except CheckFailed:
+            raise
+        except Exception as error:  # its own code ran, and may have raised anything
+            raise CheckFailed(f"it cannot be loaded ({type(error).__name__}: {error})") from error
+        return Live(
+            uri=uri, version=classifier.provenance["model_version"], model=model,
+            classifier=classifier, app=scoring_server.init(model), files=stack.pop_all(),
+        )  # fmt: skip
 
 
 def _check(model: Any, classifier: Any) -> None:

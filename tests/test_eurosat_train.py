@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from eurosat import cli, machine, receipt, tracking, train, weights
+from eurosat import cli, machine, quantise, receipt, tracking, train, weights
 from eurosat.batches import Batches, TileData, band_statistics
 from eurosat.calibration import softmax
 from eurosat.config import OptimConfig, TrainConfig, build, compose
@@ -45,7 +45,9 @@ def test_a_run_carries_all_that_judges_and_serves_it(
     assert run.status == "FINISHED"
     with tracking.artifact(run_id, "") as folder:
         held = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
-        assert held == ARTIFACTS
+        assert held - {"model.int8.onnx"} == ARTIFACTS
+        lost = run.metrics["test_accuracy"] - run.metrics["int8_accuracy"]
+        assert ("model.int8.onnx" in held) == (lost <= quantise.MAX_LOSS), "kept if as accurate"
         config = build(TrainConfig, yaml.safe_load((folder / "config.yaml").read_text()))
         split = pd.read_csv(folder / "split.csv")
         predicted = pd.read_parquet(folder / "predictions.parquet")

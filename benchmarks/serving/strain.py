@@ -1,0 +1,236 @@
+"""bench-strain: our server overrun, its version swapped under load, and at work for long.
+
+`python -m benchmarks.serving.strain [--seconds 60] [--soak MINUTES]`. The crowd is wrk; what
+is told of answers and latencies is what one more client sees, on connections of its own.
+"""
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks import reports
+from benchmarks.server import free_port
+from benchmarks.serving import arms, load, model
+from benchmarks.serving.process import Server, running
+from eurosat import cli, logs
+from registry import versions
+
+QUEUE = 128
+"""Tiles that the server lets wait, its default: with as many clients it refuses none."""
+TIMES = 4
+SEEN = 16
+"""Connections of the client that is asked how it went."""
+SWAPS, SWAP_CLIENTS = 20, 32
+CALM_S = 2.0
+MB = 1e6
+
+
+@dataclass
+class Seen:
+    """What one client saw."""
+
+    statuses: Counter[int] = field(default_factory=Counter)
+    versions: Counter[str] = field(default_factory=Counter)
+    accepted_ms: list[float] = field(default_factory=list)
+
+    def p99_ms(self) -> float:
+        return statistics.quantiles(self.accepted_ms, n=100)[98]
+
+
+async def _client(port: int, tile: bytes, seen: Seen, until: float) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = "POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: image/jpeg\r\n"
+    whole = f"{head}content-length: {len(tile)}\r\n\r\n".encode() + tile
+    try:
+        while time.monotonic() < until:
+            started = time.monotonic()
+            writer.write(whole)
+            said = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
+            length = int(said.partition("content-length: ")[2].split()[0])
+            answer = json.loads(await reader.readexactly(length))
+            status = int(said.split()[1])
+            seen.statuses[status] += 1
+            if status == 200:
+                seen.accepted_ms.append(1000 * (time.monotonic() - started))
+                seen.versions[answer["model_version"]] += 1
+            else:
+                await asyncio.sleep(
+                    0.05
+                )  # sooner than it is told to; the crowd does not wait at all
+    finally:
+        writer.close()
+
+
+def watched(port: int, tile: bytes, seconds: float, connections: int = SEEN) -> Seen:
+    """Ask over so many connections for a while."""
+    seen = Seen()
+
+    async def all_of_them() -> None:
+        until = time.monotonic() + seconds
+        await asyncio.gather(*(_client(port, tile, seen, until) for _ in range(connections)))
+
+    asyncio.run(all_of_them())
+    return seen
+
+
+@contextmanager
+def crowd(port: int, requests: load.Requests, clients: int, seconds: float) -> Iterator[None]:
+    thread = threading.Thread(target=load.load, args=(port, requests, clients, int(seconds) + 2))
+    thread.start()
+    yield
+    thread.join()
+
+
+def memory_mb(server: Server) -> float:
+    return sum(one.memory_info().rss for one in server._tree()) / MB
+
+
+def descriptors(server: Server) -> int:
+    return sum(one.num_fds() for one in server._tree())
+
+
+def overload(
+    server: Server, requests: load.Requests, tile: bytes, seconds: float
+) -> dict[str, Any]:
+    """Uncrowded: as many clients as the queue holds; overrun: four times as many."""
+    with crowd(server.port, requests, QUEUE - SEEN, seconds / 3):
+        uncrowded = watched(server.port, tile, seconds / 3)
+    server.settle()
+    before_mb = memory_mb(server)
+    with crowd(server.port, requests, TIMES * QUEUE - SEEN, seconds):
+        overrun = watched(server.port, tile, seconds)
+    ended = time.monotonic()
+    while watched(server.port, tile, 0.2).statuses.keys() != {200}:
+        pass
+    return {
+        "arm": "overload", "accepted": overrun.statuses[200], "refused": overrun.statuses[429],
+        "failed": sum(overrun.statuses.values()) - overrun.statuses[200] - overrun.statuses[429],
+        "uncrowded_p99_ms": round(uncrowded.p99_ms(), 1),
+        "accepted_p99_ms": round(overrun.p99_ms(), 1),
+        "grown_mb": round(memory_mb(server) - before_mb, 1),
+        "recovered_s": round(time.monotonic() - ended, 2),
+    }  # fmt: skip
+
+
+def swaps(server: Server, tile: bytes, seconds: float) -> dict[str, Any]:
+    """Move the champion between two versions of the same network, under load."""
+    client = versions.client()
+    first = versions.by_alias(versions.MODEL, versions.CHAMPION)
+    if first is None:
+        sys.exit("error: the benchmark's store has lost its champion: give --retrain")
+    held = versions.all_of(versions.MODEL)
+    second = held[1] if held[1:] else client.create_model_version(
+        versions.MODEL, str(first.source), str(first.run_id)
+    )  # fmt: skip
+    numbers = [str(held[0].version), str(second.version)]
+    every_s = seconds / (SWAPS + 1)
+
+    def move() -> None:
+        for swap in range(SWAPS):
+            time.sleep(every_s)
+            number = numbers[(swap + 1) % 2]
+            client.set_registered_model_alias(versions.MODEL, versions.CHAMPION, number)
+
+    before_mb = memory_mb(server)
+    thread = threading.Thread(target=move)
+    thread.start()
+    seen = watched(server.port, tile, seconds, SWAP_CLIENTS)
+    thread.join()
+    failed = sum(seen.statuses.values()) - seen.statuses[200]
+    return {
+        "arm": "swaps", "swaps": SWAPS, "accepted": seen.statuses[200], "failed": failed,
+        "by_version": dict(sorted(seen.versions.items())),
+        "accepted_p99_ms": round(seen.p99_ms(), 1),
+        "grown_mb": round(memory_mb(server) - before_mb, 1),
+    }  # fmt: skip
+
+
+def soak(server: Server, requests: load.Requests, minutes: float) -> dict[str, Any]:
+    """Growth from after the first tenth of the time to its end."""
+    spells = max(2, round(minutes * 6))
+    looked: list[tuple[float, int]] = []
+    answered = errors = 0
+    for spell in range(spells):
+        took = load.load(server.port, requests, SWAP_CLIENTS, max(1, round(60 * minutes / spells)))
+        answered, errors = answered + took.answered, errors + took.errors
+        looked.append((memory_mb(server), descriptors(server)))
+        print(
+            f"soak: {spell + 1} of {spells}, {looked[-1][0]:.0f} MB, {looked[-1][1]} files",
+            flush=True,
+        )
+    start = looked[max(0, spells // 10)]
+    return {
+        "arm": "soak", "minutes": minutes, "accepted": answered, "failed": errors,
+        "grown_mb": round(looked[-1][0] - start[0], 1), "grown_files": looked[-1][1] - start[1],
+    }  # fmt: skip
+
+
+def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_arm = {row["arm"]: row for row in rows}
+    over, swapped = by_arm["overload"], by_arm["swaps"]
+    slower = over["accepted_p99_ms"] / over["uncrowded_p99_ms"]
+    told = [
+        reports.goal("serving.overload_p99", slower, 2.0, at_most=True),
+        reports.goal("serving.overload_failures", over["failed"], 0, at_most=True),
+        reports.goal("serving.recovered_s", over["recovered_s"], CALM_S, at_most=True),
+        reports.goal("serving.swap_failures", swapped["failed"], 0, at_most=True),
+    ]  # fmt: skip
+    if soaked := by_arm.get("soak"):
+        told.append(reports.goal("serving.soak_grown_mb", soaked["grown_mb"], 20, at_most=True))
+        told.append(
+            reports.goal("serving.soak_grown_files", soaked["grown_files"], 4, at_most=True)
+        )
+    return told
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.parser(
+        "benchmarks.serving.strain", "Our server overrun, swapped, and at work for long."
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="of overload, and of swaps")
+    parser.add_argument("--soak", type=float, default=0.0, metavar="MINUTES")
+    parser.add_argument("--retrain", action="store_true", help="the network that is served")
+    args = parser.parse_args(argv)
+    logs.setup(args.log_level)
+    load.check_installed()
+    started = reports.now()
+    served = model.served(retrain=args.retrain)
+    arm = next(one for one in arms.ours() if one.name == "server")
+    port = free_port()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        command = [*arm.command(served, port), "--poll", "0.5"]
+        with running(
+            arm.name, command, arm.surroundings(served), port, arm.ready, folder
+        ) as server:
+            requests, tile = arm.requests(served, folder), served.tiles[0]
+            load.load(port, requests, SWAP_CLIENTS, 3)
+            parts: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+                ("overload", lambda: overload(server, requests, tile, args.seconds)),
+                ("swaps", lambda: swaps(server, tile, args.seconds)),
+            ]
+            if args.soak:
+                parts.append(("soak", lambda: soak(server, requests, args.soak)))
+            for name, part in parts:
+                print(f"{name} begins", flush=True)
+                rows.append(part())
+                print(json.dumps(rows[-1]), flush=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    table = [{name: row.get(name, "") for name in columns} for row in rows]
+    reports.write("strain", started=started, n=1, goals=goals(rows), rows=table)
+    return cli.OK
+
+
+if __name__ == "__main__":
+    cli.finish(main)

@@ -1,0 +1,68 @@
+"""tune-serving: which processes and batches of our server answer fastest on this machine.
+
+`python -m benchmarks.serving.tune [--rounds 3]` tries each setting in turn, with the network of
+bench-serving, and prints the flags of the best.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import product
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.server import free_port
+from benchmarks.serving import arms, load, model
+from benchmarks.serving.process import Server, running
+from eurosat import cli, logs, machine
+
+BATCHES = (4, 8, 16, 32)
+CLIENTS = 32
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.parser("benchmarks.serving.tune", "The fastest settings of our server here.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=3)
+    parser.add_argument("--retrain", action="store_true", help="the network that is served")
+    args = parser.parse_args(argv)
+    logs.setup(args.log_level)
+    load.check_installed()
+    served = model.served(retrain=args.retrain)
+    arm = next(one for one in arms.ours() if one.name == "server")
+    processes = sorted({1, max(1, machine.cores() // 2), machine.cores()})
+    rates: dict[tuple[int, int], list[float]] = {one: [] for one in product(processes, BATCHES)}
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        folder, started = Path(scratch), dict[tuple[int, int], Server]()
+        requests = arm.requests(served, folder)
+        for count, batch in rates:
+            port = free_port()
+            flags = ["--processes", str(count), "--max-batch", str(batch)]
+            command = [*arm.command(served, port), *flags]
+            name = f"server-{count}-{batch}"
+            server = stack.enter_context(
+                running(name, command, arm.surroundings(served), port, arm.ready, folder)
+            )
+            server.pause()
+            started[count, batch] = server
+        for number in range(args.rounds):
+            for setting, server in started.items():
+                server.resume()
+                load.load(server.port, requests, CLIENTS, 1)
+                rates[setting].append(load.load(server.port, requests, CLIENTS, args.seconds).rate)
+                server.pause()
+            print(f"round {number + 1} of {args.rounds}", flush=True)
+    table = Table("processes", "views in a batch", f"answers/s at {CLIENTS}")
+    for (count, batch), told in rates.items():
+        table.add_row(str(count), str(batch), f"{statistics.median(told):,.0f}")
+    Console().print(table)
+    count, batch = max(rates, key=lambda one: statistics.median(rates[one]))
+    print(f"python -m serving.server --processes {count} --max-batch {batch}")
+    return cli.OK
+
+
+if __name__ == "__main__":
+    cli.finish(main)

@@ -76,7 +76,7 @@ def pruned(net: network.Network) -> network.Network:
     layers = [(one, "weight") for one in net.modules() if isinstance(one, torch.nn.Conv2d)]
     prune.global_unstructured(layers, pruning_method=prune.L1Unstructured, amount=PRUNED)
     for layer, name in layers:
-        prune.remove(layer, name)
+        prune.remove(layer, name)  # type: ignore[no-untyped-call]
     return net
 
 

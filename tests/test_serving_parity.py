@@ -9,13 +9,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import mlflow.pyfunc
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pytest
 import requests
-from mlflow.artifacts import download_artifacts
 
 from eurosat import onnxfile, tracking, train
 from eurosat.config import compose
@@ -85,6 +83,9 @@ def started(folder: Path, form: str, verb: str, *given: str) -> "subprocess.Pope
 
 def ways(settings: Sequence[str], folder: Path, form: str) -> Iterator[tuple[str, Floats, Floats]]:
     """Each way's name, what it answers of the test fold, and what torch did."""
+    import mlflow.pyfunc
+    from mlflow.artifacts import download_artifacts
+
     config = compose(settings)
     data = prepare(config)
     with tracking.run(config.experiment, "parity", tags={"kind": "train"}) as run:

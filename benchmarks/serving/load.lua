@@ -1,5 +1,5 @@
--- wrk -s load.lua URL -- FOLDER COUNT PATH TYPE: posts FOLDER/1 to FOLDER/COUNT in turn, over and
--- over, and says how it went in one line of JSON.
+-- wrk -s load.lua URL -- FOLDER COUNT PATH TYPE PAUSE_MS: posts FOLDER/1 to FOLDER/COUNT in turn, over
+-- and over, each connection with a pause after an answer, and says how it went in one line of JSON.
 local requests, turn = {}, 0
 
 function init(args)
@@ -7,6 +7,10 @@ function init(args)
     local file = assert(io.open(args[1] .. "/" .. number, "rb"))
     requests[number] = wrk.format("POST", args[3], {["Content-Type"] = args[4]}, file:read("*a"))
     file:close()
+  end
+  local pause = tonumber(args[5])
+  if pause > 0 then
+    delay = function() return pause end
   end
 end
 

@@ -6,6 +6,7 @@ is told of answers and latencies is what one more client sees, on connections of
 
 import asyncio
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -28,6 +29,9 @@ from registry import versions
 QUEUE = 128
 """Tiles that the server lets wait, its default: with as many clients it refuses none."""
 TIMES = 4
+REFUSED_MS = 8
+"""What the crowd's connections wait for an answer, most of which are refusals: their pause is so
+much shorter."""
 SEEN = 16
 """Connections of the client that is asked how it went."""
 SWAPS, SWAP_CLIENTS = 20, 32
@@ -84,10 +88,18 @@ def watched(port: int, tile: bytes, seconds: float, connections: int = SEEN) -> 
 
 
 @contextmanager
-def crowd(port: int, requests: load.Requests, clients: int, seconds: float) -> Iterator[None]:
-    thread = threading.Thread(target=load.load, args=(port, requests, clients, int(seconds) + 2))
+def crowd(
+    port: int, requests: load.Requests, clients: int, seconds: float, pause_ms: int = 0
+) -> Iterator[list[load.Load]]:
+    """What it saw itself is in the list afterwards."""
+    seen: list[load.Load] = []
+
+    def ask() -> None:
+        seen.append(load.load(port, requests, clients, math.ceil(seconds) + 1, pause_ms))
+
+    thread = threading.Thread(target=ask)
     thread.start()
-    yield
+    yield seen
     thread.join()
 
 
@@ -102,18 +114,23 @@ def descriptors(server: Server) -> int:
 def overload(
     server: Server, requests: load.Requests, tile: bytes, seconds: float
 ) -> dict[str, Any]:
-    """Uncrowded: as many clients as the queue holds; overrun: four times as many."""
-    with crowd(server.port, requests, QUEUE - SEEN, seconds / 3):
+    """Uncrowded: as many clients as the queue holds; overrun: TIMES as many requests as then."""
+    with crowd(server.port, requests, QUEUE - SEEN, seconds / 3) as full:
         uncrowded = watched(server.port, tile, seconds / 3)
     server.settle()
     before_mb = memory_mb(server)
-    with crowd(server.port, requests, TIMES * QUEUE - SEEN, seconds):
+    capacity = full[0].rate + uncrowded.statuses[200] / (seconds / 3)
+    clients = TIMES * QUEUE
+    pause_ms = round(1000 * clients / (TIMES * capacity) - REFUSED_MS)
+    with crowd(server.port, requests, clients, seconds, pause_ms) as many:
         overrun = watched(server.port, tile, seconds)
+    offered = (many[0].answered + many[0].errors) / many[0].seconds
     ended = time.monotonic()
     while watched(server.port, tile, 0.2).statuses.keys() != {200}:
         pass
     return {
-        "arm": "overload", "accepted": overrun.statuses[200], "refused": overrun.statuses[429],
+        "arm": "overload", "capacity": round(capacity), "offered": round(offered),
+        "accepted": overrun.statuses[200], "refused": overrun.statuses[429],
         "failed": sum(overrun.statuses.values()) - overrun.statuses[200] - overrun.statuses[429],
         "uncrowded_p99_ms": round(uncrowded.p99_ms(), 1),
         "accepted_p99_ms": round(overrun.p99_ms(), 1),

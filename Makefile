@@ -12,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: wrk help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms sweep-ui lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,7 @@ bench-sweep: .venv/product ## what a sweep finds for its epochs, against random 
 	$(BIN)/python -m benchmarks.sweep $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
+.PHONY: wrk
 wrk:
 	@command -v wrk >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get install --yes --quiet wrk; } || \
 		{ echo "error: wrk is not installed: apt-get install wrk" >&2; exit 2; }

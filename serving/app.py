@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 OPENAPI = Path(__file__).with_name("openapi.yaml")
 PICTURES = ("image/jpeg", "image/png", "image/tiff", "application/octet-stream")
+UNSAID = ("application/x-www-form-urlencoded", "")
+"""What `curl --data-binary @tile.jpg` says of a picture, and who says nothing."""
 FORM = "multipart/form-data"
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
 LOOK_S = 1.0
@@ -122,7 +124,7 @@ class App:
         self._admit()
         deadline = limits.deadline(request, self.limits)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind in PICTURES:
+        if kind in PICTURES or kind in UNSAID:
             pictures: Sequence[bytes] = [await limits.read_body(request, self.limits)]
         elif kind == FORM:
             pictures = await self._form(request, 1)

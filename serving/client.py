@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 import subprocess
 import time
@@ -16,6 +17,8 @@ TILES_PER_REQUEST = 64
 TIMEOUT_S = 60.0
 POLL_S = 0.1
 """Between two pings of a server that is starting."""
+KEY = "EUROSAT_API_KEY"
+"""Variable that holds the key of a server that asks for one."""
 SHOWN = ("label", "confidence", "model_version")
 
 
@@ -76,11 +79,14 @@ def reason(body: str, names: Sequence[str] = ()) -> str:
 def _invoke(url: str, payload: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
     import requests
 
+    headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if KEY in os.environ else {}
     try:
-        answer = requests.post(f"{url}/invocations", json=payload, timeout=TIMEOUT_S)
+        answer = requests.post(
+            f"{url}/invocations", json=payload, headers=headers, timeout=TIMEOUT_S
+        )
     except requests.RequestException as error:
         raise ServerError(
-            f"no answer from {url} ({type(error).__name__}): start `python -m serving.stock` or "
+            f"no answer from {url} ({type(error).__name__}): start `python -m serving.server` or "
             "name another --url"
         ) from error
     if not answer.ok:

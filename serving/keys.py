@@ -19,6 +19,7 @@ PER_S = 1000.0
 BYTES = 32
 """Of a key: it cannot be guessed, so that a plain hash keeps it."""
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Keys:
                 continue
             try:
                 name, digest, per_s = line.split()
-                if len(digest) != 64 or not 0 < float(per_s) < float("inf"):
+                if not SHA256.fullmatch(digest) or not 0 < float(per_s) < float("inf"):
                     raise ValueError
                 keys.append(Key(name, digest, Bucket(float(per_s) * share)))
             except ValueError as error:
@@ -102,6 +103,7 @@ def create(file: Path, name: str, per_s: float) -> str:
     try:
         handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         with os.fdopen(handle, "w", encoding="utf-8") as written:
+            os.fchmod(handle, 0o600)
             written.write(f"{name} {_digest(key)} {per_s:g}\n")
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror}") from error

@@ -201,6 +201,8 @@ class TileClassifier(PythonModel):
             network, options, providers=["CPUExecutionProvider"]
         )
         self.outputs = [node.name for node in self.session.get_outputs()]
+        free = self.session.get_overridable_initializers()
+        self.turns = any(node.name == "tta" for node in free)
         described = self.session.get_modelmeta().custom_metadata_map
         self.classes: list[str] = json.loads(described["classes"])
         height, width = json.loads(described["tile_size"])
@@ -255,6 +257,8 @@ class TileClassifier(PythonModel):
             raise ValueError(
                 f"tta turns tiles, which must be square; these are {self.shape_HWC[:2]}"
             )
+        if wish.tta and not self.turns and self.judged_views == 1:
+            raise ValueError("this network looks once: leave tta out, or export it again")
         if not 0 <= wish.top_k <= len(self.classes):
             raise ValueError(
                 f"top_k is {wish.top_k}: ask for 1 to {len(self.classes)} classes, or 0 for all"

@@ -39,8 +39,8 @@ def defaults(entry: str) -> dict[str, str]:
 
 
 def test_the_promised_entry_points_are_there() -> None:
-    promised = {"main", "validate", "train", "sweep", "evaluate", "register", "promote", "serve"}
-    assert set(ENTRIES) == promised
+    promised = {"main", "validate", "train", "sweep", "evaluate", "register", "promote"}
+    assert set(ENTRIES) == promised | {"serve", "serve-stock"}
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

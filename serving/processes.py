@@ -70,12 +70,14 @@ def _check_free(host: str, port: int) -> None:
 def _keep(
     command: Sequence[str], environment: Mapping[str, str], count: int, grace_s: float
 ) -> int:
-    stop = threading.Event()
+    told: list[int] = []  # an Event could be waited on by the very thread that its handler stops
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda number, _: told.append(number))
     running: dict[subprocess.Popen[bytes], float] = {}
     code = cli.OK
-    while code == cli.OK and not stop.wait(LOOK_S):
+    again = 0.0
+    while code == cli.OK and not told:
+        time.sleep(LOOK_S)
         for process in [one for one in running if one.poll() is not None]:
             lived_s = time.monotonic() - running.pop(process)
             log.warning("process %d ended with code %d", process.pid, process.returncode)
@@ -83,8 +85,8 @@ def _keep(
             if process.returncode == cli.BAD_INPUT:  # it has said what is wrong
                 code = cli.BAD_INPUT
             elif lived_s < TOO_SOON_S:
-                stop.wait(TOO_SOON_S - lived_s)
-        while len(running) < count and code == cli.OK:
+                again = time.monotonic() + TOO_SOON_S
+        while len(running) < count and code == cli.OK and time.monotonic() >= again:
             running[subprocess.Popen(command, env=environment)] = time.monotonic()
     for process in running:
         process.terminate()

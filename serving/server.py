@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs
@@ -101,7 +102,13 @@ def _serve(args: argparse.Namespace, bounds: "Limits") -> int:
     settings, metrics = {"form": args.form, "max_batch": args.max_batch}, Metrics()
     follower = Follower(args.model, settings, args.poll, metrics)
     app = App(follower, metrics, bounds.shared(args.processes), keys)
-    server = uvicorn.Server(config(app, args.grace))
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.closing = True  # no longer ready, while it answers what it was asked
+            super().handle_exit(sig, frame)
+
+    server = Server(config(app, args.grace))
     server.run(sockets=[processes.listener(args.host, args.port)])
     return cli.OK
 

@@ -8,20 +8,19 @@ import base64
 import binascii
 import json
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from serving import limits, refusals
-from serving.client import reason
 from serving.keys import Keys
 from serving.limits import Limits
 from serving.live import Follower, Live
@@ -36,10 +35,24 @@ UNSAID = ("application/x-www-form-urlencoded", "")
 """What `curl --data-binary @tile.jpg` says of a picture, and who says nothing."""
 FORM = "multipart/form-data"
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
+FAULT = "a fault of this server's: its log tells more"
+TOO_LATE = "the time allowed has passed: this server is busy"
+NOT_THE_PROTOCOL = "the request is not of MLflow's protocol: see GET /openapi.json for an example"
 LOOK_S = 1.0
 """Between two looks at how many wait."""
-FILE_FIELDS = 1000
-"""Parts of a form that are read before its files are counted."""
+FORM_PARTS = 1000
+"""Of a form; one of more is not taken apart."""
+PART_HEAD_BYTES = 4096
+"""Of a part of a form, before its file."""
+BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,70})"|([^\s;,"]{1,70})(?:[\s;]|$))', re.IGNORECASE)
+A_FILE = re.compile(rb"\r\ncontent-disposition:[^\r\n]*;\s*filename\*?=", re.IGNORECASE)
+MISREAD = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""What MLflow's app lets through when it reads a body that is none of its protocol."""
+EVEN_BYTES, TEXT_BYTES = 65_536, 512_000_000
+"""Of JSON that is not looked at before MLflow makes arrays of it, and of such an array at most."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -93,17 +106,18 @@ class App:
                 raise Refused(404, "no such path: GET /openapi.json tells those that there are")
             handler = methods.get(request.scope["method"])
             if handler is None:
-                raise Refused(405, f"this path takes {', '.join(methods)}")
+                allowed = ", ".join(methods)
+                raise Refused(405, f"this path takes {allowed}", {"Allow": allowed})
             if ("POST" in methods or handler == self.model) and self.keys is not None:
                 self.keys.admit(request.headers)
             return await handler(request)
         except Refused as refused:
-            return refusals.response(refused.status, str(refused))
+            return refusals.response(refused.status, str(refused), refused.headers)
         except ClientDisconnect:
             raise
         except Exception:
             log.exception("a request failed")
-            return refusals.response(500, "a fault of this server's: its log tells more")
+            return refusals.response(500, FAULT)
 
     def _admit(self) -> Live:
         """The version that answers, if there is room for another request.
@@ -125,7 +139,7 @@ class App:
         deadline = limits.deadline(request, self.limits)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind in PICTURES or kind in UNSAID:
-            pictures: Sequence[bytes] = [await limits.read_body(request, self.limits)]
+            pictures = [await limits.read_body(request, self.limits)]
         elif kind == FORM:
             pictures = await self._form(request, 1)
         else:
@@ -148,34 +162,21 @@ class App:
         return _json({"predictions": answers})
 
     async def _form(self, request: Request, most: int) -> list[bytes]:
-        """The files of a form, which is read whole before it is taken apart."""
+        """The files of a form."""
+        boundary = BOUNDARY.search(request.headers["content-type"])
         whole = await limits.read_body(request, self.limits)
-
-        async def again() -> Message:
-            return {"type": "http.request", "body": whole, "more_body": False}
-
-        copied = Request(request.scope, again)
         try:
-            async with copied.form(
-                max_files=FILE_FIELDS, max_fields=FILE_FIELDS, max_part_size=self.limits.body_bytes
-            ) as form:
-                files = [part for _, part in form.multi_items() if isinstance(part, UploadFile)]
-                if not 1 <= len(files) <= most:
-                    raise Refused(
-                        413 if len(files) > most else 422,
-                        f"a form of {len(files)} files: send 1 to {most}",
-                    )
-                return [await file.read() for file in files]
-        except (MultiPartException, AssertionError, ValueError, KeyError) as error:
+            if boundary is None:
+                raise ValueError("no boundary, or one that is longer than RFC 2046 has it")
+            files = _files(whole, (boundary[1] or boundary[2]).encode("latin-1"))
+        except ValueError as error:
             raise Refused(
-                400, "the form cannot be taken apart: send multipart/form-data"
+                400, f"the form cannot be taken apart ({error}): send multipart/form-data"
             ) from error
-        except Exception as error:
-            if type(error).__name__ != "HTTPException":  # what Starlette makes of a bad form
-                raise
-            raise Refused(
-                400, "the form cannot be taken apart: send multipart/form-data"
-            ) from error
+        if not 1 <= len(files) <= most:
+            status = 413 if len(files) > most else 422
+            raise Refused(status, f"a form of {len(files)} files: send 1 to {most}")
+        return files
 
     async def _ask(
         self, request: Request, pictures: Sequence[bytes], deadline: float
@@ -196,12 +197,14 @@ class App:
         self._admit()
         deadline = limits.deadline(request, self.limits)
         whole = await limits.read_body(request, self.limits)
+        if len(whole) > EVEN_BYTES:
+            await asyncio.to_thread(_check_even, whole)
         with self._admit() as live:
             try:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     return await _of_mlflow(live, request.scope, whole)
             except TimeoutError as error:
-                raise Refused(429, "the time allowed has passed: this server is busy") from error
+                raise Refused(429, TOO_LATE) from error
 
     async def mlflows_own(self, request: Request) -> Response:
         live = self.follower.live
@@ -327,6 +330,43 @@ def _decoded(body: bytes, most: int) -> list[bytes]:
     return pictures
 
 
+def _files(whole: bytes, boundary: bytes) -> list[bytes]:
+    """The files of a form (RFC 7578), which is here as a whole and so only has to be cut.
+
+    Raises:
+        ValueError: it is none; the message does not quote it.
+    """
+    _, *parts = (b"\r\n" + whole).split(b"\r\n--" + boundary, FORM_PARTS + 1)
+    if len(parts) > FORM_PARTS:
+        raise ValueError(f"over {FORM_PARTS} parts")
+    if not parts or not parts.pop().startswith(b"--"):
+        raise ValueError("its end is missing")
+    files = []
+    for part in parts:
+        end = part.find(b"\r\n\r\n", 0, PART_HEAD_BYTES)
+        if end < 0 or not part.startswith(b"\r\n"):
+            raise ValueError("a part without a head")
+        if A_FILE.search(part, 0, end):
+            files.append(part[end + 4 :])
+    return files
+
+
+def _check_even(body: bytes) -> None:
+    """MLflow makes arrays of "inputs" whose every cell has the size of the largest.
+
+    Raises:
+        Refused: such an array would take the machine's memory.
+    """
+    try:
+        told = json.loads(body)
+        given = [told[name] for name in ("inputs", "instances") if name in told]
+        cells = np.array(given, dtype=object).ravel().tolist()
+    except (ValueError, TypeError, RecursionError):
+        return  # MLflow says what is wrong with it
+    if len(cells) * max(map(len, map(str, cells)), default=0) > TEXT_BYTES:
+        raise Refused(413, "a long value among many short ones: send them in requests of their own")
+
+
 async def _of_mlflow(live: Live, scope: Scope, body: bytes) -> Response:
     """The answer of MLflow's app; its refusals quote the request, so they are told anew."""
     status, kind, parts = 500, "application/json", []
@@ -346,7 +386,10 @@ async def _of_mlflow(live: Live, scope: Scope, body: bytes) -> Response:
     own = {key: scope[key] for key in ("type", "asgi", "http_version", "method", "path")}
     own |= {key: scope[key] for key in ("raw_path", "query_string", "root_path", "scheme")}
     own |= {"headers": scope["headers"], "server": scope["server"], "client": scope["client"]}
-    await live.app(own, receive, send)
+    try:
+        await live.app(own, receive, send)
+    except MISREAD as error:  # `predict` lets none through: see its faults in serving/pyfunc.py
+        raise Refused(400, NOT_THE_PROTOCOL) from error
     answer = b"".join(parts)
     if status < 400:
         return Response(answer, status, media_type=kind)
@@ -354,13 +397,15 @@ async def _of_mlflow(live: Live, scope: Scope, body: bytes) -> Response:
 
 
 def _retold(status: int, answer: bytes) -> Refused:
-    """What ``predict`` said of a row; all else that MLflow says may hold what was sent."""
-    text = answer.decode("utf-8", "replace")
-    said = reason(text) if "\\nError: " in text else ""
+    """Why ``predict`` refused; all else that MLflow says may hold what was sent."""
+    if status == 504:  # MLflow's own deadline, where it is before ours
+        return Refused(429, TOO_LATE)
+    if status >= 500:
+        log.error("MLflow's app answered %d", status)
+        return Refused(500, FAULT)
     if status == 415:
         return Refused(415, "send application/json, text/csv or application/vnd.apache.parquet")
-    if said:
-        return Refused(422, said)
-    return Refused(
-        400, "the request is not of MLflow's protocol: see GET /openapi.json for an example"
-    )
+    try:
+        return Refused(422, str(json.loads(answer)["reason"]))
+    except (ValueError, TypeError, KeyError):
+        return Refused(400, NOT_THE_PROTOCOL)

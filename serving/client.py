@@ -66,7 +66,8 @@ def wait_ready(url: str, process: "subprocess.Popen[Any] | None", timeout_s: flo
 def reason(body: str, names: Sequence[str] = ()) -> str:
     """Why a server refused, in one line: MLflow puts an echo of the request before it."""
     try:
-        message = str(json.loads(body)["message"])
+        told = json.loads(body)
+        message = str(told["reason"] if "reason" in told else told["message"])
     except (ValueError, KeyError, TypeError):
         message = body
     said = " ".join(message.rpartition("\nError: ")[2].split())[:300]

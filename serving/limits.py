@@ -26,6 +26,8 @@ class Limits:
     """That are read or answered at the same time."""
     deadline_s: float = 10.0
     """For an answer to be begun; a client may ask for less by `TIMEOUT_HEADER`."""
+    head_s: float = 10.0
+    """For a request line and its headers to arrive whole."""
     body_s: float = 10.0
     """For a body to arrive whole."""
 

@@ -2,14 +2,13 @@
 
 import asyncio
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serving import refusals
+from serving.limits import Limits
 
 MAX_HEAD_BYTES = 32_768
 """Of a request line and its headers together."""
-HEAD_S = 10.0
-"""For them to arrive whole."""
 
 
 class Protocol(HttpToolsProtocol):
@@ -18,6 +17,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._limits: Limits = self.config.app.limits  # type: ignore[union-attr]
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -45,7 +45,7 @@ class Protocol(HttpToolsProtocol):
     def _await_head(self) -> None:
         if not self._in_head:
             self._in_head, self._head_bytes = True, 0
-            self._late = self.loop.call_later(HEAD_S, self._too_late)
+            self._late = self.loop.call_later(self._limits.head_s, self._too_late)
 
     def _head_is_over(self) -> None:
         self._in_head = False
@@ -53,7 +53,17 @@ class Protocol(HttpToolsProtocol):
             self._late.cancel()
 
     def _too_late(self) -> None:
-        self._end(408, f"the request did not arrive within {HEAD_S:g} s: send it without a pause")
+        waited = f"{self._limits.head_s:g} s"
+        self._end(408, f"the request did not arrive within {waited}: send it without a pause")
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.more_body:  # refused before its body was read, which may never end
+            self.loop.call_later(self._limits.body_s, self._no_more, self.cycle)
+
+    def _no_more(self, cycle: RequestResponseCycle) -> None:
+        if self.cycle is cycle and not self._in_head:
+            self.transport.close()
 
     def _end(self, status: int, message: str) -> None:
         self._head_is_over()

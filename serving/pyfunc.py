@@ -8,6 +8,7 @@ import base64
 import binascii
 import io
 import json
+import logging
 import os
 import threading
 import time
@@ -25,9 +26,11 @@ import simplejpeg
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from PIL import Image
+
+log = logging.getLogger(__name__)
 
 Tile = npt.NDArray[np.uint8]
 Answer = dict[str, Any]
@@ -43,6 +46,11 @@ VIEWS = 8
 ENOUGH = 8
 """Tiles of a batch: one twice as large is hardly faster a tile."""
 MAX_WAIT_MS = 2.0
+QUICK_BYTES = 65_536
+"""Of a JPEG that is decoded before anything is asked of it: it has few scans."""
+MAX_SCANS = 50
+"""Of a progressive JPEG; usual are 10, and each costs the time of a whole picture."""
+SCAN = b"\xff\xda"
 FORMATS = ("JPEG", "PNG", "TIFF")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
 """How files of those formats begin; the last two are BigTIFF."""
@@ -233,7 +241,8 @@ class TileClassifier(PythonModel):
         ``params`` are those of `Wish`. Tiles of callers that ask at the same time are joined.
 
         Raises:
-            MlflowException: INVALID_PARAMETER_VALUE (HTTP 400) names row, limit and remedy.
+            MlflowException: INVALID_PARAMETER_VALUE (HTTP 400) names row, limit and remedy;
+                INTERNAL_ERROR (HTTP 500) is a fault of this model's, which is logged.
         """
         rows = list(model_input["image"])
         if not 1 <= len(rows) <= MAX_TILES:
@@ -248,6 +257,9 @@ class TileClassifier(PythonModel):
                 answers.append(future.result())
             except BadTile as error:
                 raise _fault(f"row {number}: {error}") from error
+            except Exception as error:
+                log.exception("tiles could not be answered")
+                raise MlflowException("a fault of the model's", INTERNAL_ERROR) from error
         return answers
 
     def wish(self, params: dict[str, Any]) -> Wish:
@@ -432,7 +444,7 @@ def _from_bytes(data: bytes, shape_HWC: tuple[int, int, int]) -> Picture:
 
 def _plain_jpeg(data: bytes, height: int, width: int) -> Tile | None:
     """The pixels of a tile like most, as Pillow reads them too, in half the time; else None."""
-    if not data.startswith(MAGIC[0]):
+    if len(data) > QUICK_BYTES or not data.startswith(MAGIC[0]):
         return None
     try:
         if simplejpeg.decode_jpeg_header(data)[:3] == (height, width, "YCbCr"):
@@ -501,6 +513,8 @@ def _check_header(image: Image.Image, data: bytes) -> None:
         raise _too_large(f"{image.width}x{image.height} pixels")
     if image.format in ("PNG", "TIFF") and getattr(image, "is_animated", False):
         raise BadTile("holds several pictures: send one tile a row")
+    if data.startswith(MAGIC[0]) and data.count(SCAN) > MAX_SCANS:
+        raise BadTile(f"a JPEG of over {MAX_SCANS} scans: save it again")
     bits = 8
     if image.format == "PNG":
         bits = data[PNG_BIT_DEPTH]
@@ -525,8 +539,10 @@ def _lit(activation_HW: npt.NDArray[np.float32]) -> list[list[float]]:
 
 
 def _fault(message: str) -> MlflowException:
-    """MLflow's scoring server answers it with 400."""
-    return MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
+    """MLflow's scoring server answers it with 400, echoes the request in its message, and passes
+    ``reason`` on as it is.
+    """
+    return MlflowException(message, error_code=INVALID_PARAMETER_VALUE, reason=message)
 
 
 def _settings(given: dict[str, Any]) -> Settings:

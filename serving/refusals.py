@@ -1,6 +1,7 @@
 """What a server of ours says when it does not answer: one JSON shape, that of MLflow's protocol."""
 
 import json
+from collections.abc import Mapping
 from http import HTTPStatus
 
 from starlette.responses import Response
@@ -23,17 +24,19 @@ AGAIN = (429, 503)
 class Refused(EuroSATError):
     """A request that is not answered, and why; the message never quotes what was sent."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers or {}
 
 
 def body(status: int, message: str) -> bytes:
     return json.dumps({"error_code": CODES[status], "message": message}).encode()
 
 
-def response(status: int, message: str) -> Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in AGAIN else {}
+def response(status: int, message: str, more: Mapping[str, str] | None = None) -> Response:
+    headers = dict(more or {})
+    if status in AGAIN:
+        headers["Retry-After"] = str(RETRY_AFTER_S)
     if status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(body(status, message), status, headers, "application/json")

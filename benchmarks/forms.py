@@ -81,11 +81,9 @@ def pruned(net: network.Network) -> network.Network:
 
 
 def forms(net: network.Network, data: Prepared, folder: Path) -> list[Form]:
-    rows = np.random.default_rng(0).permutation(data.split.indices("train"))
-    tiles_NHWC = data.pack.tiles_NHWC[np.sort(rows[: quantise.CALIBRATION_TILES])]
     whole, int8, half = (folder / f"{name}.onnx" for name in ("fp32", "int8", "pruned"))
     export.export_onnx(net, whole)
-    quantise.export_int8(net, tiles_NHWC, int8)
+    quantise.export_int8(net, quantise.calibration_tiles(data), int8)
     export.export_onnx(pruned(net), half)
     return [
         onnx_form("fp32", "ONNX Runtime, float32", whole),

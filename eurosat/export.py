@@ -49,9 +49,15 @@ class _OneView(nn.Module):
         head: Any = network.backbone.get_classifier()  # type: ignore[operator]
         self.head = head if isinstance(head, nn.Linear) else None
 
+    def features(self, views_NHWC: Tensor) -> Tensor:
+        backbone: Any = self.network.backbone
+        prepared = self.network.prepared(views_NHWC.permute(0, 3, 1, 2))
+        features: Tensor = backbone.forward_features(prepared)
+        return features
+
     def forward(self, views_NHWC: Tensor) -> tuple[Tensor, ...]:
         backbone: Any = self.network.backbone
-        features = backbone.forward_features(self.network.prepared(views_NHWC.permute(0, 3, 1, 2)))
+        features = self.features(views_NHWC)
         logits = backbone.forward_head(features)
         if not self.mapped or self.head is None:
             return (logits,)
@@ -61,8 +67,7 @@ class _OneView(nn.Module):
     @torch.inference_mode()
     def find_maps(self, views_NHWC: Tensor) -> None:
         """Tell maps too, if the logits are their means."""
-        backbone: Any = self.network.backbone
-        features = backbone.forward_features(self.network.prepared(views_NHWC.permute(0, 3, 1, 2)))
+        features = self.features(views_NHWC)
         if self.head is None or features.ndim != 4 or features.shape[1] != self.head.in_features:
             return
         self.mapped = True

@@ -12,6 +12,7 @@ from eurosat import export, logs
 
 if TYPE_CHECKING:
     from eurosat.network import Network
+    from eurosat.prepare import Prepared
 
 CALIBRATION_TILES = 512
 CALIBRATION_BATCH = 64
@@ -31,6 +32,13 @@ class _Batches:
 
     def get_next(self) -> dict[str, Tiles] | None:
         return next(self._batches, None)
+
+
+def calibration_tiles(data: "Prepared") -> Tiles:
+    """A draw of the train fold, always the same."""
+    drawn = np.random.default_rng(0).permutation(data.split.indices("train"))
+    tiles_NHWC: Tiles = data.pack.tiles_NHWC[np.sort(drawn[:CALIBRATION_TILES])]
+    return tiles_NHWC
 
 
 def export_int8(

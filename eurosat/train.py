@@ -99,12 +99,10 @@ def _log_int8(
     from eurosat import onnxfile, quantise
 
     log.info("quantising to INT8")
-    train = data.split.indices("train")
-    some = np.random.default_rng(0).permutation(train)[: quantise.CALIBRATION_TILES]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.int8.onnx"
         try:
-            quantise.export_int8(net, data.pack.tiles_NHWC[np.sort(some)], file, told)
+            quantise.export_int8(net, quantise.calibration_tiles(data), file, told)
         except Exception as error:  # noqa: BLE001 - the quantiser raises anything on a backbone that
             # it does not know, after hours of training; FP32 is served
             log.warning("no INT8 form of %s: %s", net.spec.name, " ".join(str(error).split())[:200])

@@ -119,15 +119,19 @@ class App:
             log.exception("a request failed")
             return refusals.response(500, FAULT)
 
+    def _live(self) -> Live:
+        """The version that answers; raises Refused while there is none."""
+        if self.follower.live is None:
+            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
+        return self.follower.live
+
     def _admit(self) -> Live:
         """The version that answers, if there is room for another request.
 
         Raises:
             Refused: none is loaded, or too many are waiting.
         """
-        live = self.follower.live
-        if live is None:
-            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
+        live = self._live()
         waiting = len(live.waiting)
         if waiting >= self.limits.queue or self.asked > self.limits.requests:
             raise Refused(429, f"{waiting} tiles wait and {self.asked} requests are open: wait")
@@ -207,22 +211,16 @@ class App:
                 raise Refused(429, TOO_LATE) from error
 
     async def mlflows_own(self, request: Request) -> Response:
-        live = self.follower.live
-        if live is None:
-            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
-        return await _of_mlflow(live, request.scope, b"")
+        return await _of_mlflow(self._live(), request.scope, b"")
 
     async def ready(self, request: Request) -> Response:
-        live = self.follower.live
-        if live is None or self.closing:
-            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
-        return _json({"ready": True, "model_version": live.version})
+        if self.closing:
+            raise Refused(503, "this server is shutting down")
+        return _json({"ready": True, "model_version": self._live().version})
 
     async def model(self, request: Request) -> Response:
         """Where the version that answers is from, and which were refused."""
-        live = self.follower.live
-        if live is None:
-            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
+        live = self._live()
         classifier = live.classifier
         height, width, bands = classifier.shape_HWC
         return _json(

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from eurosat import cli
 from eurosat.errors import ConfigError
+from serving.stock import check_address
 
 log = logging.getLogger(__name__)
 
@@ -49,22 +50,15 @@ def listener(host: str, port: int) -> socket.socket:
 def run(command: Sequence[str], args: argparse.Namespace) -> int:
     """Keep ``args.processes`` of the command running until this one is told to stop.
 
+    Their port is shared with nobody else.
+
     Raises:
         ConfigError: nothing can listen on the port.
     """
-    _check_free(args.host, args.port)
+    check_address(args.host, args.port)
     with tempfile.TemporaryDirectory(prefix="eurosat-metrics-") as folder:
         environment = dict(os.environ) | {WORKER: str(os.getpid()), METRICS: folder}
         return _keep(command, environment, args.processes, args.grace)
-
-
-def _check_free(host: str, port: int) -> None:
-    """A port that another server shares with nobody, or with its own processes, is taken."""
-    try:
-        with socket.create_server((host, port)):
-            pass
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"{host}:{port} cannot be listened on ({error}): name another") from error
 
 
 def _keep(

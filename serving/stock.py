@@ -31,7 +31,8 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
 def check_address(host: str, port: int) -> None:
     """Raises ConfigError where nothing can listen."""
     try:
-        with socket.create_server((host, port)):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
             pass
     except (OSError, OverflowError) as error:
         raise ConfigError(f"{host}:{port} cannot be listened on ({error}): name another") from error

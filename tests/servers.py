@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import requests
 from mlflow import MlflowClient
 from onnx import TensorProto, helper, numpy_helper
 
+from benchmarks.server import free_port
 from registry import register, versions
 from tests.test_registry_register import CLASSES, make_run
 
@@ -25,11 +25,6 @@ ROOT = Path(__file__).resolve().parents[1]
 START_S = 120.0
 STOP_S = 30.0
 CALIBRATION = {"thresholds": [0.9, 0.9, 0.9], "unlike_above": -2.0}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 def until(holds: Callable[[], bool], seconds: float, what: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.server import free_port
 from registry import register, versions
 from serving import client
 from serving.app import _of_mlflow, document
@@ -24,7 +25,7 @@ from serving.refusals import CODES, Refused
 from tests.broken import CASES, JPEG, JSON, PATIENCE_S, SECRET, WRONG, Case, request
 from tests.test_registry_register import MLFLOW_WARNS, make_run, tracking_store
 from tests.test_serving_pictures import GOOD, files
-from tests.test_serving_stock import ROOT, START_S, free_port
+from tests.test_serving_stock import ROOT, START_S
 
 pytestmark = MLFLOW_WARNS
 

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 import requests
+from PIL import Image
 
+from benchmarks.server import free_port
 from eurosat import onnxfile, tracking, train
 from eurosat.config import compose
 from eurosat.prepare import prepare
@@ -22,7 +24,8 @@ from registry import register, versions
 from serving import client
 from tests.conftest import TINY
 from tests.test_registry_register import MLFLOW_WARNS
-from tests.test_serving_stock import START_S, free_port
+from tests.test_serving_pictures import saved
+from tests.test_serving_stock import START_S
 
 pytestmark = MLFLOW_WARNS
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +47,9 @@ def by_rest(url: str, path: str, tiles_NHWC: npt.NDArray[np.uint8]) -> Floats:
     """As PNG files, which keep every pixel."""
     answers: list[dict[str, dict[str, float]]] = []
     for start in range(0, len(tiles_NHWC), PER_REQUEST):
-        files = [png(tile) for tile in tiles_NHWC[start : start + PER_REQUEST]]
+        files = [
+            saved(Image.fromarray(tile), "PNG") for tile in tiles_NHWC[start : start + PER_REQUEST]
+        ]
         images = [base64.b64encode(file).decode() for file in files]
         split = {"columns": ["image"], "data": [[image] for image in images]}
         body = {"dataframe_split": split} if path == "/invocations" else {"images": images}
@@ -52,16 +57,6 @@ def by_rest(url: str, path: str, tiles_NHWC: npt.NDArray[np.uint8]) -> Floats:
         assert answer.ok, answer.text
         answers += answer.json()["predictions"]
     return matrix(answers)
-
-
-def png(tile_HWC: npt.NDArray[np.uint8]) -> bytes:
-    import io
-
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(tile_HWC).save(file, "PNG")
-    return file.getvalue()
 
 
 def started(folder: Path, form: str, verb: str, *given: str) -> "subprocess.Popen[bytes]":
@@ -102,7 +97,7 @@ def ways(settings: Sequence[str], folder: Path, form: str) -> Iterator[tuple[str
     name = "model.onnx" if form == "fp32" else "model.int8.onnx"
     yield "ONNX", onnxfile.answers(files / "artifacts" / name, tiles_NHWC), torch_NK
     loaded = mlflow.pyfunc.load_model(model, model_config={"form": form})
-    frame = pd.DataFrame({"image": [png(tile) for tile in tiles_NHWC]})
+    frame = pd.DataFrame({"image": [saved(Image.fromarray(tile), "PNG") for tile in tiles_NHWC]})
     parts = [loaded.predict(frame[start : start + 1024]) for start in range(0, len(frame), 1024)]
     yield "pyfunc", matrix([answer for part in parts for answer in part]), torch_NK
     for verb, given, path in (

@@ -23,6 +23,7 @@ import pytest
 import requests
 from PIL import Image
 
+from benchmarks.server import free_port
 from eurosat.errors import ConfigError
 from registry import versions
 from serving import client, keys, server

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import onnxruntime
 import pytest
 import requests
 
+from benchmarks.server import free_port
 from eurosat import cli
 from registry import register, versions
 from serving import client, stock
@@ -38,11 +38,6 @@ pytestmark = MLFLOW_WARNS
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 180.0
 """MLflow is imported three times on the way: seconds each, more on a busy machine."""
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module", autouse=True)

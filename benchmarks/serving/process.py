@@ -31,20 +31,20 @@ class Server:
         self.name, self.port = name, port
         self._process = process
 
-    def _tree(self) -> list[psutil.Process]:
+    def tree(self) -> list[psutil.Process]:
         """Parents first."""
         first = psutil.Process(self._process.pid)
         return [first, *first.children(recursive=True)]
 
     def pause(self) -> None:
         """Idle servers poll, some of them at the cost of a core: nobody does it in our turn."""
-        for process in self._tree():
+        for process in self.tree():
             with suppress(psutil.NoSuchProcess):
                 process.suspend()
 
     def resume(self) -> None:
         """Children first: those that watch them find them awake."""
-        for process in reversed(self._tree()):
+        for process in reversed(self.tree()):
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
@@ -64,13 +64,13 @@ class Server:
         return (self._cpu_s() - before) / seconds
 
     def _cpu_s(self) -> float:
-        times = [process.cpu_times() for process in self._tree()]
+        times = [process.cpu_times() for process in self.tree()]
         return float(sum(one.user + one.system for one in times))
 
     def memory_mb(self) -> float:
         """Memory of all its processes that no file backs."""
         total_kb = 0
-        for process in self._tree():
+        for process in self.tree():
             with suppress(OSError):  # one that has ended since
                 for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines():
                     if line.startswith(ANONYMOUS):
@@ -78,7 +78,7 @@ class Server:
         return total_kb / 1024
 
     def end(self) -> None:
-        tree = self._tree() if self._process.poll() is None else []
+        tree = self.tree() if self._process.poll() is None else []
         for told in (signal.SIGCONT, signal.SIGTERM):
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, told)

@@ -104,11 +104,11 @@ def crowd(
 
 
 def memory_mb(server: Server) -> float:
-    return sum(one.memory_info().rss for one in server._tree()) / MB
+    return sum(one.memory_info().rss for one in server.tree()) / MB
 
 
 def descriptors(server: Server) -> int:
-    return sum(one.num_fds() for one in server._tree())
+    return sum(one.num_fds() for one in server.tree())
 
 
 def overload(

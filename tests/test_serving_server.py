@@ -33,7 +33,6 @@ from serving.refusals import Refused
 from tests.servers import (
     CALIBRATION,
     Server,
-    free_port,
     make_champion,
     make_whole_network,
     running,

@@ -22,7 +22,7 @@ import torch
 from benchmarks import reports
 from eurosat import logs, machine
 from eurosat.config import compose
-from eurosat.prepare import prepare
+from eurosat.prepare import Prepared, prepare
 from eurosat.progress import track
 from eurosat.sources import open_source
 
@@ -35,30 +35,38 @@ TOLD = {
 }
 
 
-def write_tiles(folder: Path) -> int:
-    """The train fold as JPEG and GeoTIFF files for the peers; returns the number of tiles."""
-    import rasterio
-
+def write_tiles(folder: Path, *, geotiff: bool) -> int:
+    """The train fold as files for the peers: JPEG, and GeoTIFF too; returns how many tiles."""
     config = compose(["data=eurosat", "data.allow_unvalidated=true"])
     data, source = prepare(config), open_source(config.data)
-    tif = folder / "geotiff/ds/images/remote_sensing/otherDatasets/sentinel_2/tif"
     rows = data.split.indices("train")
-    names = []
     for row in track(rows, len(rows), "writing the tiles for the peers", "tiles"):
         path = data.pack.table["path"].iloc[row]
-        for place in (folder / "jpeg" / path, (tif / path).with_suffix(".tif")):
-            place.parent.mkdir(parents=True, exist_ok=True)
+        (folder / "jpeg" / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / "jpeg" / path).write_bytes(source.read(path))
+    if geotiff:
+        write_geotiffs(data, folder / "geotiff")
+    return len(rows)
+
+
+def write_geotiffs(data: Prepared, folder: Path) -> None:
+    """The train fold as torchgeo looks for it, in each of its folds."""
+    import rasterio
+
+    tif = folder / "ds/images/remote_sensing/otherDatasets/sentinel_2/tif"
+    names = []
+    for row in data.split.indices("train"):
+        file = (tif / data.pack.table["path"].iloc[row]).with_suffix(".tif")
+        file.parent.mkdir(parents=True, exist_ok=True)
         pixels_CHW = np.moveaxis(data.pack.tiles_NHWC[row], -1, 0)
         with rasterio.open(
-            (tif / path).with_suffix(".tif"), "w", driver="GTiff", dtype="uint16",
+            file, "w", driver="GTiff", dtype="uint16",
             count=3, height=pixels_CHW.shape[1], width=pixels_CHW.shape[2],
-        ) as file:  # fmt: skip
-            file.write(pixels_CHW.astype(np.uint16))
-        names.append(Path(path).name)
+        ) as opened:  # fmt: skip
+            opened.write(pixels_CHW.astype(np.uint16))
+        names.append(file.with_suffix(".jpg").name)
     for split in ("train", "val", "test"):
-        (folder / f"geotiff/eurosat-{split}.txt").write_text("\n".join(names))
-    return len(rows)
+        (folder / f"eurosat-{split}.txt").write_text("\n".join(names))
 
 
 @contextmanager
@@ -161,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
         pythons["torchgeo"] = args.torchgeo
     started = reports.now()
     with tempfile.TemporaryDirectory() as temporary:
-        tiles = write_tiles(Path(temporary))
+        tiles = write_tiles(Path(temporary), geotiff=bool(args.torchgeo))
         taken = measure(names, pythons, Path(temporary), args.rounds, args.seconds)
         shared = pack_shared(sys.executable, Path(temporary), args.seconds)
     speeds = {

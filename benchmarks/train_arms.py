@@ -1,7 +1,7 @@
 """One arm of bench-train in a process of its own: `python -m benchmarks.train_arms ARM FOLDER`.
 
 All train the same ResNet18 (timm, from scratch) with SGD on the same 16,200 tiles of 64 px, in
-batches of 64, on as many threads.
+batches of one size, on as many threads.
 """
 
 import os
@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks.turns import Turns, TurnsCallback
 
-BATCH = 64
+BATCHES = {"cpu": 64, "gpu": 1024}
+"""Tiles a step. In 64, a GPU waits for Python in every arm, and nothing of it would be measured."""
 WORKERS = 2
 EPOCHS = 1000
 """More than any benchmark trains: the arm is stopped."""
@@ -61,7 +62,7 @@ def plain(folder: Path, *, fast: bool) -> None:
         ]
     )
     loader = DataLoader(
-        ImageFolder(str(folder / "jpeg"), transform), BATCH, shuffle=True, drop_last=True,
+        ImageFolder(str(folder / "jpeg"), transform), batch_size(), shuffle=True, drop_last=True,
         num_workers=WORKERS, persistent_workers=True,
     )  # fmt: skip
     trainer = lightning.Trainer(
@@ -85,7 +86,7 @@ def torchgeo(folder: Path) -> None:
     bands = ("B04", "B03", "B02")
     EuroSAT.all_band_names = bands
     data = EuroSATDataModule(
-        batch_size=BATCH, num_workers=WORKERS, root=str(folder / "geotiff"), bands=bands
+        batch_size=batch_size(), num_workers=WORKERS, root=str(folder / "geotiff"), bands=bands
     )
     task = ClassificationTask(model="resnet18", weights=None, in_channels=3, num_classes=CLASSES)
     trainer = lightning.Trainer(
@@ -105,7 +106,7 @@ def ours(_: Path) -> None:
     config = compose(
         ["data=eurosat", "recipe=resnet18-quick", "model.name=resnet18",
          "distill.teacher=none", f"trainer.epochs={EPOCHS}",
-         f"optim.batch_size={BATCH}", "data.allow_unvalidated=true"]
+         f"optim.batch_size={batch_size()}", "data.allow_unvalidated=true"]
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as store:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
@@ -130,9 +131,9 @@ def ceiling(_: Path) -> None:
     net = network.untrained(spec).train().to(compute.device)
     net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
     optimizer = make_optimizer(net, compose(["recipe=resnet18-quick"]).optim)
-    tiles = torch.rand(BATCH, 3, SIZE, SIZE, device=compute.device) * 255
+    tiles = torch.rand(batch_size(), 3, SIZE, SIZE, device=compute.device) * 255
     tiles = tiles.contiguous(memory_format=compute.memory_format)
-    labels = torch.randint(0, CLASSES, (BATCH,), device=compute.device)
+    labels = torch.randint(0, CLASSES, (batch_size(),), device=compute.device)
     turns = Turns()
     while True:
         with compute.autocast():
@@ -140,13 +141,17 @@ def ceiling(_: Path) -> None:
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        turns.step(BATCH)
+        turns.step(len(labels))
 
 
 def accelerator() -> str:
     import torch
 
     return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def batch_size() -> int:
+    return BATCHES[accelerator()]
 
 
 ARMS = {

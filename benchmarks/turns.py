@@ -11,6 +11,7 @@ import sys
 import time
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 
 READY_BATCHES = 8
@@ -28,18 +29,17 @@ class Turns:
         self._running = False
 
     def step(self, images: int) -> None:
-        now = time.perf_counter()
         if self._left > 0:
             self._left -= 1
             if self._left == 0 and self._running:
-                self._started, self._images = now, 0
+                self._started, self._images = settled(), 0
             elif self._left == 0:
                 self._tell({"ready": True})
                 self._wait()
             return
         self._images += images
-        if now - self._started >= self._seconds:
-            told = {"images": self._images, "seconds": now - self._started}
+        if time.perf_counter() - self._started >= self._seconds:
+            told = {"images": self._images, "seconds": settled() - self._started}
             self._tell(told | {"private_gb": private_gb()})
             self._wait()
 
@@ -64,6 +64,13 @@ class TurnsCallback(Callback):
     ) -> None:
         labels = batch["label"] if isinstance(batch, dict) else batch[1]
         self._turns.step(len(labels))
+
+
+def settled() -> float:
+    """The time at which all that was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def private_gb() -> float:

@@ -40,7 +40,7 @@ class MovingAverage(WeightAveraging):
         """``device`` is where training computes: Lightning would leave the average on the CPU."""
         self._every = EMA_EVERY_STEPS
         self._decay_per_step = decay_per_step
-        super().__init__(device=device, avg_fn=self._average)
+        super().__init__(device=device, multi_avg_fn=self._average)
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         self._every = min(EMA_EVERY_STEPS, int(trainer.num_training_batches))
@@ -57,10 +57,14 @@ class MovingAverage(WeightAveraging):
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         return step_idx is not None and (step_idx + 1) % self._every == 0
 
-    def _average(self, average: Tensor, current: Tensor, updates: Tensor | int) -> Tensor:
+    def _average(self, averages: Any, currents: Any, updates: Tensor | int) -> None:
+        """Of all tensors of one type at once: each by itself would wait for a GPU each time."""
+        if not averages[0].is_floating_point():  # counts of batches
+            torch._foreach_copy_(averages, currents)
+            return
         warm = (1 + int(updates)) / (10 + int(updates))
         decay = min(self._decay_per_step**self._every, warm)
-        return decay * average + (1 - decay) * current
+        torch._foreach_lerp_(averages, currents, 1 - decay)
 
 
 class HeadFirst(lightning.Callback):

@@ -205,7 +205,6 @@ def logits_and_first_view(network: Network, batches: Batches) -> tuple[Floats, F
     return logits_NK, first_NK, labels
 
 
-@torch.inference_mode()
 def predicted(
     network: Network, batches: Batches, ask: Callable[[Tensor], tuple[Tensor, ...]]
 ) -> tuple[list[Floats], Labels]:
@@ -213,11 +212,12 @@ def predicted(
     each, labels = [], []
     home = network.mean.device
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.eval().to(device)
-    for tiles_NCHW, batch_labels in track(
-        batches, len(batches), "predicting", f"x {batches.batch_size} tiles"
-    ):
-        each.append([one.double().cpu().numpy() for one in ask(tiles_NCHW.to(device))])
-        labels.append(batch_labels.cpu().numpy())
+    network.eval().to(device)  # weights that move in inference mode can never be changed again
+    with torch.inference_mode():
+        for tiles_NCHW, batch_labels in track(
+            batches, len(batches), "predicting", f"x {batches.batch_size} tiles"
+        ):
+            each.append([one.double().cpu().numpy() for one in ask(tiles_NCHW.to(device))])
+            labels.append(batch_labels.cpu().numpy())
     network.to(home)
     return [np.concatenate(ones) for ones in zip(*each, strict=True)], np.concatenate(labels)

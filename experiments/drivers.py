@@ -19,6 +19,8 @@ BEAT_S, STALE_S = 15, 60
 """How often a driver says that it and its trials live, and how long after its last word they do
 not."""
 LISTEN_S = 1.0
+SETTLE_S = 2.0
+"""After which what another driver wrote in the same moment is there to be read."""
 OWNER, SPENT = "owner", "spent_s"
 """Attributes of the study: who concludes it, and how long all that did have spent. While its owner
 lives, the second one grows: no clock of one machine is held against another's."""
@@ -65,6 +67,19 @@ def is_owned(study: "optuna.Study") -> bool:
         if (told[OWNER], told.get(SPENT)) != (owner, spent_s):
             return told[OWNER] is not None
     return False
+
+
+def take(study: "optuna.Study") -> bool:
+    """Become the driver that concludes the study, unless one lives.
+
+    Of several that find it deserted in the same moment, the last one to say so has it: each looks
+    again after SETTLE_S (M. Fischer's rule, in Lamport 1987).
+    """
+    if is_owned(study):
+        return False
+    study.set_user_attr(OWNER, me())
+    time.sleep(SETTLE_S)
+    return bool(study.user_attrs[OWNER] == me())
 
 
 @contextlib.contextmanager

@@ -207,7 +207,7 @@ def resume(settings: SweepConfig, given: set[str], rest: Sequence[str]) -> int:
     if (reached or not searches.unfinished(study, job)) and is_concluded(job.parent):
         print(f"study {job.study} is complete; trials=N asks for more")
         return tell(job.parent, None)
-    if drivers.is_owned(study):
+    if not drivers.take(study):
         if job.sweep.engine == "ray":
             raise ConfigError(f"the driver of study {job.study} lives: give its cluster more nodes")
         run_trials(job, study, data, owner=False)

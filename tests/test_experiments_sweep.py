@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -350,6 +352,31 @@ def test_whether_a_study_is_owned_is_told_by_no_clock_of_another_machine(
     with drivers.owned(study):
         assert drivers.is_owned(study)
     assert not drivers.is_owned(study), "it ended, and its process lives on"
+
+
+def test_of_drivers_that_find_a_study_deserted_in_the_same_moment_one_concludes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, study = searching(tmp_path)
+    both, seen = threading.Barrier(2), drivers.is_owned
+
+    def look(study: optuna.Study) -> bool:
+        owned = seen(study)
+        both.wait(30)
+        return owned
+
+    monkeypatch.setattr(drivers, "is_owned", look)
+    monkeypatch.setattr(drivers, "me", lambda: json.dumps([threading.current_thread().name, 1, 0]))
+
+    def take(_: int) -> bool:
+        return drivers.take(optuna.load_study(study_name="s", storage=job.sweep.storage))
+
+    with ThreadPoolExecutor(2) as machines:
+        took = list(machines.map(take, range(2)))
+    assert sorted(took) == [False, True]
+    monkeypatch.setattr(drivers, "is_owned", seen)
+    monkeypatch.setattr(drivers, "STALE_S", 3)
+    assert drivers.take(study), "neither went on: the study is deserted again"
 
 
 def test_a_trial_without_a_driver_is_taken_up_whatever_clock_it_was_begun_by(

@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from eurosat import cli, distill, logs, network, tracking, weights
+from eurosat import cli, distill, logs, network, ray_cluster, tracking, weights
 from eurosat.callbacks import EpochHook
 from eurosat.config import TrainConfig
 from eurosat.errors import EuroSATError
@@ -121,27 +121,6 @@ def _follow(
     cli.finish(verb, [])
 
 
-def start_ray(address: str | None, runtime_env: dict[str, Any] | None = None) -> None:
-    """Join the cluster at ``address``, or start one on this machine; once a process.
-
-    Raises:
-        EuroSATError: there is no cluster.
-    """
-    import ray
-
-    if ray.is_initialized():
-        return
-    local: dict[str, Any] = (
-        {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-    )
-    try:
-        ray.init(address, logging_level=logging.WARNING, runtime_env=runtime_env, **local)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise EuroSATError(
-            f"Ray cannot be started at {address or 'this machine'}: {error}"
-        ) from error
-
-
 def _fit_on_ray(config: TrainConfig, run: tracking.Run) -> Fitted:
     """Workers of Ray Train; the first logs into the run and hands its weights back.
 
@@ -153,7 +132,7 @@ def _fit_on_ray(config: TrainConfig, run: tracking.Run) -> Fitted:
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    start_ray(os.environ.get("RAY_ADDRESS"))
+    ray_cluster.join(os.environ.get("RAY_ADDRESS"))
     resources: Any = ray.cluster_resources  # untyped
     gpus = resources().get("GPU", 0) >= config.trainer.devices
     with tempfile.TemporaryDirectory() as here:

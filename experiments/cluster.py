@@ -23,11 +23,10 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.stopper import Stopper
 from ray.tune.trainable.function_trainable import wrap_function
 
-from eurosat import cli, durable, launch, logs, tracking
+from eurosat import durable, logs, ray_cluster, tracking
 from eurosat.config import compose, usual_cache
 from eurosat.errors import EuroSATError, TrackingError
 from eurosat.prepare import prepare
-from eurosat.progress import STYLE
 from eurosat.unfinished import Unfinished
 from experiments import drivers, objective, search
 from experiments import space as spaces
@@ -39,14 +38,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[1]
 LAST_WORDS_S = 60
 """A trial that is stopped is given so long to end its run."""
 NUMBER, LOST = "trial.number", "trial.lost"
 """In a trial's configuration: its number in the study, and how often Ray has lost its process."""
-NOT_SHIPPED = [".venv*", ".git", "mlruns", "mlartifacts", "*.db", "reports", "docs", "data_docs"]
-SHIPPED_VARIABLES = ("MLFLOW_", "EUROSAT_", "OMP_", "GOOGLE_APPLICATION_CREDENTIALS")
-"""Prefixes of what a trial on another machine is told: the server, its credentials, the tiles."""
 
 
 def run(job: Job, study: optuna.Study) -> None:
@@ -62,7 +57,7 @@ def run(job: Job, study: optuna.Study) -> None:
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep, as elsewhere
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # misses those loggers' files
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
-    launch.start_ray(job.sweep.ray_address, environment(job))
+    ray_cluster.join(job.sweep.ray_address)
     Listener.study, Listener.view = study, View(study, job)
     retries = _take_up(study)
     try:
@@ -73,20 +68,6 @@ def run(job: Job, study: optuna.Study) -> None:
     for error in results.errors:
         log.warning("a trial failed: %s", str(error).strip().splitlines()[-1])
     _bury_the_lost(study)
-
-
-def environment(job: Job) -> dict[str, Any]:
-    """Of Ray's processes: this project's modules, and where the server and the tiles are."""
-    variables = {
-        name: value for name, value in os.environ.items() if name.startswith(SHIPPED_VARIABLES)
-    }
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-        variables.pop(name, None)
-    variables |= cli.QUIET | {"MLFLOW_TRACKING_URI": tracking.server(), STYLE: "lines"}
-    if job.sweep.ray_address:
-        return {"working_dir": str(ROOT), "excludes": NOT_SHIPPED, "env_vars": variables}
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return {"env_vars": variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}
 
 
 def home(job: Job) -> Path:

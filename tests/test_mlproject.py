@@ -40,7 +40,7 @@ def defaults(entry: str) -> dict[str, str]:
 
 def test_the_promised_entry_points_are_there() -> None:
     promised = {"main", "validate", "train", "sweep", "evaluate", "register", "promote"}
-    assert set(ENTRIES) == promised | {"serve", "serve-stock"}
+    assert set(ENTRIES) == promised | {"serve", "serve-ray", "serve-stock"}
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -100,13 +100,14 @@ def ways(settings: Sequence[str], folder: Path, form: str) -> Iterator[tuple[str
     frame = pd.DataFrame({"image": [saved(Image.fromarray(tile), "PNG") for tile in tiles_NHWC]})
     parts = [loaded.predict(frame[start : start + 1024]) for start in range(0, len(frame), 1024)]
     yield "pyfunc", matrix([answer for part in parts for answer in part]), torch_NK
-    for verb, given, path in (
-        ("serving.stock", [], "/invocations"),
-        ("serving.server", ["--form", form], "/invocations"),
-        ("serving.server", ["--form", form], "/predict/batch"),
+    for verb, words, path in (
+        ("serving.stock", "--port {}", "/invocations"),
+        ("serving.server", f"--form {form} --port {{}}", "/invocations"),
+        ("serving.server", f"--form {form} --port {{}}", "/predict/batch"),
+        ("serving.ray_app", f"form={form} port={{}}", "/predict/batch"),
     ):
         port = free_port()
-        process = started(folder, form, verb, "--port", str(port), *given)
+        process = started(folder, form, verb, *words.format(port).split())
         try:
             url = f"http://127.0.0.1:{port}"
             client.wait_ready(url, process, START_S)

@@ -1,0 +1,52 @@
+"""A Ray cluster: joined, or started on this machine, with what its processes need to know."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from eurosat import cli, tracking
+from eurosat.errors import EuroSATError
+from eurosat.progress import STYLE
+
+ROOT = Path(__file__).resolve().parents[1]
+NOT_SHIPPED = [".venv*", ".git", "mlruns", "mlartifacts", "*.db", "reports", "docs", "data_docs"]
+SHIPPED_VARIABLES = ("MLFLOW_", "EUROSAT_", "OMP_", "GOOGLE_APPLICATION_CREDENTIALS")
+"""Prefixes of what a process on another machine is told: the server, its credentials, the tiles."""
+
+
+def join(address: str | None) -> None:
+    """Join the cluster at ``address``, or start one on this machine; once a process.
+
+    Its processes have this project's modules, and know where the server and the tiles are.
+
+    Raises:
+        EuroSATError: there is no cluster.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    local: dict[str, Any] = (
+        {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    )
+    shipped = _runtime_env(to_other_machines=bool(address))
+    try:
+        ray.init(address, logging_level=logging.WARNING, runtime_env=shipped, **local)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EuroSATError(
+            f"Ray cannot be started at {address or 'this machine'}: {error}"
+        ) from error
+
+
+def _runtime_env(*, to_other_machines: bool) -> dict[str, Any]:
+    variables = {
+        name: value for name, value in os.environ.items() if name.startswith(SHIPPED_VARIABLES)
+    }
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        variables.pop(name, None)
+    variables |= cli.QUIET | {"MLFLOW_TRACKING_URI": tracking.server(), STYLE: "lines"}
+    if to_other_machines:
+        return {"working_dir": str(ROOT), "excludes": NOT_SHIPPED, "env_vars": variables}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {"env_vars": variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}

@@ -1,11 +1,15 @@
 """Figures of versions on the test tiles that they share, from their stored predictions."""
 
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eurosat import tracking
 from eurosat.errors import ModelError
+from registry.gates import Gate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,6 +28,8 @@ class Predictions:
 
     frame: "pd.DataFrame"
     """Columns sha256, label and one ``p/Class`` per class."""
+    sha256: str = ""
+    """Of the file that it was read from."""
 
     @property
     def classes(self) -> list[str]:
@@ -51,7 +57,8 @@ def read(run_id: str) -> Predictions:
 
     with tracking.artifact(run_id, PREDICTIONS) as file:
         try:
-            predictions = Predictions(frame=pd.read_parquet(file))
+            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+            predictions = Predictions(frame=pd.read_parquet(file), sha256=sha256)
         except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
             raise ModelError(f"{PREDICTIONS} of run {run_id} is no Parquet file") from error
     frame = predictions.frame
@@ -67,6 +74,12 @@ def read(run_id: str) -> Predictions:
             f"{PREDICTIONS} of run {run_id} has labels without probabilities: {strangers[0]}"
         )
     return predictions
+
+
+def digest(judged: Sequence[Predictions], bars: Sequence[Gate]) -> str:
+    """sha256 of what a verdict rests on: the files of predictions, and the gates."""
+    told = [[one.sha256 for one in judged], [dataclasses.asdict(bar) for bar in bars]]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def figures(predictions: Predictions) -> dict[str, float]:

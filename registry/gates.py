@@ -58,6 +58,8 @@ class Verdict:
     """Every reason against the candidate; none promotes it."""
     notes: tuple[str, ...] = ()
     """How it was judged, as far as that is not the ordinary way."""
+    evidence: str | None = None
+    """sha256 of what was judged."""
 
     @property
     def passed(self) -> bool:

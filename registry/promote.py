@@ -1,58 +1,20 @@
 """Judge a version against the champion, and let it take the champion's place."""
 
-import logging
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError, TrackingError
 from registry import evidence, gates, ledger, tables, versions
+from registry.reconcile import Standing, reconcile
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-log = logging.getLogger(__name__)
-
-SETTLE_S = 5.0
-"""Time that another promotion has to move its aliases after its entry in the ledger."""
 VALIDATION = "data.validation"
 VERDICT = "verdict"
 """Tag of a judged version."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
-    """What the registry held before the judgement."""
-
-    predecessor: str
-    """Digest that the next entry of the ledger names."""
-    champion: "ModelVersion | None"
-
-
-def standing(model: str, settle_s: float = SETTLE_S) -> Standing:
-    """Read the ledger, then the alias: whoever promotes in between is found when entering.
-
-    Where the two differ, a promotion is under way (waited for), was cut off, or was made by hand.
-    """
-    deadline = time.monotonic() + settle_s
-    while True:
-        predecessor, last = ledger.head(model)
-        champion = versions.by_alias(model, versions.CHAMPION)
-        held, entered = champion and str(champion.version), last and last.to_version
-        if held == entered:
-            break
-        if time.monotonic() > deadline:
-            log.warning(
-                "champion is version %s where the ledger says %s: it was moved outside promote",
-                held or "none",
-                entered or "none",
-            )
-            break
-        time.sleep(0.1)
-    return Standing(predecessor=predecessor, champion=champion)
 
 
 def judge(
@@ -70,17 +32,16 @@ def judge(
     """
     run = tracking.get(versions.run_of(candidate))
     validation = gates.judge_validation(run.tags.get(VALIDATION))
-    compared = evidence.compare(
-        evidence.read(run.run_id),
-        evidence.read(versions.run_of(champion)) if champion else None,
-        accept_new_data=accept_new_data,
-    )
+    ours = evidence.read(run.run_id)
+    theirs = evidence.read(versions.run_of(champion)) if champion else None
+    compared = evidence.compare(ours, theirs, accept_new_data=accept_new_data)
     verdict = gates.judge(compared.candidate, compared.champion, bars, notes=compared.notes)
     first = [validation.refusal] if validation.refusal else []
     return gates.Verdict(
         findings=(validation, *verdict.findings),
         refusals=(*first, *compared.refusals, *verdict.refusals),
         notes=verdict.notes,
+        evidence=evidence.digest([ours, *([theirs] if theirs else [])], bars),
     )
 
 
@@ -90,34 +51,33 @@ def promote(
     before: Standing,
     verdict: gates.Verdict,
     why: str,
+    actor: str,
 ) -> None:
-    """Enter the promotion, then move the aliases.
+    """Enter the promotion, then let the aliases follow.
 
     Raises:
-        LedgerConflictError: another promotion was entered first; no alias was moved.
+        LedgerConflictError: another entry came first; no alias was moved.
     """
     assert verdict.passed
     number = str(candidate.version)
-    old = str(before.champion.version) if before.champion else None
+    tag(model, number, verdict)
     entry = ledger.Entry(
         time=ledger.now(),
-        actor=tracking.user(),
-        from_version=old,
+        actor=actor,
+        from_version=str(before.champion.version) if before.champion else None,
         to_version=number,
         why=why,
         verdict=str(verdict),
         previous=before.predecessor,
+        evidence=verdict.evidence,
     )
     ledger.append(model, entry)
-    challenger = versions.by_alias(model, versions.CHALLENGER)
-    with tracking.explained(f"aliases of {model}"):
-        client = versions.client()
-        client.set_model_version_tag(model, number, VERDICT, str(verdict))
-        if old:
-            client.set_registered_model_alias(model, versions.PREVIOUS, old)
-        client.set_registered_model_alias(model, versions.CHAMPION, number)
-        if challenger and str(challenger.version) == number:
-            client.delete_registered_model_alias(model, versions.CHALLENGER)
+    reconcile(model)
+
+
+def tag(model: str, number: str, verdict: gates.Verdict) -> None:
+    with tracking.explained(f"tag of version {number}"):
+        versions.client().set_model_version_tag(model, number, VERDICT, str(verdict))
 
 
 def show(verdict: gates.Verdict) -> None:
@@ -142,6 +102,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("version", nargs="?", metavar="VERSION", help="default: the challenger")
     parser.add_argument("--why", default="it passed every gate", help="entered in the ledger")
+    parser.add_argument("--by", help="who promotes; default: the user")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, a table per figure")
     parser.add_argument(
@@ -154,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     bars = gates.load(args.gates)
     if len(args.why) > ledger.MAX_WHY:
         raise ConfigError(f"--why has {len(args.why)} characters, over {ledger.MAX_WHY}")
-    before = standing(args.model)
+    before = reconcile(args.model)
     candidate = _candidate(args.model, args.version)
     number, champion = str(candidate.version), before.champion
     if champion and str(champion.version) == number:
@@ -163,10 +124,9 @@ def main(argv: Sequence[str]) -> int:
     verdict = judge(candidate, champion, bars, accept_new_data=args.accept_new_data)
     show(verdict)
     if not verdict.passed:
-        with tracking.explained(f"tag of version {number}"):
-            versions.client().set_model_version_tag(args.model, number, VERDICT, str(verdict))
+        tag(args.model, number, verdict)
         return cli.NEGATIVE
-    promote(args.model, candidate, before, verdict, args.why)
+    promote(args.model, candidate, before, verdict, args.why, args.by or tracking.user())
     was = f"version {champion.version} before" if champion else "none before"
     print(f"{args.model} version {number} is the champion ({was})")
     return cli.OK
@@ -174,9 +134,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _candidate(model: str, number: str | None) -> "ModelVersion":
     if number:  # MLproject's default is empty
-        if not number.isdecimal():
-            raise ConfigError(f"VERSION must be a whole number, such as 3; got {number!r}")
-        return versions.get(model, number)
+        return versions.named(model, number)
     found = versions.by_alias(model, versions.CHALLENGER)
     if found is None:
         raise TrackingError(

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from eurosat import tracking
-from eurosat.errors import TrackingError
+from eurosat.errors import ConfigError, TrackingError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 MODEL = "eurosat"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
+ALIASES = (CHALLENGER, CHAMPION, PREVIOUS)
 PAGE = 1000
 """Versions asked for at once."""
 
@@ -42,6 +43,38 @@ def get(model: str, number: str) -> "ModelVersion":
     """
     with tracking.explained(f"models:/{model}/{number}"):
         return client().get_model_version(model, number)
+
+
+def named(model: str, number: str) -> "ModelVersion":
+    """The version that a user names.
+
+    Raises:
+        ConfigError: that is no number.
+        TrackingError: there is no such version.
+    """
+    if not number.isdecimal():
+        raise ConfigError(f"VERSION must be a whole number, such as 3; got {number!r}")
+    return get(model, number)
+
+
+def holds(model: str, alias: str, number: str) -> bool:
+    """Whether the alias points to the version of this number."""
+    held = by_alias(model, alias)
+    return held is not None and str(held.version) == number
+
+
+def exists(model: str, number: str) -> bool:
+    """Whether there is such a version; one that was deleted is none."""
+    from mlflow.exceptions import MlflowException
+
+    with tracking.explained(f"models:/{model}/{number}"):
+        try:
+            client().get_model_version(model, number)
+        except MlflowException as error:
+            if error.error_code not in tracking.ABSENT:
+                raise
+            return False
+    return True
 
 
 def all_of(model: str) -> "list[ModelVersion]":

@@ -31,7 +31,7 @@ def module_of(entry: str) -> str:
 def defaults(entry: str) -> dict[str, str]:
     parameters = ENTRIES[entry]["parameters"]
     assert isinstance(parameters, dict)
-    given = {"run": "0" * 32, "version": "1"}
+    given = {"run": "0" * 32, "version": "1", "why": "because"}
     return {
         name: str(spec.get("default", given.get(name))) if isinstance(spec, dict) else given[name]
         for name, spec in parameters.items()
@@ -39,7 +39,7 @@ def defaults(entry: str) -> dict[str, str]:
 
 
 def test_the_promised_entry_points_are_there() -> None:
-    promised = {"main", "validate", "train", "sweep", "evaluate", "register", "promote"}
+    promised = {"main", "validate", "train", "sweep", "evaluate", "register", "promote", "rollback"}
     assert set(ENTRIES) == promised | {"serve", "serve-ray", "serve-stock"}
 
 

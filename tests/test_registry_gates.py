@@ -201,28 +201,80 @@ def entry(to: str, previous: str, actor: str = "ann") -> ledger.Entry:
     )
 
 
+def record(number: int, one: ledger.Entry | str, *, settled: bool = False) -> ledger.Record:
+    text = one if isinstance(one, str) else one.as_json()
+    return ledger.Record(number=number, text=text, settled=settled)
+
+
+def links(*records: ledger.Record) -> list[tuple[int, ledger.Entry]]:
+    return [(link.number, link.entry) for link in ledger.chain(records)]
+
+
 def test_the_first_entry_with_a_predecessor_is_the_one_in_the_chain() -> None:
     first = entry("1", ledger.GENESIS)
     rival = entry("2", ledger.GENESIS, "bob")
     second = entry("3", first.digest)
     after_the_rival = entry("4", rival.digest)
-    records = [(4, after_the_rival), (3, second), (2, rival), (1, first)]
-    chained = ledger.chain([(number, one.as_json()) for number, one in records])
-    assert chained == [(1, first), (3, second)]
+    records = [
+        record(4, after_the_rival), record(3, second), record(2, rival), record(1, first),
+    ]  # fmt: skip
+    assert links(*records) == [(1, first), (3, second)]
+    assert ledger.outside(records) == ([2], [4])
 
 
 def test_an_entry_that_was_altered_breaks_the_chain_after_it() -> None:
     first = entry("1", ledger.GENESIS)
     second = entry("2", first.digest)
     altered = dataclasses.replace(first, why="because of something else")
-    assert ledger.chain([(1, altered.as_json()), (2, second.as_json())]) == [(1, altered)]
+    records = [record(1, altered), record(2, second)]
+    assert links(*records) == [(1, altered)]
+    assert ledger.outside(records) == ([], [2])
+    assert ledger.outside([record(2, second)]) == ([], [2]), "the first was taken out"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"from": null, "to": "1"}', "null"])
 def test_what_is_no_entry_is_left_out_and_said(text: str, caplog: pytest.LogCaptureFixture) -> None:
     first = entry("1", ledger.GENESIS)
-    assert ledger.chain([(1, text), (2, first.as_json())]) == [(2, first)]
+    records = [record(1, text), record(2, first)]
+    assert links(*records) == [(2, first)]
     assert "entry 1 of the ledger is left out" in caplog.text
+    assert ledger.outside(records) == ([], [1])
+
+
+def test_entries_of_the_first_ledgers_keep_their_digests() -> None:
+    """They had neither action nor evidence."""
+    text = (
+        '{"actor":"ann","from":null,"previous":"' + ledger.GENESIS + '","time":"t","to":"1",'
+        '"verdict":"passed","why":"because"}'
+    )
+    assert ledger.parse(text).as_json() == text
+    told = dataclasses.replace(ledger.parse(text), action=ledger.ROLLBACK, evidence="e")
+    assert ledger.parse(told.as_json()) == told
+    assert told.digest != ledger.parse(text).digest
+
+
+@pytest.mark.parametrize(
+    ("moves", "held"),
+    [
+        ([], []),
+        ([("promote", "1"), ("promote", "2")], ["1", "2"]),
+        ([("promote", "1"), ("promote", "2"), ("rollback", "1")], ["1"]),
+        ([("promote", "1"), ("promote", "2"), ("rollback", "1"), ("promote", "3")], ["1", "3"]),
+        ([("promote", "1"), ("promote", "2"), ("promote", "1")], ["1", "2", "1"]),
+        ([("promote", "1"), ("promote", "2"), ("promote", "3"), ("rollback", "1")], ["1"]),
+        ([("promote", "1"), ("by hand", "5"), ("by hand", "1")], ["1"]),
+        ([("promote", "1"), ("by hand", None)], ["1"]),
+        ([("promote", "1"), ("promote", "2"), ("rollback", "1"), ("rollback", "2")], ["1", "2"]),
+    ],
+)
+def test_a_rollback_goes_back_through_those_who_were_not_rolled_away(
+    moves: list[tuple[str, str | None]], held: list[str]
+) -> None:
+    entries = [
+        dataclasses.replace(entry("0", ledger.GENESIS), action=action, to_version=to)
+        for action, to in moves
+    ]
+    assert ledger.reigns(entries) == held
 
 
 def test_an_entry_survives_its_json() -> None:

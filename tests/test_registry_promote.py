@@ -1,6 +1,5 @@
 """A registry's life on a real SQLite store: first champion, refusals, a better one, two at once."""
 
-import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from eurosat import cli
 from eurosat.errors import TrackingError
-from registry import gates, ledger, promote, register, versions
+from registry import gates, history, ledger, promote, reconcile, register, versions
 from tests.test_registry_register import (
     MLFLOW_WARNS,
     TAGS,
@@ -93,9 +92,9 @@ def test_the_life_of_a_champion(
     assert entries[1].previous == entries[0].digest
     assert entries[0].verdict.startswith("passed: data validation passed; accuracy 0.9500")
 
-    assert ledger.main(["--model", model]) == 0
+    assert history.main(["--model", model, "--verify"]) == 0
     printed = capsys.readouterr().out
-    assert entries[1].digest[:12] in printed
+    assert f"2 entries link up from the first to {entries[1].digest[:12]}" in printed
     assert "a longer schedule" in printed
 
 
@@ -107,7 +106,7 @@ def test_data_that_failed_validation_is_refused(
     printed = capsys.readouterr().out
     assert "refused: data validation: failed, where 'passed' is needed" in printed
     assert ledger.entries(model) == []
-    assert ledger.main(["--model", model]) == 0
+    assert history.main(["--model", model]) == 0
     assert "nothing was promoted yet" in capsys.readouterr().out
 
 
@@ -158,7 +157,7 @@ def test_of_two_promoters_at_once_exactly_one_wins(store: Path, model: str) -> N
     champion = challenge(store, model, wrong=30)
     assert run_promote(model) == 0
     rivals = [challenge(store, model, wrong=wrong) for wrong in (20, 10, 5)]
-    before = promote.standing(model)
+    before = reconcile.reconcile(model)
     barrier = threading.Barrier(len(rivals))
     outcomes: dict[str, str] = {}
 
@@ -167,7 +166,7 @@ def test_of_two_promoters_at_once_exactly_one_wins(store: Path, model: str) -> N
         verdict = promote.judge(candidate, before.champion, gates.load())
         barrier.wait()
         try:
-            promote.promote(model, candidate, before, verdict, f"rival {number}")
+            promote.promote(model, candidate, before, verdict, f"rival {number}", number)
             outcomes[number] = ""
         except TrackingError as error:
             outcomes[number] = str(error)
@@ -181,24 +180,11 @@ def test_of_two_promoters_at_once_exactly_one_wins(store: Path, model: str) -> N
     assert len(winners) == 1
     for number in rivals:
         if number not in winners:
-            assert f"version {number} was not promoted" in outcomes[number]
-            assert f"promoted version {winners[0]}" in outcomes[number]
+            assert f"promote of version {number} was not entered" in outcomes[number]
+            assert f"entered promote of version {winners[0]}" in outcomes[number]
     held = aliases(model)
     assert (held["champion"], held["previous"]) == (winners[0], champion)
     assert [one.to_version for one in ledger.entries(model)] == [champion, winners[0]]
-
-
-def test_an_alias_moved_by_hand_is_said_and_does_not_block(
-    store: Path, model: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    by_hand = challenge(store, model, wrong=30)
-    versions.client().set_registered_model_alias(model, "champion", by_hand)
-    with caplog.at_level(logging.WARNING):
-        before = promote.standing(model, settle_s=0)
-    assert "moved outside promote" in caplog.text
-    assert before.champion is not None
-    assert str(before.champion.version) == by_hand
-    assert before.predecessor == ledger.GENESIS
 
 
 def test_registering_the_champion_again_leaves_the_challenger_alone(

@@ -1,0 +1,119 @@
+"""The aliases brought to what the ledger says, and what was done by hand entered in it.
+
+The ledger comes first, then the aliases: whoever is killed in between is completed by the next
+command. An alias that differs from a ledger whose last entry was settled was moved by somebody.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from eurosat import tracking
+from registry import ledger, versions
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+log = logging.getLogger(__name__)
+
+NOBODY = "unknown"
+"""The actor of what was done outside these commands: MLflow does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Standing:
+    """What ledger and aliases agree on."""
+
+    predecessor: str
+    """Digest that the next entry names."""
+    champion: "ModelVersion | None"
+    reigns: tuple[str, ...]
+    """See `registry.ledger.reigns`."""
+
+    @property
+    def before(self) -> tuple[str, ...]:
+        """Those that a rollback goes back to, the last one first in line."""
+        return self.reigns[:-1] if self.champion else self.reigns
+
+
+def reconcile(model: str) -> Standing:
+    """Complete what was cut off, enter what was done by hand, and tell what now holds.
+
+    Raises:
+        TrackingError: the registry cannot be asked.
+    """
+    overtaken = False  # an alias of ours came after another's entry: that is nobody's hand
+    while True:
+        links = ledger.chain(ledger.records(model))
+        champion = versions.by_alias(model, versions.CHAMPION)
+        held = str(champion.version) if champion else None
+        last = links[-1].entry if links else None
+        predecessor = last.digest if last else ledger.GENESIS
+        entered = last.to_version if last else None
+        if held != entered and not overtaken and (not links or links[-1].settled):
+            _enter_by_hand(model, predecessor, entered, held)
+            continue
+        entries = [link.entry for link in links]
+        if links:
+            follow(model, entries)
+            if not links[-1].settled:
+                ledger.settle(model, links[-1].number)
+        now = ledger.entries(model)
+        if not now or now[-1].digest == predecessor:
+            champion = versions.by_alias(model, versions.CHAMPION)
+            reigns = tuple(ledger.reigns(entries))
+            return Standing(predecessor=predecessor, champion=champion, reigns=reigns)
+        overtaken = True
+
+
+def follow(model: str, entries: Sequence[ledger.Entry]) -> None:
+    """Set ``champion`` and ``previous`` to what the entries say; a challenger that won is none."""
+    champion, reigns = entries[-1].to_version, ledger.reigns(entries)
+    before = reigns[:-1] if champion else reigns
+    _point(model, versions.CHAMPION, champion)
+    _point(model, versions.PREVIOUS, last_kept(model, before))
+    challenger = versions.by_alias(model, versions.CHALLENGER)
+    if challenger and str(challenger.version) == champion:
+        _point(model, versions.CHALLENGER, None)
+
+
+def last_kept(model: str, numbers: Sequence[str]) -> str | None:
+    """The last of these versions that nobody has deleted."""
+    return next((number for number in reversed(numbers) if versions.exists(model, number)), None)
+
+
+def _point(model: str, alias: str, number: str | None) -> None:
+    held = versions.by_alias(model, alias)
+    if (str(held.version) if held else None) == number:
+        return
+    if number is not None and not versions.exists(model, number):
+        log.warning("version %s of %s was deleted: %s is not set to it", number, model, alias)
+        return
+    with tracking.explained(f"alias {alias} of {model}"):
+        if number is None:
+            versions.client().delete_registered_model_alias(model, alias)
+        else:
+            versions.client().set_registered_model_alias(model, alias, number)
+
+
+def _enter_by_hand(model: str, predecessor: str, was: str | None, now: str | None) -> None:
+    """Unless another command did, or was about to set the alias itself."""
+    log.warning(
+        "champion is version %s where the ledger says %s: it was moved by hand, and is entered so",
+        now or "none", was or "none",
+    )  # fmt: skip
+    entry = ledger.Entry(
+        time=ledger.now(),
+        actor=NOBODY,
+        from_version=was,
+        to_version=now,
+        why="the alias was moved outside these commands",
+        verdict="not judged",
+        previous=predecessor,
+        action=ledger.BY_HAND,
+    )
+    try:
+        ledger.append(model, entry)
+    except ledger.LedgerConflictError as error:
+        log.info("not entered: %s", error)

@@ -1,0 +1,78 @@
+"""Give the champion's place back to one that has held it."""
+
+from collections.abc import Sequence
+
+from eurosat import cli, logs, tracking
+from eurosat.errors import ConfigError, TrackingError
+from registry import ledger, versions
+from registry.reconcile import Standing, last_kept, reconcile
+
+
+def target(model: str, standing: Standing, asked: str | None) -> str:
+    """The version to go back to: the one asked for, or the champion before.
+
+    Raises:
+        ConfigError: the one asked for never was champion, or is it now.
+        TrackingError: there is none to go back to, or it was deleted.
+    """
+    entered = {entry.to_version for entry in ledger.entries(model)} - {None}
+    if asked is None:
+        found = last_kept(model, standing.before)
+        if found is None:
+            raise TrackingError(
+                f"{model} has no earlier champion to go back to: see `python -m registry.history`"
+            )
+        return found
+    if standing.champion and str(standing.champion.version) == asked:
+        raise ConfigError(f"{model} version {asked} is the champion now: say another --to")
+    if asked not in entered:
+        known = ", ".join(sorted(map(str, entered), key=int)) or "none"
+        raise ConfigError(
+            f"{model} version {asked} never was champion ({known} were): promote it instead"
+        )
+    versions.get(model, asked)
+    return asked
+
+
+def rollback(model: str, to: str, before: Standing, why: str, actor: str) -> None:
+    """Enter it, then let the aliases follow.
+
+    Raises:
+        LedgerConflictError: another entry came first; no alias was moved.
+    """
+    entry = ledger.Entry(
+        time=ledger.now(),
+        actor=actor,
+        from_version=str(before.champion.version) if before.champion else None,
+        to_version=to,
+        why=why,
+        verdict="not judged again: it has been champion",
+        previous=before.predecessor,
+        action=ledger.ROLLBACK,
+    )
+    ledger.append(model, entry)
+    reconcile(model)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.parser(
+        "registry.rollback",
+        "Make the champion before, or VERSION, champion again; the one that is rolled away is not "
+        "gone back to.",
+    )
+    parser.add_argument("--to", metavar="VERSION", help="default: the champion before")
+    parser.add_argument("--why", required=True, help="entered in the ledger")
+    parser.add_argument("--by", help="who rolls back; default: the user")
+    parser.add_argument("--model", default=versions.MODEL, help="registered model")
+    args = parser.parse_args(argv)
+    logs.setup(args.log_level)
+    before = reconcile(args.model)
+    to = target(args.model, before, args.to)
+    rollback(args.model, to, before, args.why, args.by or tracking.user())
+    was = f"version {before.champion.version} before" if before.champion else "none before"
+    print(f"{args.model} version {to} is the champion ({was})")
+    return cli.OK
+
+
+if __name__ == "__main__":
+    cli.finish(main)

@@ -1,20 +1,25 @@
-"""Figures of versions on the test tiles that they share, from their stored predictions."""
+"""What is known of a version, from what its run and its registration have stored."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eurosat import tracking
 from eurosat.errors import ModelError
-from registry.gates import Gate
+from registry.gates import Gates, Paired
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from eurosat.metrics import Floats, Labels
+
 PREDICTIONS = "predictions.parquet"
+SPLIT = "split.csv"
+LEARNED = ("train", "val")
+RECALL, DROP = "recall/", "recall_drop"
 PREFIX = "p/"
 """Before a class's name in the columns of probabilities."""
 ENOUGH_TILES, ENOUGH_SHARE = 500, 0.9
@@ -41,9 +46,10 @@ class Predictions:
 class Comparison:
     candidate: Mapping[str, float]
     champion: Mapping[str, float] | None
-    """None where the floors alone judge."""
+    """None where the bounds alone judge."""
+    paired: Paired | None = None
     notes: tuple[str, ...] = ()
-    refusals: tuple[str, ...] = ()
+    refusal: str = ""
 
 
 def read(run_id: str) -> Predictions:
@@ -76,55 +82,114 @@ def read(run_id: str) -> Predictions:
     return predictions
 
 
-def digest(judged: Sequence[Predictions], bars: Sequence[Gate]) -> str:
+def learned_from(run_id: str) -> set[str]:
+    """sha256 of the tiles that a run has learned from, or chosen its weights by.
+
+    Raises:
+        TrackingError: the run has no split.
+        ModelError: the split is not what training writes.
+    """
+    import pandas as pd
+
+    with tracking.artifact(run_id, SPLIT) as file:
+        try:
+            table = pd.read_csv(file, dtype=str, usecols=["sha256", "fold"])
+        except (ValueError, OSError) as error:
+            raise ModelError(f"{SPLIT} of run {run_id} is no table of tiles: {error}") from error
+    return set(table.loc[table["fold"].isin(LEARNED), "sha256"])
+
+
+def digest(judged: Sequence[Predictions], bars: Gates) -> str:
     """sha256 of what a verdict rests on: the files of predictions, and the gates."""
-    told = [[one.sha256 for one in judged], [dataclasses.asdict(bar) for bar in bars]]
+    told = [[one.sha256 for one in judged], dataclasses.asdict(bars)]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def figures(predictions: Predictions) -> dict[str, float]:
-    """As ``eurosat.metrics.evaluate``; empty where a probability is not a number in [0, 1]."""
-    import numpy as np
+    """As ``eurosat.metrics.evaluate``, and the recall of the class that fares worst.
 
+    Empty where a probability is not a number in [0, 1].
+    """
     from eurosat.metrics import evaluate
+
+    if (arrays := _arrays(predictions)) is None:
+        return {}
+    found = evaluate(*arrays, predictions.classes)
+    return found | {"worst_recall": min(v for k, v in found.items() if k.startswith(RECALL))}
+
+
+def _arrays(predictions: Predictions) -> "tuple[Labels, Floats] | None":
+    """(N,) labels and (N, K) probabilities, if those are numbers in [0, 1]."""
+    import numpy as np
 
     classes = predictions.classes
     probabilities = predictions.frame[[PREFIX + name for name in classes]].to_numpy(np.float64)
     if not ((probabilities >= 0) & (probabilities <= 1)).all():  # NaN is neither
-        return {}
+        return None
     index = {name: k for k, name in enumerate(classes)}
     labels = np.array([index[name] for name in predictions.frame["label"]], np.int64)
-    return evaluate(labels, probabilities, classes)
+    return labels, probabilities
 
 
 def compare(
-    candidate: Predictions, champion: Predictions | None, *, accept_new_data: bool = False
-) -> Comparison:
-    """Figures of both on the tiles (same content, same label) that both were tested on."""
+    candidate: Predictions, champion: Predictions | None, known: Collection[str] = (), *,
+    accept_new_data: bool = False,
+) -> Comparison:  # fmt: skip
+    """Figures of both on the tiles (same content, same label) that both were tested on.
+
+    Without the ``known``, the sha256 of tiles that one of them has learned from.
+    """
     if champion is None:
-        note = "there is no champion yet: the floors alone judge"
-        return Comparison(candidate=figures(candidate), champion=None, notes=(note,))
-    ours, theirs = _in_common(candidate, champion)
+        note = "there is no champion yet: the bounds alone judge"
+        return Comparison(candidate=alone(candidate), champion=None, notes=(note,))
+    ours, theirs = _in_common(candidate, champion, known)
     common, total = len(ours.frame), max(len(candidate.frame), len(champion.frame))
     if common >= min(ENOUGH_TILES, ENOUGH_SHARE * total):
         notes = () if common == total else (f"compared on the {common} test tiles in common",)
-        return Comparison(candidate=figures(ours), champion=figures(theirs), notes=notes)
+        return _side_by_side(ours, theirs, notes)
     few = (
         "the test tiles are others than the champion's"
         if common == 0
         else f"only {common} of {total} test tiles are the champion's too"
     )
     if accept_new_data:
-        note = f"{few}, which was accepted: the floors alone judge"
-        return Comparison(candidate=figures(candidate), champion=None, notes=(note,))
-    refusal = f"{few}, so the two do not compare: --accept-new-data lets the floors alone judge"
-    return Comparison(candidate=figures(candidate), champion=None, refusals=(refusal,))
+        note = f"{few}, which was accepted: the bounds alone judge"
+        return Comparison(candidate=alone(candidate), champion=None, notes=(note,))
+    refusal = f"{few}, so the two do not compare: --accept-new-data lets the bounds alone judge"
+    return Comparison(candidate=alone(candidate), champion=None, refusal=refusal)
 
 
-def _in_common(one: Predictions, other: Predictions) -> tuple[Predictions, Predictions]:
+def alone(candidate: Predictions) -> dict[str, float]:
+    """Its figures; against nobody, no recall has dropped."""
+    found = figures(candidate)
+    return found | {DROP: 0.0} if found else {}
+
+
+def _side_by_side(ours: Predictions, theirs: Predictions, notes: tuple[str, ...]) -> Comparison:
+    mine, yours = figures(ours), figures(theirs)
+    one, other = _arrays(ours), _arrays(theirs)
+    paired = None
+    if one is not None and other is not None:
+        right, champions_right = (
+            probabilities.argmax(axis=1) == labels for labels, probabilities in (one, other)
+        )
+        paired = Paired(
+            tiles=len(right),
+            only_candidate=int((right & ~champions_right).sum()),
+            only_champion=int((champions_right & ~right).sum()),
+        )
+        drops = [yours[k] - mine.get(k, 0.0) for k in yours if k.startswith(RECALL)]
+        mine[DROP] = max(drops)
+    return Comparison(candidate=mine, champion=yours, paired=paired, notes=notes)
+
+
+def _in_common(
+    one: Predictions, other: Predictions, known: Collection[str]
+) -> tuple[Predictions, Predictions]:
     """The rows of each that pair up; equal tiles pair in the order in which they stand."""
     keyed = []
-    for frame in (one.frame, other.frame):
+    for whole in (one.frame, other.frame):
+        frame = whole[~whole["sha256"].isin(known)]
         tile = [frame["sha256"].astype(str), frame["label"].astype(str)]
         nth = frame.groupby([series.to_numpy() for series in tile]).cumcount()
         keyed.append(frame.set_index([*tile, nth]))

@@ -6,43 +6,12 @@ from typing import TYPE_CHECKING
 
 from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError, TrackingError
-from registry import evidence, gates, ledger, tables, versions
+from registry import gates, ledger, versions
+from registry.judge import judge, show, tag
 from registry.reconcile import Standing, reconcile
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
-
-VALIDATION = "data.validation"
-VERDICT = "verdict"
-"""Tag of a judged version."""
-
-
-def judge(
-    candidate: "ModelVersion",
-    champion: "ModelVersion | None",
-    bars: tuple[gates.Gate, ...],
-    *,
-    accept_new_data: bool = False,
-) -> gates.Verdict:
-    """Judge by what the two versions' runs hold.
-
-    Raises:
-        TrackingError: a run or its predictions cannot be read.
-        ModelError: the predictions are not what training writes.
-    """
-    run = tracking.get(versions.run_of(candidate))
-    validation = gates.judge_validation(run.tags.get(VALIDATION))
-    ours = evidence.read(run.run_id)
-    theirs = evidence.read(versions.run_of(champion)) if champion else None
-    compared = evidence.compare(ours, theirs, accept_new_data=accept_new_data)
-    verdict = gates.judge(compared.candidate, compared.champion, bars, notes=compared.notes)
-    first = [validation.refusal] if validation.refusal else []
-    return gates.Verdict(
-        findings=(validation, *verdict.findings),
-        refusals=(*first, *compared.refusals, *verdict.refusals),
-        notes=verdict.notes,
-        evidence=evidence.digest([ours, *([theirs] if theirs else [])], bars),
-    )
 
 
 def promote(
@@ -75,25 +44,6 @@ def promote(
     reconcile(model)
 
 
-def tag(model: str, number: str, verdict: gates.Verdict) -> None:
-    with tracking.explained(f"tag of version {number}"):
-        versions.client().set_model_version_tag(model, number, VERDICT, str(verdict))
-
-
-def show(verdict: gates.Verdict) -> None:
-    from rich.table import Table
-
-    table = Table("gate", "value", "champion's", "bar", "verdict", "why")
-    for found in verdict.findings:
-        word = "refused" if found.refusal else "passed"
-        table.add_row(found.gate, found.value, found.champion, found.bar, word, found.why)
-    tables.show(table)
-    for note in verdict.notes:
-        print(f"note: {note}")
-    for refusal in verdict.refusals:
-        print(f"refused: {refusal}")
-
-
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser(
         "registry.promote",
@@ -108,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--accept-new-data",
         action="store_true",
-        help="the champion was tested on other tiles: let the floors alone judge",
+        help="the champion was tested on other tiles: let the bounds alone judge",
     )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)

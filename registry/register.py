@@ -1,5 +1,6 @@
 """Wrap a finished training run as a version of the registered model."""
 
+import hashlib
 import json
 import logging
 import tempfile
@@ -34,6 +35,8 @@ NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
 NEEDED = (NETWORK, evidence.PREDICTIONS, "config.yaml", "split.csv")
 TAGS = ("data.fingerprint", "split.fingerprint", "code.commit", "config.digest")
 VALIDATION = "data.validation"
+FILES = "model.files"
+"""Tag of a version: of each of its files sha256 and size in bytes, as JSON."""
 GREY = 128
 """Of the input example: in the middle of the pixels' range."""
 
@@ -163,7 +166,20 @@ def _create(run: tracking.FinishedRun, model: str) -> str:
             client.log_artifacts(run.run_id, str(folder), FOLDER)
             source = f"{client.get_run(run.run_id).info.artifact_uri}/{FOLDER}"
             tags = {name: run.tags[name] for name in (*TAGS, VALIDATION)}
+            tags[FILES] = json.dumps(listed(folder))
             return str(client.create_model_version(model, source, run.run_id, tags=tags).version)
+
+
+def listed(folder: Path) -> dict[str, tuple[str, int]]:
+    """sha256 and size in bytes of each file below."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_size,
+        )
+        for path in files
+    }
 
 
 def lineage(run: tracking.FinishedRun, described: Mapping[str, Any]) -> dict[str, Any]:

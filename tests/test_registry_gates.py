@@ -4,17 +4,35 @@ import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from eurosat import metrics
 from eurosat.errors import ConfigError
 from registry import evidence, ledger
 from registry.evidence import Predictions, compare, figures
-from registry.gates import Gate, judge, judge_validation, load
+from registry.gates import (
+    FACTS,
+    Difference,
+    Finding,
+    Gate,
+    Paired,
+    Verdict,
+    judge,
+    judge_difference,
+    load,
+)
 from tests.test_registry_register import make_predictions
 
 ACCURACY = Gate(metric="accuracy", floor=0.85, wins=True, why="be right more often")
 F1 = Gate(metric="macro_f1", floor=0.8, margin=0.01, why="small classes count")
 GATES = (ACCURACY, F1)
+
+
+def refusals(findings: tuple[Finding, ...]) -> list[str]:
+    return [found.refusal for found in findings if found.refusal]
+
+
 GOOD = {"accuracy": 0.95, "macro_f1": 0.94}
 
 
@@ -40,7 +58,7 @@ GOOD = {"accuracy": 0.95, "macro_f1": 0.94}
 def test_a_verdict_gives_every_reason_against_the_candidate(
     candidate: dict[str, float], champion: dict[str, float] | None, reasons: list[str]
 ) -> None:
-    verdict = judge(candidate, champion, GATES)
+    verdict = Verdict(findings=judge(candidate, champion, GATES))
     assert verdict.passed is not bool(reasons)
     assert len(verdict.refusals) == len(reasons)
     for refusal, reason in zip(verdict.refusals, reasons, strict=True):
@@ -50,41 +68,107 @@ def test_a_verdict_gives_every_reason_against_the_candidate(
 
 def test_one_win_is_enough_among_the_gates_that_decide() -> None:
     both = (ACCURACY, dataclasses.replace(F1, wins=True))
-    assert judge(GOOD, GOOD | {"macro_f1": 0.93}, both).passed
-    assert len(judge(GOOD, GOOD, both).refusals) == 2
+    assert refusals(judge(GOOD, GOOD | {"macro_f1": 0.93}, both)) == []
+    assert len(refusals(judge(GOOD, GOOD, both))) == 2
 
 
 def test_a_tie_passes_where_no_gate_has_to_be_won() -> None:
-    assert judge(GOOD, GOOD, (F1,)).passed
+    assert refusals(judge(GOOD, GOOD, (F1,))) == []
 
 
 def test_nothing_is_promoted_by_no_gates() -> None:
-    assert judge(GOOD, None, ()).refusals == ("there is no gate to pass",)
+    assert not Verdict().passed
+
+
+def test_less_is_better_where_there_is_a_ceiling() -> None:
+    ece = (Gate(metric="ece", ceiling=0.05, margin=0.01, wins=True, why="be believed"),)
+    assert refusals(judge({"ece": 0.05}, None, ece)) == []
+    (said,) = refusals(judge({"ece": 0.06}, None, ece))
+    assert said == "ece: 0.0600 is over the ceiling 0.0500"
+    (said,) = refusals(judge({"ece": 0.04}, {"ece": 0.02}, ece))
+    assert said == "ece: 0.0400 is over the champion's bar 0.0300 (0.0200 with a margin of 0.01)"
+    assert len(refusals(judge({"ece": 0.02}, {"ece": 0.02}, ece))) == 1, "a tie"
+    assert refusals(judge({"ece": 0.01}, {"ece": 0.02}, ece)) == []
+
+
+def test_a_bound_that_stands_alone_asks_for_no_champion() -> None:
+    size = (Gate(metric="size_mb", ceiling=50, alone=True, why="it must fit"),)
+    assert refusals(judge({"size_mb": 40}, {}, size)) == []
+
+
+def test_a_gate_that_is_switched_off_is_shown_and_refuses_nothing() -> None:
+    gates = (ACCURACY, dataclasses.replace(F1, off="no small classes here"))
+    verdict = Verdict(findings=judge({"accuracy": 0.9}, None, gates))
+    assert verdict.passed
+    assert verdict.findings[1].verdict == "off"
+    assert "macro_f1 off (no small classes here)" in str(verdict)
 
 
 def test_a_verdict_is_one_line() -> None:
-    passed = judge(GOOD, GOOD | {"accuracy": 0.9}, GATES, notes=("a note",))
+    passed = Verdict(findings=judge(GOOD, GOOD | {"accuracy": 0.9}, GATES), notes=("a note",))
     assert str(passed) == (
         "passed: accuracy 0.9500 (champion 0.9000); macro_f1 0.9400 (champion 0.9400); a note"
     )
-    assert str(judge({}, None, (F1,))) == "refused: macro_f1: the candidate has no such figure"
+    refused = Verdict(findings=judge({}, None, (F1,)))
+    assert str(refused) == "refused: macro_f1: the candidate has no such figure"
 
 
-@pytest.mark.parametrize("state", [None, "failed", "missing", "Passed"])
-def test_data_that_did_not_pass_validation_is_refused(state: str | None) -> None:
-    assert not judge_validation("passed").refusal
-    assert (state or "not recorded") in judge_validation(state).refusal
+@pytest.mark.parametrize(
+    ("won", "lost", "said"),
+    [
+        (0, 0, ""),
+        (60, 20, ""),
+        (1, 0, ""),
+        (20, 20, ""),
+        (20, 60, "worse than the champion, 20 tiles won and 60 lost"),
+        (200, 190, "5400 tiles are not enough to tell"),
+    ],
+)
+def test_a_difference_is_told_from_chance(won: int, lost: int, said: str) -> None:
+    paired = Paired(tiles=5400, only_candidate=won, only_champion=lost)
+    found = judge_difference(paired, Difference())
+    assert said in found.refusal
+    assert bool(said) == bool(found.refusal)
+    low, high = paired.interval(0.05)
+    assert low <= paired.difference <= high
+    assert judge_difference(paired, Difference(off="not here")).verdict == "off"
+
+
+def test_the_interval_and_the_test_are_those_of_the_library() -> None:
+    labels = np.zeros(900, np.int64)
+    one, other = np.tile([[0.9, 0.1]], (900, 1)), np.tile([[0.9, 0.1]], (900, 1))
+    one[:20], other[10:50] = [0.1, 0.9], [0.1, 0.9]
+    held = metrics.compare(labels, one, other, ["a", "b"], resamples=4000)
+    paired = Paired(tiles=900, only_candidate=30, only_champion=10)
+    assert (held.only_first, held.only_second) == (30, 10)
+    assert paired.p_value == pytest.approx(held.p_value)
+    assert paired.difference == pytest.approx(held.difference["accuracy"])
+    assert paired.interval(0.05) == pytest.approx(held.interval["accuracy"], abs=0.002)
 
 
 def test_the_gates_of_the_house_are_read() -> None:
-    bars = {gate.metric: gate for gate in load()}
-    assert {name: gate.floor for name, gate in bars.items()} == {
+    house = load()
+    bars = {gate.metric: gate for gate in house.figures}
+    assert {name: gate.floor for name, gate in bars.items() if gate.floor} == {
         "accuracy": 0.85,
         "macro_f1": 0.8,
         "macro_auprc": 0.85,
+        "worst_recall": 0.6,
     }
     assert [gate.metric for gate in bars.values() if gate.wins] == ["accuracy"]
-    assert all(gate.why for gate in bars.values())
+    assert all(gate.why and not gate.off for gate in house.figures)
+    assert all(fact.why and not fact.off for fact in house.facts)
+    assert [fact.name for fact in house.facts] == list(FACTS)
+
+
+def test_a_fact_is_switched_off_with_its_reason(tmp_path: Path) -> None:
+    file = tmp_path / "gates.toml"
+    file.write_text("[accuracy]\nfloor = 0.9\nwhy = 'x'\n[leakage]\noff = 'the split is gone'")
+    facts = {fact.name: fact.off for fact in load(file).facts}
+    assert facts == dict.fromkeys(FACTS, "") | {"leakage": "the split is gone"}
+    file.write_text("[accuracy]\nfloor = 0.9\nwhy = 'x'\n[leakage]\nfloor = 1")
+    with pytest.raises(ConfigError, match=r"unknown key leakage\.floor"):
+        load(file)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +179,10 @@ def test_the_gates_of_the_house_are_read() -> None:
         ("accuracy = 1", "must be a table"),
         ("[a]\nfloor = 1\nwhy = 'x'\nflor = 2", "unknown key a.flor: did you mean floor"),
         ("[a]\nfloor = '1'\nwhy = 'x'", "a.floor must be float"),
-        ("[a]\nwhy = 'x'", "missing key a.floor"),
+        ("[a]\nwhy = 'x'", "a has 0 bounds: give it a floor or a ceiling"),
+        ("[a]\nfloor = 1\nceiling = 2\nwhy = 'x'", "a has 2 bounds"),
+        ("[a]\nfloor = 1\nwhy = 'x'\n[difference]\nalpha = 0.5", "difference.alpha must be"),
+        ("[difference]\nalpha = 0.1", "holds no gate for a figure"),
         ("[a]\nfloor = 1\nwhy = ' '", "a.why is empty"),
         ("[a]\nfloor = nan\nwhy = 'x'", "a.floor must be a finite number"),
         ("[a]\nfloor = 1\nmargin = -1\nwhy = 'x'", "a.margin is a loss"),
@@ -133,7 +220,7 @@ def test_probabilities_that_are_none_give_no_figures(value: float) -> None:
 def test_the_first_candidate_is_judged_by_the_floors() -> None:
     compared = compare(fold(range(100)), None)
     assert compared.champion is None
-    assert not compared.refusals
+    assert not compared.refusal
     assert compared.notes
 
 
@@ -142,8 +229,9 @@ def test_equal_test_folds_compare_in_any_order_and_with_duplicates() -> None:
     doubled = Predictions(frame=tiles.frame.iloc[[*range(100), 0, 1]])
     shuffled = Predictions(frame=doubled.frame.sample(frac=1, random_state=0))
     compared = compare(doubled, shuffled)
-    assert compared.candidate == pytest.approx(compared.champion)
-    assert compared.candidate == pytest.approx(figures(doubled))
+    assert compared.champion is not None
+    assert compared.candidate == pytest.approx({**compared.champion, "recall_drop": 0})
+    assert compared.candidate == pytest.approx(figures(doubled) | {"recall_drop": 0})
     assert not compared.notes
 
 
@@ -171,11 +259,10 @@ def test_folds_that_overlap_compare_on_the_common_tiles(
 )
 def test_folds_that_do_not_overlap_enough_do_not_compare(theirs: range, reason: str) -> None:
     compared = compare(fold(range(1000)), fold(theirs))
-    assert len(compared.refusals) == 1
-    assert compared.refusals[0].startswith(reason)
-    assert "--accept-new-data" in compared.refusals[0]
+    assert compared.refusal.startswith(reason)
+    assert "--accept-new-data" in compared.refusal
     accepted = compare(fold(range(1000)), fold(theirs), accept_new_data=True)
-    assert not accepted.refusals
+    assert not accepted.refusal
     assert accepted.champion is None
     assert accepted.notes[0].startswith(reason)
 
@@ -185,7 +272,7 @@ def test_a_tile_that_got_another_label_is_another_test_tile() -> None:
     relabelled.frame["label"] = relabelled.frame["label"].map(
         {"Forest": "River", "River": "Forest", "SeaLake": "SeaLake"}
     )
-    assert compare(relabelled, fold(range(1000))).refusals
+    assert compare(relabelled, fold(range(1000))).refusal
     assert evidence.ENOUGH_TILES == 500
 
 
@@ -282,3 +369,22 @@ def test_an_entry_survives_its_json() -> None:
     assert ledger.parse(first.as_json()) == first
     with pytest.raises(ConfigError, match="over the limit of 2000"):
         dataclasses.replace(first, why="x" * 2001)
+
+
+def test_tiles_that_one_has_learned_from_are_left_out_of_the_comparison() -> None:
+    mine, theirs = fold(range(1000), wrong=100), fold(range(1000), wrong=0)
+    known = set(mine.frame["sha256"][:100])
+    compared = compare(mine, theirs, known)
+    assert compared.candidate["accuracy"] == 1
+    assert compared.paired is not None
+    assert compared.paired.tiles == 900
+    assert compare(mine, theirs, set(mine.frame["sha256"][:600])).refusal
+
+
+def test_the_class_that_lost_most_is_told() -> None:
+    mine, theirs = fold(range(600), wrong=0), fold(range(600), wrong=0)
+    rivers = mine.frame.index[mine.frame["label"] == "River"][:50]
+    mine.frame.loc[rivers, ["p/River", "p/Forest"]] = [0.1, 0.8]
+    compared = compare(mine, theirs)
+    assert compared.candidate["recall_drop"] == pytest.approx(0.25)
+    assert compared.candidate["worst_recall"] == pytest.approx(0.75)

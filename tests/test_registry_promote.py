@@ -8,7 +8,7 @@ import pytest
 
 from eurosat import cli
 from eurosat.errors import TrackingError
-from registry import gates, history, ledger, promote, reconcile, register, versions
+from registry import gates, history, judge, ledger, promote, reconcile, register, versions
 from tests.test_registry_register import (
     MLFLOW_WARNS,
     TAGS,
@@ -60,7 +60,7 @@ def test_the_life_of_a_champion(
     assert aliases(model) == {"challenger": first}
     assert run_promote(model, "--why", "the first") == 0
     printed = capsys.readouterr().out
-    assert "there is no champion yet: the floors alone judge" in printed
+    assert "there is no champion yet: the bounds alone judge" in printed
     assert printed.splitlines()[-1] == f"{model} version {first} is the champion (none before)"
     assert aliases(model) == {"champion": first}
 
@@ -90,7 +90,9 @@ def test_the_life_of_a_champion(
         (first, better, "a longer schedule"),
     ]
     assert entries[1].previous == entries[0].digest
-    assert entries[0].verdict.startswith("passed: data validation passed; accuracy 0.9500")
+    assert entries[0].verdict.startswith("passed: data_validation passed; leakage 0; lineage c")
+    assert "; accuracy 0.9667 (champion 0.9500); " in entries[1].verdict
+    assert entries[0].evidence != entries[1].evidence
 
     assert history.main(["--model", model, "--verify"]) == 0
     printed = capsys.readouterr().out
@@ -104,7 +106,7 @@ def test_data_that_failed_validation_is_refused(
     challenge(store, model, wrong=0, validation="failed")
     assert run_promote(model) == 1
     printed = capsys.readouterr().out
-    assert "refused: data validation: failed, where 'passed' is needed" in printed
+    assert "refused: data_validation: failed, where 'passed' is needed" in printed
     assert ledger.entries(model) == []
     assert history.main(["--model", model]) == 0
     assert "nothing was promoted yet" in capsys.readouterr().out
@@ -120,7 +122,7 @@ def test_new_data_is_judged_by_the_floors_once_it_is_accepted(
     assert run_promote(model) == 1
     assert "--accept-new-data" in capsys.readouterr().out
     assert run_promote(model, "--accept-new-data") == 0
-    assert "which was accepted: the floors alone judge" in capsys.readouterr().out
+    assert "which was accepted: the bounds alone judge" in capsys.readouterr().out
     assert aliases(model)["champion"] == newer
     assert "was accepted" in ledger.entries(model)[-1].verdict
 
@@ -163,7 +165,7 @@ def test_of_two_promoters_at_once_exactly_one_wins(store: Path, model: str) -> N
 
     def try_to_promote(number: str) -> None:
         candidate = versions.get(model, number)
-        verdict = promote.judge(candidate, before.champion, gates.load())
+        verdict = judge.judge(candidate, before.champion, gates.load())
         barrier.wait()
         try:
             promote.promote(model, candidate, before, verdict, f"rival {number}", number)

@@ -72,8 +72,8 @@ def make_predictions(
     """A test fold of which the first ``wrong`` tiles are misjudged."""
     labels = np.array([tile % len(classes) for tile in tiles])
     predicted = np.where(np.arange(len(tiles)) < wrong, (labels + 1) % len(classes), labels)
-    probabilities = np.full((len(tiles), len(classes)), 0.1, np.float32)
-    probabilities[np.arange(len(tiles)), predicted] = 1 - 0.1 * (len(classes) - 1)
+    probabilities = np.full((len(tiles), len(classes)), 0.06 / (len(classes) - 1), np.float32)
+    probabilities[np.arange(len(tiles)), predicted] = 0.94
     frame = pd.DataFrame(
         {
             "tile": [f"{classes[k]}/{i}.jpg" for i, k in zip(tiles, labels, strict=True)],
@@ -107,11 +107,12 @@ def make_run(
         folder / "predictions.parquet"
     )
     (folder / "config.yaml").write_text("seed: 0\n")
-    (folder / "split.csv").write_text("tile,sha256,class,fold\n")
+    (folder / "split.csv").write_text("tile,sha256,class,fold\nlearned.jpg,1234,Forest,train\n")
     if leave_out:
         (folder / leave_out).unlink()
     client.log_artifacts(run_id, str(folder))
     client.log_metric(run_id, "test_accuracy", 0.95)
+    client.log_metric(run_id, "onnx_difference", 1e-6)
     if status != "RUNNING":
         client.set_terminated(run_id, status)
     return run_id

@@ -1,0 +1,225 @@
+"""Judge a version against the champion by what is stored of both; nothing is computed anew."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eurosat import cli, logs, tracking
+from registry import evidence, gates, register, tables, versions
+from registry.gates import Fact, Finding, Gates, Verdict
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+VERDICT = "verdict"
+"""Tag of a judged version."""
+HARMLESS = (".json", ".onnx", ".py", ".txt", ".yaml")
+"""Suffixes of a version's files, beside MLmodel: nothing that is unpickled."""
+ADDED = "registered_model_meta"
+"""What MLflow itself puts beside a version's files when it hands them out."""
+MB = 1e6
+
+
+def judge(
+    candidate: "ModelVersion",
+    champion: "ModelVersion | None",
+    bars: Gates,
+    *,
+    accept_new_data: bool = False,
+) -> Verdict:
+    """Judge by what the two versions and their runs hold.
+
+    Raises:
+        TrackingError: a run, its predictions or its split cannot be read.
+        ModelError: they are not what training writes.
+    """
+    run = tracking.get(versions.run_of(candidate))
+    ours = evidence.read(run.run_id)
+    theirs = evidence.read(versions.run_of(champion)) if champion else None
+    learned = evidence.learned_from(run.run_id)
+    known = learned | (evidence.learned_from(versions.run_of(champion)) if champion else set())
+    compared = evidence.compare(ours, theirs, known, accept_new_data=accept_new_data)
+    why = {fact.name: fact for fact in bars.facts}
+    facts = (
+        _validation(run, why["data_validation"]),
+        _leakage(ours, learned, why["leakage"]),
+        _lineage(run, why["lineage"]),
+        _signature(candidate, champion, ours, theirs, why["signature"]),
+        _files(candidate, why["files"]),
+    )
+    comparable = Finding(
+        gate="test_tiles", value=str(len(ours.frame)), refusal=compared.refusal,
+        champion=str(len(theirs.frame)) if theirs else gates.NONE,
+        why="figures of other tiles do not compare",
+    )  # fmt: skip
+    stored = {**compared.candidate, **_stored(run, candidate)}
+    return Verdict(
+        findings=(
+            *facts,
+            comparable,
+            *gates.judge(stored, compared.champion, bars.figures),
+            gates.judge_difference(compared.paired, bars.difference),
+        ),
+        notes=compared.notes,
+        evidence=evidence.digest([ours, *([theirs] if theirs else [])], bars),
+    )
+
+
+def _stored(run: tracking.FinishedRun, version: "ModelVersion") -> dict[str, float]:
+    """Figures of the served forms: how far they are from the trained network, and how large."""
+    found: dict[str, float] = {}
+    if "onnx_difference" in run.metrics:
+        found["onnx_difference"] = run.metrics["onnx_difference"]
+    sizes = json.loads(version.tags.get(register.FILES, "{}"))
+    networks = {name: told[1] for name, told in sizes.items() if name.endswith(".onnx")}
+    if networks:
+        found["size_mb"] = max(networks.values()) / MB
+    if not any(name.endswith(register.NETWORK_INT8) for name in networks):
+        found["int8_loss"] = 0.0  # no such form is served
+    elif {"test_accuracy", "int8_accuracy"} <= run.metrics.keys():
+        found["int8_loss"] = run.metrics["test_accuracy"] - run.metrics["int8_accuracy"]
+    return found
+
+
+def _about(fact: Fact, value: str, refusal: str = "", **further: str) -> Finding:
+    off = {"off": fact.off} if fact.off else {}
+    return Finding(gate=fact.name, value=value, refusal=refusal, why=fact.why, **off, **further)
+
+
+def _validation(run: tracking.FinishedRun, fact: Fact) -> Finding:
+    state = run.tags.get(register.VALIDATION)
+    refusal = (
+        ""
+        if state == "passed"
+        else f"data_validation: {state or 'not recorded'}, where 'passed' is needed: run "
+        "`python -m expectations.validate` and train again"
+    )
+    return _about(fact, state or gates.NONE, refusal, bar="passed")
+
+
+def _leakage(ours: evidence.Predictions, learned: set[str], fact: Fact) -> Finding:
+    """Test tiles that it has learned from."""
+    tiles = set(ours.frame["sha256"])
+    known = len(tiles & learned)
+    refusal = (
+        f"leakage: {known} of {len(tiles)} test tiles were learned from: let `eurosat.split` make "
+        "the split, and train again"
+    )
+    return _about(fact, str(known), refusal if known else "", bar="0")
+
+
+def _lineage(run: tracking.FinishedRun, fact: Fact) -> Finding:
+    lacking = [name for name in register.TAGS if not run.tags.get(name)]
+    commit = run.tags.get("code.commit", "")
+    refusal = f"lineage: the run does not say {', '.join(lacking)}: train again" if lacking else ""
+    told = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
+    return _about(fact, told or gates.NONE, refusal)
+
+
+def _signature(
+    candidate: "ModelVersion", champion: "ModelVersion | None",
+    ours: evidence.Predictions, theirs: evidence.Predictions | None, fact: Fact,
+) -> Finding:  # fmt: skip
+    """What clients send, and the classes that they are told."""
+    if fact.off or champion is None or theirs is None:
+        return _about(fact, gates.NONE)
+    one, other = (_interface(version) for version in (candidate, champion))
+    refusal = ""
+    if one != other:
+        refusal = f"signature: it takes {one}, and the champion {other}"
+    elif ours.classes != theirs.classes:
+        refusal = (
+            f"signature: it tells {', '.join(ours.classes)} apart, and the champion "
+            f"{', '.join(theirs.classes)}"
+        )
+    return _about(fact, "other" if refusal else "equal", refusal, bar="equal")
+
+
+def _interface(version: "ModelVersion") -> dict[str, Any]:
+    from mlflow.models import get_model_info
+
+    with tracking.explained(f"signature of version {version.version}"):
+        signature = get_model_info(f"models:/{version.name}/{version.version}").signature
+    told: dict[str, Any] = signature.to_dict() if signature else {}
+    return {name: told.get(name) for name in ("inputs", "params")}
+
+
+def _files(version: "ModelVersion", fact: Fact) -> Finding:
+    """Every file of the version is the one that was registered, and none is unpickled."""
+    from mlflow.artifacts import download_artifacts
+
+    if fact.off:
+        return _about(fact, gates.NONE)
+    registered = {
+        name: told[0] for name, told in json.loads(version.tags.get(register.FILES, "{}")).items()
+    }
+    if not registered:
+        return _about(
+            fact, gates.NONE, "files: their sha256 was not recorded: register its run anew"
+        )
+    with tempfile.TemporaryDirectory() as folder, tracking.explained("files of the version"):
+        held = register.listed(
+            Path(download_artifacts(f"models:/{version.name}/{version.version}", dst_path=folder))
+        )
+    found = {name: sha256 for name, (sha256, _) in held.items()}
+    changed = sorted({name for name, _ in found.items() ^ registered.items()} - {ADDED})
+    strange = [name for name in found if not _harmless(name)]
+    refusal = ""
+    if changed:
+        refusal = f"files: {', '.join(changed[:3])} differ from what was registered"
+    elif strange:
+        refusal = f"files: {', '.join(strange[:3])} could be executed by whoever loads them"
+    return _about(fact, f"{len(found)} intact" if not refusal else "changed", refusal)
+
+
+def _harmless(name: str) -> bool:
+    return name in ("MLmodel", ADDED) or Path(name).suffix in HARMLESS
+
+
+def show(verdict: Verdict) -> None:
+    from rich.table import Table
+
+    table = Table("gate", "value", "champion's", "bar", "verdict", "why")
+    for found in verdict.findings:
+        why = f"switched off: {found.off}" if found.off else found.why
+        table.add_row(found.gate, found.value, found.champion, found.bar, found.verdict, why)
+    tables.show(table)
+    for note in verdict.notes:
+        print(f"note: {note}")
+    for refusal in verdict.refusals:
+        print(f"refused: {refusal}")
+
+
+def tag(model: str, number: str, verdict: Verdict) -> None:
+    with tracking.explained(f"tag of version {number}"):
+        versions.client().set_model_version_tag(model, number, VERDICT, str(verdict))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.parser(
+        "registry.judge",
+        "Judge VERSION by what is stored of it, and change nothing: exit 1 where it is refused.",
+    )
+    parser.add_argument("version", metavar="VERSION")
+    parser.add_argument("--against", default=versions.CHAMPION, help="an alias or a number")
+    parser.add_argument("--model", default=versions.MODEL, help="registered model")
+    parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, a table per figure")
+    parser.add_argument("--accept-new-data", action="store_true", help="as in registry.promote")
+    args = parser.parse_args(argv)
+    logs.setup(args.log_level)
+    bars = gates.load(args.gates)
+    candidate = versions.named(args.model, args.version)
+    against = (
+        versions.get(args.model, args.against)
+        if args.against.isdecimal()
+        else versions.by_alias(args.model, args.against)
+    )
+    verdict = judge(candidate, against, bars, accept_new_data=args.accept_new_data)
+    show(verdict)
+    return cli.OK if verdict.passed else cli.NEGATIVE
+
+
+if __name__ == "__main__":
+    cli.finish(main)

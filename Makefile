@@ -12,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms sweep-ui lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms bench-registry sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,9 @@ tune-serving: .venv/product wrk ## the processes and batches that serve fastest 
 bench-forms: .venv/product ## FP32, INT8, bf16, compiled and pruned forms of a run's network (RUN=id)
 	$(BIN)/python -m benchmarks.forms $(RUN) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
+
+bench-registry: .venv/product ## how long a judgement and a rollback take, and how often chance promotes
+	$(BIN)/python -m benchmarks.registry $(BENCH_ARGS)
 
 sweep-ui: .venv/product ## look at the studies while they run (STORAGE=sqlite:///optuna.db)
 	$(BIN)/optuna-dashboard $(STORAGE)

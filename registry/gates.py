@@ -75,6 +75,8 @@ class Difference:
     """Of the exact McNemar test, and of the paired bootstrap interval of the difference."""
     tolerance: float = 0.005
     """Loss of accuracy that the interval must exclude; else the tiles are too few to tell."""
+    better: bool = False
+    """The test must call the candidate better, and not only fail to call it worse."""
     off: str = ""
     why: str = "so small a gain or loss may be chance"
 
@@ -212,13 +214,20 @@ def judge_difference(right: "Paired | None", bar: Difference) -> Finding:
     if right is None or bar.off:
         return found
     low, high = right.interval(bar.alpha)
+    told = right.p_value < bar.alpha
+    better, worse = told and right.difference > 0, told and right.difference < 0
+    counts = f"{right.only_candidate} tiles won and {right.only_champion} lost"
     refusal = ""
-    if right.difference < 0 and right.p_value < bar.alpha:
+    if worse:
         refusal = (
-            f"difference: worse than the champion, {right.only_candidate} tiles won and "
-            f"{right.only_champion} lost (exact McNemar p = {right.p_value:.2g})"
+            f"difference: worse than the champion, {counts} (exact McNemar p = {right.p_value:.2g})"
         )
-    elif low < -bar.tolerance and not (right.difference > 0 and right.p_value < bar.alpha):
+    elif bar.better and not better:
+        refusal = (
+            f"difference: {right.tiles} tiles are not enough to tell that it is better, {counts} "
+            f"(exact McNemar p = {right.p_value:.2g}, and {bar.alpha:g} is asked for)"
+        )
+    elif low < -bar.tolerance and not better:
         refusal = (
             f"difference: {right.tiles} tiles are not enough to tell: accuracy differs by "
             f"{low:+.4f} to {high:+.4f}, and a loss of {bar.tolerance:g} must be ruled out"

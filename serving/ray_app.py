@@ -29,7 +29,7 @@ USAGE = """python -m serving.ray_app [key=value ...]
 
   ray_address=HEAD:6379   a cluster; without it one is started on this machine
   host=127.0.0.1 port=8000 replicas=1 cpus=1   model=models:/eurosat@champion
-  poll=5 keys=FILE open=false form=auto|fp32|int8 max_batch=16 log_level=info
+  poll=1 keys=FILE open=false form=auto|fp32|int8 max_batch=16 log_level=info
 """
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRACE_S = 10.0
-POLL_S = 5.0
+POLL_S = 1.0
 
 
 def loopback(host: str) -> bool:

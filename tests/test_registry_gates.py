@@ -129,6 +129,8 @@ def test_a_difference_is_told_from_chance(won: int, lost: int, said: str) -> Non
     found = judge_difference(paired, Difference())
     assert said in found.refusal
     assert bool(said) == bool(found.refusal)
+    strict = judge_difference(paired, Difference(better=True)).refusal
+    assert bool(strict) == ((won, lost) != (60, 20))
     low, high = paired.interval(0.05)
     assert low <= paired.difference <= high
     assert judge_difference(paired, Difference(off="not here")).verdict == "off"

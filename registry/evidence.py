@@ -118,6 +118,15 @@ def figures(predictions: Predictions) -> dict[str, float]:
     return found | {"worst_recall": min(v for k, v in found.items() if k.startswith(RECALL))}
 
 
+def intervals(predictions: Predictions, resamples: int) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals of the figures; empty as they are."""
+    from eurosat import metrics
+
+    if (arrays := _arrays(predictions)) is None:
+        return {}
+    return metrics.intervals(*arrays, predictions.classes, resamples=resamples)
+
+
 def _arrays(predictions: Predictions) -> "tuple[Labels, Floats] | None":
     """(N,) labels and (N, K) probabilities, if those are numbers in [0, 1]."""
     import numpy as np

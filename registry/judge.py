@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs, tracking
-from registry import evidence, gates, register, tables, versions
+from registry import card, evidence, gates, register, tables, versions
 from registry.gates import Fact, Finding, Gates, Verdict
 
 if TYPE_CHECKING:
@@ -193,8 +193,10 @@ def show(verdict: Verdict) -> None:
 
 
 def tag(model: str, number: str, verdict: Verdict) -> None:
+    """Leave the verdict with the version, and in its card."""
     with tracking.explained(f"tag of version {number}"):
         versions.client().set_model_version_tag(model, number, VERDICT, str(verdict))
+    card.write(model, number)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError, ModelError, TrackingError
-from registry import evidence, versions
+from registry import card, evidence, versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +60,7 @@ def register(reference: str, model: str, alias: str) -> str:
     else:
         _check(run)
         number = _create(run, model)
+        card.write(model, number)
         log.info("run %s is %s version %s", run.run_id, model, number)
     champion = versions.by_alias(model, versions.CHAMPION)
     if champion is None or str(champion.version) != number:

@@ -1,0 +1,301 @@
+"""Webhooks of a real MLflow server judge what is registered, whatever is lost, forged or killed."""
+
+import base64
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+from cryptography.fernet import Fernet
+from mlflow import MlflowClient
+
+from benchmarks.server import free_port, mlflow_server
+from eurosat import cli
+from eurosat.errors import ConfigError
+from registry import history, inbox, ledger, receiver, versions, webhooks
+from registry.inbox import Inbox, Job
+from tests.servers import ROOT, until
+from tests.test_registry_ledger import point
+from tests.test_registry_promote import aliases, challenge
+from tests.test_registry_register import MLFLOW_WARNS
+
+pytestmark = MLFLOW_WARNS
+SECRET = "between the two"
+MODEL = "eurosat"
+WAIT_S = 60.0
+BURST = 500
+
+
+def body(event: str = receiver.CREATED, version: str = "1", **data: str) -> bytes:
+    entity, _, action = event.partition(".")
+    told = {"name": MODEL, "version": version, **data}
+    return json.dumps({"entity": entity, "action": action, "data": told}).encode()
+
+
+def signed(payload: bytes, id_: str = "d1", age_s: float = 0, key: str = SECRET) -> dict[str, str]:
+    stamp = str(int(time.time() - age_s))
+    digest = hmac.new(key.encode(), f"{id_}.{stamp}.".encode() + payload, hashlib.sha256).digest()
+    return {
+        "x-mlflow-delivery-id": id_, "x-mlflow-timestamp": stamp,
+        "x-mlflow-signature": f"v1,{base64.b64encode(digest).decode()}",
+    }  # fmt: skip
+
+
+def test_a_delivery_that_mlflow_signed_lately_is_taken() -> None:
+    payload = body()
+    assert receiver.check(SECRET, signed(payload), payload, time.time()) == "d1"
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 401),
+        (signed(body(), key="another"), 401),
+        (signed(body(version="2")), 401),
+        (signed(body()) | {"x-mlflow-delivery-id": "d2"}, 401),
+        (signed(body()) | {"x-mlflow-signature": "v1,"}, 401),
+        (signed(body()) | {"x-mlflow-signature": "\u00e4"}, 401),
+        (signed(body(), id_=""), 401),
+        (signed(body(), age_s=301), 400),
+        (signed(body(), age_s=-301), 400),
+    ],
+)
+def test_a_delivery_that_is_forged_or_stale_is_refused(
+    headers: dict[str, str], status: int
+) -> None:
+    with pytest.raises(receiver.Refused) as refused:
+        receiver.check(SECRET, headers, body(), time.time())
+    assert refused.value.status == status
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"entity": 1, "action": 2}']
+)
+def test_what_is_no_event_is_refused(payload: bytes) -> None:
+    with pytest.raises(receiver.Refused) as refused:
+        receiver.read("d1", payload)
+    assert refused.value.status == 400
+
+
+def test_events_that_ask_for_nothing_are_let_pass() -> None:
+    assert receiver.read("d1", body("model_version_tag.set")) is None
+    of_the_ledger = body().replace(MODEL.encode(), b"eurosat.ledger")
+    assert receiver.read("d1", of_the_ledger) is None
+    moved = receiver.read("d1", body(receiver.MOVED, alias="champion"))
+    assert moved is not None
+    assert (moved.version, moved.told) == ("1", "champion")
+
+
+def job(id_: str) -> Job:
+    return Job(id=id_, event=receiver.CREATED, model=MODEL, version="1", told="")
+
+
+def test_the_inbox_outlives_its_process_and_takes_a_delivery_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inbox, "FIRST_PAUSE_S", 0.0)
+    box = Inbox(tmp_path / "inbox.db")
+    assert box.accept(job("a"))
+    assert box.accept(job("b"))
+    assert not box.accept(job("a")), "replayed"
+    box.close()
+    box = Inbox(tmp_path / "inbox.db")
+    first = box.next(0)
+    assert first is not None
+    assert first.id == "a"
+    box.finish(first, "done")
+    assert not box.accept(job("a")), "replayed after it was done"
+    for tries in range(inbox.MOST_TRIES):
+        second = box.next(0)
+        assert second is not None
+        assert (second.id, second.tries) == ("b", tries)
+        assert box.fail(second, "no") == (tries + 1 < inbox.MOST_TRIES)
+    assert box.next(0) is None
+    assert [one.said for one in box.dead()] == ["no"]
+    assert box.counts() == {"waiting": 0, "done": 1, "dead": 1}
+    assert box.revive() == 1
+    assert box.next(0) is not None
+    box.forget(days=0)
+    assert box.counts()["done"] == 0
+
+
+def test_an_inbox_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        Inbox(tmp_path / "file" / "inbox.db")
+
+
+def test_without_a_secret_nobody_is_listened_to(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv(receiver.VARIABLE, raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.finish(receiver.main, ["--inbox", str(tmp_path / "inbox.db")])
+    assert stopped.value.code == cli.BAD_INPUT
+    assert f"{receiver.VARIABLE} is not set" in capfd.readouterr().err
+
+
+@dataclass
+class Service:
+    """`python -m registry.receiver`, started and killed at will."""
+
+    folder: Path
+    port: int
+    flags: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "registry.receiver", "--port", str(self.port)]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        with (self.folder / "receiver.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "--inbox", str(self.folder / "inbox.db"), *flags], stdout=log,
+                stderr=log, cwd=self.folder, env=os.environ | {"PYTHONPATH": path},
+            )  # fmt: skip
+        until(lambda: bool(self.counts()), WAIT_S, "a receiver that answers")
+
+    def counts(self) -> dict[str, int]:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "receiver.log").read_text()[-2000:]
+        with contextlib.suppress(requests.RequestException):
+            told: dict[str, int] = requests.get(f"{self.url}/health", timeout=5).json()
+            return told
+        return {}
+
+    def send(self, payload: bytes, id_: str) -> requests.Response:
+        return requests.post(
+            f"{self.url}/webhook", payload, headers=signed(payload, id_), timeout=10
+        )
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(timeout=30)
+
+    def stop(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """With a real MLflow server, which signs what it delivers to loopback."""
+    folder = tmp_path_factory.mktemp("life")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "http,https")
+        patch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
+        patch.setenv("MLFLOW_WEBHOOK_CACHE_TTL", "0")
+        patch.setenv("MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY", Fernet.generate_key().decode())
+        patch.setenv(receiver.VARIABLE, SECRET)
+        patch.chdir(folder)
+        with mlflow_server(folder) as port:
+            patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+            yield folder
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path) -> Iterator[Service]:
+    service = Service(folder, free_port())
+    service.start("--promote")
+    assert webhooks.main(["install", f"{service.url}/webhook"]) == cli.OK
+    yield service
+    assert service.stop() == cli.TERMINATED
+
+
+def champion_is(number: str) -> bool:
+    return versions.holds(MODEL, versions.CHAMPION, number)
+
+
+def settled(service: Service) -> bool:
+    return service.counts()["waiting"] == 0
+
+
+def test_a_life_by_webhooks_alone(folder: Path, service: Service) -> None:
+    first = challenge(folder, MODEL, wrong=30)
+    until(lambda: champion_is(first), WAIT_S, "the first is champion")
+    worse = challenge(folder, MODEL, wrong=60)
+
+    def refused() -> bool:
+        return versions.get(MODEL, worse).tags.get("verdict", "").startswith("refused: accuracy")
+
+    until(refused, WAIT_S, "the worse one is refused with its reasons")
+    until(lambda: settled(service), WAIT_S, "all is done")
+    assert aliases(MODEL) == {"champion": first}, "who is refused challenges nobody"
+
+    service.kill()  # what happens now is told to nobody
+    missed = challenge(folder, MODEL, wrong=20)
+    service.start("--promote")
+    until(lambda: champion_is(missed), WAIT_S, "a lost delivery is only late")
+    assert [one.to_version for one in ledger.entries(MODEL)] == [first, missed]
+    assert ledger.entries(MODEL)[-1].actor == receiver.ACTOR
+
+    point(MODEL, worse)
+    until(lambda: ledger.entries(MODEL)[-1].action == ledger.BY_HAND, WAIT_S, "a hand is noticed")
+    until(lambda: settled(service), WAIT_S, "all is done")
+    assert aliases(MODEL) == {"champion": worse, "previous": missed}
+    assert history.verify(MODEL) == []
+    assert requests.get(f"{service.url}/dead", timeout=5).json() == []
+
+
+def test_forged_replayed_and_oversized_deliveries_change_nothing(service: Service) -> None:
+    entered = len(ledger.entries(MODEL))
+    taken = service.send(body(version="1"), "replayed")
+    assert taken.json() == {"taken": True}
+    assert service.send(body(version="1"), "replayed").json() == {"taken": False}
+    payload = body()
+    forged = requests.post(
+        f"{service.url}/webhook", payload, headers=signed(payload, key="guessed"), timeout=10
+    )
+    assert forged.status_code == 401
+    assert service.send(b"x" * 70_000, "large").status_code == 413
+    assert service.send(body(version="999"), "deleted").json() == {"taken": True}
+    until(lambda: settled(service), WAIT_S, "all is done")
+    assert len(ledger.entries(MODEL)) == entered
+
+
+def test_a_burst_is_taken_at_once_and_worked_off_though_the_receiver_is_killed(
+    service: Service,
+) -> None:
+    before = service.counts()["done"]
+    started = time.monotonic()
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(
+            clients.map(lambda n: service.send(body(version="1"), f"burst-{n}"), range(BURST))
+        )
+    spent_ms = (time.monotonic() - started) / BURST * 1e3
+    assert all(answer.json() == {"taken": True} for answer in answers)
+    print(f"{BURST} deliveries, {spent_ms:.1f} ms each")
+    service.kill()
+    service.start("--promote")
+    until(lambda: service.counts()["done"] >= before + BURST, 4 * WAIT_S, "the burst is done")
+    assert service.counts()["dead"] == 0
+    assert history.verify(MODEL) == []
+
+
+def test_webhooks_are_installed_once_listed_tried_and_removed(
+    service: Service, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert webhooks.main(["install", f"{service.url}/webhook"]) == cli.OK
+    capsys.readouterr()
+    assert webhooks.main(["list"]) == cli.OK
+    (hook,) = json.loads(capsys.readouterr().out)
+    assert hook["url"] == f"{service.url}/webhook"
+    assert webhooks.main(["test"]) == cli.OK
+    assert capsys.readouterr().out.count(": taken") == len(receiver.EVENTS)
+    assert webhooks.main(["remove"]) == cli.OK
+    assert MlflowClient().list_webhooks() == []

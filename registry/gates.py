@@ -3,7 +3,7 @@
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from eurosat.config import build
@@ -17,9 +17,13 @@ FACTS = {
     "leakage": "a tile that was learned from tells nothing",
     "lineage": "what nobody can make again, nobody can mend",
     "signature": "the champion's clients must understand its successor",
+    "approval": "a person takes the responsibility",
+    "retired": "who was taken out of service does not come back by itself",
     "files": "what is served is what was registered, and runs nobody else's code",
 }
 """Gates that hold or do not, and why they stand; a file of gates may only switch them off."""
+USUALLY_OFF = {"approval": "nobody has to be asked"}
+"""Facts that a file has to switch on, by `off = ""`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,7 +103,9 @@ class Fact:
 
 
 def _facts() -> tuple[Fact, ...]:
-    return tuple(Fact(name=name, why=why) for name, why in FACTS.items())
+    return tuple(
+        Fact(name=name, why=why, off=USUALLY_OFF.get(name, "")) for name, why in FACTS.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,8 +190,7 @@ def load(file: Path = FILE) -> Gates:
         figures=tuple(figures),
         difference=build(Difference, tables.get("difference", {}), "difference"),
         facts=tuple(
-            build(Fact, {"name": name, "why": why} | tables.get(name, {}), name)
-            for name, why in FACTS.items()
+            build(Fact, asdict(fact) | tables.get(fact.name, {}), fact.name) for fact in _facts()
         ),
     )
 

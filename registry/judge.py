@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eurosat import cli, logs, tracking
 from registry import card, evidence, gates, register, tables, versions
 from registry.gates import Fact, Finding, Gates, Verdict
+from registry.opinions import APPROVAL, APPROVED, RETIRED, Opinion
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -47,6 +48,8 @@ def judge(
         _leakage(ours, learned, why["leakage"]),
         _lineage(run, why["lineage"]),
         _signature(candidate, champion, ours, theirs, why["signature"]),
+        _approval(candidate, why["approval"]),
+        _retired(candidate, why["retired"]),
         _files(candidate, why["files"]),
     )
     comparable = Finding(
@@ -144,6 +147,27 @@ def _interface(version: "ModelVersion") -> dict[str, Any]:
         signature = get_model_info(f"models:/{version.name}/{version.version}").signature
     told: dict[str, Any] = signature.to_dict() if signature else {}
     return {name: told.get(name) for name in ("inputs", "params")}
+
+
+def _approval(version: "ModelVersion", fact: Fact) -> Finding:
+    """What `python -m registry.approve` has left with the version."""
+    if fact.off:
+        return _about(fact, gates.NONE)
+    said = Opinion.of(version, APPROVAL)
+    if said is None:
+        return _about(fact, "waits", (
+            f"approval: version {version.version} waits for a person: `python -m registry.approve "
+            f"{version.version} --why ...`"
+        ))  # fmt: skip
+    value = f"{said.word} by {said.by}"
+    return _about(fact, value, "" if said.word == APPROVED else f"approval: {value}: {said.why}")
+
+
+def _retired(version: "ModelVersion", fact: Fact) -> Finding:
+    said = Opinion.of(version, RETIRED)
+    if fact.off or said is None:
+        return _about(fact, gates.NONE)
+    return _about(fact, f"by {said.by}", f"retired: by {said.by}: {said.why}")
 
 
 def _files(version: "ModelVersion", fact: Fact) -> Finding:

@@ -29,6 +29,7 @@ from eurosat.config import usual_cache
 from eurosat.errors import ConfigError, EuroSATError, TrackingError
 from registry import gates, judge, ledger, versions
 from registry.inbox import Inbox, Job
+from registry.opinions import APPROVAL
 from registry.promote import promote
 from registry.reconcile import Standing, last_kept, reconcile
 from registry.rollback import rollback
@@ -45,9 +46,11 @@ LOOK_S = 30.0
 KEPT_DAYS = 14.0
 ACTOR = "registry.receiver"
 CREATED, MOVED = "model_version.created", "model_version_alias.created"
-EVENTS: tuple[Literal["model_version.created", "model_version_alias.created",
-                      "model_version_alias.deleted"], ...] = (
-    "model_version.created", "model_version_alias.created", "model_version_alias.deleted",
+SAID = "model_version_tag.set"
+EVENTS: tuple[Literal["model_version.created", "model_version_tag.set",
+                      "model_version_alias.created", "model_version_alias.deleted"], ...] = (
+    "model_version.created", "model_version_tag.set", "model_version_alias.created",
+    "model_version_alias.deleted",
 )  # fmt: skip
 SERVED_S = 60.0
 """That serving has to answer with a new champion."""
@@ -90,14 +93,17 @@ def read(id_: str, body: bytes) -> Job | None:
         Refused: it is no event of MLflow's.
     """
     try:
-        told = json.loads(body)
-        event, data = f"{told['entity']}.{told['action']}", told["data"]
+        whole = json.loads(body)
+        event, data = f"{whole['entity']}.{whole['action']}", whole["data"]
         model, version = str(data["name"]), str(data.get("version", ""))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(400, "not an event of MLflow's registry") from error
+    told = str(data.get("key" if event == SAID else "alias", ""))
     if event not in EVENTS or model.endswith(ledger.name_of("")):
         return None
-    return Job(id=id_, event=event, model=model, version=version, told=str(data.get("alias", "")))
+    if event == SAID and told != APPROVAL:
+        return None
+    return Job(id=id_, event=event, model=model, version=version, told=told)
 
 
 class Receiver:
@@ -105,7 +111,7 @@ class Receiver:
 
     def __init__(
         self, model: str, inbox: Inbox, secret: str, *, promotes: bool = False,
-        serving: str | None = None, served_s: float = SERVED_S,
+        serving: str | None = None, served_s: float = SERVED_S, bars: Path = gates.FILE,
     ) -> None:  # fmt: skip
         """``promotes``: what passes every gate becomes champion, and not challenger alone.
 
@@ -114,6 +120,7 @@ class Receiver:
         """
         self._model, self._inbox, self._secret = model, inbox, secret
         self._promotes, self._serving, self._served_s = promotes, serving, served_s
+        self._gates = bars
         self._stop = threading.Event()
         self._looked = -math.inf
 
@@ -180,8 +187,8 @@ class Receiver:
 
     def handle(self, job: Job) -> str:
         """What came of it; the registry as it is now decides, whatever order events came in."""
-        if job.event == CREATED:
-            return self.judged(job.version)
+        if job.event in (CREATED, SAID):
+            return self.judged(job.version, again=job.event == SAID)
         standing = reconcile(job.model)
         if job.told == versions.CHAMPION and standing.champion and self._serving:
             return self._see_served(standing, self._serving)
@@ -213,10 +220,10 @@ class Receiver:
         rollback(self._model, to, standing, why, ACTOR)
         return f"rolled back to version {to}: {why}"
 
-    def judged(self, number: str) -> str:
+    def judged(self, number: str, *, again: bool = False) -> str:
         """Judge a version that was not judged before; who passes challenges, or takes the place.
 
-        One whose judgement was cut off is judged again.
+        One whose judgement was cut off is judged again, and one of which a person spoke since.
         """
         if not versions.exists(self._model, number):
             return "it was deleted meanwhile"
@@ -226,9 +233,9 @@ class Receiver:
         before = reconcile(self._model)
         if number in {entry.to_version for entry in ledger.entries(self._model)}:
             return "it has been champion"
-        if version.tags.get(judge.VERDICT, "").startswith("refused"):
+        if version.tags.get(judge.VERDICT, "").startswith("refused") and not again:
             return "it was judged before"
-        verdict = judge.judge(version, before.champion, gates.load())
+        verdict = judge.judge(version, before.champion, gates.load(self._gates))
         if verdict.passed and self._promotes:
             promote(self._model, version, before, verdict, "it passed every gate", ACTOR)
             return f"promoted: {verdict}"
@@ -267,6 +274,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--port", type=int, default=5002)
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     parser.add_argument("--promote", action="store_true", help="what passes becomes champion")
+    parser.add_argument("--gates", type=Path, default=gates.FILE, help="read for each judgement")
     parser.add_argument("--serving", metavar="URL", help="must answer with each new champion")
     parser.add_argument("--inbox", type=Path, default=usual_cache() / "inbox.db", metavar="FILE")
     parser.add_argument("--dead", action="store_true", help="list what was given up, and end")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from eurosat import tracking
 from registry import ledger, versions
+from registry.opinions import RETIRED
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -79,8 +80,14 @@ def follow(model: str, entries: Sequence[ledger.Entry]) -> None:
 
 
 def last_kept(model: str, numbers: Sequence[str]) -> str | None:
-    """The last of these versions that nobody has deleted."""
-    return next((number for number in reversed(numbers) if versions.exists(model, number)), None)
+    """The last of these versions that nobody has deleted or retired."""
+    return next((number for number in reversed(numbers) if _in_service(model, number)), None)
+
+
+def _in_service(model: str, number: str) -> bool:
+    if not versions.exists(model, number):
+        return False
+    return RETIRED not in versions.get(model, number).tags
 
 
 def _point(model: str, alias: str, number: str | None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError, TrackingError
 from registry import ledger, versions
+from registry.opinions import RETIRED, Opinion
 from registry.reconcile import Standing, last_kept, reconcile
 
 
@@ -30,7 +31,10 @@ def target(model: str, standing: Standing, asked: str | None) -> str:
         raise ConfigError(
             f"{model} version {asked} never was champion ({known} were): promote it instead"
         )
-    versions.get(model, asked)
+    if said := Opinion.of(versions.get(model, asked), RETIRED):
+        raise ConfigError(
+            f"{model} version {asked} was retired by {said.by} ({said.why}): say another --to"
+        )
     return asked
 
 

@@ -13,6 +13,7 @@ from registry import evidence, ledger
 from registry.evidence import Predictions, compare, figures
 from registry.gates import (
     FACTS,
+    USUALLY_OFF,
     Difference,
     Finding,
     Gate,
@@ -159,7 +160,8 @@ def test_the_gates_of_the_house_are_read() -> None:
     }
     assert [gate.metric for gate in bars.values() if gate.wins] == ["accuracy"]
     assert all(gate.why and not gate.off for gate in house.figures)
-    assert all(fact.why and not fact.off for fact in house.facts)
+    assert {fact.name for fact in house.facts if fact.off} == {"approval"}
+    assert all(fact.why for fact in house.facts)
     assert [fact.name for fact in house.facts] == list(FACTS)
 
 
@@ -167,7 +169,9 @@ def test_a_fact_is_switched_off_with_its_reason(tmp_path: Path) -> None:
     file = tmp_path / "gates.toml"
     file.write_text("[accuracy]\nfloor = 0.9\nwhy = 'x'\n[leakage]\noff = 'the split is gone'")
     facts = {fact.name: fact.off for fact in load(file).facts}
-    assert facts == dict.fromkeys(FACTS, "") | {"leakage": "the split is gone"}
+    assert facts == dict.fromkeys(FACTS, "") | USUALLY_OFF | {"leakage": "the split is gone"}
+    file.write_text("[accuracy]\nfloor = 0.9\nwhy = 'x'\n[approval]\noff = ''")
+    assert not any(fact.off for fact in load(file).facts)
     file.write_text("[accuracy]\nfloor = 0.9\nwhy = 'x'\n[leakage]\nfloor = 1")
     with pytest.raises(ConfigError, match=r"unknown key leakage\.floor"):
         load(file)

@@ -88,7 +88,10 @@ def test_what_is_no_event_is_refused(payload: bytes) -> None:
 
 
 def test_events_that_ask_for_nothing_are_let_pass() -> None:
-    assert receiver.read("d1", body("model_version_tag.set")) is None
+    assert receiver.read("d1", body(receiver.SAID, key="verdict")) is None
+    said = receiver.read("d1", body(receiver.SAID, key="approval", value="{}"))
+    assert said is not None
+    assert said.told == "approval"
     of_the_ledger = body().replace(MODEL.encode(), b"eurosat.ledger")
     assert receiver.read("d1", of_the_ledger) is None
     moved = receiver.read("d1", body(receiver.MOVED, alias="champion"))

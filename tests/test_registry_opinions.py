@@ -1,0 +1,77 @@
+"""What people say of versions: approved, rejected, retired."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from eurosat import cli
+from eurosat.errors import ConfigError, EuroSATError
+from registry import approve, ledger, opinions, reconcile, retire, versions
+from tests.test_registry_ledger import run_rollback
+from tests.test_registry_promote import aliases, challenge, run_promote
+from tests.test_registry_register import MLFLOW_WARNS, tracking_store
+
+pytestmark = MLFLOW_WARNS
+
+
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with tracking_store(tmp_path_factory) as folder:
+        yield folder
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> str:
+    return f"m{abs(hash(request.node.name))}"
+
+
+def test_a_version_waits_for_a_person_where_one_is_asked(
+    store: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "gates.toml"
+    file.write_text("[accuracy]\nfloor = 0.9\nwhy = 'x'\n[approval]\noff = ''\n")
+    asked = ("--gates", str(file))
+    number = challenge(store, model, wrong=30)
+    assert run_promote(model, *asked) == 1
+    assert f"approval: version {number} waits for a person" in capsys.readouterr().out
+    told = ["--model", model, "--by", "ann"]
+    assert approve.main([number, "--why", "not yet", "--reject", *told]) == cli.OK
+    assert run_promote(model, *asked) == 1
+    assert "approval: rejected by ann: not yet" in capsys.readouterr().out
+    assert approve.main([number, "--why", "now it may", *told]) == cli.OK
+    assert run_promote(model, *asked) == 0
+    assert "approval approved by ann" in ledger.entries(model)[-1].verdict
+    with pytest.raises(ConfigError, match="over 2000"):
+        approve.main([number, "--why", "x" * 2001, *told])
+
+
+def test_who_is_retired_challenges_nobody_and_is_not_gone_back_to(
+    store: Path, model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    numbers = []
+    for wrong in (40, 30, 20):
+        numbers.append(challenge(store, model, wrong))
+        assert run_promote(model) == 0
+    first, second, third = numbers
+    with pytest.raises(EuroSATError, match="is the champion: roll back"):
+        retire.main([third, "--why", "no", "--model", model])
+    assert retire.main([second, "--why", "it cannot tell rivers", "--model", model]) == cli.OK
+    assert aliases(model) == {"champion": third, "previous": first}
+    assert run_rollback(model, "--why", "no", "--to", second) == 2
+    assert "was retired by" in capfd.readouterr().err
+    assert run_promote(model, second) == 1
+    assert "it cannot tell rivers" in " ".join(capfd.readouterr().out.split())
+    assert run_rollback(model, "--why", "back") == 0
+    assert aliases(model)["champion"] == first
+    fourth = challenge(store, model, wrong=10)
+    assert retire.main([fourth, "--why", "of the wrong data", "--model", model]) == cli.OK
+    assert "challenger" not in aliases(model)
+    assert reconcile.reconcile(model).reigns == (first,)
+
+
+def test_a_tag_that_nobody_of_ours_wrote_says_nothing(store: Path, model: str) -> None:
+    number = challenge(store, model, wrong=30)
+    for text in ("yes", "{}", '{"word": "approved"}', "[1]"):
+        versions.client().set_model_version_tag(model, number, opinions.APPROVAL, text)
+        assert opinions.Opinion.of(versions.get(model, number), opinions.APPROVAL) is None

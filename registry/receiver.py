@@ -30,6 +30,7 @@ from eurosat.errors import ConfigError, EuroSATError, TrackingError
 from registry import gates, judge, ledger, versions
 from registry.inbox import Inbox, Job
 from registry.opinions import APPROVAL
+from registry.outgoing import Target, tell
 from registry.promote import promote
 from registry.reconcile import Standing, last_kept, reconcile
 from registry.rollback import rollback
@@ -52,6 +53,8 @@ EVENTS: tuple[Literal["model_version.created", "model_version_tag.set",
     "model_version.created", "model_version_tag.set", "model_version_alias.created",
     "model_version_alias.deleted",
 )  # fmt: skip
+TELL = "tell"
+"""A job of our own."""
 SERVED_S = 60.0
 """That serving has to answer with a new champion."""
 
@@ -112,6 +115,7 @@ class Receiver:
     def __init__(
         self, model: str, inbox: Inbox, secret: str, *, promotes: bool = False,
         serving: str | None = None, served_s: float = SERVED_S, bars: Path = gates.FILE,
+        targets: Sequence[Target] = (),
     ) -> None:  # fmt: skip
         """``promotes``: what passes every gate becomes champion, and not challenger alone.
 
@@ -120,7 +124,7 @@ class Receiver:
         """
         self._model, self._inbox, self._secret = model, inbox, secret
         self._promotes, self._serving, self._served_s = promotes, serving, served_s
-        self._gates = bars
+        self._gates, self._targets = bars, targets
         self._stop = threading.Event()
         self._looked = -math.inf
 
@@ -189,10 +193,32 @@ class Receiver:
         """What came of it; the registry as it is now decides, whatever order events came in."""
         if job.event in (CREATED, SAID):
             return self.judged(job.version, again=job.event == SAID)
+        if job.event == TELL:
+            return self._told(job)
         standing = reconcile(job.model)
+        self._have_told()
         if job.told == versions.CHAMPION and standing.champion and self._serving:
             return self._see_served(standing, self._serving)
         return "aliases and ledger agree"
+
+    def _have_told(self) -> None:
+        """Put it to the inbox to tell the targets of the last entry, once."""
+        known = ledger.entries(self._model)
+        for target in self._targets if known else ():
+            digest, to = known[-1].digest, known[-1].to_version or ""
+            where = hashlib.sha256(target.to.encode()).hexdigest()[:16]
+            self._inbox.accept(
+                Job(id=f"{digest}-{where}", event=TELL, model=self._model, version=to,
+                    told=target.to)
+            )  # fmt: skip
+
+    def _told(self, job: Job) -> str:
+        digest = job.id.partition("-")[0]
+        for entry in ledger.entries(self._model):
+            if entry.digest == digest:
+                tell(Target(to=job.told), self._model, entry)
+                return f"told {job.told}"
+        return "the ledger has no such entry any more"
 
     def _see_served(self, standing: Standing, url: str) -> str:
         """Wait until the new champion answers; one that does not is rolled back, once."""
@@ -256,6 +282,7 @@ class Receiver:
         self._inbox.forget(KEPT_DAYS)
         try:
             reconcile(self._model)
+            self._have_told()
             for version in versions.all_of(self._model):
                 if version.run_id and judge.VERDICT not in version.tags:
                     missed = f"look-{version.version}"
@@ -276,6 +303,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--promote", action="store_true", help="what passes becomes champion")
     parser.add_argument("--gates", type=Path, default=gates.FILE, help="read for each judgement")
     parser.add_argument("--serving", metavar="URL", help="must answer with each new champion")
+    parser.add_argument(
+        "--tell", action="append", default=[], metavar="URL|github:OWNER/REPO",
+        help="of each new entry of the ledger; may be said several times",
+    )  # fmt: skip
     parser.add_argument("--inbox", type=Path, default=usual_cache() / "inbox.db", metavar="FILE")
     parser.add_argument("--dead", action="store_true", help="list what was given up, and end")
     parser.add_argument("--revive", action="store_true", help="let it be tried again, and end")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from eurosat import cli, logs, tracking
 from eurosat.config import DataConfig, build, compose
-from eurosat.errors import DataError
+from eurosat.errors import ConfigError, DataError
 from eurosat.split import FOLDS
 
 if TYPE_CHECKING:
@@ -75,7 +75,10 @@ def recorded_data(run_id: str) -> DataConfig:
     import yaml
 
     with tracking.artifact(run_id, "config.yaml") as file:
-        values: dict[str, Any] = yaml.safe_load(file.read_text())["data"]
+        whole = yaml.safe_load(file.read_text())
+    if not isinstance(whole, dict) or not isinstance(whole.get("data"), dict):
+        raise ConfigError(f"config.yaml of run {run_id} does not say which data: train again")
+    values: dict[str, Any] = whole["data"]
     here = compose(["data=eurosat"]).data
     values["cache"] = here.cache
     if values["source"] == "eurosat":

@@ -151,7 +151,7 @@ def compare(
     if champion is None:
         note = "there is no champion yet: the bounds alone judge"
         return Comparison(candidate=alone(candidate), champion=None, notes=(note,))
-    ours, theirs = _in_common(candidate, champion, known)
+    ours, theirs = in_common(candidate, champion, known)
     common, total = len(ours.frame), max(len(candidate.frame), len(champion.frame))
     if common >= min(ENOUGH_TILES, ENOUGH_SHARE * total):
         notes = () if common == total else (f"compared on the {common} test tiles in common",)
@@ -192,8 +192,8 @@ def _side_by_side(ours: Predictions, theirs: Predictions, notes: tuple[str, ...]
     return Comparison(candidate=mine, champion=yours, paired=paired, notes=notes)
 
 
-def _in_common(
-    one: Predictions, other: Predictions, known: Collection[str]
+def in_common(
+    one: Predictions, other: Predictions, known: Collection[str] = ()
 ) -> tuple[Predictions, Predictions]:
     """The rows of each that pair up; equal tiles pair in the order in which they stand."""
     keyed = []

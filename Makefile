@@ -113,6 +113,7 @@ bench-forms: .venv/product ## FP32, INT8, bf16, compiled and pruned forms of a r
 
 bench-registry: .venv/product ## how long a judgement and a rollback take, and how often chance promotes
 	$(BIN)/python -m benchmarks.registry $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables
 
 sweep-ui: .venv/product ## look at the studies while they run (STORAGE=sqlite:///optuna.db)
 	$(BIN)/optuna-dashboard $(STORAGE)

@@ -127,6 +127,25 @@ def bench_strain(report: dict[str, Any]) -> str:
     return _goals(report)
 
 
+def bench_registry(report: dict[str, Any]) -> str:
+    """How often pairs of models of a known difference end in a promotion."""
+    columns = list(report["rows"][0])
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in report["rows"]:
+        shares = [f"{value:.1%}" for value in list(row.values())[1:]]
+        lines.append(f"| {row[columns[0]]} | {' | '.join(shares)} |")
+    return "\n".join([*lines, "", _goals(report)])
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """What the gates said of one version."""
+    lines = ["| gate | value | champion's | bar | verdict |", "|---|---|---|---|---|"]
+    for one in report["findings"]:
+        cells = (one["gate"], one["value"], one["champion"], one["bar"], one["verdict"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _goals(report: dict[str, Any]) -> str:
     goals = [
         f"`{g['name']}` {g['value']}, goal {g['goal']}{'' if g['met'] else ' (not met)'}"
@@ -145,6 +164,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "bench-serving": bench_serving,
     "bench-strain": bench_strain,
     "bench-forms": bench_forms,
+    "bench-registry": bench_registry,
+    "verdict": verdict,
 }
 """Each report with a table, and how it is drawn."""
 

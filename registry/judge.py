@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -233,6 +234,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, a table per figure")
     parser.add_argument("--accept-new-data", action="store_true", help="as in registry.promote")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the verdict as JSON, beside")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     bars = gates.load(args.gates)
@@ -244,6 +246,15 @@ def main(argv: Sequence[str]) -> int:
     )
     verdict = judge(candidate, against, bars, accept_new_data=args.accept_new_data)
     show(verdict)
+    if args.out:
+        told = {
+            "version": str(candidate.version),
+            "against": str(against.version) if against else None,
+            "passed": verdict.passed,
+            "evidence": verdict.evidence,
+            "findings": [asdict(one) | {"verdict": one.verdict} for one in verdict.findings],
+        }
+        args.out.write_text(json.dumps(told, indent=1) + "\n")
     return cli.OK if verdict.passed else cli.NEGATIVE
 
 

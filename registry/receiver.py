@@ -5,6 +5,7 @@ at the registry itself now and then, as MLflow drops a delivery after its fourth
 """
 
 import argparse
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -42,6 +43,8 @@ VARIABLE = "MLFLOW_WEBHOOK_SECRET"
 FRESH_S = 300.0
 """Between MLflow's clock and ours; its tries of one delivery are over within seconds."""
 MOST_BYTES = 65_536
+BODY_S = 10.0
+"""For a delivery to arrive whole."""
 LOOK_S = 30.0
 """Between two looks at the registry itself."""
 KEPT_DAYS = 14.0
@@ -149,11 +152,17 @@ class Receiver:
 
     async def _body(self, request: Request) -> bytes:
         parts, size = [], 0
-        async for part in request.stream():
-            size += len(part)
-            if size > MOST_BYTES:
-                raise Refused(413, f"over {MOST_BYTES} bytes: no event of MLflow's is so large")
-            parts.append(part)
+        try:
+            async with asyncio.timeout(BODY_S):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > MOST_BYTES:
+                        raise Refused(
+                            413, f"over {MOST_BYTES} bytes: no event of MLflow's is so large"
+                        )
+                    parts.append(part)
+        except TimeoutError as error:
+            raise Refused(408, f"the body did not arrive within {BODY_S:g} s") from error
         return b"".join(parts)
 
     async def health(self, _: Request) -> Response:
@@ -169,10 +178,14 @@ class Receiver:
     def work(self) -> None:
         """Until `stop`; a job that fails is tried again, and then kept as dead."""
         while not self._stop.is_set():
-            if time.monotonic() - self._looked >= LOOK_S:
-                self._look()
-            if job := self._inbox.next(min(1.0, LOOK_S)):
-                self._do(job)
+            try:
+                if time.monotonic() - self._looked >= LOOK_S:
+                    self._look()
+                if job := self._inbox.next(wait_s=1.0):
+                    self._do(job)
+            except Exception:  # a full disk, say: nobody else works while this thread is away
+                log.exception("the inbox cannot be worked on now")
+                self._stop.wait(LOOK_S)
 
     def stop(self) -> None:
         self._stop.set()
@@ -285,7 +298,8 @@ class Receiver:
             self._have_told()
             for version in versions.all_of(self._model):
                 if version.run_id and judge.VERDICT not in version.tags:
-                    missed = f"look-{version.version}"
+                    made = version.creation_timestamp
+                    missed = f"look-{self._model}-{version.version}-{made}"
                     job = Job(id=missed, event=CREATED, model=self._model,
                               version=str(version.version), told="")  # fmt: skip
                     self._inbox.accept(job)

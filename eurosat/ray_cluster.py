@@ -13,6 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = [".venv*", ".git", "mlruns", "mlartifacts", "*.db", "reports", "docs", "data_docs"]
 SHIPPED_VARIABLES = ("MLFLOW_", "EUROSAT_", "OMP_", "GOOGLE_APPLICATION_CREDENTIALS")
 """Prefixes of what a process on another machine is told: the server, its credentials, the tiles."""
+NOT_TOLD = (
+    "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT", "MLFLOW_WEBHOOK", "EUROSAT_WEBHOOK",
+    "MLFLOW_FLASK_SERVER_SECRET_KEY", "MLFLOW_CRYPTO_KEK",
+)  # fmt: skip
+"""And of what it is not: which run is open here, and what is between the server and others."""
 
 
 def join(address: str | None) -> None:
@@ -43,8 +48,8 @@ def _runtime_env(*, to_other_machines: bool) -> dict[str, Any]:
     variables = {
         name: value for name, value in os.environ.items() if name.startswith(SHIPPED_VARIABLES)
     }
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-        variables.pop(name, None)
+    for name in [name for name in variables if name.startswith(NOT_TOLD)]:
+        del variables[name]
     variables |= cli.QUIET | {"MLFLOW_TRACKING_URI": tracking.server(), STYLE: "lines"}
     if to_other_machines:
         return {"working_dir": str(ROOT), "excludes": NOT_SHIPPED, "env_vars": variables}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eurosat import cli, logs
-from eurosat.errors import EuroSATError, ModelError
+from eurosat.errors import ConfigError, EuroSATError, ModelError
 from registry import evidence, gates, judge, versions
 from registry.gates import Paired
 
@@ -41,7 +41,7 @@ def page(one: "ModelVersion", other: "ModelVersion") -> str:
         TrackingError: a run or its predictions cannot be read.
         ModelError: they were tested on no tile in common.
     """
-    names = [f"{version.name} {version.version}" for version in (one, other)]
+    names = [html.escape(f"{version.name} {version.version}") for version in (one, other)]
     both = [evidence.read(versions.run_of(version)) for version in (one, other)]
     mine, yours = evidence.in_common(both[0], both[1])
     if mine.frame.empty:
@@ -55,8 +55,8 @@ def page(one: "ModelVersion", other: "ModelVersion") -> str:
     ]
     verdicts = [html.escape(v.tags.get(judge.VERDICT, "not judged yet")) for v in (one, other)]
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>
-<h1>{html.escape(title)}</h1>
+<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
+<h1>{title}</h1>
 <p>On the {len(mine.frame):,} test tiles that both were tested on. {_chance(mine, yours)}</p>
 <table><tr><th></th><th>{names[0]}</th><th>{names[1]}</th></tr>
 <tr><th>verdict</th><td>{verdicts[0]}</td><td>{verdicts[1]}</td></tr>
@@ -118,7 +118,7 @@ def _tiles(
         a[differ][:MOST_TILES].itertuples(), b[differ][:MOST_TILES].itertuples(), strict=True
     ):
         said = "".join(
-            f'<br><span class="{"better" if row.right else "worse"}">{html.escape(name)}: '
+            f'<br><span class="{"better" if row.right else "worse"}">{name}: '
             f"{html.escape(str(row.said))} {row.confidence:.2f}</span>"
             for name, row in zip(names, (first, second), strict=True)
         )
@@ -168,7 +168,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     one, other = (versions.named(args.model, number) for number in args.versions)
-    args.out.write_text(page(one, other), encoding="utf-8")
+    told = page(one, other)
+    try:
+        args.out.write_text(told, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {args.out}: {error.strerror}") from error
     print(f"written to {args.out}")
     return cli.OK
 

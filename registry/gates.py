@@ -59,6 +59,8 @@ class Gate:
             raise ConfigError(
                 f"{self.metric}.margin is a loss that is tolerated, 0 or more; got {self.margin}"
             )
+        if self.alone and self.wins:
+            raise ConfigError(f"{self.metric} is judged alone, so it cannot be won: drop wins")
         _check_why(self.metric, self.why)
 
     @property
@@ -270,12 +272,14 @@ class Paired:
     def interval(self, alpha: float) -> tuple[float, float]:
         """Paired bootstrap of the difference, over tiles.
 
-        All that a draw of tiles tells of it is how many each has won: those are drawn.
+        All that a draw of tiles tells of it is how many each has won: those are drawn, half a tile
+        added to both, so that what was seen in no tile is not taken for impossible.
         """
         import numpy as np
 
-        shares = np.array([self.only_candidate, self.only_champion, 0]) / self.tiles
-        shares[2] = 1 - shares.sum()
+        alike = self.tiles - self.only_candidate - self.only_champion
+        counts = np.array([self.only_candidate + 0.5, self.only_champion + 0.5, alike + 1.0])
+        shares = counts / counts.sum()
         drawn = np.random.default_rng(0).multinomial(self.tiles, shares, RESAMPLES)
         low, high = np.quantile(
             (drawn[:, 0] - drawn[:, 1]) / self.tiles, [alpha / 2, 1 - alpha / 2]

@@ -18,6 +18,8 @@ CREATE TABLE IF NOT EXISTS deliveries (
     version TEXT NOT NULL, told TEXT NOT NULL, state TEXT NOT NULL, tries INTEGER NOT NULL,
     due REAL NOT NULL, said TEXT NOT NULL
 );
+CREATE TABLE IF NOT EXISTS about (since REAL NOT NULL);
+INSERT INTO about SELECT strftime('%s', 'now') WHERE NOT EXISTS (SELECT * FROM about);
 CREATE INDEX IF NOT EXISTS waiting ON deliveries (state, due);
 """
 
@@ -65,19 +67,25 @@ class Inbox:
             self._more.notify()
             return done.rowcount == 1
 
-    def next(self, wait_s: float) -> Job | None:
+    @property
+    def since(self) -> float:
+        """When this inbox was made, in seconds since 1970."""
+        with self._lock:
+            return float(self._store.execute("SELECT since FROM about").fetchone()[0])
+
+    def next(self, model: str, wait_s: float) -> Job | None:
         """The job that has waited longest of those that are due, or None after ``wait_s``."""
         with self._more:
-            if (job := self._due()) is None:
+            if (job := self._due(model)) is None:
                 self._more.wait(wait_s)
-                job = self._due()
+                job = self._due(model)
             return job
 
-    def _due(self) -> Job | None:
+    def _due(self, model: str) -> Job | None:
         row = self._store.execute(
             "SELECT id, event, model, version, told, tries, said FROM deliveries "
-            "WHERE state = ? AND due <= ? ORDER BY received, rowid LIMIT 1",
-            (WAITING, time.time()),
+            "WHERE state = ? AND due <= ? AND model = ? ORDER BY received, rowid LIMIT 1",
+            (WAITING, time.time(), model),
         ).fetchone()
         names = ("id", "event", "model", "version", "told", "tries", "said")
         return Job(**dict(zip(names, row, strict=True))) if row else None
@@ -127,12 +135,13 @@ class Inbox:
         names = ("id", "event", "model", "version", "told", "tries", "said")
         return [Job(**dict(zip(names, row, strict=True))) for row in rows]
 
-    def forget(self, days: float) -> None:
+    def forget(self, days: float, *events: str) -> None:
         """Drop what was done so long ago; a delivery of that age is too old to be replayed."""
+        marks = ", ".join("?" * len(events))
         with self._lock, self._store:
             self._store.execute(
-                "DELETE FROM deliveries WHERE state = ? AND received < ?",
-                (DONE, time.time() - days * 86400),
+                f"DELETE FROM deliveries WHERE state = ? AND received < ? AND event IN ({marks})",  # noqa: S608 - marks alone
+                (DONE, time.time() - days * 86400, *events),
             )
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Judge a version against the champion by what is stored of both; nothing is computed anew."""
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Sequence
@@ -8,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs, tracking
-from registry import card, evidence, gates, register, tables, versions
+from eurosat.errors import ConfigError
+from registry import card, evidence, gates, ledger, register, tables, versions
 from registry.gates import Fact, Finding, Gates, Verdict
 from registry.opinions import APPROVAL, APPROVED, RETIRED, Opinion
+from registry.reconcile import last_kept
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-VERDICT = "verdict"
-"""Tag of a judged version."""
+VERDICT = register.JUDGED
 HARMLESS = (".json", ".onnx", ".py", ".txt", ".yaml")
 """Suffixes of a version's files, beside MLmodel: nothing that is unpickled."""
 ADDED = "registered_model_meta"
@@ -76,7 +78,7 @@ def _stored(run: tracking.FinishedRun, version: "ModelVersion") -> dict[str, flo
     found: dict[str, float] = {}
     if "onnx_difference" in run.metrics:
         found["onnx_difference"] = run.metrics["onnx_difference"]
-    sizes = json.loads(version.tags.get(register.FILES, "{}"))
+    sizes = _listed(version)
     networks = {name: told[1] for name, told in sizes.items() if name.endswith(".onnx")}
     if networks:
         found["size_mb"] = max(networks.values()) / MB
@@ -146,8 +148,12 @@ def _interface(version: "ModelVersion") -> dict[str, Any]:
 
     with tracking.explained(f"signature of version {version.version}"):
         signature = get_model_info(f"models:/{version.name}/{version.version}").signature
-    told: dict[str, Any] = signature.to_dict() if signature else {}
-    return {name: told.get(name) for name in ("inputs", "params")}
+    inputs = signature.inputs.to_dict() if signature and signature.inputs else []
+    params = signature.params.to_dict() if signature and signature.params else []
+    return {
+        "inputs": inputs,
+        "params": [{name: one.get(name) for name in ("name", "type")} for one in params],
+    }
 
 
 def _approval(version: "ModelVersion", fact: Fact) -> Finding:
@@ -165,10 +171,11 @@ def _approval(version: "ModelVersion", fact: Fact) -> Finding:
 
 
 def _retired(version: "ModelVersion", fact: Fact) -> Finding:
-    said = Opinion.of(version, RETIRED)
-    if fact.off or said is None:
+    if fact.off or RETIRED not in version.tags:
         return _about(fact, gates.NONE)
-    return _about(fact, f"by {said.by}", f"retired: by {said.by}: {said.why}")
+    said = Opinion.of(version, RETIRED)
+    by, why = (said.by, said.why) if said else ("somebody", "no reason can be read")
+    return _about(fact, f"by {by}", f"retired: by {by}: {why}")
 
 
 def _files(version: "ModelVersion", fact: Fact) -> Finding:
@@ -177,9 +184,7 @@ def _files(version: "ModelVersion", fact: Fact) -> Finding:
 
     if fact.off:
         return _about(fact, gates.NONE)
-    registered = {
-        name: told[0] for name, told in json.loads(version.tags.get(register.FILES, "{}")).items()
-    }
+    registered = {name: told[0] for name, told in _listed(version).items()}
     if not registered:
         return _about(
             fact, gates.NONE, "files: their sha256 was not recorded: register its run anew"
@@ -191,12 +196,33 @@ def _files(version: "ModelVersion", fact: Fact) -> Finding:
     found = {name: sha256 for name, (sha256, _) in held.items()}
     changed = sorted({name for name, _ in found.items() ^ registered.items()} - {ADDED})
     strange = [name for name in found if not _harmless(name)]
+    strangers = [
+        name for name in found
+        if name.endswith(".onnx") and found[name] != _trained(version, Path(name).name)
+    ]  # fmt: skip
     refusal = ""
     if changed:
         refusal = f"files: {', '.join(changed[:3])} differ from what was registered"
+    elif strangers:
+        refusal = f"files: {', '.join(strangers)} is not the network that its run has trained"
     elif strange:
         refusal = f"files: {', '.join(strange[:3])} could be executed by whoever loads them"
     return _about(fact, f"{len(found)} intact" if not refusal else "changed", refusal)
+
+
+def _trained(version: "ModelVersion", name: str) -> str:
+    """sha256 of the network as training left it in the run."""
+    with tracking.artifact(versions.run_of(version), name) as file:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _listed(version: "ModelVersion") -> dict[str, list[Any]]:
+    """sha256 and size of each file, as registration has told them."""
+    try:
+        told = json.loads(version.tags.get(register.FILES, "{}"))
+        return {str(name): [str(sha256), int(size)] for name, (sha256, size) in told.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
 
 
 def _harmless(name: str) -> bool:
@@ -239,11 +265,7 @@ def main(argv: Sequence[str]) -> int:
     logs.setup(args.log_level)
     bars = gates.load(args.gates)
     candidate = versions.named(args.model, args.version)
-    against = (
-        versions.get(args.model, args.against)
-        if args.against.isdecimal()
-        else versions.by_alias(args.model, args.against)
-    )
+    against = _against(args.model, args.against)
     verdict = judge(candidate, against, bars, accept_new_data=args.accept_new_data)
     show(verdict)
     if args.out:
@@ -254,8 +276,21 @@ def main(argv: Sequence[str]) -> int:
             "evidence": verdict.evidence,
             "findings": [asdict(one) | {"verdict": one.verdict} for one in verdict.findings],
         }
-        args.out.write_text(json.dumps(told, indent=1) + "\n")
+        try:
+            args.out.write_text(json.dumps(told, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--out {args.out}: {error.strerror}") from error
     return cli.OK if verdict.passed else cli.NEGATIVE
+
+
+def _against(model: str, said: str) -> "ModelVersion | None":
+    """The version of this number or alias, or the last champion there was."""
+    if said.isdecimal():
+        return versions.get(model, said)
+    if (held := versions.by_alias(model, said)) is not None:
+        return held
+    last = last_kept(model, ledger.reigns(ledger.entries(model)))
+    return versions.get(model, last) if last else None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import requests
 
@@ -55,7 +56,15 @@ def tell(target: Target, model: str, entry: Entry) -> None:
         else:
             _post(target.to, told, entry.digest)
     except requests.RequestException as error:
-        raise TrackingError(f"{target.to} was not told: {_reason(error)}") from error
+        raise TrackingError(f"{public(target.to)} was not told: {_reason(error)}") from error
+
+
+def public(to: str) -> str:
+    """Without what in a URL may be a secret: its user and its path."""
+    if to.startswith("github:"):
+        return to
+    parts = urlsplit(to)
+    return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
 
 
 def signature(secret: str, id_: str, stamp: str, body: bytes) -> str:

@@ -8,7 +8,7 @@ from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError, TrackingError
 from registry import gates, ledger, versions
 from registry.judge import judge, show, tag
-from registry.reconcile import Standing, reconcile
+from registry.reconcile import Standing, reconcile, rival
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -67,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--why has {len(args.why)} characters, over {ledger.MAX_WHY}")
     before = reconcile(args.model)
     candidate = _candidate(args.model, args.version)
-    number, champion = str(candidate.version), before.champion
-    if champion and str(champion.version) == number:
+    number, champion = str(candidate.version), rival(args.model, before)
+    if before.champion and str(before.champion.version) == number:
         print(f"{args.model} version {number} is the champion already")
         return cli.OK
     verdict = judge(candidate, champion, bars, accept_new_data=args.accept_new_data)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         tag(args.model, number, verdict)
         return cli.NEGATIVE
     promote(args.model, candidate, before, verdict, args.why, args.by or tracking.user())
-    was = f"version {champion.version} before" if champion else "none before"
+    was = f"version {before.champion.version} before" if before.champion else "none before"
     print(f"{args.model} version {number} is the champion ({was})")
     return cli.OK
 

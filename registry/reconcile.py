@@ -5,6 +5,7 @@ command. An alias that differs from a ledger whose last entry was settled was mo
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SETTLE_S = 1.0
+"""After which an alias that another command was about to set is set."""
 NOBODY = "unknown"
 """The actor of what was done outside these commands: MLflow does not tell."""
 
@@ -45,6 +48,7 @@ def reconcile(model: str) -> Standing:
         TrackingError: the registry cannot be asked.
     """
     overtaken = False  # an alias of ours came after another's entry: that is nobody's hand
+    seen: tuple[str, str | None] | None = None
     while True:
         links = ledger.chain(ledger.records(model))
         champion = versions.by_alias(model, versions.CHAMPION)
@@ -53,7 +57,11 @@ def reconcile(model: str) -> Standing:
         predecessor = last.digest if last else ledger.GENESIS
         entered = last.to_version if last else None
         if held != entered and not overtaken and (not links or links[-1].settled):
-            _enter_by_hand(model, predecessor, entered, held)
+            if seen == (predecessor, held):
+                _enter_by_hand(model, predecessor, entered, held)
+            else:  # or is another command about to set it?
+                seen = predecessor, held
+                time.sleep(SETTLE_S)
             continue
         entries = [link.entry for link in links]
         if links:
@@ -68,10 +76,20 @@ def reconcile(model: str) -> Standing:
         overtaken = True
 
 
+def rival(model: str, standing: Standing) -> "ModelVersion | None":
+    """Whom a candidate must not be worse than: the champion, or the last there was."""
+    if standing.champion is not None:
+        return standing.champion
+    number = last_kept(model, standing.before)
+    return versions.get(model, number) if number else None
+
+
 def follow(model: str, entries: Sequence[ledger.Entry]) -> None:
     """Set ``champion`` and ``previous`` to what the entries say; a challenger that won is none."""
     champion, reigns = entries[-1].to_version, ledger.reigns(entries)
     before = reigns[:-1] if champion else reigns
+    if ledger.entries(model)[-1].digest != entries[-1].digest:
+        return  # another entry came meanwhile, and whoever made it sets the aliases
     _point(model, versions.CHAMPION, champion)
     _point(model, versions.PREVIOUS, last_kept(model, before))
     challenger = versions.by_alias(model, versions.CHALLENGER)

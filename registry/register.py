@@ -37,6 +37,8 @@ TAGS = ("data.fingerprint", "split.fingerprint", "code.commit", "config.digest")
 VALIDATION = "data.validation"
 FILES = "model.files"
 """Tag of a version: of each of its files sha256 and size in bytes, as JSON."""
+JUDGED = "verdict"
+"""Tag of a version that was judged."""
 GREY = 128
 """Of the input example: in the middle of the pixels' range."""
 
@@ -60,12 +62,14 @@ def register(reference: str, model: str, alias: str) -> str:
     else:
         _check(run)
         number = _create(run, model)
-        card.write(model, number)
         log.info("run %s is %s version %s", run.run_id, model, number)
     champion = versions.by_alias(model, versions.CHAMPION)
     if champion is None or str(champion.version) != number:
         with tracking.explained(f"alias {alias}"):
-            versions.client().set_registered_model_alias(model, alias, number)
+            if JUDGED not in versions.get(model, number).tags:  # by a webhook, meanwhile
+                versions.client().set_registered_model_alias(model, alias, number)
+    if not known:
+        card.write(model, number)
     return number
 
 

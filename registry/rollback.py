@@ -31,10 +31,10 @@ def target(model: str, standing: Standing, asked: str | None) -> str:
         raise ConfigError(
             f"{model} version {asked} never was champion ({known} were): promote it instead"
         )
-    if said := Opinion.of(versions.get(model, asked), RETIRED):
-        raise ConfigError(
-            f"{model} version {asked} was retired by {said.by} ({said.why}): say another --to"
-        )
+    if RETIRED in (version := versions.get(model, asked)).tags:
+        said = Opinion.of(version, RETIRED)
+        by = f" by {said.by} ({said.why})" if said else ""
+        raise ConfigError(f"{model} version {asked} was retired{by}: say another --to")
     return asked
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from eurosat import cli, logs, tracking
 from eurosat.errors import TrackingError
-from registry import receiver, versions
+from registry import receiver, versions, worker
 
 if TYPE_CHECKING:
     from mlflow.entities.webhook import Webhook
@@ -39,7 +39,7 @@ def _install(url: str) -> int:
     """In the place of one that was there, so that no event is told twice."""
     before = installed()
     hook = versions.client().create_webhook(
-        NAME, url, list(receiver.EVENTS), description="judges what is registered",
+        NAME, url, list(worker.EVENTS), description="judges what is registered",
         secret=receiver.secret(),
     )  # fmt: skip
     for old in before:
@@ -65,7 +65,7 @@ def _test() -> int:
             "there is no webhook of ours: `python -m registry.webhooks install URL`"
         )
     failed = 0
-    for event in receiver.EVENTS:
+    for event in worker.EVENTS:
         told = versions.client().test_webhook(hooks[0].webhook_id, event)
         failed += not told.success
         print(f"{event}: {'taken' if told.success else told.error_message or told.response_status}")

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NAME = "eurosat"
+
 USAGE = """python -m serving.ray_app [key=value ...]
 
   ray_address=HEAD:6379   a cluster; without it one is started on this machine
@@ -56,10 +58,10 @@ class RayConfig:
         for name in ("port", "replicas", "cpus", "poll", "max_batch"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0; got {getattr(self, name):g}")
-        if not (loopback(self.host) or self.keys or self.open):
+        if not (self.keys or self.open or (loopback(self.host) and not self.ray_address)):
             raise ConfigError(
-                f"{self.host} can be reached by others: give keys=FILE (python -m serving.keys), "
-                "or open=true to answer everybody"
+                f"{self.ray_address or self.host} can be reached by others: give keys=FILE "
+                "(python -m serving.keys), or open=true to answer everybody"
             )
 
 
@@ -71,16 +73,25 @@ def read(words: Mapping[str, str]) -> RayConfig:
     """
     import yaml
 
-    return from_mapping(RayConfig, {name: yaml.safe_load(word) for name, word in words.items()})
+    try:
+        values = {name: yaml.safe_load(word) for name, word in words.items()}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not key=value: {' '.join(str(error).split())}") from error
+    return from_mapping(RayConfig, values)
 
 
 def build(words: Mapping[str, str]) -> "Application":
-    """What ``serve run serving.ray_app:build`` deploys.
+    """What ``serve run serving.ray_app:build`` deploys, where Ray's settings say who reaches it.
 
     Raises:
         ConfigError: a word that does not exist or does not fit.
     """
-    return application(read(words))
+    config = read(words)
+    if not (config.keys or config.open):
+        raise ConfigError(
+            "give keys=FILE (python -m serving.keys), or open=true: see Ray's proxies"
+        )
+    return application(config)
 
 
 def application(config: RayConfig) -> "Application":
@@ -93,7 +104,7 @@ def application(config: RayConfig) -> "Application":
 
     deployment: Any = serve.deployment(
         serve.ingress(app)(),
-        name="eurosat",
+        name=NAME,
         num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.cpus},
         max_ongoing_requests=Limits().requests,  # the app's own limits refuse, in its own words
@@ -123,15 +134,18 @@ def main(argv: Sequence[str]) -> int:
     from ray import serve
 
     ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
-        serve.run(application(config), name="eurosat", route_prefix="/")
+        serve.run(application(config), name=NAME, route_prefix="/")
+        for number in (signal.SIGTERM, signal.SIGINT):  # before, they end a deployment that waits
+            signal.signal(number, lambda *_: ended.set())
         log.info("serving %s on http://%s:%d", config.model, config.host, config.port)
         ended.wait()
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+        if config.ray_address:
+            serve.delete(NAME)  # others may serve on that cluster too
+        else:
+            serve.shutdown()  # type: ignore[no-untyped-call]
     return cli.OK
 
 

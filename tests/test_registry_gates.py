@@ -137,6 +137,11 @@ def test_a_difference_is_told_from_chance(won: int, lost: int, said: str) -> Non
     assert judge_difference(paired, Difference(off="not here")).verdict == "off"
 
 
+def test_a_handful_of_tiles_rules_nothing_out() -> None:
+    few = judge_difference(Paired(tiles=10, only_candidate=1, only_champion=0), Difference())
+    assert "10 tiles are not enough to tell" in few.refusal
+
+
 def test_the_interval_and_the_test_are_those_of_the_library() -> None:
     labels = np.zeros(900, np.int64)
     one, other = np.tile([[0.9, 0.1]], (900, 1)), np.tile([[0.9, 0.1]], (900, 1))
@@ -188,6 +193,7 @@ def test_a_fact_is_switched_off_with_its_reason(tmp_path: Path) -> None:
         ("[a]\nwhy = 'x'", "a has 0 bounds: give it a floor or a ceiling"),
         ("[a]\nfloor = 1\nceiling = 2\nwhy = 'x'", "a has 2 bounds"),
         ("[a]\nfloor = 1\nwhy = 'x'\n[difference]\nalpha = 0.5", "difference.alpha must be"),
+        ("[a]\nfloor = 1\nwhy = 'x'\nalone = true\nwins = true", "a is judged alone"),
         ("[difference]\nalpha = 0.1", "holds no gate for a figure"),
         ("[a]\nfloor = 1\nwhy = ' '", "a.why is empty"),
         ("[a]\nfloor = nan\nwhy = 'x'", "a.floor must be a finite number"),

@@ -103,6 +103,23 @@ def test_a_file_that_would_be_unpickled_is_refused_though_it_was_registered(
     assert "files: extra.pkl could be executed" in capsys.readouterr().out
 
 
+def test_a_network_that_its_run_has_not_trained_is_refused(
+    store: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As somebody may make a version by MLflow's API, with the figures of a better run."""
+    number = challenge(store, model, wrong=30)
+    folder = Path(str(versions.get(model, number).source).removeprefix("file://"))
+    network = next(folder.rglob("model.onnx"))
+    network.write_bytes(network.read_bytes() + b" ")
+    told = json.dumps(register.listed(folder))
+    MlflowClient().set_model_version_tag(model, number, register.FILES, told)
+    assert run_judge(model, number) == 1
+    assert "model.onnx is not the network that its run has trained" in capsys.readouterr().out
+    MlflowClient().set_model_version_tag(model, number, register.FILES, "no JSON")
+    assert run_judge(model, number) == 1
+    assert "files: their sha256 was not recorded" in capsys.readouterr().out
+
+
 def test_what_is_not_stored_refuses(
     store: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

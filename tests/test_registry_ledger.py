@@ -200,6 +200,32 @@ def test_a_champion_that_was_set_by_hand_is_noticed_and_entered(
     assert history.main(["--model", model, "--verify"]) == 0
 
 
+def test_without_a_champion_the_last_one_is_the_measure(
+    store: Path, model: str, champions: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    MlflowClient().delete_registered_model_alias(model, versions.CHAMPION)
+    challenge(store, model, wrong=60)
+    capsys.readouterr()
+    assert run_promote(model) == 1
+    assert "under the champion's bar 0.9667" in capsys.readouterr().out
+
+
+def test_an_entry_that_was_sent_twice_counts_once(
+    store: Path, model: str, champions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow's client sends again where an answer was lost on its way."""
+    real = MlflowClient.create_model_version
+
+    def twice(self: MlflowClient, *args: Any, **kwargs: Any) -> Any:
+        real(self, *args, **kwargs)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", twice)
+    assert run_rollback(model, "--why", "once") == 0
+    assert [action for action, _, _ in moves(model)] == ["promote", "promote", "rollback"]
+    assert history.verify(model) == []
+
+
 def test_a_registry_that_was_never_promoted_in_begins_with_what_was_set_by_hand(
     store: Path, model: str
 ) -> None:

@@ -10,9 +10,10 @@ from threading import Thread
 import pytest
 
 from eurosat.errors import ConfigError, TrackingError
-from registry import inbox, ledger, outgoing, receiver
+from registry import inbox, ledger, outgoing
 from registry.inbox import Inbox
-from registry.outgoing import Target, tell
+from registry.outgoing import Target, public, tell
+from registry.worker import Worker
 from tests.test_registry_ledger import run_rollback
 from tests.test_registry_promote import challenge, run_promote
 from tests.test_registry_register import MLFLOW_WARNS, tracking_store
@@ -72,10 +73,10 @@ def box(tmp_path: Path) -> Iterator[Inbox]:
     box.close()
 
 
-def work_off(of: receiver.Receiver, box: Inbox) -> None:
-    of._look()
-    while job := box.next(0):
-        of._do(job)
+def work_off(of: Worker, model: str, box: Inbox) -> None:
+    of.look()
+    while job := box.next(model, 0):
+        of.do(job)
 
 
 def test_a_new_champion_is_told_once_signed_and_again_where_it_was_not_taken(
@@ -87,18 +88,18 @@ def test_a_new_champion_is_told_once_signed_and_again_where_it_was_not_taken(
     second = challenge(store, model, wrong=10)
     assert run_promote(model, "--why", "better") == 0
     targets = [Target(to=f"{listener.url}/hook"), Target(to="github:team/maps")]
-    watching = receiver.Receiver(model, box, "theirs", targets=targets)
+    watching = Worker(model, box, targets=targets)
     listener.status = 503
-    watching._look()
+    watching.look()
     for _ in range(4):
-        job = box.next(0)
+        job = box.next(model, 0)
         assert job is not None
-        watching._do(job)
+        watching.do(job)
     listener.status = 204
-    work_off(watching, box)
+    work_off(watching, model, box)
     assert box.counts()["dead"] == 0
     before = len(listener.requests)
-    work_off(watching, box)
+    work_off(watching, model, box)
     assert len(listener.requests) == before, "what was told is not told again"
     by_path = {path: (headers, body) for path, headers, body in listener.requests}
     headers, body = by_path["/hook"]
@@ -112,7 +113,7 @@ def test_a_new_champion_is_told_once_signed_and_again_where_it_was_not_taken(
     assert json.loads(body)["event_type"] == "eurosat-champion"
     assert json.loads(body)["client_payload"] == told
     assert run_rollback(model, "--why", "no") == 0
-    work_off(watching, box)
+    work_off(watching, model, box)
     assert json.loads(listener.requests[-1][2])["client_payload"]["action"] == "rollback"
 
 
@@ -123,11 +124,18 @@ def test_who_never_takes_it_is_given_up_and_listed(
     challenge(store, model, wrong=30)
     assert run_promote(model) == 0
     listener.status = 500
-    watching = receiver.Receiver(model, box, "theirs", targets=[Target(to=listener.url)])
-    work_off(watching, box)
+    watching = Worker(model, box, targets=[Target(to=listener.url)])
+    work_off(watching, model, box)
     assert len(listener.requests) == inbox.MOST_TRIES
     (dead,) = box.dead()
     assert dead.said == f"{listener.url} was not told: status 500"
+
+
+def test_what_may_be_a_secret_of_a_url_is_not_shown() -> None:
+    assert public("https://user:pass@hooks.example.org:8443/T0/secret") == (
+        "https://hooks.example.org:8443"
+    )
+    assert public("github:team/maps") == "github:team/maps"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mlflow import MlflowClient
 from benchmarks.server import free_port, mlflow_server
 from eurosat import cli
 from eurosat.errors import ConfigError
-from registry import history, inbox, ledger, receiver, versions, webhooks
+from registry import history, inbox, ledger, receiver, versions, webhooks, worker
 from registry.inbox import Inbox, Job
 from tests.servers import ROOT, until
 from tests.test_registry_ledger import point
@@ -36,7 +36,7 @@ WAIT_S = 60.0
 BURST = 500
 
 
-def body(event: str = receiver.CREATED, version: str = "1", **data: str) -> bytes:
+def body(event: str = worker.CREATED, version: str = "1", **data: str) -> bytes:
     entity, _, action = event.partition(".")
     told = {"name": MODEL, "version": version, **data}
     return json.dumps({"entity": entity, "action": action, "data": told}).encode()
@@ -66,8 +66,8 @@ def test_a_delivery_that_mlflow_signed_lately_is_taken() -> None:
         (signed(body()) | {"x-mlflow-signature": "v1,"}, 401),
         (signed(body()) | {"x-mlflow-signature": "\u00e4"}, 401),
         (signed(body(), id_=""), 401),
-        (signed(body(), age_s=301), 400),
-        (signed(body(), age_s=-301), 400),
+        (signed(body(), age_s=400), 400),
+        (signed(body(), age_s=-400), 400),
     ],
 )
 def test_a_delivery_that_is_forged_or_stale_is_refused(
@@ -88,19 +88,19 @@ def test_what_is_no_event_is_refused(payload: bytes) -> None:
 
 
 def test_events_that_ask_for_nothing_are_let_pass() -> None:
-    assert receiver.read("d1", body(receiver.SAID, key="verdict")) is None
-    said = receiver.read("d1", body(receiver.SAID, key="approval", value="{}"))
+    assert receiver.read("d1", body(worker.SAID, key="verdict")) is None
+    said = receiver.read("d1", body(worker.SAID, key="approval", value="{}"))
     assert said is not None
     assert said.told == "approval"
     of_the_ledger = body().replace(MODEL.encode(), b"eurosat.ledger")
     assert receiver.read("d1", of_the_ledger) is None
-    moved = receiver.read("d1", body(receiver.MOVED, alias="champion"))
+    moved = receiver.read("d1", body(worker.MOVED, alias="champion"))
     assert moved is not None
     assert (moved.version, moved.told) == ("1", "champion")
 
 
 def job(id_: str) -> Job:
-    return Job(id=id_, event=receiver.CREATED, model=MODEL, version="1", told="")
+    return Job(id=id_, event=worker.CREATED, model=MODEL, version="1", told="")
 
 
 def test_the_inbox_outlives_its_process_and_takes_a_delivery_once(
@@ -113,23 +113,31 @@ def test_the_inbox_outlives_its_process_and_takes_a_delivery_once(
     assert not box.accept(job("a")), "replayed"
     box.close()
     box = Inbox(tmp_path / "inbox.db")
-    first = box.next(0)
+    first = box.next(MODEL, 0)
     assert first is not None
     assert first.id == "a"
     box.finish(first, "done")
     assert not box.accept(job("a")), "replayed after it was done"
     for tries in range(inbox.MOST_TRIES):
-        second = box.next(0)
+        second = box.next(MODEL, 0)
         assert second is not None
         assert (second.id, second.tries) == ("b", tries)
         assert box.fail(second, "no") == (tries + 1 < inbox.MOST_TRIES)
-    assert box.next(0) is None
+    assert box.next(MODEL, 0) is None
     assert [one.said for one in box.dead()] == ["no"]
     assert box.counts() == {"waiting": 0, "done": 1, "dead": 1}
     assert box.revive() == 1
-    assert box.next(0) is not None
-    box.forget(days=0)
+    assert box.next(MODEL, 0) is not None
+    box.forget(0, worker.CREATED)
     assert box.counts()["done"] == 0
+
+
+def test_jobs_of_another_model_are_left_alone(tmp_path: Path) -> None:
+    box = Inbox(tmp_path / "inbox.db")
+    box.accept(job("a"))
+    assert box.next("another", 0) is None
+    assert box.next(MODEL, 0) is not None
+    box.close()
 
 
 def test_an_inbox_that_cannot_be_is_refused(tmp_path: Path) -> None:
@@ -146,6 +154,27 @@ def test_without_a_secret_nobody_is_listened_to(
         cli.finish(receiver.main, ["--inbox", str(tmp_path / "inbox.db")])
     assert stopped.value.code == cli.BAD_INPUT
     assert f"{receiver.VARIABLE} is not set" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--gates", "none.toml"], "none.toml cannot be read"),
+        (["--tell", "ftp://x"], "--tell takes a URL"),
+        (["--port", "1"], "port 1 of"),
+    ],
+)
+def test_what_is_said_to_the_receiver_is_looked_at_before_it_works(
+    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv(receiver.VARIABLE, SECRET)
+    if "--port" in flags:
+        flags = [*flags, "--host", "203.0.113.1"]  # TEST-NET-3: no address of this machine
+    with pytest.raises(SystemExit) as stopped:
+        cli.finish(receiver.main, ["--inbox", str(tmp_path / "inbox.db"), *flags])
+    assert stopped.value.code == cli.BAD_INPUT
+    assert said in capfd.readouterr().err
 
 
 @dataclass
@@ -245,7 +274,7 @@ def test_a_life_by_webhooks_alone(folder: Path, service: Service) -> None:
     service.start("--promote")
     until(lambda: champion_is(missed), WAIT_S, "a lost delivery is only late")
     assert [one.to_version for one in ledger.entries(MODEL)] == [first, missed]
-    assert ledger.entries(MODEL)[-1].actor == receiver.ACTOR
+    assert ledger.entries(MODEL)[-1].actor == worker.ACTOR
 
     point(MODEL, worse)
     until(lambda: ledger.entries(MODEL)[-1].action == ledger.BY_HAND, WAIT_S, "a hand is noticed")
@@ -253,6 +282,15 @@ def test_a_life_by_webhooks_alone(folder: Path, service: Service) -> None:
     assert aliases(MODEL) == {"champion": worse, "previous": missed}
     assert history.verify(MODEL) == []
     assert requests.get(f"{service.url}/dead", timeout=5).json() == []
+
+
+def test_a_second_receiver_leaves_the_inbox_to_the_first(
+    folder: Path, service: Service, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.finish(receiver.main, ["--inbox", str(folder / "inbox.db"), "--port", "0"])
+    assert stopped.value.code == cli.BAD_INPUT
+    assert "another receiver works on" in capfd.readouterr().err
 
 
 def test_forged_replayed_and_oversized_deliveries_change_nothing(service: Service) -> None:
@@ -299,6 +337,6 @@ def test_webhooks_are_installed_once_listed_tried_and_removed(
     (hook,) = json.loads(capsys.readouterr().out)
     assert hook["url"] == f"{service.url}/webhook"
     assert webhooks.main(["test"]) == cli.OK
-    assert capsys.readouterr().out.count(": taken") == len(receiver.EVENTS)
+    assert capsys.readouterr().out.count(": taken") == len(worker.EVENTS)
     assert webhooks.main(["remove"]) == cli.OK
     assert MlflowClient().list_webhooks() == []

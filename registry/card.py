@@ -1,6 +1,5 @@
 """The model card: what a version is for, from what it was made, and how well it does."""
 
-import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,7 +62,7 @@ def told(version: "ModelVersion", run: tracking.FinishedRun) -> list[str]:
         f"# {version.name} version {version.version}",
         PURPOSE,
         _headline(predictions, figures),
-        f"**Verdict**: {version.tags.get('verdict', 'not judged yet')}",
+        f"**Verdict**: {version.tags.get(versions.VERDICT, 'not judged yet')}",
         "## Data\n" + _listed(_data(run)),
         "## Recipe\n" + _listed(_recipe(run)),
         "## Figures\n" + _figures(predictions, figures),
@@ -163,10 +162,9 @@ def _calibration(run: tracking.FinishedRun) -> dict[str, str]:
 
 
 def _forms(version: "ModelVersion", run: tracking.FinishedRun) -> dict[str, str]:
-    files = json.loads(version.tags.get("model.files", "{}"))
     sizes = {
-        Path(name).name: f"{told[1] / 1e6:.1f} MB"
-        for name, told in files.items()
+        Path(name).name: f"{size / 1e6:.1f} MB"
+        for name, (_, size) in versions.files_of(version).items()
         if name.endswith(".onnx")
     }
     names = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from eurosat import cli, logs
 from eurosat.errors import ConfigError, EuroSATError, ModelError
-from registry import evidence, gates, judge, versions
+from registry import evidence, gates, versions
 from registry.gates import Paired
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def page(one: "ModelVersion", other: "ModelVersion") -> str:
         for name in figures[0]
         if name in figures[1]
     ]
-    verdicts = [html.escape(v.tags.get(judge.VERDICT, "not judged yet")) for v in (one, other)]
+    verdicts = [html.escape(v.tags.get(versions.VERDICT, "not judged yet")) for v in (one, other)]
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
 <h1>{title}</h1>

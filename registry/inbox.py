@@ -3,7 +3,7 @@
 import sqlite3
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from eurosat.errors import ConfigError
@@ -36,6 +36,9 @@ class Job:
     tries: int = 0
     said: str = ""
     """Why the last try failed."""
+
+
+FIELDS = tuple(field.name for field in fields(Job))
 
 
 class Inbox:
@@ -76,19 +79,23 @@ class Inbox:
     def next(self, model: str, wait_s: float) -> Job | None:
         """The job that has waited longest of those that are due, or None after ``wait_s``."""
         with self._more:
-            if (job := self._due(model)) is None:
+            if not (due := self._due(model)):
                 self._more.wait(wait_s)
-                job = self._due(model)
-            return job
+                due = self._due(model)
+            return due[0] if due else None
 
-    def _due(self, model: str) -> Job | None:
-        row = self._store.execute(
-            "SELECT id, event, model, version, told, tries, said FROM deliveries "
-            "WHERE state = ? AND due <= ? AND model = ? ORDER BY received, rowid LIMIT 1",
-            (WAITING, time.time(), model),
-        ).fetchone()
-        names = ("id", "event", "model", "version", "told", "tries", "said")
-        return Job(**dict(zip(names, row, strict=True))) if row else None
+    def _due(self, model: str) -> list[Job]:
+        return self._jobs(
+            "state = ? AND due <= ? AND model = ? ORDER BY received, rowid LIMIT 1",
+            WAITING, time.time(), model,
+        )  # fmt: skip
+
+    def _jobs(self, where: str, *values: str | float) -> list[Job]:
+        rows = self._store.execute(
+            f"SELECT {', '.join(FIELDS)} FROM deliveries WHERE {where}",  # noqa: S608 - ours alone
+            values,
+        )
+        return [Job(**dict(zip(FIELDS, row, strict=True))) for row in rows]
 
     def finish(self, job: Job, said: str) -> None:
         with self._lock, self._store:
@@ -127,13 +134,7 @@ class Inbox:
 
     def dead(self) -> list[Job]:
         with self._lock:
-            rows = self._store.execute(
-                "SELECT id, event, model, version, told, tries, said FROM deliveries "
-                "WHERE state = ? ORDER BY received",
-                (DEAD,),
-            ).fetchall()
-        names = ("id", "event", "model", "version", "told", "tries", "said")
-        return [Job(**dict(zip(names, row, strict=True))) for row in rows]
+            return self._jobs("state = ? ORDER BY received", DEAD)
 
     def forget(self, days: float, *events: str) -> None:
         """Drop what was done so long ago; a delivery of that age is too old to be replayed."""

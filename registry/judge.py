@@ -18,7 +18,6 @@ from registry.reconcile import last_kept
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-VERDICT = register.JUDGED
 HARMLESS = (".json", ".onnx", ".py", ".txt", ".yaml")
 """Suffixes of a version's files, beside MLmodel: nothing that is unpickled."""
 ADDED = "registered_model_meta"
@@ -78,8 +77,8 @@ def _stored(run: tracking.FinishedRun, version: "ModelVersion") -> dict[str, flo
     found: dict[str, float] = {}
     if "onnx_difference" in run.metrics:
         found["onnx_difference"] = run.metrics["onnx_difference"]
-    sizes = _listed(version)
-    networks = {name: told[1] for name, told in sizes.items() if name.endswith(".onnx")}
+    files = versions.files_of(version)
+    networks = {name: size for name, (_, size) in files.items() if name.endswith(".onnx")}
     if networks:
         found["size_mb"] = max(networks.values()) / MB
     if not any(name.endswith(register.NETWORK_INT8) for name in networks):
@@ -184,7 +183,7 @@ def _files(version: "ModelVersion", fact: Fact) -> Finding:
 
     if fact.off:
         return _about(fact, gates.NONE)
-    registered = {name: told[0] for name, told in _listed(version).items()}
+    registered = {name: sha256 for name, (sha256, _) in versions.files_of(version).items()}
     if not registered:
         return _about(
             fact, gates.NONE, "files: their sha256 was not recorded: register its run anew"
@@ -216,15 +215,6 @@ def _trained(version: "ModelVersion", name: str) -> str:
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _listed(version: "ModelVersion") -> dict[str, list[Any]]:
-    """sha256 and size of each file, as registration has told them."""
-    try:
-        told = json.loads(version.tags.get(register.FILES, "{}"))
-        return {str(name): [str(sha256), int(size)] for name, (sha256, size) in told.items()}
-    except (ValueError, TypeError, AttributeError):
-        return {}
-
-
 def _harmless(name: str) -> bool:
     return name in ("MLmodel", ADDED) or Path(name).suffix in HARMLESS
 
@@ -246,7 +236,7 @@ def show(verdict: Verdict) -> None:
 def tag(model: str, number: str, verdict: Verdict) -> None:
     """Leave the verdict with the version, and in its card."""
     with tracking.explained(f"tag of version {number}"):
-        versions.client().set_model_version_tag(model, number, VERDICT, str(verdict))
+        versions.client().set_model_version_tag(model, number, versions.VERDICT, str(verdict))
     card.write(model, number)
 
 

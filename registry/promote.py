@@ -8,7 +8,7 @@ from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError, TrackingError
 from registry import gates, ledger, versions
 from registry.judge import judge, show, tag
-from registry.reconcile import Standing, reconcile, rival
+from registry.reconcile import Standing, enter, reconcile, rival
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -22,7 +22,7 @@ def promote(
     why: str,
     actor: str,
 ) -> None:
-    """Enter the promotion, then let the aliases follow.
+    """Leave the verdict with the version, and make it the champion.
 
     Raises:
         LedgerConflictError: another entry came first; no alias was moved.
@@ -30,18 +30,9 @@ def promote(
     assert verdict.passed
     number = str(candidate.version)
     tag(model, number, verdict)
-    entry = ledger.Entry(
-        time=ledger.now(),
-        actor=actor,
-        from_version=str(before.champion.version) if before.champion else None,
-        to_version=number,
-        why=why,
-        verdict=str(verdict),
-        previous=before.predecessor,
-        evidence=verdict.evidence,
+    enter(
+        model, before, ledger.PROMOTE, number, why, actor, str(verdict), evidence=verdict.evidence
     )
-    ledger.append(model, entry)
-    reconcile(model)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     before = reconcile(args.model)
     candidate = _candidate(args.model, args.version)
     number, champion = str(candidate.version), rival(args.model, before)
-    if before.champion and str(before.champion.version) == number:
+    if before.number == number:
         print(f"{args.model} version {number} is the champion already")
         return cli.OK
     verdict = judge(candidate, champion, bars, accept_new_data=args.accept_new_data)
@@ -77,8 +68,7 @@ def main(argv: Sequence[str]) -> int:
         tag(args.model, number, verdict)
         return cli.NEGATIVE
     promote(args.model, candidate, before, verdict, args.why, args.by or tracking.user())
-    was = f"version {before.champion.version} before" if before.champion else "none before"
-    print(f"{args.model} version {number} is the champion ({was})")
+    print(before.followed_by(args.model, number))
     return cli.OK
 
 

@@ -6,8 +6,6 @@ at the registry itself now and then, as MLflow drops a delivery after its fourth
 
 import argparse
 import asyncio
-import base64
-import hashlib
 import hmac
 import json
 import logging
@@ -19,7 +17,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 from starlette.applications import Starlette
@@ -33,7 +30,7 @@ from eurosat.errors import ConfigError, EuroSATError
 from registry import gates, ledger, versions
 from registry.inbox import Inbox, Job
 from registry.opinions import APPROVAL
-from registry.outgoing import Target
+from registry.outgoing import Target, signature
 from registry.worker import EVENTS, SAID, Worker
 
 log = logging.getLogger(__name__)
@@ -63,9 +60,7 @@ def check(secret: str, headers: Mapping[str, str], body: bytes, now: float) -> s
     """
     id_, stamp = headers.get("x-mlflow-delivery-id", ""), headers.get("x-mlflow-timestamp", "")
     given = headers.get("x-mlflow-signature", "")
-    signed = f"{id_}.{stamp}.".encode() + body
-    digest = hmac.new(secret.encode(), signed, hashlib.sha256).digest()
-    wanted = f"v1,{base64.b64encode(digest).decode()}"
+    wanted = signature(secret, id_, stamp, body)
     if not id_ or not hmac.compare_digest(wanted.encode(), given.encode()):
         raise Refused(401, f"not signed with {VARIABLE}")
     try:
@@ -141,11 +136,7 @@ class Receiver:
         return JSONResponse(self._inbox.counts())
 
     async def dead(self, _: Request) -> Response:
-        told = [
-            {"id": one.id, "event": one.event, "version": one.version, "why": one.said}
-            for one in self._inbox.dead()
-        ]
-        return JSONResponse(told)
+        return JSONResponse(given_up(self._inbox))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -235,12 +226,16 @@ def secret() -> str:
     return told
 
 
-def _dead(inbox: Inbox, *, revive: bool) -> int:
-    told: list[dict[str, Any]] = [
+def given_up(inbox: Inbox) -> list[dict[str, str]]:
+    """What was tried in vain, and why."""
+    return [
         {"id": one.id, "event": one.event, "version": one.version, "why": one.said}
         for one in inbox.dead()
     ]
-    print(json.dumps(told, indent=1))
+
+
+def _dead(inbox: Inbox, *, revive: bool) -> int:
+    print(json.dumps(given_up(inbox), indent=1))
     if revive:
         print(f"{inbox.revive()} will be tried again")
     return cli.OK

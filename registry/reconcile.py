@@ -36,9 +36,19 @@ class Standing:
     """See `registry.ledger.reigns`."""
 
     @property
+    def number(self) -> str | None:
+        """Of the champion."""
+        return str(self.champion.version) if self.champion else None
+
+    @property
     def before(self) -> tuple[str, ...]:
         """Those that a rollback goes back to, the last one first in line."""
         return self.reigns[:-1] if self.champion else self.reigns
+
+    def followed_by(self, model: str, number: str) -> str:
+        """What a command says at its end."""
+        was = f"version {self.number} before" if self.champion else "none before"
+        return f"{model} version {number} is the champion ({was})"
 
 
 def reconcile(model: str) -> Standing:
@@ -76,6 +86,23 @@ def reconcile(model: str) -> Standing:
         overtaken = True
 
 
+def enter(
+    model: str, before: Standing, action: str, to: str, why: str, actor: str, verdict: str,
+    evidence: str | None = None,
+) -> None:  # fmt: skip
+    """Make a version the champion: in the ledger first, then the aliases follow.
+
+    Raises:
+        LedgerConflictError: another entry came first; no alias was moved.
+    """
+    entry = ledger.Entry(
+        time=ledger.now(), actor=actor, from_version=before.number, to_version=to, why=why,
+        verdict=verdict, previous=before.predecessor, action=action, evidence=evidence,
+    )  # fmt: skip
+    ledger.append(model, entry)
+    reconcile(model)
+
+
 def rival(model: str, standing: Standing) -> "ModelVersion | None":
     """Whom a candidate must not be worse than: the champion, or the last there was."""
     if standing.champion is not None:
@@ -103,16 +130,15 @@ def last_kept(model: str, numbers: Sequence[str]) -> str | None:
 
 
 def _in_service(model: str, number: str) -> bool:
-    if not versions.exists(model, number):
-        return False
-    return RETIRED not in versions.get(model, number).tags
+    found = versions.find(model, number)
+    return found is not None and RETIRED not in found.tags
 
 
 def _point(model: str, alias: str, number: str | None) -> None:
     held = versions.by_alias(model, alias)
     if (str(held.version) if held else None) == number:
         return
-    if number is not None and not versions.exists(model, number):
+    if number is not None and versions.find(model, number) is None:
         log.warning("version %s of %s was deleted: %s is not set to it", number, model, alias)
         return
     with tracking.explained(f"alias {alias} of {model}"):

@@ -35,10 +35,6 @@ NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
 NEEDED = (NETWORK, evidence.PREDICTIONS, "config.yaml", "split.csv")
 TAGS = ("data.fingerprint", "split.fingerprint", "code.commit", "config.digest")
 VALIDATION = "data.validation"
-FILES = "model.files"
-"""Tag of a version: of each of its files sha256 and size in bytes, as JSON."""
-JUDGED = "verdict"
-"""Tag of a version that was judged."""
 GREY = 128
 """Of the input example: in the middle of the pixels' range."""
 
@@ -66,7 +62,7 @@ def register(reference: str, model: str, alias: str) -> str:
     champion = versions.by_alias(model, versions.CHAMPION)
     if champion is None or str(champion.version) != number:
         with tracking.explained(f"alias {alias}"):
-            if JUDGED not in versions.get(model, number).tags:  # by a webhook, meanwhile
+            if versions.VERDICT not in versions.get(model, number).tags:  # by a webhook, meanwhile
                 versions.client().set_registered_model_alias(model, alias, number)
     if not known:
         card.write(model, number)
@@ -171,7 +167,7 @@ def _create(run: tracking.FinishedRun, model: str) -> str:
             client.log_artifacts(run.run_id, str(folder), FOLDER)
             source = f"{client.get_run(run.run_id).info.artifact_uri}/{FOLDER}"
             tags = {name: run.tags[name] for name in (*TAGS, VALIDATION)}
-            tags[FILES] = json.dumps(listed(folder))
+            tags[versions.FILES] = json.dumps(listed(folder))
             return str(client.create_model_version(model, source, run.run_id, tags=tags).version)
 
 

@@ -6,7 +6,7 @@ from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError, TrackingError
 from registry import ledger, versions
 from registry.opinions import RETIRED, Opinion
-from registry.reconcile import Standing, last_kept, reconcile
+from registry.reconcile import Standing, enter, last_kept, reconcile
 
 
 def target(model: str, standing: Standing, asked: str | None) -> str:
@@ -24,7 +24,7 @@ def target(model: str, standing: Standing, asked: str | None) -> str:
                 f"{model} has no earlier champion to go back to: see `python -m registry.history`"
             )
         return found
-    if standing.champion and str(standing.champion.version) == asked:
+    if standing.number == asked:
         raise ConfigError(f"{model} version {asked} is the champion now: say another --to")
     if asked not in entered:
         known = ", ".join(sorted(map(str, entered), key=int)) or "none"
@@ -39,23 +39,13 @@ def target(model: str, standing: Standing, asked: str | None) -> str:
 
 
 def rollback(model: str, to: str, before: Standing, why: str, actor: str) -> None:
-    """Enter it, then let the aliases follow.
+    """Make a version that has been champion the champion again.
 
     Raises:
         LedgerConflictError: another entry came first; no alias was moved.
     """
-    entry = ledger.Entry(
-        time=ledger.now(),
-        actor=actor,
-        from_version=str(before.champion.version) if before.champion else None,
-        to_version=to,
-        why=why,
-        verdict="not judged again: it has been champion",
-        previous=before.predecessor,
-        action=ledger.ROLLBACK,
-    )
-    ledger.append(model, entry)
-    reconcile(model)
+    verdict = "not judged again: it has been champion"
+    enter(model, before, ledger.ROLLBACK, to, why, actor, verdict)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,8 +63,7 @@ def main(argv: Sequence[str]) -> int:
     before = reconcile(args.model)
     to = target(args.model, before, args.to)
     rollback(args.model, to, before, args.why, args.by or tracking.user())
-    was = f"version {before.champion.version} before" if before.champion else "none before"
-    print(f"{args.model} version {to} is the champion ({was})")
+    print(before.followed_by(args.model, to))
     return cli.OK
 
 

@@ -1,5 +1,6 @@
 """Versions, aliases and tags of a registered model: this folder's edge to MLflow."""
 
+import json
 from typing import TYPE_CHECKING
 
 from eurosat import tracking
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 MODEL = "eurosat"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 ALIASES = (CHALLENGER, CHAMPION, PREVIOUS)
+FILES, VERDICT = "model.files", "verdict"
+"""Tags of a version: what it consists of, and what the gates have said of it."""
 PAGE = 1000
 """Versions asked for at once."""
 
@@ -63,18 +66,26 @@ def holds(model: str, alias: str, number: str) -> bool:
     return held is not None and str(held.version) == number
 
 
-def exists(model: str, number: str) -> bool:
-    """Whether there is such a version; one that was deleted is none."""
+def find(model: str, number: str) -> "ModelVersion | None":
+    """As `get`, or None where there is no such version; one that was deleted is none."""
     from mlflow.exceptions import MlflowException
 
     with tracking.explained(f"models:/{model}/{number}"):
         try:
-            client().get_model_version(model, number)
+            return client().get_model_version(model, number)
         except MlflowException as error:
             if error.error_code not in tracking.ABSENT:
                 raise
-            return False
-    return True
+            return None
+
+
+def files_of(version: "ModelVersion") -> dict[str, tuple[str, int]]:
+    """sha256 and size in bytes of each file, as registration has told them; empty if it has not."""
+    try:
+        told = json.loads(version.tags.get(FILES, "{}"))
+        return {str(name): (str(sha256), int(size)) for name, (sha256, size) in told.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
 
 
 def all_of(model: str) -> "list[ModelVersion]":

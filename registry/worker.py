@@ -38,6 +38,7 @@ LOOK_S = 30.0
 """Between two looks at the registry itself."""
 SERVED_S = 60.0
 """That serving has to answer with a new champion."""
+ASK_EVERY_S = 0.2
 KEPT_DAYS = 14.0
 
 
@@ -106,7 +107,7 @@ class Worker:
                 f"served-{known[-1].digest}", MOVED, known[-1].to_version, versions.CHAMPION
             )
         for version in versions.all_of(self._model):
-            verdict = version.tags.get(judge.VERDICT, "")
+            verdict = version.tags.get(versions.VERDICT, "")
             made = f"{self._model}-{version.version}-{version.creation_timestamp}"
             said = Opinion.of(version, APPROVAL)
             if version.run_id and not verdict:
@@ -135,7 +136,7 @@ class Worker:
         for untold in self._untold():
             self._inbox.accept(untold)
         if job.told == versions.CHAMPION and standing.champion and self._serving:
-            return self._see_served(standing, str(standing.champion.version), self._serving)
+            return self._see_served(standing, self._serving)
         return "aliases and ledger agree"
 
     def _judged(self, number: str, *, again: bool = False) -> str:
@@ -143,16 +144,16 @@ class Worker:
 
         One whose judgement was cut off is judged again, and one of which a person spoke since.
         """
-        if not versions.exists(self._model, number):
+        version = versions.find(self._model, number)
+        if version is None:
             return "it was deleted meanwhile"
-        version = versions.get(self._model, number)
         if not version.run_id:
             return "it names no run: nothing is known of it"
         before = reconcile(self._model)
         if number in {entry.to_version for entry in ledger.entries(self._model)}:
             return "it has been champion"
         challenges = versions.holds(self._model, versions.CHALLENGER, number)
-        refused = version.tags.get(judge.VERDICT, "").startswith("refused")
+        refused = version.tags.get(versions.VERDICT, "").startswith("refused")
         if refused and not again and not challenges:
             return "it was judged before"
         verdict = judge.judge(version, rival(self._model, before), self._gates)
@@ -176,15 +177,16 @@ class Worker:
                 return f"told {public(job.told)}"
         return "the ledger has no such entry any more"
 
-    def _see_served(self, standing: Standing, number: str, url: str) -> str:
+    def _see_served(self, standing: Standing, url: str) -> str:
         """Wait until the new champion answers; one that does not is rolled back, once."""
+        number = str(standing.number)
         deadline, said = time.monotonic() + self._served_s, ""
         while time.monotonic() < deadline and not self._stop.is_set():
             if (said := self._unserved(url, number)) == "":
                 return f"served by {public(url)}"
             if said.startswith(REFUSED):
                 break
-            time.sleep(0.2)
+            self._stop.wait(ASK_EVERY_S)
         last = ledger.entries(self._model)[-1]
         to = last_kept(self._model, standing.before)
         faulty = said.startswith((REFUSED, LATE)) and not self._stop.is_set()

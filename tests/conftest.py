@@ -77,6 +77,23 @@ def tracking_store(blank_store: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return uri
 
 
+@pytest.fixture(scope="module")
+def store(blank_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tracking store that the tests of a module share, and where they stand: a folder."""
+    folder = tmp_path_factory.mktemp("store")
+    shutil.copy(blank_store, folder / "mlflow.db")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # artifacts go to ./mlruns
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        yield folder
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> str:
+    """The name of a registered model of the test's own."""
+    return f"m{abs(hash(request.node.name))}"
+
+
 @pytest.fixture(scope="session")
 def tiny_config(quiet_and_apart: None) -> TrainConfig:
     return compose(TINY)

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.server import free_port
 from registry import register, versions
-from tests.test_registry_register import CLASSES, make_run
+from tests.registries import CLASSES, make_run
 
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 120.0
@@ -49,30 +49,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(folder: Path, *flags: str, processes: int = 1) -> Iterator[Server]:
-    """Ready, all of its processes; stopped as an operator would, unless the test has done it."""
-    port = free_port()
-    command = [sys.executable, "-m", "serving.server", "--port", str(port), *flags]
-    command += ["--processes", str(processes)]
+def started(folder: Path, log: Path, *command: str) -> "Iterator[subprocess.Popen[bytes]]":
+    """A verb of ours as a process in ``folder``; stopped as an operator would."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    log = folder / f"server-{port}.log"
     with log.open("wb") as written:
         process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | {"PYTHONPATH": path},
+            [sys.executable, "-m", *command], cwd=folder, env=os.environ | {"PYTHONPATH": path},
             stdout=written, stderr=written,
         )  # fmt: skip
-    server = Server(f"http://127.0.0.1:{port}", port, process, log)
-
-    def ready() -> bool:
-        assert process.poll() is None, log.read_text()[-2000:]
-        try:
-            return server.counted("eurosat_model") == processes
-        except requests.RequestException:
-            return False
-
     try:
-        until(ready, START_S, f"{processes} processes that answer")
-        yield server
+        yield process
     finally:
         process.terminate()
         try:
@@ -80,6 +66,26 @@ def running(folder: Path, *flags: str, processes: int = 1) -> Iterator[Server]:
         except subprocess.TimeoutExpired:
             process.kill()
             raise
+
+
+@contextlib.contextmanager
+def running(folder: Path, *flags: str, processes: int = 1) -> Iterator[Server]:
+    """Ready, all of its processes; stopped as an operator would, unless the test has done it."""
+    port = free_port()
+    log = folder / f"server-{port}.log"
+    command = ["serving.server", "--port", str(port), *flags, "--processes", str(processes)]
+    with started(folder, log, *command) as process:
+        server = Server(f"http://127.0.0.1:{port}", port, process, log)
+
+        def ready() -> bool:
+            assert process.poll() is None, log.read_text()[-2000:]
+            try:
+                return server.counted("eurosat_model") == processes
+            except requests.RequestException:
+                return False
+
+        until(ready, START_S, f"{processes} processes that answer")
+        yield server
 
 
 def make_whole_network(file: Path) -> Path:

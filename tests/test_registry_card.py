@@ -1,6 +1,5 @@
 """A version tells what it is for, from what it was made, and how well it does."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,16 +7,9 @@ from mlflow.artifacts import load_text
 
 from eurosat import cli
 from registry import card, versions
-from tests.test_registry_promote import challenge, run_promote
-from tests.test_registry_register import MLFLOW_WARNS, TAGS, tracking_store
+from tests.registries import REGISTRY, TAGS, challenge, run_promote
 
-pytestmark = MLFLOW_WARNS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
+pytestmark = REGISTRY
 
 
 def test_a_card_is_written_at_registration_and_knows_the_verdict_later(store: Path) -> None:

@@ -1,6 +1,5 @@
 """Two versions on one page: their figures, chance, and the tiles on which they differ."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,21 +7,9 @@ import pytest
 from eurosat import cli
 from eurosat.errors import ModelError
 from registry import compare, register, versions
-from tests.test_registry_promote import challenge
-from tests.test_registry_register import (
-    MLFLOW_WARNS,
-    make_predictions,
-    make_run,
-    tracking_store,
-)
+from tests.registries import REGISTRY, challenge, make_predictions, make_run
 
-pytestmark = MLFLOW_WARNS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
+pytestmark = REGISTRY
 
 
 def test_a_page_shows_both_and_the_tiles_on_which_they_differ(

@@ -23,7 +23,7 @@ from registry.gates import (
     judge_difference,
     load,
 )
-from tests.test_registry_register import make_predictions
+from tests.registries import make_predictions
 
 ACCURACY = Gate(metric="accuracy", floor=0.85, wins=True, why="be right more often")
 F1 = Gate(metric="macro_f1", floor=0.8, margin=0.01, why="small classes count")

@@ -2,21 +2,19 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
-from eurosat import cli
 from eurosat.errors import EuroSATError, TrackingError
 from registry import history, ledger, rollback, show, versions
 from registry.reconcile import reconcile
-from tests.test_registry_promote import aliases, challenge, run_promote
-from tests.test_registry_register import MLFLOW_WARNS, tracking_store
+from tests.registries import REGISTRY, aliases, challenge, moves, point, run_promote, run_rollback
 
-pytestmark = MLFLOW_WARNS
+pytestmark = REGISTRY
 WRITES = (
     "create_model_version",
     "set_model_version_tag",
@@ -30,17 +28,6 @@ class Killed(BaseException):
     """As a process that is killed: nothing after it is done."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
-
-
-@pytest.fixture
-def model(request: pytest.FixtureRequest) -> str:
-    return f"m{abs(hash(request.node.name))}"
-
-
 @pytest.fixture
 def champions(store: Path, model: str) -> list[str]:
     """Two versions that were promoted, one after the other."""
@@ -49,22 +36,6 @@ def champions(store: Path, model: str) -> list[str]:
         numbers.append(challenge(store, model, wrong))
         assert run_promote(model) == 0
     return numbers
-
-
-def run_rollback(model: str, *arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        cli.finish(rollback.main, ["--model", model, *arguments])
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
-
-
-def moves(model: str) -> list[tuple[str, str | None, str | None]]:
-    return [(one.action, one.from_version, one.to_version) for one in ledger.entries(model)]
-
-
-def point(model: str, number: str) -> None:
-    """As somebody does in MLflow's pages."""
-    MlflowClient().set_registered_model_alias(model, versions.CHAMPION, number)
 
 
 def test_a_rollback_gives_the_place_back_and_does_not_return_to_who_was_rolled_away(

@@ -13,11 +13,9 @@ import requests
 from benchmarks.server import free_port
 from eurosat import cli
 from registry import history, ledger, versions, webhooks
+from tests.registries import MLFLOW_WARNS, aliases, challenge, point, run_promote, run_rollback
 from tests.servers import Server, running, until
-from tests.test_registry_ledger import point, run_rollback
-from tests.test_registry_promote import aliases, challenge, run_promote
 from tests.test_registry_receiver import MODEL, WAIT_S, Service, folder
-from tests.test_registry_register import MLFLOW_WARNS
 from tests.test_serving_pictures import encoded
 
 __all__ = ["folder"]  # the fixture

@@ -1,6 +1,5 @@
 """What people say of versions: approved, rejected, retired."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,22 +7,9 @@ import pytest
 from eurosat import cli
 from eurosat.errors import ConfigError, EuroSATError
 from registry import approve, ledger, opinions, reconcile, retire, versions
-from tests.test_registry_ledger import run_rollback
-from tests.test_registry_promote import aliases, challenge, run_promote
-from tests.test_registry_register import MLFLOW_WARNS, tracking_store
+from tests.registries import REGISTRY, aliases, challenge, run_promote, run_rollback
 
-pytestmark = MLFLOW_WARNS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
-
-
-@pytest.fixture
-def model(request: pytest.FixtureRequest) -> str:
-    return f"m{abs(hash(request.node.name))}"
+pytestmark = REGISTRY
 
 
 def test_a_version_waits_for_a_person_where_one_is_asked(

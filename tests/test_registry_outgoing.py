@@ -14,11 +14,9 @@ from registry import inbox, ledger, outgoing
 from registry.inbox import Inbox
 from registry.outgoing import Target, public, tell
 from registry.worker import Worker
-from tests.test_registry_ledger import run_rollback
-from tests.test_registry_promote import challenge, run_promote
-from tests.test_registry_register import MLFLOW_WARNS, tracking_store
+from tests.registries import REGISTRY, challenge, run_promote, run_rollback
 
-pytestmark = MLFLOW_WARNS
+pytestmark = REGISTRY
 
 
 @dataclass
@@ -50,12 +48,6 @@ def listener() -> Iterator[Heard]:
     yield heard
     server.shutdown()
     server.server_close()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,56 +1,15 @@
 """A registry's life on a real SQLite store: first champion, refusals, a better one, two at once."""
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from eurosat import cli
 from eurosat.errors import TrackingError
 from registry import gates, history, judge, ledger, promote, reconcile, register, versions
-from tests.test_registry_register import (
-    MLFLOW_WARNS,
-    TAGS,
-    make_predictions,
-    make_run,
-    tracking_store,
-)
+from tests.registries import REGISTRY, aliases, challenge, run_promote
 
-pytestmark = MLFLOW_WARNS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
-
-
-@pytest.fixture
-def model(request: pytest.FixtureRequest) -> str:
-    """A registered model of its own for each test."""
-    return f"m{abs(hash(request.node.name))}"
-
-
-def challenge(
-    store: Path, model: str, wrong: int, tiles: range = range(600), validation: str = "passed"
-) -> str:
-    tags = TAGS | {"data.validation": validation}
-    run_id = make_run(store, make_predictions(tiles, wrong), tags=tags)
-    return register.register(run_id, model, "challenger")
-
-
-def run_promote(model: str, *arguments: str) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        cli.finish(promote.main, ["--model", model, *arguments])
-    assert isinstance(stopped.value.code, int)
-    return stopped.value.code
-
-
-def aliases(model: str) -> dict[str, str]:
-    names = (versions.CHALLENGER, versions.CHAMPION, versions.PREVIOUS)
-    found = {name: versions.by_alias(model, name) for name in names}
-    return {name: str(version.version) for name, version in found.items() if version}
+pytestmark = REGISTRY
 
 
 def test_the_life_of_a_champion(

@@ -24,10 +24,8 @@ from eurosat import cli
 from eurosat.errors import ConfigError
 from registry import history, inbox, ledger, receiver, versions, webhooks, worker
 from registry.inbox import Inbox, Job
+from tests.registries import MLFLOW_WARNS, aliases, challenge, exit_code, point
 from tests.servers import ROOT, until
-from tests.test_registry_ledger import point
-from tests.test_registry_promote import aliases, challenge
-from tests.test_registry_register import MLFLOW_WARNS
 
 pytestmark = MLFLOW_WARNS
 SECRET = "between the two"
@@ -150,9 +148,7 @@ def test_without_a_secret_nobody_is_listened_to(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.delenv(receiver.VARIABLE, raising=False)
-    with pytest.raises(SystemExit) as stopped:
-        cli.finish(receiver.main, ["--inbox", str(tmp_path / "inbox.db")])
-    assert stopped.value.code == cli.BAD_INPUT
+    assert exit_code(receiver.main, "--inbox", str(tmp_path / "inbox.db")) == cli.BAD_INPUT
     assert f"{receiver.VARIABLE} is not set" in capfd.readouterr().err
 
 
@@ -171,9 +167,8 @@ def test_what_is_said_to_the_receiver_is_looked_at_before_it_works(
     monkeypatch.setenv(receiver.VARIABLE, SECRET)
     if "--port" in flags:
         flags = [*flags, "--host", "203.0.113.1"]  # TEST-NET-3: no address of this machine
-    with pytest.raises(SystemExit) as stopped:
-        cli.finish(receiver.main, ["--inbox", str(tmp_path / "inbox.db"), *flags])
-    assert stopped.value.code == cli.BAD_INPUT
+    arguments = ("--inbox", str(tmp_path / "inbox.db"), *flags)
+    assert exit_code(receiver.main, *arguments) == cli.BAD_INPUT
     assert said in capfd.readouterr().err
 
 
@@ -287,9 +282,8 @@ def test_a_life_by_webhooks_alone(folder: Path, service: Service) -> None:
 def test_a_second_receiver_leaves_the_inbox_to_the_first(
     folder: Path, service: Service, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.finish(receiver.main, ["--inbox", str(folder / "inbox.db"), "--port", "0"])
-    assert stopped.value.code == cli.BAD_INPUT
+    arguments = ("--inbox", str(folder / "inbox.db"), "--port", "0")
+    assert exit_code(receiver.main, *arguments) == cli.BAD_INPUT
     assert "another receiver works on" in capfd.readouterr().err
 
 

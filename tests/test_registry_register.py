@@ -1,144 +1,17 @@
 """Registration, and the runs that the other tests of registry and serving stand on."""
 
-import contextlib
-import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx
-import pandas as pd
 import pytest
-from mlflow import MlflowClient
-from onnx import TensorProto, helper, numpy_helper
 
 from eurosat import cli
 from eurosat.errors import ConfigError, ModelError, TrackingError
 from registry import register, versions
+from tests.registries import CLASSES, REGISTRY, TAGS, make_network, make_predictions, make_run
 
-MLFLOW_WARNS = [
-    pytest.mark.filterwarnings(warning)
-    for warning in (
-        # MLflow 3.17's own classes, when mlflow.pyfunc is first imported.
-        "ignore:.*Any type hint is inferred as AnyType:UserWarning",
-        # MLflow 3.17's tables under SQLAlchemy 2.1.
-        "ignore:The ``noload`` loader strategy is deprecated",
-    )
-]
-pytestmark = MLFLOW_WARNS
-
-CLASSES = ["Forest", "River", "SeaLake"]
-TAGS = {
-    "data.fingerprint": "d" * 64,
-    "split.fingerprint": "e" * 64,
-    "code.commit": "c" * 40,
-    "config.digest": "f" * 64,
-    "data.validation": "passed",
-}
-
-
-def make_network(
-    file: Path, size: int = 64, bands: int = 3, classes: Sequence[str] = CLASSES, **told: str
-) -> Path:
-    """Probabilities are a softmax of the mean of each of the first bands: red is Forest."""
-    weights = np.eye(bands, len(classes), dtype=np.float32) * 10 / 255
-    graph = helper.make_graph(
-        [
-            helper.make_node("Cast", ["tiles_NHWC"], ["pixels"], to=TensorProto.FLOAT),
-            helper.make_node("ReduceMean", ["pixels", "axes"], ["means"], keepdims=0),
-            helper.make_node("MatMul", ["means", "weights"], ["logits"]),
-            helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
-        ],
-        "means",
-        [helper.make_tensor_value_info("tiles_NHWC", TensorProto.UINT8, ["N", size, size, bands])],
-        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", len(classes)])],
-        [
-            numpy_helper.from_array(weights, "weights"),
-            numpy_helper.from_array(np.array([1, 2]), "axes"),
-        ],
-    )
-    network = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    properties = {"classes": list(classes), "tile_size": [size, size], "bands": bands}
-    helper.set_model_props(network, {k: json.dumps(v) for k, v in properties.items()} | told)
-    onnx.save(network, str(file))
-    return file
-
-
-def make_predictions(
-    tiles: range = range(600), wrong: int = 30, classes: Sequence[str] = CLASSES
-) -> pd.DataFrame:
-    """A test fold of which the first ``wrong`` tiles are misjudged."""
-    labels = np.array([tile % len(classes) for tile in tiles])
-    predicted = np.where(np.arange(len(tiles)) < wrong, (labels + 1) % len(classes), labels)
-    probabilities = np.full((len(tiles), len(classes)), 0.06 / (len(classes) - 1), np.float32)
-    probabilities[np.arange(len(tiles)), predicted] = 0.94
-    frame = pd.DataFrame(
-        {
-            "tile": [f"{classes[k]}/{i}.jpg" for i, k in zip(tiles, labels, strict=True)],
-            "sha256": [hashlib.sha256(str(tile).encode()).hexdigest() for tile in tiles],
-            "label": [classes[k] for k in labels],
-        }
-    )
-    for k, name in enumerate(classes):
-        frame[f"p/{name}"] = probabilities[:, k]
-    return frame
-
-
-def make_run(
-    scratch: Path,
-    predictions: pd.DataFrame | None = None,
-    *,
-    tags: dict[str, str] = TAGS,
-    leave_out: str | None = None,
-    status: str = "FINISHED",
-    bands: int = 3,
-) -> str:
-    """A run as eurosat.train leaves it, with a small network."""
-    client = MlflowClient()
-    experiment = client.get_experiment_by_name("tests")
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment("tests")
-    run_id = str(client.create_run(experiment_id, tags=tags).info.run_id)
-    folder = scratch / run_id
-    folder.mkdir()
-    make_network(folder / "model.onnx", bands=bands)
-    (make_predictions() if predictions is None else predictions).to_parquet(
-        folder / "predictions.parquet"
-    )
-    (folder / "config.yaml").write_text("seed: 0\n")
-    (folder / "split.csv").write_text("tile,sha256,class,fold\nlearned.jpg,1234,Forest,train\n")
-    if leave_out:
-        (folder / leave_out).unlink()
-    client.log_artifacts(run_id, str(folder))
-    client.log_metric(run_id, "test_accuracy", 0.95)
-    client.log_metric(run_id, "onnx_difference", 1e-6)
-    if status != "RUNNING":
-        client.set_terminated(run_id, status)
-    return run_id
-
-
-@contextlib.contextmanager
-def tracking_store(factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A fresh SQLite store for a module, the schema made once: that takes seconds."""
-    template = factory.getbasetemp() / "mlflow-template.db"
-    folder = factory.mktemp("store")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)  # artifacts go to ./mlruns
-        patch.setenv("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-        if not template.exists():
-            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{template}.making")
-            MlflowClient().search_experiments()
-            Path(f"{template}.making").rename(template)
-        shutil.copy(template, folder / "mlflow.db")
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        yield folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
+pytestmark = REGISTRY
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,7 +24,7 @@ from serving.app import _of_mlflow, document
 from serving.live import load
 from serving.refusals import CODES, Refused
 from tests.broken import CASES, JPEG, JSON, PATIENCE_S, SECRET, WRONG, Case, request
-from tests.test_registry_register import MLFLOW_WARNS, make_run, tracking_store
+from tests.registries import MLFLOW_WARNS, make_run
 from tests.test_serving_pictures import GOOD, files
 from tests.test_serving_stock import ROOT, START_S
 
@@ -124,24 +125,23 @@ def read(file: Any, to_head: bool = False) -> Answer | None:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with tracking_store(tmp_path_factory) as store:
-        number = register.register(make_run(store), "eurosat", "challenger")
-        versions.client().set_registered_model_alias("eurosat", "champion", number)
-        port, patience = free_port(), str(PATIENCE_S)
-        command = [sys.executable, "-m", "serving.server", "--port", str(port), "--processes", "1"]
-        command += ["--max-head-s", patience, "--max-body-s", patience]
-        path = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
-        environment = os.environ | {"PYTHONPATH": path}
-        with (store / "server.log").open("w") as log:
-            process = subprocess.Popen(command, cwd=store, env=environment, stdout=log, stderr=log)
-        try:
-            client.wait_ready(f"http://127.0.0.1:{port}", process, START_S)
-            yield Server(port, process)
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
-            print((store / "server.log").read_text()[-20_000:])
+def server(store: Path) -> Iterator[Server]:
+    number = register.register(make_run(store), "eurosat", "challenger")
+    versions.client().set_registered_model_alias("eurosat", "champion", number)
+    port, patience = free_port(), str(PATIENCE_S)
+    command = [sys.executable, "-m", "serving.server", "--port", str(port), "--processes", "1"]
+    command += ["--max-head-s", patience, "--max-body-s", patience]
+    path = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
+    environment = os.environ | {"PYTHONPATH": path}
+    with (store / "server.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=store, env=environment, stdout=log, stderr=log)
+    try:
+        client.wait_ready(f"http://127.0.0.1:{port}", process, START_S)
+        yield Server(port, process)
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        print((store / "server.log").read_text()[-20_000:])
 
 
 Outcome = Answer | Exception | None

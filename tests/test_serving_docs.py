@@ -17,8 +17,8 @@ from serving import server as verb
 from serving import stock
 from serving.app import document
 from serving.limits import Limits
+from tests.registries import MLFLOW_WARNS
 from tests.servers import ROOT, Server, make_champion, running
-from tests.test_registry_register import MLFLOW_WARNS, tracking_store
 from tests.test_serving_pictures import encoded
 
 pytestmark = MLFLOW_WARNS
@@ -51,12 +51,11 @@ LABELS = {"tile.jpg": "River", "other.png": "Forest"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        make_champion(folder)
-        (folder / "tile.jpg").write_bytes(encoded(LABELS["tile.jpg"], "JPEG"))
-        (folder / "other.png").write_bytes(encoded(LABELS["other.png"], "PNG"))
-        yield folder
+def store(store: Path) -> Path:
+    make_champion(store)
+    (store / "tile.jpg").write_bytes(encoded(LABELS["tile.jpg"], "JPEG"))
+    (store / "other.png").write_bytes(encoded(LABELS["other.png"], "PNG"))
+    return store
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from tests.broken import flipped
-from tests.test_registry_register import MLFLOW_WARNS
+from tests.registries import MLFLOW_WARNS
 from tests.test_serving_pictures import encoded
 
 pytestmark = MLFLOW_WARNS

@@ -23,7 +23,7 @@ from eurosat.prepare import prepare
 from registry import register, versions
 from serving import client
 from tests.conftest import TINY
-from tests.test_registry_register import MLFLOW_WARNS
+from tests.registries import MLFLOW_WARNS
 from tests.test_serving_pictures import saved
 from tests.test_serving_stock import START_S
 

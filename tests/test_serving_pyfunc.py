@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from eurosat import bands, decode
-from tests.test_registry_register import CLASSES, MLFLOW_WARNS, make_network
+from tests.registries import CLASSES, MLFLOW_WARNS, make_network
 from tests.test_serving_pictures import COLOURS, GOOD, REFUSED, encoded, pixels
 
 if TYPE_CHECKING:

@@ -1,9 +1,6 @@
 """Replicas on Ray: the server's routes and answers, and an alias that all of them follow."""
 
 import contextlib
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,51 +13,30 @@ from eurosat import cli
 from eurosat.errors import ConfigError
 from registry import register, versions
 from serving import ray_app
-from tests.servers import ROOT, START_S, STOP_S, make_champion, running, until
-from tests.test_registry_register import MLFLOW_WARNS, make_run, tracking_store
+from tests.registries import REGISTRY, make_run
+from tests.servers import START_S, make_champion, running, started, until
 from tests.test_serving_pictures import encoded
 
-pytestmark = MLFLOW_WARNS
+pytestmark = REGISTRY
 TILE = encoded("River", "JPEG")
 REPLICAS = 2
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
 
 
 @contextlib.contextmanager
 def on_ray(folder: Path, *words: str) -> Iterator[str]:
     """The address of replicas that are ready; stopped as an operator would."""
-    port = free_port()
-    command = [sys.executable, "-m", "serving.ray_app", f"port={port}", *words]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    log = folder / "ray.log"
-    with log.open("wb") as written:
-        process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | {"PYTHONPATH": path},
-            stdout=written, stderr=written,
-        )  # fmt: skip
+    port, log = free_port(), folder / "ray.log"
     url = f"http://127.0.0.1:{port}"
+    with started(folder, log, "serving.ray_app", f"port={port}", *words) as process:
 
-    def ready() -> bool:
-        assert process.poll() is None, log.read_text()[-2000:]
-        with contextlib.suppress(requests.RequestException):
-            return requests.get(f"{url}/ready", timeout=5).ok
-        return False
+        def ready() -> bool:
+            assert process.poll() is None, log.read_text()[-2000:]
+            with contextlib.suppress(requests.RequestException):
+                return requests.get(f"{url}/ready", timeout=5).ok
+            return False
 
-    try:
         until(ready, START_S, "replicas that answer")
         yield url
-    finally:
-        process.terminate()
-        try:
-            process.wait(timeout=STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
     assert process.returncode == cli.OK, log.read_text()[-2000:]
 
 

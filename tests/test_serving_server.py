@@ -30,6 +30,7 @@ from serving import client, keys, server
 from serving.app import document
 from serving.limits import Bucket, Limits
 from serving.refusals import Refused
+from tests.registries import CLASSES, REGISTRY, TAGS
 from tests.servers import (
     CALIBRATION,
     Server,
@@ -38,19 +39,12 @@ from tests.servers import (
     running,
     until,
 )
-from tests.test_registry_register import CLASSES, MLFLOW_WARNS, TAGS, tracking_store
 from tests.test_serving_pictures import COLOURS, encoded, files, raw, saved
 from tests.test_serving_stock import fails, last_error
 
-pytestmark = MLFLOW_WARNS
+pytestmark = REGISTRY
 
 QUEUE, TILES, BODY_MB = 32, 64, 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
 
 
 @pytest.fixture(scope="module")

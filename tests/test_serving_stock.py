@@ -17,13 +17,7 @@ from benchmarks.server import free_port
 from eurosat import cli
 from registry import register, versions
 from serving import client, stock
-from tests.test_registry_register import (
-    MLFLOW_WARNS,
-    TAGS,
-    make_network,
-    make_run,
-    tracking_store,
-)
+from tests.registries import REGISTRY, TAGS, make_network, make_run
 from tests.test_serving_pictures import (
     COLOURS,
     MALFORMED,
@@ -34,16 +28,10 @@ from tests.test_serving_pictures import (
     raw,
 )
 
-pytestmark = MLFLOW_WARNS
+pytestmark = REGISTRY
 ROOT = Path(__file__).resolve().parents[1]
 START_S = 180.0
 """MLflow is imported three times on the way: seconds each, more on a busy machine."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
 
 
 @pytest.fixture(scope="module")

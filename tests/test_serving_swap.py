@@ -12,22 +12,16 @@ import requests
 
 from benchmarks.serving.strain import Seen, watched
 from registry import register, versions
+from tests.registries import REGISTRY, make_run
 from tests.servers import Server, running, until
-from tests.test_registry_register import MLFLOW_WARNS, make_run, tracking_store
 from tests.test_serving_pictures import encoded
 
-pytestmark = MLFLOW_WARNS
+pytestmark = REGISTRY
 TILE = encoded("River", "JPEG")
 JPEG = {"Content-Type": "image/jpeg"}
 CLIENTS, CROWD = 32, 128
 SWAPS, SWAP_EVERY_S = 4, 2.0
 """The slow form makes twenty within a minute."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with tracking_store(tmp_path_factory) as folder:
-        yield folder
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import requests
 
+from serving import ray_app, stock
 from serving import server as verb
-from serving import stock
 from serving.app import document
 from serving.limits import Limits
 from tests.registries import MLFLOW_WARNS
@@ -110,7 +110,10 @@ def test_every_language_that_is_promised_is_there() -> None:
     assert {block.language for block in BLOCKS if block.asks} == {"sh", "python", "js"}
     others = [block for block in BLOCKS if not block.asks and block.language != "json"]
     for block in others:
-        assert re.match(r"python -m serving\.(server|keys) ", block.text)
+        found = re.match(r"python -m serving\.(server|keys|ray_app) (.*)", block.text)
+        assert found
+        if found[1] == "ray_app":  # tests/test_serving_ray.py starts it; here, what is said to it
+            ray_app.read(dict(word.split("=", 1) for word in found[2].split()))
 
 
 def table(heading: str) -> str:

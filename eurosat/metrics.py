@@ -161,16 +161,21 @@ class Comparison:
     """95 % paired bootstrap interval of each difference."""
 
 
+def mcnemar(only_first: int, only_second: int) -> float:
+    """p of the exact, two-sided test (McNemar 1947), from the tiles that one alone has right."""
+    from scipy.stats import binomtest
+
+    uneven = only_first + only_second
+    return float(binomtest(only_first, uneven).pvalue) if uneven else 1.0
+
+
 def compare(
     labels: Labels, first: Probabilities, second: Probabilities, classes: Sequence[str],
     *, resamples: int = RESAMPLES, seed: int = 0,
 ) -> Comparison:  # fmt: skip
     """Exact McNemar test (McNemar 1947) and paired bootstrap over tiles."""
-    from scipy.stats import binomtest
-
     right = [p.argmax(axis=1) == labels for p in (first, second)]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
-    uneven = only_first + only_second
     names = ("accuracy", "macro_f1", "macro_auprc")
     drawn: dict[str, list[Floats]] = {name: [] for name in names}
     for weights_BN in _resampled(len(labels), resamples, seed):
@@ -184,7 +189,7 @@ def compare(
     return Comparison(
         only_first=only_first,
         only_second=only_second,
-        p_value=float(binomtest(only_first, uneven).pvalue) if uneven else 1.0,
+        p_value=mcnemar(only_first, only_second),
         difference={name: whole[0][name] - whole[1][name] for name in names},
         interval={name: (float(low), float(high)) for name, (low, high) in limits.items()},
     )

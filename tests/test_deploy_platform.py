@@ -1,0 +1,257 @@
+"""`make platform`: PostgreSQL, an object store, MLflow, the promoter and serving, on loopback."""
+
+import os
+import re
+import signal
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from deploy import postgresql, secrets
+from eurosat.errors import ConfigError
+from registry import register
+from tests import platforms
+from tests.platforms import Platform
+from tests.registries import MLFLOW_WARNS, make_run
+from tests.servers import until
+from tests.test_serving_pictures import encoded
+
+pytestmark = [
+    *MLFLOW_WARNS,
+    pytest.mark.postgres,
+    pytest.mark.skipif(
+        postgresql.program("initdb") is None, reason="PostgreSQL is not installed: no platform"
+    ),
+]
+WAIT_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def platform() -> Iterator[Platform]:
+    with platforms.place() as folder:
+        yield platforms.started(folder)
+
+
+def pid_of(platform: Platform, service: str) -> int:
+    """Of the one whose log says where it listens, by the port in its command."""
+    port = {"promoter": "EUROSAT_PROMOTER_URL", "serving": "EUROSAT_SERVING_URL"}[service]
+    flag = f"--port={platform.env[port].rpartition(':')[2]}"
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                told = (process / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if flag.encode() in told:
+                return int(process.name)
+    raise AssertionError(f"no {service} runs")
+
+
+def test_it_says_how_to_reach_it_to_its_owner_alone(platform: Platform) -> None:
+    assert stat.S_IMODE((platform.folder / "env").stat().st_mode) == 0o600
+    assert stat.S_IMODE((platform.folder / "secrets").stat().st_mode) == 0o700
+    for name in ("MLFLOW_TRACKING_URI", "EUROSAT_SERVING_URL", "EUROSAT_PROMOTER_URL"):
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+", platform.env[name]), name
+
+
+def test_nobody_gets_in_without_a_password(platform: Platform) -> None:
+    for who in (("admin", "wrong but long enough"), ("nobody", "nobody"), ("", "")):
+        assert platform.ask(who, "GET", "experiments/get", experiment_id="0") == 401
+
+
+def test_its_database_asks_for_the_password_too(platform: Platform) -> None:
+    import psycopg2
+
+    told = platform.env["EUROSAT_DATABASE_URI"].replace("+psycopg2", "")
+    with pytest.raises(psycopg2.OperationalError, match="password"):
+        psycopg2.connect(told, password="wrong")
+
+
+CREATE_RUN = ("POST", "runs/create", {"experiment_id": "0"})
+CREATE_VERSION = {"name": "eurosat", "source": "runs:/x/y"}
+APPROVE = {"name": "eurosat", "version": "1", "key": "approval", "value": "{}"}
+FORGED = [{"key": "approval", "value": "{}"}]
+
+
+@pytest.mark.parametrize(
+    ("call", "reader", "writer", "promoter"),
+    [
+        (("GET", "registered-models/get", {"name": "eurosat"}), True, True, True),
+        (CREATE_RUN, False, True, True),
+        (
+            ("POST", "registered-models/alias", {"name": "eurosat", "alias": "champion", "version": "1"}),
+            False, False, True,
+        ),
+        (("DELETE", "registered-models/alias", {"name": "eurosat", "alias": "a"}), False, False, True),
+        (("POST", "model-versions/set-tag", APPROVE), False, False, True),
+        (("POST", "model-versions/create", CREATE_VERSION | {"tags": FORGED}), False, False, True),
+        (("POST", "model-versions/create", CREATE_VERSION | {"name": "eurosat.ledger"}), False, False, True),
+        (("DELETE", "model-versions/delete", {"name": "eurosat", "version": "1"}), False, False, True),
+        (("POST", "registered-models/rename", {"name": "eurosat", "new_name": "eurosat"}), False, False, True),
+        (("POST", "webhooks", {"name": "w", "url": "http://127.0.0.1:1/"}), False, False, False),
+        (("POST", "users/create", {"username": "u", "password": "p" * 20}), False, False, False),
+    ],
+)  # fmt: skip
+def test_each_role_may_do_what_it_is_for(
+    platform: Platform, call: tuple[str, str, dict[str, object]],
+    reader: bool, writer: bool, promoter: bool,
+) -> None:  # fmt: skip
+    method, path, told = call
+    for role, may in {"reader": reader, "writer": writer, "promoter": promoter}.items():
+        status = platform.ask(platform.user(role), method, path, **told)
+        assert (status != 403) is may, f"{role}: {status}"
+        assert status != 401
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'"{\\"name\\": \\"eurosat\\", \\"source\\": \\"runs:/x/y\\",'
+        b' \\"tags\\": [{\\"key\\": \\"approval\\", \\"value\\": \\"{}\\"}]}"',  # as old clients
+        b'{"name": "eurosat", "source": "s", "tags": [{"key": "appro\\u0076al", "value": "{}"}]}',
+        b'{"name": "eurosat.ledger", "source": "s"}',
+    ],
+)
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", ""])
+@pytest.mark.parametrize("prefix", ["api", "ajax-api"])
+def test_a_writer_forges_nothing_whatever_the_request_looks_like(
+    platform: Platform, body: bytes, kind: str, prefix: str
+) -> None:
+    answer = requests.post(
+        f"{platform.url}/{prefix}/2.0/mlflow/model-versions/create", body,
+        auth=platform.user("writer"), headers={"Content-Type": kind}, timeout=30,
+    )  # fmt: skip
+    assert answer.status_code == 403
+    assert "promoter" in answer.text
+
+
+def test_a_user_without_a_role_sees_nothing(platform: Platform) -> None:
+    platform.administrator().ask(
+        "POST", "2.0/mlflow/users/create", username="nobody", password=platforms.PASSWORD
+    )
+    who = ("nobody", platforms.PASSWORD)
+    assert platform.ask(who, "GET", "registered-models/get", name="eurosat") == 403
+    assert platform.ask(who, *CREATE_RUN[:2], experiment_id="0") == 403
+
+
+def test_a_changed_role_takes_the_place_of_the_former(platform: Platform) -> None:
+    who = ("changing", platforms.PASSWORD)
+    call = ("POST", "registered-models/alias")
+    told = {"name": "eurosat", "alias": "champion", "version": "1"}
+    for role, may in (("promoter", True), ("writer", False), ("promoter", True)):
+        platform.administrator().add(*who[:1], role, who[1])
+        assert platform.administrator().all()["changing"] == role
+        assert (platform.ask(who, *call, **told) != 403) is may
+
+
+def test_what_a_writer_registers_is_judged_promoted_and_served(
+    platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    platform.become(monkeypatch, platform.user("writer"))
+    number = register.register(make_run(tmp_path), "eurosat", "challenger")
+    client = MlflowClient()
+    serving = platform.env["EUROSAT_SERVING_URL"]
+
+    def served() -> bool:
+        answer = requests.post(
+            f"{serving}/predict", encoded("River", "JPEG"),
+            headers={"Content-Type": "image/jpeg"}, timeout=10,
+        )  # fmt: skip
+        return answer.ok and answer.json()["model_version"] == number
+
+    until(served, WAIT_S, "serving answers with what was registered")
+    assert client.get_model_version_by_alias("eurosat", "champion").version == number
+    entry = client.search_model_versions("name = 'eurosat.ledger'")
+    assert entry, "the promotion stands in the ledger"
+
+
+def test_a_service_that_is_killed_is_started_again(platform: Platform) -> None:
+    before = pid_of(platform, "promoter")
+    os.kill(before, signal.SIGKILL)
+    health = f"{platform.env['EUROSAT_PROMOTER_URL']}/health"
+
+    def again() -> bool:
+        try:
+            return requests.get(health, timeout=5).ok
+        except requests.ConnectionError:
+            return False
+
+    until(lambda: not again(), WAIT_S, "it is gone")
+    until(again, WAIT_S, "it is back")
+    assert pid_of(platform, "promoter") != before
+
+
+def test_a_second_start_finds_it_up(platform: Platform) -> None:
+    done = platforms.command("up", platform.folder, "--free-ports")
+    assert done.returncode == 0
+    assert "up already" in done.stderr
+
+
+def test_a_port_that_is_taken_is_named(platform: Platform) -> None:
+    with platforms.place() as folder:
+        taken = platform.url.rpartition(":")[2]
+        done = platforms.command("up", folder, "--free-ports", f"--mlflow-port={taken}")
+        assert done.returncode == 2
+        assert f"port {taken} of 127.0.0.1 is taken: say --mlflow-port" in done.stderr
+        assert not (folder / "env").exists()
+        assert not platforms.left(folder)
+
+
+def test_its_end_or_its_death_leaves_no_process_and_no_data_is_lost() -> None:
+    with platforms.place() as folder:
+        platform = platforms.started(folder)
+        who = platform.user("writer")
+        assert platform.ask(who, "POST", "experiments/create", name="kept") == 200
+        assert platforms.command("down", folder).returncode == 0
+        assert not (folder / "env").exists()
+        assert not platforms.left(folder)
+
+        platform = platforms.started(folder)
+        who = ("a-writer", platforms.PASSWORD)
+        kept = ("GET", "experiments/get-by-name")
+        assert platform.ask(who, *kept, experiment_name="kept") == 200
+        pid = int((folder / "process.json").read_text().split(":")[1].strip(" }"))
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not platforms.left(folder), WAIT_S, "its services end with it")
+
+        platform = platforms.started(folder)
+        assert platform.ask(who, *kept, experiment_name="kept") == 200
+
+
+def test_secrets_are_made_once(tmp_path: Path) -> None:
+    made = secrets.make(tmp_path / "s")
+    assert {"postgres_password", "webhook_key", "tls.key", "tls.crt"} <= set(made)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
+    assert len(set(before.values())) == len(before)
+    assert secrets.make(tmp_path / "s") == []
+    (tmp_path / "s" / "flask_key").unlink()
+    assert secrets.make(tmp_path / "s") == ["flask_key"]
+    after = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
+    assert {name for name in before if before[name] != after[name]} == {"flask_key"}
+    with pytest.raises(ConfigError, match="run `make secrets`"):
+        secrets.read("another", tmp_path / "s")
+
+
+def test_the_certificate_is_what_a_client_can_trust(tmp_path: Path) -> None:
+    import ssl
+    import threading
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    secrets.make(tmp_path)
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.handle_request)
+    thread.start()
+    try:
+        url = f"https://localhost:{server.server_port}/"
+        assert requests.get(url, verify=str(tmp_path / "tls.crt"), timeout=10).status_code == 501
+    finally:
+        thread.join()
+        server.server_close()

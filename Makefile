@@ -12,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms bench-registry sweep-ui lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow test-docker secrets platform platform-down user bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms bench-registry sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,10 +48,27 @@ main-job: .venv/product ## the main job on the real tiles, figures into reports/
 COVERAGE := $(if $(PYTEST_ARGS),--cov-fail-under=0,)
 
 test: .venv/dev ## the tests with coverage (PYTEST_ARGS='-k split' for some)
-	$(BIN)/python -m pytest -m 'not slow' --cov --cov-report=term $(COVERAGE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not docker' --cov --cov-report=term $(COVERAGE) $(PYTEST_ARGS)
 
 test-slow: .venv/dev ## the long forms of the tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'slow and not docker' $(PYTEST_ARGS)
+
+test-docker: .venv/dev ## docker-compose.yml, all of it, on this machine's engine
+	$(BIN)/python -m pytest -m docker -s $(PYTEST_ARGS)
+
+secrets: .venv/product ## the platform's secrets, those that are missing
+	$(BIN)/python -m deploy.secrets
+
+platform: .venv/dev ## the platform without containers, on loopback (PLATFORM_ARGS=--free-ports)
+	$(BIN)/python -m deploy.platform up $(PLATFORM_ARGS)
+
+platform-down: .venv/dev ## its end; what it keeps stays in .platform
+	$(BIN)/python -m deploy.platform down $(PLATFORM_ARGS)
+
+ROLE ?= reader
+
+user: .venv/product ## a user of the platform (NAME=ada ROLE=reader, writer or promoter)
+	$(BIN)/python -m deploy.users add $(NAME) --role $(ROLE)
 
 # Each peer of a benchmark has an environment of its own.
 .venv-torchgeo/done: benchmarks/torchgeo.lock
@@ -136,6 +153,9 @@ lock: $(BIN)/uv ## compile the locks anew from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --group dev -c requirements.lock --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
 		-o requirements-dev.lock
+	for image in mlflow serving; do $(BIN)/uv pip compile deploy/$$image/requirements.in \
+		-c requirements.lock --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-header --quiet -o deploy/$$image/requirements.lock; done
 	$(BIN)/uv pip compile benchmarks/torchgeo.in -c requirements.lock --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
 		-o benchmarks/torchgeo.lock

@@ -13,7 +13,7 @@ from deploy import secrets, users
 from eurosat import cli, logs
 from eurosat.errors import ConfigError
 
-SERVICES = {"promoter": "promoter", "serving": "reader"}
+SERVICES = {"promoter": "promoter", "serving": "reader", "trainer": "writer"}
 """Their roles."""
 MODELS = ("eurosat", "eurosat.ledger")
 """MLflow does not tell a reader that a name is free from that it is not for him."""

@@ -37,6 +37,8 @@ DATABASE_OF_COMPOSE = "postgresql+psycopg2://mlflow@postgres:5432/mlflow"
 HEALTHY_S = 180.0
 STOP_S = 20.0
 LOOK_S = 0.5
+WITH_PARENT = "--pdeathsig"
+"""Flag of setpriv: the signal that comes when the parent ends."""
 TOO_SOON_S = 5.0
 """What ends sooner after its start waits so long before the next."""
 
@@ -53,24 +55,32 @@ class Service:
     def start(self, logs_to: Path) -> None:
         with (logs_to / f"{self.name}.log").open("ab") as said:
             self.process = subprocess.Popen(
-                [*_with_parent(), *self.command], cwd=ROOT, stdout=said, stderr=said,
+                self._command(), cwd=ROOT, stdout=said, stderr=said,
                 stdin=subprocess.DEVNULL, start_new_session=True,
                 env=os.environ | self.environment,
             )  # fmt: skip
         self.started = time.monotonic()
 
+    def _command(self) -> list[str]:
+        """Ends with the process that starts it, even if that is killed, where the machine can."""
+        if self.name == "postgres" or not shutil.which("setpriv"):
+            return self.command
+        return ["setpriv", f"{WITH_PARENT}=TERM", *self.command]
+
     def stop(self) -> None:
-        """As its own kind is told to; killed where that does not help."""
-        if not self.process or self.process.poll() is not None:
+        """As its own kind is told to; killed, with its children, where that does not help."""
+        if not self.process:
             return
-        self.process.send_signal(signal.SIGINT if self.name == "postgres" else signal.SIGTERM)
+        told = signal.SIGINT if self.name == "postgres" else signal.SIGTERM
+        with suppress(ProcessLookupError):
+            self.process.send_signal(told)
         try:
             self.process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             log.warning("%s does not end: killed", self.name)
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 class Platform:
@@ -147,7 +157,7 @@ class Platform:
             Service(
                 name="postgres", healthy=self._database_is_there,
                 command=[
-                    *postgresql.as_user(),
+                    *postgresql.as_user(f"{WITH_PARENT}=INT"),
                     *postgresql.serve(self.folder / "postgres", self._ports["postgres"]),
                 ],
             ),
@@ -167,7 +177,7 @@ class Platform:
                 command=[
                     python, "-m", "mlflow", "server", "--host=127.0.0.1",
                     f"--port={ports['mlflow']}",
-                    "--workers=2", f"--backend-store-uri={self.database}", "--serve-artifacts",
+                    "--workers=1", f"--backend-store-uri={self.database}", "--serve-artifacts",
                     f"--artifacts-destination=gs://{BUCKET}/artifacts", "--app-name=basic-auth",
                     "--allowed-hosts=localhost:*,127.0.0.1:*",
                 ],
@@ -285,11 +295,6 @@ class Platform:
             "EUROSAT_SECRETS": str(self.secrets),
         }
         return "".join(f"{name}={value}\n" for name, value in told.items())
-
-
-def _with_parent() -> list[str]:
-    """What a command begins with, to end when its parent is killed."""
-    return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
 def _object_store() -> Path:
@@ -418,15 +423,16 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("deploy.platform", "The platform as processes of this machine.")
     parser.add_argument("verb", choices=("up", "down", "run"), help="run: in the foreground")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="its data, logs and secrets")
-    parser.add_argument("--free-ports", action="store_true", help="whichever are free")
+    parser.add_argument("--free-ports", action="store_true", help="unless one is named")
     for name, port in PORTS.items():
-        parser.add_argument(f"--{name}-port", type=int, default=port, metavar=str(port))
+        parser.add_argument(f"--{name}-port", type=int, metavar=str(port))
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     if args.verb == "down":
         return down(args.folder)
     ports = {
-        name: _free_port() if args.free_ports else getattr(args, f"{name}_port") for name in PORTS
+        name: getattr(args, f"{name}_port") or (_free_port() if args.free_ports else port)
+        for name, port in PORTS.items()
     }
     return {"up": up, "run": _run}[args.verb](args.folder, ports)
 

@@ -31,11 +31,11 @@ def programs() -> Path:
     return Path(found).parent
 
 
-def as_user() -> list[str]:
-    """What its commands begin with."""
-    if os.geteuid() != 0:
-        return []
-    return ["setpriv", f"--reuid={UNPRIVILEGED}", "--clear-groups"]
+def as_user(*flags: str) -> list[str]:
+    """What its commands begin with; ``flags`` are of setpriv."""
+    if os.geteuid() == 0:
+        return ["setpriv", f"--reuid={UNPRIVILEGED}", "--clear-groups", *flags]
+    return ["setpriv", *flags] if flags and shutil.which("setpriv") else []
 
 
 def initialise(data: Path, user: str, password_file: Path | None = None) -> None:

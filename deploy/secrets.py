@@ -8,6 +8,8 @@ import datetime
 import ipaddress
 import os
 import secrets
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from eurosat import cli, durable, logs
 from eurosat.errors import ConfigError
 
 FOLDER = Path(".platform/secrets")
+ROOT = Path(__file__).resolve().parents[1]
 BYTES = 32
 VALID_DAYS = 825
 """What browsers accept of a certificate at most."""
@@ -37,12 +40,17 @@ MADE: dict[str, Callable[[], bytes]] = {
     "admin_password": _password,
     "promoter_password": _password,
     "serving_password": _password,
+    "trainer_password": _password,
     "flask_key": _password,
     "webhook_secret": _password,
     "webhook_key": _fernet_key,
+    "gcs_credentials": lambda: b"{}",
 }
-"""Webhooks are signed with the secret, and MLflow keeps it encrypted with the key."""
+"""Webhooks are signed with the secret, and MLflow keeps it encrypted with the key. Credentials of
+Google Cloud are given, not made: the file is there to be filled."""
 KEY, CERTIFICATE = "tls.key", "tls.crt"
+API_KEY, API_KEYS = "serving_key", "serving_keys"
+"""A client's key to serving, and the file of hashes that serving reads."""
 
 
 def make(folder: Path = FOLDER) -> list[str]:
@@ -51,6 +59,7 @@ def make(folder: Path = FOLDER) -> list[str]:
     Raises:
         ConfigError: the folder is not the user's alone, or cannot be written.
     """
+    folder = folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
@@ -62,6 +71,9 @@ def make(folder: Path = FOLDER) -> list[str]:
             durable.replace(folder / KEY, lambda file: file.write(key))
             durable.replace(folder / CERTIFICATE, lambda file: file.write(certificate))
             made += [KEY, CERTIFICATE]
+        if not ((folder / API_KEY).exists() and (folder / API_KEYS).exists()):
+            durable.replace(folder / API_KEY, lambda file: file.write(_api_key(folder / API_KEYS)))
+            made += [API_KEY, API_KEYS]
     except OSError as error:
         raise ConfigError(f"{folder} cannot hold secrets: {error.strerror or error}") from error
     return made
@@ -77,6 +89,18 @@ def read(name: str, folder: Path = FOLDER) -> str:
         return (folder / name).read_text().strip()
     except OSError as error:
         raise ConfigError(f"{folder / name} cannot be read: run `make secrets`") from error
+
+
+def _api_key(hashes: Path) -> bytes:
+    hashes.unlink(missing_ok=True)
+    command = ["-m", "serving.keys", "platform", f"--file={hashes}"]
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise ConfigError(f"no API key can be made: {done.stderr.strip()[-300:]}")
+    hashes.chmod(0o644)
+    return done.stdout.strip().encode()
 
 
 def self_signed(hosts: Sequence[str] = HOSTS) -> tuple[bytes, bytes]:

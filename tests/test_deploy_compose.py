@@ -1,5 +1,6 @@
-"""What docker-compose.yml promises: pinned, healthy in order, on loopback, without a password."""
+"""What docker-compose.yml promises: pinned, healthy in order, locked down, with no secret in it."""
 
+import json
 import os
 import re
 import shutil
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
+from deploy import secrets
+
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = ROOT / "docker-compose.yml"
-SERVICES = {"postgres", "gcs", "mlflow"}
-PINNED_IMAGE = re.compile(r"[^:@\s]+:\d[\w.-]*")
+ALWAYS = {
+    "postgres", "gcs", "mlflow", "promoter", "serving", "prometheus", "alertmanager", "proxy",
+}  # fmt: skip
+"""Those that `docker compose up` starts; the others are asked for by a profile."""
+PINNED_IMAGE = re.compile(r"[^:@\s]+:v?\d[\w.-]*")
 PINNED_REQUIREMENT = re.compile(r"([\w.-]+)==([\w.]+)")
-REQUIRED_VARIABLE = re.compile(r"\$\{[A-Z_]+:\?[^}]+\}")
 
 
 def services() -> dict[str, dict[str, Any]]:
@@ -28,25 +33,41 @@ def pins(requirements: Path) -> dict[str, str]:
     return {match[1]: match[2] for line in lines if (match := PINNED_REQUIREMENT.match(line))}
 
 
-def mlflow_option(name: str) -> str:
-    prefix = f"--{name}="
-    (value,) = (
-        word.removeprefix(prefix)
-        for word in services()["mlflow"]["command"]
-        if word.startswith(prefix)
-    )
-    return str(value)
+def dockerfiles() -> list[Path]:
+    return sorted((ROOT / "deploy").glob("*/Dockerfile"))
 
 
-def test_the_platform_is_a_database_an_object_store_and_mlflow() -> None:
-    assert set(services()) >= SERVICES
+def test_up_starts_the_platform_and_the_rest_is_asked_for() -> None:
+    assert {name for name, service in services().items() if "profiles" not in service} == ALWAYS
 
 
 def test_every_service_has_a_healthcheck_a_restart_policy_and_a_memory_limit() -> None:
     for name, service in services().items():
-        assert service.get("healthcheck", {}).get("test"), f"{name} has no healthcheck"
-        assert service.get("restart") == "unless-stopped", f"{name} does not come back"
         assert service.get("mem_limit"), f"{name} may take all memory"
+        once = service["restart"] == "no"
+        assert once == (name in {"upgrade", "trainer", "backup"}), f"{name} does not come back"
+        assert once or service.get("healthcheck", {}).get("test"), f"{name} has no healthcheck"
+
+
+def test_every_service_is_locked_down() -> None:
+    for name, service in services().items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert "cap_add" not in service, name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service.get("network_mode") != "host", name
+        assert not service.get("privileged"), name
+
+
+def test_nobody_is_root() -> None:
+    for name, service in services().items():
+        if user := service.get("user"):
+            assert not user.startswith("0"), name
+        else:
+            lines = (ROOT / service["build"]["dockerfile"]).read_text().splitlines()
+            users = [line.split()[1] for line in lines if line.startswith("USER ")]
+            assert users, f"{name}: nobody is named"
+            assert users[-1] == "10001:10001", name
 
 
 def test_every_image_is_pinned_to_a_release() -> None:
@@ -55,90 +76,111 @@ def test_every_image_is_pinned_to_a_release() -> None:
         assert PINNED_IMAGE.fullmatch(image), f"{name}: {image!r} names no release"
 
 
-def test_every_dockerfile_starts_from_a_pinned_image_and_installs_pinned_requirements() -> None:
-    built = [service["build"] for service in services().values() if "build" in service]
-    assert built, "no service is built here"
-    for build in built:
-        context = ROOT / (build if isinstance(build, str) else build["context"])
-        bases = re.findall(r"^FROM\s+(\S+)", (context / "Dockerfile").read_text(), re.MULTILINE)
-        assert bases, f"{context} has no FROM"
-        for base in bases:
-            assert PINNED_IMAGE.fullmatch(base), f"{context}: {base!r} names no release"
-        for line in (context / "requirements.txt").read_text().splitlines():
-            if line and not line.startswith("#"):
-                assert PINNED_REQUIREMENT.fullmatch(line), f"{context}: {line!r} is not pinned"
+@pytest.mark.parametrize("file", dockerfiles(), ids=lambda file: file.parent.name)
+def test_every_dockerfile_starts_from_pinned_images_and_installs_from_a_lock(file: Path) -> None:
+    text = file.read_text()
+    stages = set(re.findall(r" AS (\w+)$", text, re.MULTILINE))
+    bases = re.findall(r"^FROM\s+(\S+)", text, re.MULTILINE)
+    assert bases, f"{file} has no FROM"
+    for base in bases:
+        assert base in stages or PINNED_IMAGE.fullmatch(base), f"{base!r} names no release"
+    if "pip install" in text:
+        assert len(bases) > 1, "what installs packages stays behind"
+        assert "--require-hashes" in text
 
 
-def test_the_servers_mlflow_is_the_locked_one() -> None:
-    server = pins(ROOT / "deploy" / "mlflow" / "requirements.txt")
-    locked = pins(ROOT / "requirements.lock")
-    assert server["mlflow"] == locked["mlflow"]
-    assert services()["mlflow"]["image"].endswith(f":{locked['mlflow']}")
+@pytest.mark.parametrize("name", ["mlflow", "serving"])
+def test_the_locks_of_images_hold_the_products_own_releases(name: str) -> None:
+    ours, theirs = pins(ROOT / "requirements.lock"), pins(ROOT / f"deploy/{name}/requirements.lock")
+    assert theirs
+    differing = {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
+    assert not differing
+    assert "torch" not in theirs
+    if name == "mlflow":
+        assert services()["mlflow"]["image"].endswith(f":{theirs['mlflow']}")
 
 
-def test_nothing_is_published_beyond_loopback() -> None:
-    for name, service in services().items():
-        for port in service.get("ports", []):
-            host = port.get("host_ip") if isinstance(port, dict) else str(port).split(":")[0]
-            assert host == "127.0.0.1", f"{name} publishes {port}"
-        assert service.get("network_mode") != "host", f"{name} stands on the host's network"
+def test_nothing_but_the_proxy_is_published_and_that_on_loopback() -> None:
+    published = {name: s["ports"] for name, s in services().items() if "ports" in s}
+    assert published == {"proxy": ["${PLATFORM_BIND:-127.0.0.1}:${PLATFORM_PORT:-8443}:8443"]}
 
 
-def test_no_password_is_written_down_and_a_missing_one_is_refused() -> None:
-    seen = 0
+def test_the_database_can_be_reached_by_those_who_need_it_alone() -> None:
+    read = yaml.safe_load(COMPOSE.read_text())
+    assert read["networks"]["database"]["internal"]
+    inside = {name for name, s in services().items() if "database" in s.get("networks", [])}
+    assert services()["postgres"]["networks"] == ["database"]
+    assert inside <= {"postgres", "mlflow", "upgrade", "backup"}
+
+
+def test_no_secret_is_written_down() -> None:
     for name, service in services().items():
         for key, value in service.get("environment", {}).items():
-            if re.search("PASSWORD|SECRET|TOKEN", key):
-                seen += 1
-                assert REQUIRED_VARIABLE.fullmatch(str(value)), f"{name}: {key} is a literal"
-    assert seen, "no service asks for a password"
+            if re.search("PASSWORD|SECRET|TOKEN|_KEY", key):
+                assert str(value).startswith("/run/secrets/"), f"{name}: {key} is a literal"
     assert not re.search(r"://[^\s/@]*:[^\s/@]*@", COMPOSE.read_text()), "a URL holds a password"
 
 
-def test_the_example_environment_names_every_variable_and_holds_no_password() -> None:
-    used = set(re.findall(r"\$\{([A-Z_]+)", COMPOSE.read_text()))
+def test_every_secret_is_a_file_that_make_secrets_makes(tmp_path: Path) -> None:
+    made = set(secrets.make(tmp_path))
+    read = yaml.safe_load(COMPOSE.read_text())["secrets"]
+    assert set(read) <= made
+    for name, secret in read.items():
+        file = re.sub(r"\$\{\w+:-([^}]+)\}", r"\1", secret["file"])
+        assert file == f"{secrets.FOLDER}/{name}"
+    used = {name for service in services().values() for name in service.get("secrets", [])}
+    assert used == set(read)
+
+
+def test_the_example_environment_names_every_variable_with_its_default() -> None:
+    text = COMPOSE.read_text()
+    used = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", text))
+    assert set(re.findall(r"\$\{([A-Z_]+)", text)) == set(used), "a variable has no default"
     lines = (ROOT / ".env.example").read_text().splitlines()
     example = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
-    assert set(example) == used
-    for name, value in example.items():
-        assert "PASSWORD" not in name or not value, f"{name} has a value that would be used"
+    assert example == used
 
 
-def test_mlflow_waits_until_what_it_needs_is_healthy() -> None:
-    needed = services()["mlflow"]["depends_on"]
-    assert needed["postgres"] == {"condition": "service_healthy"}
-    assert needed["gcs"] == {"condition": "service_healthy"}
+def test_services_wait_until_what_they_need_is_healthy() -> None:
+    healthy = {"condition": "service_healthy"}
+    needed = {name: s.get("depends_on", {}) for name, s in services().items()}
+    assert needed["mlflow"] == {"postgres": healthy, "gcs": healthy}
+    assert needed["promoter"] == {"mlflow": healthy}
+    assert needed["serving"] == {"promoter": healthy}
+    assert needed["proxy"] == {"mlflow": healthy}
 
 
 def test_what_has_to_survive_lies_on_named_volumes() -> None:
     volumes = set(yaml.safe_load(COMPOSE.read_text())["volumes"])
-    for name in ("postgres", "gcs"):
+    for name in ("postgres", "gcs", "promoter", "prometheus", "alertmanager"):
         mounted = {str(volume).split(":")[0] for volume in services()[name]["volumes"]}
         assert mounted & volumes, f"{name} keeps nothing on a named volume"
 
 
-def test_mlflow_keeps_runs_in_postgres_and_proxies_artifacts_to_the_store() -> None:
-    server = services()["mlflow"]
-    assert mlflow_option("backend-store-uri").startswith("postgresql+psycopg2://")
-    assert "--serve-artifacts" in server["command"]
-    bucket = mlflow_option("artifacts-destination").removeprefix("gs://").split("/")[0]
-    targets = [str(volume).split(":")[1] for volume in services()["gcs"]["volumes"]]
-    assert f"/storage/{bucket}" in targets, f"nothing makes the bucket {bucket!r}"
-    assert server["environment"]["STORAGE_EMULATOR_HOST"] == "http://gcs:4443"
-
-
-def test_mlflow_answers_by_its_service_name_and_on_loopback_and_no_other() -> None:
-    hosts = set(mlflow_option("allowed-hosts").split(","))
-    assert hosts == {"mlflow:5000", "localhost:*", "127.0.0.1:*"}
-
-
-def test_the_server_sends_no_telemetry() -> None:
+def test_the_server_asks_who_it_is_answers_to_its_names_alone_and_tells_nobody() -> None:
+    serve = (ROOT / "deploy/mlflow/serve").read_text()
+    assert "--app-name=basic-auth" in serve
+    assert '--allowed-hosts="mlflow:5000,localhost:*,127.0.0.1:*,$PLATFORM_HOST"' in serve
     environment = services()["mlflow"]["environment"]
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
-    assert environment["DO_NOT_TRACK"] == "true"
+    assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
 
 
-def compose_config(variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def test_the_dashboard_and_the_rules_ask_for_metrics_that_serving_gives() -> None:
+    from serving.metrics import Metrics
+
+    told = Metrics().text()
+    known = set(re.findall(r"^# HELP (eurosat_\w+)", told.decode(), re.MULTILINE))
+    known |= {f"{name}_bucket" for name in known}
+    dashboard = (ROOT / "deploy/grafana/serving.json").read_text()
+    assert json.loads(dashboard)["panels"]
+    asked = set(re.findall(r"eurosat_\w+", dashboard.replace("eurosat-serving", "")))
+    asked |= set(re.findall(r"eurosat_\w+", (ROOT / "deploy/prometheus/rules.yml").read_text()))
+    assert asked
+    assert asked <= known, asked - known
+
+
+def compose_config(**variables: str) -> "subprocess.CompletedProcess[str]":
     docker = shutil.which("docker")
     if docker is None:
         pytest.skip("no docker command on PATH")
@@ -154,12 +196,5 @@ def compose_config(variables: dict[str, str]) -> subprocess.CompletedProcess[str
 
 
 def test_docker_compose_accepts_the_file() -> None:
-    asked = compose_config({"POSTGRES_PASSWORD": "x"})
+    asked = compose_config()
     assert asked.returncode == 0, asked.stderr
-
-
-def test_docker_compose_without_a_password_says_where_to_write_one() -> None:
-    asked = compose_config({"POSTGRES_PASSWORD": ""})
-    assert asked.returncode != 0
-    assert "POSTGRES_PASSWORD" in asked.stderr
-    assert ".env.example" in asked.stderr

@@ -72,38 +72,40 @@ def test_its_database_asks_for_the_password_too(platform: Platform) -> None:
 
 
 CREATE_RUN = ("POST", "runs/create", {"experiment_id": "0"})
-CREATE_VERSION = {"name": "eurosat", "source": "runs:/x/y"}
-APPROVE = {"name": "eurosat", "version": "1", "key": "approval", "value": "{}"}
-FORGED = [{"key": "approval", "value": "{}"}]
+MODEL = {"name": "eurosat"}
+VERSION = MODEL | {"version": "1"}
+CREATE = MODEL | {"source": "runs:/x/y"}
+MINE = {"tags": [{"key": "approval", "value": "{}"}]}
+ALL, WRITERS, PROMOTERS, NOBODY = (
+    (True,) * 3,
+    (False, True, True),
+    (False, False, True),
+    (False,) * 3,
+)
 
 
 @pytest.mark.parametrize(
-    ("call", "reader", "writer", "promoter"),
+    ("method", "path", "told", "may"),
     [
-        (("GET", "registered-models/get", {"name": "eurosat"}), True, True, True),
-        (CREATE_RUN, False, True, True),
-        (
-            ("POST", "registered-models/alias", {"name": "eurosat", "alias": "champion", "version": "1"}),
-            False, False, True,
-        ),
-        (("DELETE", "registered-models/alias", {"name": "eurosat", "alias": "a"}), False, False, True),
-        (("POST", "model-versions/set-tag", APPROVE), False, False, True),
-        (("POST", "model-versions/create", CREATE_VERSION | {"tags": FORGED}), False, False, True),
-        (("POST", "model-versions/create", CREATE_VERSION | {"name": "eurosat.ledger"}), False, False, True),
-        (("DELETE", "model-versions/delete", {"name": "eurosat", "version": "1"}), False, False, True),
-        (("POST", "registered-models/rename", {"name": "eurosat", "new_name": "eurosat"}), False, False, True),
-        (("POST", "webhooks", {"name": "w", "url": "http://127.0.0.1:1/"}), False, False, False),
-        (("POST", "users/create", {"username": "u", "password": "p" * 20}), False, False, False),
+        ("GET", "registered-models/get", MODEL, ALL),
+        (*CREATE_RUN, WRITERS),
+        ("POST", "registered-models/alias", VERSION | {"alias": "champion"}, PROMOTERS),
+        ("DELETE", "registered-models/alias", MODEL | {"alias": "champion"}, PROMOTERS),
+        ("POST", "model-versions/set-tag", VERSION | {"key": "approval", "value": "{}"}, PROMOTERS),
+        ("POST", "model-versions/create", CREATE | MINE, PROMOTERS),
+        ("POST", "model-versions/create", CREATE | {"name": "eurosat.ledger"}, PROMOTERS),
+        ("DELETE", "model-versions/delete", VERSION, PROMOTERS),
+        ("POST", "registered-models/rename", MODEL | {"new_name": "eurosat"}, PROMOTERS),
+        ("POST", "webhooks", {"name": "w", "url": "http://127.0.0.1:1/"}, NOBODY),
+        ("POST", "users/create", {"username": "u", "password": "p" * 20}, NOBODY),
     ],
-)  # fmt: skip
+)
 def test_each_role_may_do_what_it_is_for(
-    platform: Platform, call: tuple[str, str, dict[str, object]],
-    reader: bool, writer: bool, promoter: bool,
-) -> None:  # fmt: skip
-    method, path, told = call
-    for role, may in {"reader": reader, "writer": writer, "promoter": promoter}.items():
+    platform: Platform, method: str, path: str, told: dict[str, object], may: tuple[bool, ...]
+) -> None:
+    for role, allowed in zip(("reader", "writer", "promoter"), may, strict=True):
         status = platform.ask(platform.user(role), method, path, **told)
-        assert (status != 403) is may, f"{role}: {status}"
+        assert (status != 403) is allowed, f"{role}: {status}"
         assert status != 401
 
 

@@ -282,7 +282,8 @@ def can_continue(reference: str | None) -> bool:
 def code_commit() -> str:
     """The commit of the working directory, with ``-dirty`` where files differ from it.
 
-    Reports and docs aside: a benchmark that has written its own measures the same code again.
+    Reports and docs aside: a benchmark that has written its own measures the same code again. Where
+    there is no repository, as in an image of the code, EUROSAT_COMMIT says it.
     """
     try:
         differ = ["diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)reports"]
@@ -294,7 +295,7 @@ def code_commit() -> str:
             for command in (["rev-parse", "HEAD"], differ)
         )
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
+        return os.environ.get("EUROSAT_COMMIT", "unknown")
     return f"{commit}-dirty" if changed else commit
 
 

@@ -1,0 +1,256 @@
+"""The whole of docker-compose.yml on a real engine: `make test-docker` (needs docker compose)."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from deploy import users
+from tests.platforms import PASSWORD, ROOT
+from tests.registries import MLFLOW_WARNS
+from tests.servers import until
+from tests.test_serving_pictures import encoded
+
+pytestmark = [*MLFLOW_WARNS, pytest.mark.docker]
+PROJECT = "eurosat-test"
+UP_S = 180.0
+"""From built images to a platform that is healthy, all of it."""
+BUILD_S = 1800
+WAIT_S = 180.0
+LARGE_BYTES = 300_000_000
+IMAGE_BYTES = 1_500_000_000
+LISTENER = """
+import http.server
+class Listener(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        print(self.rfile.read(int(self.headers["Content-Length"])).decode(), flush=True)
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("", 8000), Listener).serve_forever()
+"""
+ALERTS = """
+route: {receiver: listener, group_wait: 1s}
+receivers:
+  - name: listener
+    webhook_configs: [{url: "http://listener:8000/"}]
+"""
+
+
+@dataclass(frozen=True)
+class Stack:
+    folder: Path
+    """A copy of the repository, with secrets of its own."""
+    port: int
+    env: dict[str, str]
+    seconds: float
+    """That `docker compose up --wait` took."""
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}"
+
+    @property
+    def certificate(self) -> str:
+        return str(self.folder / ".platform/secrets/tls.crt")
+
+    def secret(self, name: str) -> str:
+        return (self.folder / ".platform/secrets" / name).read_text()
+
+    def administrator(self) -> users.Server:
+        return users.Server(self.url, "admin", self.secret("admin_password"), self.certificate)
+
+    def compose(self, *arguments: str, timeout: float = 300) -> str:
+        return run("docker", "compose", "-p", PROJECT, *arguments, at=self, timeout=timeout)
+
+    def containers(self) -> list[dict[str, Any]]:
+        ids = self.compose("ps", "-aq").split()
+        read: list[dict[str, Any]] = json.loads(run("docker", "inspect", *ids, at=self))
+        return read
+
+    def client(self, role: str) -> dict[str, str]:
+        """What a user's shell says."""
+        self.administrator().add(f"a-{role}", role, PASSWORD)
+        return {
+            "MLFLOW_TRACKING_URI": self.url, "MLFLOW_TRACKING_USERNAME": f"a-{role}",
+            "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": self.certificate,
+        }  # fmt: skip
+
+    def champion_served(self) -> str | None:
+        answer = requests.post(
+            f"{self.url}/serving/predict", encoded("River", "JPEG"), timeout=30,
+            verify=self.certificate,
+            headers={
+                "Content-Type": "image/jpeg",
+                "Authorization": f"Bearer {self.secret('serving_key')}",
+            },
+        )  # fmt: skip
+        return str(answer.json()["model_version"]) if answer.ok else None
+
+
+def run(*command: str, at: "Stack | Path", timeout: float = 300, **env: str) -> str:
+    folder = at if isinstance(at, Path) else at.folder
+    known = {} if isinstance(at, Path) else at.env
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | known | env, capture_output=True, text=True,
+        timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    if shutil.which("docker") is None:
+        pytest.fail("no docker command on PATH: these tests need an engine with compose")
+    folder = tmp_path_factory.mktemp("repository")
+    for name in run("git", "ls-files", "-co", "--exclude-standard", at=ROOT).splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    run(sys.executable, "-m", "deploy.secrets", at=folder)
+    (folder / "alerts.yml").write_text(ALERTS)
+    port = free_port()
+    env = {"PLATFORM_PORT": str(port), "ALERTMANAGER_CONFIG": "./alerts.yml"}
+    compose = ("docker", "compose", "-p", PROJECT)
+    run(*compose, "down", "-v", "--remove-orphans", at=folder, **env)
+    run(*compose, "build", at=folder, timeout=BUILD_S, **env)
+    begun = time.monotonic()
+    try:
+        run(*compose, "up", "--wait", at=folder, timeout=600, **env)
+        stack = Stack(folder, port, env, time.monotonic() - begun)
+        run("docker", "run", "-d", "--rm", "--name", f"{PROJECT}-listener", "--network",
+            f"{PROJECT}_default", "--network-alias", "listener", "python:3.11-slim", "python",
+            "-uc", LISTENER, at=stack)  # fmt: skip
+        yield stack
+    finally:
+        subprocess.run(["docker", "rm", "-f", f"{PROJECT}-listener"], capture_output=True)
+        run(*compose, "down", "-v", "--remove-orphans", at=folder, **env)
+
+
+def test_it_is_up_within_three_minutes(stack: Stack) -> None:
+    print(f"up after {stack.seconds:.0f} s")
+    assert stack.seconds < UP_S
+    states = {c["Name"]: c["State"] for c in stack.containers()}
+    assert len(states) == 8
+    for name, state in states.items():
+        assert state["Health"]["Status"] == "healthy", name
+        assert not state["Restarting"], name
+
+
+def test_the_containers_are_held_as_tight_as_the_file_says(stack: Stack) -> None:
+    for container in stack.containers():
+        name, host = container["Name"], container["HostConfig"]
+        assert container["Config"]["User"] not in ("", "0", "root"), f"{name} is root"
+        assert host["ReadonlyRootfs"], name
+        assert host["CapDrop"] == ["ALL"], name
+        assert not host["CapAdd"], name
+        assert "no-new-privileges:true" in host["SecurityOpt"], name
+        assert host["Memory"] > 0, name
+        published = [one for bound in host["PortBindings"].values() for one in bound]
+        if "proxy" in name:
+            assert [one["HostIp"] for one in published] == ["127.0.0.1"]
+        else:
+            assert not published, name
+
+
+def test_no_secret_stands_in_what_docker_tells_or_in_a_log(stack: Stack) -> None:
+    told = json.dumps(stack.containers())
+    told += stack.compose("logs", "--no-color") + stack.compose("config")
+    for file in (stack.folder / ".platform/secrets").iterdir():
+        value = file.read_text().strip()
+        if len(value) > 8 and file.name not in ("tls.crt", "serving_keys"):
+            assert value not in told, file.name
+
+
+def test_the_serving_image_is_small_and_knows_no_torch(stack: Stack) -> None:
+    (image,) = json.loads(run("docker", "image", "inspect", "eurosat-serving:0.1.0", at=stack))
+    print(f"the serving image has {image['Size'] / 1e6:.0f} MB")
+    assert image["Size"] < IMAGE_BYTES
+    found = stack.compose(
+        "exec", "-T", "serving", "python", "-c",
+        "import importlib.util as u; print([n for n in ('torch', 'ray') if u.find_spec(n)])",
+    )  # fmt: skip
+    assert found.strip() == "[]"
+
+
+def test_strangers_are_kept_out(stack: Stack) -> None:
+    ask = requests.Session()
+    ask.verify = stack.certificate
+    search = f"{stack.url}/api/2.0/mlflow/experiments/get?experiment_id=0"
+    assert ask.get(search, timeout=30).status_code == 401
+    assert ask.get(search, timeout=30, auth=("admin", "wrong")).status_code == 401
+    for place in ("prometheus/", "alertmanager/"):
+        assert ask.get(f"{stack.url}/{place}", timeout=30).status_code == 401
+    admin = ("admin", stack.secret("admin_password"))
+    assert ask.get(f"{stack.url}/prometheus/-/ready", timeout=30, auth=admin).ok
+    assert ask.get(f"{stack.url}/alertmanager/-/ready", timeout=30, auth=admin).ok
+    elsewhere = {"Host": "evil.example"}
+    assert ask.get(search, timeout=30, auth=admin, headers=elsewhere).status_code == 403
+    assert ask.post(f"{stack.url}/serving/predict", b"x", timeout=30).status_code == 401
+    with pytest.raises(requests.exceptions.SSLError):
+        requests.get(stack.url, timeout=30)  # who does not know the certificate
+    with pytest.raises(requests.ConnectionError):
+        requests.get(f"http://127.0.0.1:{stack.port}/", timeout=30).raise_for_status()
+
+
+def test_an_alert_says_that_there_is_no_champion(stack: Stack) -> None:
+    def told() -> bool:
+        return "NoChampion" in run("docker", "logs", f"{PROJECT}-listener", at=stack)
+
+    until(told, WAIT_S, "the alert comes out of Alertmanager's webhook")
+
+
+def test_a_large_artifact_comes_back_as_it_went(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in stack.client("writer").items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "large.bin"
+    with file.open("wb") as opened:
+        for _ in range(LARGE_BYTES // 1_000_000):
+            opened.write(os.urandom(1_000_000))
+    client = MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    client.log_artifact(run_id, str(file))
+    client.set_terminated(run_id)
+    back = Path(client.download_artifacts(run_id, file.name, str(tmp_path / "back")))
+    with file.open("rb") as sent, back.open("rb") as got:
+        digests = {hashlib.file_digest(one, "sha256").hexdigest() for one in (sent, got)}
+    assert len(digests) == 1
+
+
+def test_a_training_elsewhere_ends_as_an_answer_here(stack: Stack, tmp_path: Path) -> None:
+    """Training through TLS and a password, registration, webhook, promotion, hot swap, a tile."""
+    assert stack.champion_served() is None
+    told = stack.client("writer")
+    cache = {"EUROSAT_CACHE": str(tmp_path / "cache"), "EUROSAT_COMMIT": "c" * 40}
+    path = os.pathsep.join([str(stack.folder), os.environ.get("PYTHONPATH", "")])
+    environment = told | cache | {"PYTHONPATH": path}
+
+    def verb(*arguments: str) -> str:
+        return run(sys.executable, "-m", *arguments, at=stack.folder, timeout=900, **environment)
+
+    verb("expectations.validate", "data=synthetic", "recipe=demo")
+    run_id = verb("eurosat.train", "data=synthetic", "recipe=demo").split()[-1]
+    number = verb("registry.register", run_id).split()[-1]
+    until(
+        lambda: stack.champion_served() == number, WAIT_S, "serving answers with what was trained"
+    )

@@ -12,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow test-docker secrets platform platform-down user bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms bench-registry sweep-ui lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo test test-slow test-docker audit secrets platform platform-down user bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms bench-registry sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ test-slow: .venv/dev ## the long forms of the tests
 
 test-docker: .venv/dev ## docker-compose.yml, all of it, on this machine's engine
 	$(BIN)/python -m pytest -m docker -s $(PYTEST_ARGS)
+
+audit: .venv/dev ## known faults of the locked packages
+	$(BIN)/python -m deploy.audit
 
 secrets: .venv/product ## the platform's secrets, those that are missing
 	$(BIN)/python -m deploy.secrets

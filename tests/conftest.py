@@ -13,6 +13,7 @@ from eurosat.config import TrainConfig, compose
 from eurosat.pack import Pack, open_pack
 from eurosat.prepare import Prepared
 from eurosat.split import make_split
+from tests import platforms
 from tests.offline import sitecustomize
 from tests.postgres import initdb, running
 
@@ -92,6 +93,13 @@ def store(blank_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def model(request: pytest.FixtureRequest) -> str:
     """The name of a registered model of the test's own."""
     return f"m{abs(hash(request.node.name))}"
+
+
+@pytest.fixture(scope="session")
+def platform(quiet_and_apart: None) -> "Iterator[platforms.Platform]":
+    """Of `make platform`, for all tests that ask it."""
+    with platforms.place() as folder:
+        yield platforms.started(folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """A platform of the tests' own, as `make platform` starts it, and its users."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -27,6 +28,11 @@ class Platform:
     @property
     def url(self) -> str:
         return self.env["MLFLOW_TRACKING_URI"]
+
+    @property
+    def pid(self) -> int:
+        """Of the process that looks after the others."""
+        return int(json.loads((self.folder / "process.json").read_text())["pid"])
 
     def administrator(self) -> users.Server:
         told = (self.env[f"MLFLOW_TRACKING_{name}"] for name in ("URI", "USERNAME", "PASSWORD"))

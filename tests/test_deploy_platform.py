@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,12 +27,6 @@ pytestmark = [
     ),
 ]
 WAIT_S = 90.0
-
-
-@pytest.fixture(scope="module")
-def platform() -> Iterator[Platform]:
-    with platforms.place() as folder:
-        yield platforms.started(folder)
 
 
 def pid_of(platform: Platform, service: str) -> int:
@@ -217,8 +210,7 @@ def test_its_end_or_its_death_leaves_no_process_and_no_data_is_lost() -> None:
         who = ("a-writer", platforms.PASSWORD)
         kept = ("GET", "experiments/get-by-name")
         assert platform.ask(who, *kept, experiment_name="kept") == 200
-        pid = int((folder / "process.json").read_text().split(":")[1].strip(" }"))
-        os.kill(pid, signal.SIGKILL)
+        os.kill(platform.pid, signal.SIGKILL)
         until(lambda: not platforms.left(folder), WAIT_S, "its services end with it")
 
         platform = platforms.started(folder)

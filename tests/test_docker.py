@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Listener(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 http.server.HTTPServer(("", 8000), Listener).serve_forever()
 """
+EMPTY: Mapping[str, str] = {}
 ALERTS = """
 route: {receiver: listener, group_wait: 1s}
 receivers:
@@ -100,11 +101,13 @@ class Stack:
         return str(answer.json()["model_version"]) if answer.ok else None
 
 
-def run(*command: str, at: "Stack | Path", timeout: float = 300, **env: str) -> str:
+def run(
+    *command: str, at: "Stack | Path", timeout: float = 300, env: Mapping[str, str] = EMPTY
+) -> str:
     folder = at if isinstance(at, Path) else at.folder
-    known = {} if isinstance(at, Path) else at.env
+    known = EMPTY if isinstance(at, Path) else at.env
     done = subprocess.run(
-        command, cwd=folder, env=os.environ | known | env, capture_output=True, text=True,
+        command, cwd=folder, env={**os.environ, **known, **env}, capture_output=True, text=True,
         timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
@@ -130,11 +133,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     port = free_port()
     env = {"PLATFORM_PORT": str(port), "ALERTMANAGER_CONFIG": "./alerts.yml"}
     compose = ("docker", "compose", "-p", PROJECT)
-    run(*compose, "down", "-v", "--remove-orphans", at=folder, **env)
-    run(*compose, "build", at=folder, timeout=BUILD_S, **env)
+    run(*compose, "down", "-v", "--remove-orphans", at=folder, env=env)
+    run(*compose, "build", at=folder, timeout=BUILD_S, env=env)
     begun = time.monotonic()
     try:
-        run(*compose, "up", "--wait", at=folder, timeout=600, **env)
+        run(*compose, "up", "--wait", at=folder, timeout=600, env=env)
         stack = Stack(folder, port, env, time.monotonic() - begun)
         run("docker", "run", "-d", "--rm", "--name", f"{PROJECT}-listener", "--network",
             f"{PROJECT}_default", "--network-alias", "listener", "python:3.11-slim", "python",
@@ -142,7 +145,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield stack
     finally:
         subprocess.run(["docker", "rm", "-f", f"{PROJECT}-listener"], capture_output=True)
-        run(*compose, "down", "-v", "--remove-orphans", at=folder, **env)
+        run(*compose, "down", "-v", "--remove-orphans", at=folder, env=env)
 
 
 def test_it_is_up_within_three_minutes(stack: Stack) -> None:
@@ -246,7 +249,7 @@ def test_a_training_elsewhere_ends_as_an_answer_here(stack: Stack, tmp_path: Pat
     environment = told | cache | {"PYTHONPATH": path}
 
     def verb(*arguments: str) -> str:
-        return run(sys.executable, "-m", *arguments, at=stack.folder, timeout=900, **environment)
+        return run(sys.executable, "-m", *arguments, at=stack.folder, timeout=900, env=environment)
 
     verb("expectations.validate", "data=synthetic", "recipe=demo")
     run_id = verb("eurosat.train", "data=synthetic", "recipe=demo").split()[-1]

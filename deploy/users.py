@@ -35,7 +35,7 @@ class Server:
         self.url = url.rstrip("/")
         self._session = requests.Session()
         self._session.auth = (name, password)
-        self._session.verify = verify
+        self._verify = verify  # of each request: a session's own yields to REQUESTS_CA_BUNDLE
 
     def ask(
         self, method: str, call: str, absent: int | None = None, **told: str | int
@@ -49,6 +49,7 @@ class Server:
                 params=told if asks else None,
                 json=None if asks else told,
                 timeout=TIMEOUT_S,
+                verify=self._verify,
             )
         except requests.RequestException as error:
             raise TrackingError(f"{self.url} cannot be reached: {type(error).__name__}") from error

@@ -195,23 +195,25 @@ def test_the_serving_image_is_small_and_knows_no_torch(stack: Stack) -> None:
 
 
 def test_strangers_are_kept_out(stack: Stack) -> None:
-    ask = requests.Session()
-    ask.verify = stack.certificate
-    search = f"{stack.url}/api/2.0/mlflow/experiments/get?experiment_id=0"
-    assert ask.get(search, timeout=30).status_code == 401
-    assert ask.get(search, timeout=30, auth=("admin", "wrong")).status_code == 401
+    def ask(path: str, method: str = "GET", **told: Any) -> int:
+        url, trusted = f"{stack.url}/{path}", stack.certificate
+        return requests.request(method, url, verify=trusted, timeout=30, **told).status_code
+
+    search = "api/2.0/mlflow/experiments/get?experiment_id=0"
+    assert ask(search) == 401
+    assert ask(search, auth=("admin", "wrong")) == 401
     for place in ("prometheus/", "alertmanager/"):
-        assert ask.get(f"{stack.url}/{place}", timeout=30).status_code == 401
+        assert ask(place) == 401
     admin = ("admin", stack.secret("admin_password"))
-    assert ask.get(f"{stack.url}/prometheus/-/ready", timeout=30, auth=admin).ok
-    assert ask.get(f"{stack.url}/alertmanager/-/ready", timeout=30, auth=admin).ok
-    elsewhere = {"Host": "evil.example"}
-    assert ask.get(search, timeout=30, auth=admin, headers=elsewhere).status_code == 403
-    assert ask.post(f"{stack.url}/serving/predict", b"x", timeout=30).status_code == 401
+    assert ask(search, auth=admin) == 200
+    assert ask("prometheus/-/ready", auth=admin) == 200
+    assert ask("alertmanager/-/ready", auth=admin) == 200
+    assert ask(search, auth=admin, headers={"Host": "evil.example"}) == 403
+    assert ask("serving/predict", "POST", data=b"x") in (401, 403)
     with pytest.raises(requests.exceptions.SSLError):
         requests.get(stack.url, timeout=30)  # who does not know the certificate
-    with pytest.raises(requests.ConnectionError):
-        requests.get(f"http://127.0.0.1:{stack.port}/", timeout=30).raise_for_status()
+    unencrypted = requests.get(f"http://127.0.0.1:{stack.port}/", timeout=30)
+    assert unencrypted.status_code == 400
 
 
 def test_an_alert_says_that_there_is_no_champion(stack: Stack) -> None:

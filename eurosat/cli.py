@@ -7,9 +7,10 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from eurosat import logs
+from eurosat import logs, platform_env
 from eurosat.errors import ConfigError, EuroSATError
 
 QUIET = {
@@ -24,13 +25,23 @@ QUIET = {
 OK, NEGATIVE, BAD_INPUT, FAULT, INTERRUPTED, TERMINATED = 0, 1, 2, 70, 130, 143
 
 
-def finish(verb: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> NoReturn:
-    """Exit with the verb's code; an error of ours is one line on standard error and code 2."""
+def finish(
+    verb: Callable[[Sequence[str]], int],
+    argv: Sequence[str] | None = None,
+    *,
+    platform: bool = True,
+) -> NoReturn:
+    """Exit with the verb's code; an error of ours is one line on standard error and code 2.
+
+    ``platform``: what runs beside the working directory is used (`eurosat.platform_env`).
+    """
     # Before any library is imported that phones home or talks over the verb's output.
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # runs end with their status
     try:
+        if platform:
+            platform_env.read(Path.cwd(), os.environ)
         sys.exit(verb(sys.argv[1:] if argv is None else argv))
     except EuroSATError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

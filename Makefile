@@ -12,7 +12,7 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow test-docker audit secrets platform platform-down user bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms bench-registry sweep-ui lint format describe main-job lock clean
+.PHONY: help setup setup-dev demo doctor test test-slow test-docker audit secrets platform platform-down user bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms bench-registry sweep-ui lint format describe main-job lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ setup-dev: .venv/dev ## the same with the tools for development
 
 demo: .venv/product ## the main job, end to end (DATA=eurosat EUROSAT_ROOT=folder for the real tiles)
 	$(BIN)/python -m experiments.demo data=$(DATA) $(DEMO_ARGS)
+
+doctor: .venv/product ## what is wrong with this machine, the platform, or between them (docs/doctor.md)
+	$(BIN)/python -m eurosat.doctor $(DOCTOR_ARGS)
 
 main-job: .venv/product ## the main job on the real tiles, figures into reports/main-job.json
 	$(BIN)/python -m experiments.demo data=eurosat report=reports/main-job.json $(DEMO_ARGS)

@@ -27,15 +27,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path, backend: str | None = None) -> Iterator[int]:
+def mlflow_server(folder: Path, backend: str | None = None, *flags: str) -> Iterator[int]:
     """Started on a free port, its artifacts in ``folder``, and its database where ``backend`` is
-    not the URL of another; yields the port.
+    not the URL of another; yields the port. ``flags`` are further ones of `mlflow server`.
     """
     port = free_port()
     command = [
         sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port),
         "--workers", "1", "--backend-store-uri", backend or f"sqlite:///{folder}/server.db",
         "--artifacts-destination", str(folder / "artifacts"), "--serve-artifacts",
+        *flags,
     ]  # fmt: skip
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop("MLFLOW_TRACKING_URI", None)

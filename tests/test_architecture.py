@@ -19,7 +19,7 @@ LIBRARY = "eurosat"
 FOLDERS = (LIBRARY, "experiments", "registry", "serving", "expectations")
 OURS = {*FOLDERS, "tests", "benchmarks", "deploy", "docs"}
 MODEL_FROM_CODE = Path("serving/pyfunc.py")
-MLFLOW_ALLOWED = (Path("eurosat/tracking"), Path("eurosat/doctor.py"))
+MLFLOW_ALLOWED = (Path("eurosat/tracking"),)
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "manager", "managers", "misc"}
 SLOW_TO_IMPORT = {"torch", "lightning", "timm", "mlflow", "great_expectations", "ray"}
 """Each takes more than half a second: a command's ``--help`` does not wait for it."""

@@ -41,7 +41,7 @@ def defaults(entry: str) -> dict[str, str]:
 def test_the_promised_entry_points_are_there() -> None:
     promised = {"main", "validate", "train", "sweep", "evaluate", "register"}
     assert set(ENTRIES) == promised | {
-        "judge", "promote", "receive", "rollback", "serve", "serve-ray", "serve-stock",
+        "doctor", "judge", "promote", "receive", "rollback", "serve", "serve-ray", "serve-stock",
     }  # fmt: skip
 
 

@@ -193,6 +193,27 @@ def client(uri: str | None = None) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Credentials:
+    """What MLflow's client shows a server, from its variables or ~/.mlflow/credentials."""
+
+    username: str | None
+    password: str | None = field(repr=False)
+    token: str | None = field(repr=False)
+    verify: bool | str
+    """Of TLS: whether, or by which file of certificates."""
+
+
+def credentials() -> Credentials:
+    from mlflow.utils.credentials import get_default_host_creds
+
+    taken = get_default_host_creds(server())
+    verify = taken.server_cert_path or not taken.ignore_tls_verification
+    return Credentials(
+        username=taken.username, password=taken.password, token=taken.token, verify=verify
+    )
+
+
 def experiment_id(asked: "MlflowClient", name: str) -> str:
     """Of the experiment of that name, which is made where there is none."""
     from mlflow.exceptions import MlflowException

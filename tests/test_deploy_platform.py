@@ -1,5 +1,6 @@
 """`make platform`: PostgreSQL, an object store, MLflow, the promoter and serving, on loopback."""
 
+import json
 import os
 import re
 import signal
@@ -11,6 +12,8 @@ import requests
 from mlflow import MlflowClient
 
 from deploy import postgresql, secrets
+from eurosat import cli
+from eurosat.doctor import __main__ as doctor
 from eurosat.errors import ConfigError
 from registry import register
 from tests import platforms
@@ -163,6 +166,31 @@ def test_what_a_writer_registers_is_judged_promoted_and_served(
     assert client.get_model_version_by_alias("eurosat", "champion").version == number
     entry = client.search_model_versions("name = 'eurosat.ledger'")
     assert entry, "the promotion stands in the ledger"
+
+
+@pytest.mark.parametrize("role", ["administrator", "writer", "reader"])
+def test_the_doctor_finds_nothing_wrong_with_it(
+    role: str, platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    for name, value in platform.env.items():
+        monkeypatch.setenv(name, value)
+    if role != "administrator":
+        platform.become(monkeypatch, platform.user(role))
+    assert doctor.main(["--json"]) == cli.OK
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    told = {one["name"]: one["verdict"] for one in checks}
+    wanted = ["secrets", "tracking server", "version", "credentials", "run and metric", "artifact",
+              "removal", "promoter", "serving", "clock", "bucket"]  # fmt: skip
+    if role == "administrator":
+        wanted += ["model version", "webhook"]
+    assert [name for name in wanted if told[name] != "ok"] == [], checks
+    for kind in ("experiments", "registered-models"):
+        found = platform.administrator().ask(
+            "GET", f"2.0/mlflow/{kind}/search", max_results=1000, filter="name LIKE 'doctor-%'"
+        )
+        assert found == {}, "something was left behind"
 
 
 def test_a_service_that_is_killed_is_started_again(platform: Platform) -> None:

@@ -4,7 +4,8 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -44,14 +45,29 @@ def bar() -> Progress:
 
 def track(items: Iterable[T], total: int, label: str, unit: str) -> Iterator[T]:
     """Yield ``items``, showing how many are done, how fast, and the time left."""
+    with counter(total, label, unit) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def counter(total: int, label: str, unit: str) -> Iterator[Callable[[float], None]]:
+    """The same for work that tells itself how much more is done."""
     started = told = time.monotonic()
+    done = 0.0
     with bar() as shown:
         task = shown.add_task(label, total=total, note="")
-        for done, item in enumerate(items, 1):
-            yield item
+
+        def advance(more: float) -> None:
+            nonlocal told, done
+            done += more
             now = time.monotonic()
-            rate = done / max(now - started, 1e-9)
-            shown.update(task, advance=1, note=f"{rate:,.0f} {unit}/s")
+            rate = max(done, 1e-9) / max(now - started, 1e-9)
+            shown.update(task, completed=int(done), note=f"{rate:,.0f} {unit}/s")
             if shown.disable and now - told > LINE_EVERY_S:
                 told = now
-                log.info("%s: %d of %d, %.0f s left", label, done, total, (total - done) / rate)
+                left = (total - done) / rate
+                log.info("%s: %.0f of %d %s, %.0f s left", label, done, total, unit, left)
+
+        yield advance

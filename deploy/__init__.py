@@ -1,0 +1,1 @@
+"""What is for servers and the cloud: images, backups."""

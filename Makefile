@@ -12,7 +12,8 @@ BIN := .venv/bin
 UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --require-hashes
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo doctor test test-slow test-docker audit secrets platform platform-down user bench-train bench-results bench-extras bench-depthwise bench-tracking bench-sweep bench-serving bench-strain soak-serving tune-serving bench-forms bench-registry sweep-ui lint format describe main-job lock clean
+# every target that help lists
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -137,6 +138,15 @@ bench-forms: .venv/product ## FP32, INT8, bf16, compiled and pruned forms of a r
 bench-registry: .venv/product ## how long a judgement and a rollback take, and how often chance promotes
 	$(BIN)/python -m benchmarks.registry $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
+
+# What `make platform` wrote, but for the variables that are set already.
+PLATFORM := env $$(awk -F= '!($$1 in ENVIRON)' .platform/env 2>/dev/null)
+
+backup: .venv/product ## databases and artifacts of the platform into one archive (TO=folder or gs://bucket/prefix)
+	@$(PLATFORM) $(BIN)/python -m deploy.backup save --to '$(or $(TO),$(error TO=folder or gs://bucket/prefix is missing))'
+
+restore: .venv/product ## an archive of it (FROM=file or gs://…; ARGS=--replace where there is something)
+	@$(PLATFORM) $(BIN)/python -m deploy.backup restore --from '$(or $(FROM),$(error FROM=file or gs://… is missing))' $(ARGS)
 
 sweep-ui: .venv/product ## look at the studies while they run (STORAGE=sqlite:///optuna.db)
 	$(BIN)/optuna-dashboard $(STORAGE)

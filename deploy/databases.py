@@ -77,7 +77,7 @@ class Database:
 
     @property
     def server(self) -> str:
-        return urlsplit(self.uri).netloc
+        return urlsplit(self.uri).netloc.rpartition("@")[2]
 
     def called(self, name: str) -> "Database":
         if len(name.encode()) > MAX_NAME:

@@ -103,9 +103,16 @@ def place(uri: str, named: str) -> Place:
     return Prefix(bucket, prefix.strip("/"))
 
 
-def spool() -> IO[bytes]:
-    """In memory while it is small, else in a file that no name leads to."""
-    return tempfile.SpooledTemporaryFile(max_size=PART)
+def spooled(fill: Callable[[IO[bytes]], object]) -> IO[bytes]:
+    """What ``fill`` writes, to be read: in memory while it is small, else in a nameless file."""
+    spool = tempfile.SpooledTemporaryFile(max_size=PART)  # noqa: SIM115 - the reader closes it
+    try:
+        fill(spool)
+    except BaseException:
+        spool.close()
+        raise
+    spool.seek(0)
+    return spool
 
 
 def each(work: Callable[[str], None], keys: Sequence[str], label: str) -> None:
@@ -193,7 +200,7 @@ class Folder:
         file = self.root / key
         file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another file stands there
-            for folder in list(file.relative_to(self.root).parents)[:-1]:
+            for folder in file.relative_to(self.root).parents:
                 (self.root / folder).rmdir()
 
     def beside(self, ending: str) -> "Folder":

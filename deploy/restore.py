@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
 from deploy import archive, databases, places, schema
@@ -152,9 +153,7 @@ def _unpack(
                     told = manifest.told["databases"][database.kind.name]
                     databases.restore(opened, _fresh(database), dumped, told)
                 continue
-            spool = places.spool()
-            archive.copy(content, member, spool)
-            spool.seek(0)
+            spool = places.spooled(partial(archive.copy, content, member))
             key = member.name.removeprefix(archive.ARTIFACTS)
             waiting.append(pool.submit(_put, into, key, spool))
             if len(waiting) > places.PARALLEL:

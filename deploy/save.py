@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -100,17 +101,12 @@ def _fetched(place: Place, listed: Iterable[Stored]) -> Iterator[tuple[Stored, I
 def _fetch(place: Place, stored: Stored) -> tuple[Stored, IO[bytes] | None]:
     """One content of an artifact, whole; None if it was deleted."""
     for _ in range(TRIES):
-        spool = places.spool()
         try:
-            place.read(stored, spool)
+            return stored, places.spooled(partial(place.read, stored))
         except places.Changed:
-            spool.close()
             if (now := place.find(stored.key)) is None:
                 return stored, None
             stored = now
-        else:
-            spool.seek(0)
-            return stored, spool
     raise TrackingError(
         f"{place.uri}/{stored.key} was overwritten {TRIES} times while it was read: say it again"
     )

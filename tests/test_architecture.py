@@ -16,8 +16,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "eurosat"
-FOLDERS = (LIBRARY, "experiments", "registry", "serving", "expectations")
-OURS = {*FOLDERS, "tests", "benchmarks", "deploy", "docs"}
+FOLDERS = (LIBRARY, "experiments", "registry", "serving", "expectations", "deploy")
+OURS = {*FOLDERS, "tests", "benchmarks", "docs"}
 MODEL_FROM_CODE = Path("serving/pyfunc.py")
 MLFLOW_ALLOWED = (Path("eurosat/tracking"),)
 EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "manager", "managers", "misc"}

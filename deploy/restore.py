@@ -62,7 +62,8 @@ def restore(
     _refuse_others(manifest, found)
     with databases.maintained(found[0]) as opened:
         begun = _begun(artifacts)
-        if begun and databases.marked(opened, found[0].name) == begun.mark:
+        swapped = begun and databases.marked(opened, found[0].name) == begun.mark
+        if begun and swapped and begun.seal == manifest.seal:
             log.info("the restore of %s was killed after its swap: it is completed", begun.stamp)
         else:
             begun = _prepare(opened, manifest, found, artifacts, begun, replace=replace)

@@ -584,8 +584,9 @@ cli.finish(backup.main)
     ids=["late", "everywhere"],
 )
 def test_a_platform_in_use_is_replaced_on_request_however_often_that_is_killed(
-    saved: Saved, points: list[str], capsys: pytest.CaptureFixture[str]
+    saved: Saved, points: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    other = tmp_path / "other.tar"
     target = platform(f"fourth{len(points)}", saved.source.postgres, saved.source.folder)
     arguments = ("restore", "--from", str(saved.file))
     manifest = verified(saved.file.read_bytes())
@@ -617,6 +618,10 @@ def test_a_platform_in_use_is_replaced_on_request_however_often_that_is_killed(
             names = {name for (name,) in target.asked("SELECT name FROM runs")}
             if point == "after the swap":
                 assert "of now" not in names
+                same = manifest.told["databases"]["mlflow"]["schema"]
+                other.write_bytes(with_schema(saved.file, same))
+                assert exit_code(backup.main, "restore", "--from", str(other)) == cli.BAD_INPUT
+                assert "--replace" in capsys.readouterr().err, "it is no restore of that one"
                 continue
             assert names == {"of now"}, f"{point} the database is the one of before"
             there = target.objects()

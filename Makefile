@@ -169,7 +169,7 @@ lock: $(BIN)/uv ## compile the locks anew from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --group dev -c requirements.lock --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-header --quiet \
 		-o requirements-dev.lock
-	for image in mlflow serving; do $(BIN)/uv pip compile deploy/$$image/requirements.in \
+	for image in mlflow postgres serving; do $(BIN)/uv pip compile deploy/$$image/requirements.in \
 		-c requirements.lock --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-header --quiet -o deploy/$$image/requirements.lock; done
 	$(BIN)/uv pip compile benchmarks/torchgeo.in -c requirements.lock --universal \

@@ -13,6 +13,7 @@ from eurosat.errors import ConfigError
 LOCKS = (
     Path("requirements.lock"),
     Path("deploy/mlflow/requirements.lock"),
+    Path("deploy/postgres/requirements.lock"),
     Path("deploy/serving/requirements.lock"),
 )
 TIMEOUT_S = 300

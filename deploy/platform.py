@@ -86,14 +86,16 @@ class Service:
 class Platform:
     """The services of one folder. Nothing runs before `run`."""
 
-    def __init__(self, folder: Path, ports: dict[str, int]) -> None:
+    def __init__(
+        self, folder: Path, ports: dict[str, int], only: Sequence[str] = tuple(PORTS)
+    ) -> None:
         self.folder = folder.resolve()
         self.logs = self.folder / "logs"
         self.secrets = self.folder / "secrets"
         self.env = self.folder / "env"
         self._passwords = self.secrets / "pgpass"
         self.urls = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
-        self._ports = ports
+        self._ports, self._only = ports, only
         self._stopping = False
         self.database = f"postgresql+psycopg2://mlflow@127.0.0.1:{ports['postgres']}/mlflow"
 
@@ -108,7 +110,7 @@ class Platform:
         services: list[Service] = []
         try:
             self._prepare()
-            services = self._services()
+            services = [one for one in self._services() if one.name in self._only]
             for service in services:
                 self._bring_up(service)
             durable.replace_text(self.env, self._told())
@@ -129,7 +131,8 @@ class Platform:
         self._stopping = True
 
     def _prepare(self) -> None:
-        for name, port in self._ports.items():
+        for name in self._only:
+            port = self._ports[name]
             if not _is_free(port):
                 raise ConfigError(
                     f"port {port} of 127.0.0.1 is taken: say --{name}-port, or --free-ports"
@@ -344,7 +347,7 @@ def _last_line(file: Path) -> str:
     return f"{said[-1][:300] if said else 'it said nothing'} ({file})"
 
 
-def up(folder: Path, ports: dict[str, int]) -> int:
+def up(folder: Path, ports: dict[str, int], only: Sequence[str]) -> int:
     """Start it as a process of its own, and return when it is healthy.
 
     Raises:
@@ -357,6 +360,7 @@ def up(folder: Path, ports: dict[str, int]) -> int:
     (folder / "logs").mkdir(exist_ok=True)
     said = folder / "logs" / "platform.log"
     flags = [f"--{name}-port={port}" for name, port in ports.items()]
+    flags += [f"--only={','.join(only)}"]
     with said.open("wb") as opened:
         process = subprocess.Popen(
             [sys.executable, "-m", "deploy.platform", "run", f"--folder={folder}", *flags],
@@ -406,13 +410,13 @@ def running(folder: Path) -> int | None:
             raise ConfigError(f"{folder} is being started or ended: try again") from error
 
 
-def _run(folder: Path, ports: dict[str, int]) -> int:
+def _run(folder: Path, ports: dict[str, int], only: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0):
             durable.replace_text(folder / "process.json", json.dumps({"pid": os.getpid()}))
             try:
-                return Platform(folder, ports).run()
+                return Platform(folder, ports, only).run()
             finally:
                 (folder / "process.json").unlink(missing_ok=True)
     except Timeout as error:
@@ -426,15 +430,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--free-ports", action="store_true", help="unless one is named")
     for name, port in PORTS.items():
         parser.add_argument(f"--{name}-port", type=int, metavar=str(port))
+    parser.add_argument("--only", metavar="NAME,...", help="such as postgres,store for a restore")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
+    only = args.only.split(",") if args.only else list(PORTS)
+    if unknown := set(only) - set(PORTS):
+        raise ConfigError(f"--only {sorted(unknown)[0]} is none of {', '.join(PORTS)}")
     if args.verb == "down":
         return down(args.folder)
     ports = {
         name: getattr(args, f"{name}_port") or (_free_port() if args.free_ports else port)
         for name, port in PORTS.items()
     }
-    return {"up": up, "run": _run}[args.verb](args.folder, ports)
+    return {"up": up, "run": _run}[args.verb](args.folder, ports, only)
 
 
 if __name__ == "__main__":

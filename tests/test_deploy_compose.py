@@ -89,7 +89,7 @@ def test_every_dockerfile_starts_from_pinned_images_and_installs_from_a_lock(fil
         assert "--require-hashes" in text
 
 
-@pytest.mark.parametrize("name", ["mlflow", "serving"])
+@pytest.mark.parametrize("name", ["mlflow", "postgres", "serving"])
 def test_the_locks_of_images_hold_the_products_own_releases(name: str) -> None:
     ours, theirs = pins(ROOT / "requirements.lock"), pins(ROOT / f"deploy/{name}/requirements.lock")
     assert theirs

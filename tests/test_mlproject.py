@@ -98,9 +98,10 @@ def test_every_recipe_is_in_the_docs() -> None:
 def test_make_help_lists_every_target_that_is_told_to_users() -> None:
     said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = set(re.findall(r"^  make ([\w-]+) +\S", said.stdout, re.MULTILINE))
-    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    told = subprocess.run(["make", "-pn", "help"], cwd=ROOT, capture_output=True, text=True)
+    phony = re.search(r"^\.PHONY: (.*)$", told.stdout, re.MULTILINE)
     assert phony
-    assert listed == set(phony.group(1).split())
+    assert listed == set(phony.group(1).split()) - {"wrk"}  # a part of others
     named = set(re.findall(r"`make ([\w-]+)", README))
     assert named <= listed
 

@@ -134,7 +134,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     env = {"PLATFORM_PORT": str(port), "ALERTMANAGER_CONFIG": "./alerts.yml"}
     compose = ("docker", "compose", "-p", PROJECT)
     run(*compose, "down", "-v", "--remove-orphans", at=folder, env=env)
-    run(*compose, "build", at=folder, timeout=BUILD_S, env=env)
+    run(*compose, "--profile", "backup", "build", at=folder, timeout=BUILD_S, env=env)
     begun = time.monotonic()
     try:
         run(*compose, "up", "--wait", at=folder, timeout=600, env=env)
@@ -218,7 +218,8 @@ def test_strangers_are_kept_out(stack: Stack) -> None:
 
 def test_an_alert_says_that_there_is_no_champion(stack: Stack) -> None:
     def told() -> bool:
-        return "NoChampion" in run("docker", "logs", f"{PROJECT}-listener", at=stack)
+        logs = ["docker", "logs", f"{PROJECT}-listener"]
+        return b"NoChampion" in subprocess.run(logs, capture_output=True, check=True).stdout
 
     until(told, WAIT_S, "the alert comes out of Alertmanager's webhook")
 
@@ -259,3 +260,12 @@ def test_a_training_elsewhere_ends_as_an_answer_here(stack: Stack, tmp_path: Pat
     until(
         lambda: stack.champion_served() == number, WAIT_S, "serving answers with what was trained"
     )
+
+
+def test_a_backup_is_whole(stack: Stack) -> None:
+    stack.compose("run", "--rm", "-T", "backup")
+    stored = stack.compose(
+        "run", "--rm", "-T", "--entrypoint", "sh", "backup", "-c", "ls /backups/*.tar"
+    )
+    (file,) = stored.split()
+    stack.compose("run", "--rm", "-T", "backup", "verify", file)

@@ -147,6 +147,7 @@ def lived(rounds: int) -> tuple[list[float], list[float]]:
         for seed in range(2):
             numbers.append(made(seed, rng, folder, environment))
             lenient = ["--gates", str(folder / "gates.toml"), "--why", "bench-registry"]
+            lenient += ["--accept-uncommitted"]
             said(["registry.promote", numbers[-1], *lenient], environment)
         judgements = [judged_s(numbers[0], numbers[1]) for _ in range(rounds)]
         served = free_port()

@@ -45,6 +45,7 @@ usage: python -m experiments.demo [data=synthetic|eurosat|folder] [recipe=NAME] 
   tiles=3                                    tiles of the test fold to score over REST
   report=reports/demo.json                   where the figures go
   accept_new_data=false                      judge by floors where the champion saw other tiles
+  accept_uncommitted=false                   code that git does not hold may make a champion
   and any key of the recipe
 """
 
@@ -60,6 +61,8 @@ class DemoConfig:
     report: str = "reports/demo.json"
     accept_new_data: bool = False
     """Let the floors alone judge where the champion was tested on other tiles."""
+    accept_uncommitted: bool = False
+    """Let a version pass whose code is of no commit; a model of synthetic tiles always may."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.tiles <= 1000:
@@ -77,6 +80,9 @@ def main(argv: Sequence[str]) -> int:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     config = compose(recipe)
     log.info(say_how_long(config, settings))
+    uncommitted = settings.accept_uncommitted or config.data.source == "synthetic"
+    if not uncommitted:
+        check_commit(tracking.code_commit())
 
     step(1, "validate the tiles against their expectations")
     if not validated(config, recipe):
@@ -94,6 +100,7 @@ def main(argv: Sequence[str]) -> int:
     challenger = alias_version("challenger")
     step(4, "judge it against the champion, and promote it or say why not")
     told = ["--accept-new-data"] if settings.accept_new_data or toy_champion() else []
+    told += ["--accept-uncommitted"] if uncommitted else []
     promoted = call(sys.executable, "-m", "registry.promote", *told, negative_is_an_answer=True)
     champion = alias_version("champion")
     if champion is None:
@@ -159,6 +166,19 @@ def say_how_long(config: TrainConfig, settings: DemoConfig) -> str:
 
 def step(number: int, what: str) -> None:
     print(f"\n== {number}/5 {what}", flush=True)
+
+
+def check_commit(commit: str) -> None:
+    """Before an hour is spent on a version that the gates would refuse.
+
+    Raises:
+        ConfigError: the code is of no commit.
+    """
+    if commit == "unknown" or commit.endswith("-dirty"):
+        raise ConfigError(
+            f"the commit of the code is {commit}, and the gates refuse what no commit can make "
+            "again: commit first, or say accept_uncommitted=true"
+        )
 
 
 def validated(config: TrainConfig, recipe: Sequence[str]) -> bool:

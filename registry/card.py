@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs, tracking
-from registry import evidence, versions
+from registry import evidence, robustness, versions
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -69,12 +69,14 @@ def told(version: "ModelVersion", run: tracking.FinishedRun) -> list[str]:
         "## Classes\n" + _classes(predictions, figures),
         "## Confusion\nRows are the true classes.\n\n" + _confusion(predictions),
         "## Calibration\n" + _listed(_calibration(run)),
+        "## Under corruptions\n" + _corruptions(run),
         "## Served forms\n" + _listed(_forms(version, run)),
         "## Not known\n" + _listed(
             {
-                "corruptions": "`python -m eurosat.evaluate models:/"
-                f"{version.name}/{version.version} --corruptions` measures them",
-                "latency": "of the machine that serves: `make bench-forms`",
+                "stronger corruptions": "`python -m eurosat.evaluate models:/"
+                f"{version.name}/{version.version} --corruptions` measures five degrees",
+                "latency": "of the machine that serves: `python -m registry.judge "
+                f"{version.version} --latency` there",
             }
         ),
     ]  # fmt: skip
@@ -159,6 +161,18 @@ def _calibration(run: tracking.FinishedRun) -> dict[str, str]:
         "test_set_size": "classes in a set", "test_one_view_accuracy": "accuracy in one view",
     }  # fmt: skip
     return {said: f"{run.metrics[name]:.4f}" for name, said in names.items() if name in run.metrics}
+
+
+def _corruptions(run: tracking.FinishedRun) -> str:
+    asked = robustness.read(run.run_id)
+    if asked.predictions is None:
+        return f"Not known: {asked.fault}; {robustness.remedy(run.run_id)}."
+    tiles = asked.predictions.frame["sha256"].nunique()
+    rows = [(kind.replace("_", " "), f"{accuracy:.4f}", f"{confidence:.4f}")
+            for kind, accuracy, confidence in robustness.by_kind(asked.predictions)]  # fmt: skip
+    return f"{tiles:,} test tiles in one view, severity {robustness.SEVERITY} of 5.\n\n" + _table(
+        ("kind", "accuracy", "mean confidence"), rows
+    )
 
 
 def _forms(version: "ModelVersion", run: tracking.FinishedRun) -> dict[str, str]:

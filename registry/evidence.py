@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 PREDICTIONS = "predictions.parquet"
 SPLIT = "split.csv"
 LEARNED = ("train", "val")
+TILE = ("sha256", "label")
+"""Columns that a test tile is known by: its content, and what it was called."""
 RECALL, DROP = "recall/", "recall_drop"
 PREFIX = "p/"
 """Before a class's name in the columns of probabilities."""
@@ -52,8 +54,10 @@ class Comparison:
     refusal: str = ""
 
 
-def read(run_id: str) -> Predictions:
-    """The test predictions of a run.
+def read(
+    run_id: str, name: str = PREDICTIONS, tile: Sequence[str] = TILE, remedy: str = "train again"
+) -> Predictions:
+    """A run's predictions, of its test fold or of another table with the columns ``tile``.
 
     Raises:
         TrackingError: the run has none.
@@ -61,24 +65,22 @@ def read(run_id: str) -> Predictions:
     """
     import pandas as pd
 
-    with tracking.artifact(run_id, PREDICTIONS) as file:
+    with tracking.artifact(run_id, name) as file:
         try:
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
             predictions = Predictions(frame=pd.read_parquet(file), sha256=sha256)
         except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
-            raise ModelError(f"{PREDICTIONS} of run {run_id} is no Parquet file") from error
+            raise ModelError(f"{name} of run {run_id} is no Parquet file: {remedy}") from error
     frame = predictions.frame
-    lacking = [name for name in ("sha256", "label") if name not in frame]
+    lacking = [column for column in tile if column not in frame]
     if lacking or not predictions.classes or frame.empty:
         raise ModelError(
-            f"{PREDICTIONS} of run {run_id} has {len(frame)} rows and {len(predictions.classes)} "
-            f"columns {PREFIX}Class, and lacks {', '.join(lacking) or 'nothing else'}: train again"
+            f"{name} of run {run_id} has {len(frame)} rows and {len(predictions.classes)} columns "
+            f"{PREFIX}Class, and lacks {', '.join(lacking) or 'nothing else'}: {remedy}"
         )
     strangers = sorted(set(frame["label"].astype(str)) - set(predictions.classes))
     if strangers:
-        raise ModelError(
-            f"{PREDICTIONS} of run {run_id} has labels without probabilities: {strangers[0]}"
-        )
+        raise ModelError(f"{name} of run {run_id} has labels without probabilities: {strangers[0]}")
     return predictions
 
 
@@ -112,22 +114,22 @@ def figures(predictions: Predictions) -> dict[str, float]:
     """
     from eurosat.metrics import evaluate
 
-    if (arrays := _arrays(predictions)) is None:
+    if (found := arrays(predictions)) is None:
         return {}
-    found = evaluate(*arrays, predictions.classes)
-    return found | {"worst_recall": min(v for k, v in found.items() if k.startswith(RECALL))}
+    told = evaluate(*found, predictions.classes)
+    return told | {"worst_recall": min(v for k, v in told.items() if k.startswith(RECALL))}
 
 
 def intervals(predictions: Predictions, resamples: int) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of the figures; empty as they are."""
     from eurosat import metrics
 
-    if (arrays := _arrays(predictions)) is None:
+    if (found := arrays(predictions)) is None:
         return {}
-    return metrics.intervals(*arrays, predictions.classes, resamples=resamples)
+    return metrics.intervals(*found, predictions.classes, resamples=resamples)
 
 
-def _arrays(predictions: Predictions) -> "tuple[Labels, Floats] | None":
+def arrays(predictions: Predictions) -> "tuple[Labels, Floats] | None":
     """(N,) labels and (N, K) probabilities, if those are numbers in [0, 1]."""
     import numpy as np
 
@@ -176,7 +178,7 @@ def alone(candidate: Predictions) -> dict[str, float]:
 
 def _side_by_side(ours: Predictions, theirs: Predictions, notes: tuple[str, ...]) -> Comparison:
     mine, yours = figures(ours), figures(theirs)
-    one, other = _arrays(ours), _arrays(theirs)
+    one, other = arrays(ours), arrays(theirs)
     paired = None
     if one is not None and other is not None:
         right, champions_right = (
@@ -193,13 +195,16 @@ def _side_by_side(ours: Predictions, theirs: Predictions, notes: tuple[str, ...]
 
 
 def in_common(
-    one: Predictions, other: Predictions, known: Collection[str] = ()
+    one: Predictions,
+    other: Predictions,
+    known: Collection[str] = (),
+    columns: Sequence[str] = TILE,
 ) -> tuple[Predictions, Predictions]:
     """The rows of each that pair up; equal tiles pair in the order in which they stand."""
     keyed = []
     for whole in (one.frame, other.frame):
         frame = whole[~whole["sha256"].isin(known)]
-        tile = [frame["sha256"].astype(str), frame["label"].astype(str)]
+        tile = [frame[name].astype(str) for name in columns]
         nth = frame.groupby([series.to_numpy() for series in tile]).cumcount()
         keyed.append(frame.set_index([*tile, nth]))
     common = keyed[0].index.intersection(keyed[1].index)

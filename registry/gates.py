@@ -5,17 +5,19 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from eurosat.config import build
 from eurosat.errors import ConfigError
 
 FILE = Path(__file__).with_name("gates.toml")
-NONE = "-"
+NONE, NOT_ASKED = "-", "not asked for"
 RESAMPLES = 10_000
 FACTS = {
     "data_validation": "a model is no better than its tiles",
     "leakage": "a tile that was learned from tells nothing",
     "lineage": "what nobody can make again, nobody can mend",
+    "committed": "code that nobody has committed is gone with the next change to it",
     "signature": "the champion's clients must understand its successor",
     "approval": "a person takes the responsibility",
     "retired": "who was taken out of service does not come back by itself",
@@ -95,6 +97,23 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """How long the candidate may take, where `registry.judge --latency` asks."""
+
+    ceiling: float = 2.0
+    """Of the ratio to the champion's time in the same form and batch."""
+    off: str = ""
+    why: str = "a version that is twice as slow needs twice the servers"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ceiling < math.inf:
+            raise ConfigError(
+                f"latency.ceiling is a ratio to the champion's, above 0; got {self.ceiling}"
+            )
+        _check_why("latency", self.why)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
     name: str
     off: str = ""
@@ -114,6 +133,7 @@ def _facts() -> tuple[Fact, ...]:
 class Gates:
     figures: tuple[Gate, ...]
     difference: Difference = field(default_factory=Difference)
+    latency: Latency = field(default_factory=Latency)
     facts: tuple[Fact, ...] = field(default_factory=_facts)
 
 
@@ -129,12 +149,16 @@ class Finding:
     """Empty where the gate passed."""
     off: str = ""
     """Why the gate is switched off; then it refuses nothing."""
+    asked: bool = True
+    """False where nothing was measured, as nobody wanted it; then it refuses nothing."""
     why: str
 
     @property
     def verdict(self) -> str:
         if self.off:
             return "off"
+        if not self.asked:
+            return NOT_ASKED
         return "refused" if self.refusal else "passed"
 
 
@@ -164,12 +188,13 @@ class Verdict:
             else f"{found.gate} {found.value}"
             + (f" (champion {found.champion})" if found.champion != NONE else "")
             for found in self.findings
+            if found.asked
         ]
         return f"passed: {'; '.join([*told, *self.notes])}"
 
 
 def load(file: Path = FILE) -> Gates:
-    """Read gates: a table per figure, and those of `Difference` and `FACTS` where they differ.
+    """Read gates: a table per figure; those of `Difference`, `Latency`, `FACTS` where they differ.
 
     Raises:
         ConfigError: unreadable, not TOML, no figure, an unknown key or a wrong type.
@@ -184,13 +209,14 @@ def load(file: Path = FILE) -> Gates:
     figures = [
         build(Gate, {"metric": name} | table, name)
         for name, table in tables.items()
-        if name not in (*FACTS, "difference")
+        if name not in (*FACTS, "difference", "latency")
     ]
     if not figures:
         raise ConfigError(f"{file} holds no gate for a figure: nothing would be judged")
     return Gates(
         figures=tuple(figures),
         difference=build(Difference, tables.get("difference", {}), "difference"),
+        latency=build(Latency, tables.get("latency", {}), "latency"),
         facts=tuple(
             build(Fact, asdict(fact) | tables.get(fact.name, {}), fact.name) for fact in _facts()
         ),
@@ -201,9 +227,13 @@ def judge(
     candidate: Mapping[str, float],
     champion: Mapping[str, float] | None,
     gates: tuple[Gate, ...],
+    faults: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[Finding, ...]:
-    """Compare figures of the same test tiles; without ``champion`` the bounds alone decide."""
-    findings = tuple(_find(candidate, champion, gate) for gate in gates)
+    """Compare figures of the same test tiles; without ``champion`` the bounds alone decide.
+
+    ``faults`` tells of figures why one is missing, and what can be done.
+    """
+    findings = tuple(_find(candidate, champion, gate, faults.get(gate.metric)) for gate in gates)
     if champion is not None and not any(found.refusal for found in findings):
         deciding = {gate.metric: gate for gate in gates if gate.wins and not gate.off}
         won = [
@@ -286,7 +316,10 @@ class Paired:
 
 
 def _find(
-    candidate: Mapping[str, float], champion: Mapping[str, float] | None, gate: Gate
+    candidate: Mapping[str, float],
+    champion: Mapping[str, float] | None,
+    gate: Gate,
+    fault: str | None,
 ) -> Finding:
     if gate.off:
         return Finding(gate=gate.metric, off=gate.off, why=gate.why)
@@ -300,13 +333,14 @@ def _find(
         tolerated = theirs - gate.sign * gate.margin
         bar = max(bar, gate.sign * tolerated)
     if value is None:
-        refusal = f"{gate.metric}: the candidate has no such figure"
+        refusal = f"{gate.metric}: {fault or 'the candidate has no such figure'}"
     elif not math.isfinite(value):
         refusal = f"{gate.metric}: the candidate's figure is {value}"
     elif gate.sign * value < gate.sign * gate.bound:
         refusal = f"{gate.metric}: {_said(value)} is {than} the {word} {_said(gate.bound)}"
     elif against and tolerated is None:
-        refusal = f"{gate.metric}: the champion's figure is {theirs}, so nothing compares with it"
+        missing = f"the champion's figure is {theirs}, so nothing compares with it"
+        refusal = f"{gate.metric}: {fault or missing}"
     elif tolerated is not None and gate.sign * value < gate.sign * tolerated:
         refusal = (
             f"{gate.metric}: {_said(value)} is {than} the champion's bar {_said(tolerated)} "

@@ -1,4 +1,7 @@
-"""Judge a version against the champion by what is stored of both; nothing is computed anew."""
+"""Judge a version against the champion by what is stored of both.
+
+Nothing is computed anew, but for what a machine of today takes where `--latency` asks for it.
+"""
 
 import hashlib
 import json
@@ -10,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError
-from registry import card, evidence, gates, ledger, register, tables, versions
+from registry import (
+    card,
+    evidence,
+    gates,
+    latency,
+    ledger,
+    register,
+    robustness,
+    tables,
+    versions,
+)  # fmt: skip
 from registry.gates import Fact, Finding, Gates, Verdict
 from registry.opinions import APPROVAL, APPROVED, RETIRED, Opinion
 from registry.reconcile import last_kept
@@ -23,6 +36,8 @@ HARMLESS = (".json", ".onnx", ".py", ".txt", ".yaml")
 ADDED = "registered_model_meta"
 """What MLflow itself puts beside a version's files when it hands them out."""
 MB = 1e6
+UNKNOWN, DIRTY = "unknown", "-dirty"
+"""What `eurosat.tracking.code_commit` says where git does not know, and after a commit."""
 
 
 def judge(
@@ -31,8 +46,10 @@ def judge(
     bars: Gates,
     *,
     accept_new_data: bool = False,
+    accept_uncommitted: bool = False,
+    timed: bool = False,
 ) -> Verdict:
-    """Judge by what the two versions and their runs hold.
+    """Judge by what the two versions and their runs hold; ``timed`` asks their networks too.
 
     Raises:
         TrackingError: a run, its predictions or its split cannot be read.
@@ -40,15 +57,17 @@ def judge(
     """
     run = tracking.get(versions.run_of(candidate))
     ours = evidence.read(run.run_id)
-    theirs = evidence.read(versions.run_of(champion)) if champion else None
+    rival = versions.run_of(champion) if champion else None
+    theirs = evidence.read(rival) if rival else None
     learned = evidence.learned_from(run.run_id)
-    known = learned | (evidence.learned_from(versions.run_of(champion)) if champion else set())
+    known = learned | (evidence.learned_from(rival) if rival else set())
     compared = evidence.compare(ours, theirs, known, accept_new_data=accept_new_data)
     why = {fact.name: fact for fact in bars.facts}
     facts = (
         _validation(run, why["data_validation"]),
         _leakage(ours, learned, why["leakage"]),
-        _lineage(run, why["lineage"]),
+        _lineage(run, why["lineage"], accepted=accept_uncommitted),
+        _committed(run, why["committed"], accepted=accept_uncommitted),
         _signature(candidate, champion, ours, theirs, why["signature"]),
         _approval(candidate, why["approval"]),
         _retired(candidate, why["retired"]),
@@ -59,16 +78,24 @@ def judge(
         champion=str(len(theirs.frame)) if theirs else gates.NONE,
         why="figures of other tiles do not compare",
     )  # fmt: skip
-    stored = {**compared.candidate, **_stored(run, candidate)}
+    asked = robustness.Comparison()
+    if any(gate.metric == robustness.GATE and not gate.off for gate in bars.figures):
+        asked = robustness.compare(run.run_id, rival if compared.champion else None, known)
+    stored = {**compared.candidate, **_stored(run, candidate), **_figure(asked.candidate)}
+    against = compared.champion
+    if against is not None:
+        against = {**against, **_figure(asked.champion)}
+    took = latency.compare(run.run_id, rival) if timed else None
     return Verdict(
         findings=(
             *facts,
             comparable,
-            *gates.judge(stored, compared.champion, bars.figures),
+            *gates.judge(stored, against, bars.figures, {robustness.GATE: asked.fault}),
             gates.judge_difference(compared.paired, bars.difference),
+            *latency.judge(took, bars.latency),
         ),
-        notes=compared.notes,
-        evidence=evidence.digest([ours, *([theirs] if theirs else [])], bars),
+        notes=(*compared.notes, *_accepted(run, accept_uncommitted)),
+        evidence=evidence.digest([ours, *([theirs] if theirs else []), *asked.judged], bars),
     )
 
 
@@ -81,16 +108,17 @@ def _stored(run: tracking.FinishedRun, version: "ModelVersion") -> dict[str, flo
     networks = {name: size for name, (_, size) in files.items() if name.endswith(".onnx")}
     if networks:
         found["size_mb"] = max(networks.values()) / MB
-    if not any(name.endswith(register.NETWORK_INT8) for name in networks):
+    if not any(name.endswith(versions.NETWORK_INT8) for name in networks):
         found["int8_loss"] = 0.0  # no such form is served
     elif {"test_accuracy", "int8_accuracy"} <= run.metrics.keys():
         found["int8_loss"] = run.metrics["test_accuracy"] - run.metrics["int8_accuracy"]
     return found
 
 
-def _about(fact: Fact, value: str, refusal: str = "", **further: str) -> Finding:
-    off = {"off": fact.off} if fact.off else {}
-    return Finding(gate=fact.name, value=value, refusal=refusal, why=fact.why, **off, **further)
+def _about(fact: Fact, value: str, refusal: str = "", bar: str = gates.NONE) -> Finding:
+    return Finding(
+        gate=fact.name, value=value, refusal=refusal, bar=bar, why=fact.why, off=fact.off
+    )
 
 
 def _validation(run: tracking.FinishedRun, fact: Fact) -> Finding:
@@ -115,12 +143,45 @@ def _leakage(ours: evidence.Predictions, learned: set[str], fact: Fact) -> Findi
     return _about(fact, str(known), refusal if known else "", bar="0")
 
 
-def _lineage(run: tracking.FinishedRun, fact: Fact) -> Finding:
+def _figure(value: float | None) -> dict[str, float]:
+    return {} if value is None else {robustness.GATE: value}
+
+
+def _commit(run: tracking.FinishedRun) -> str:
+    return run.tags.get("code.commit", "")
+
+
+def _lineage(run: tracking.FinishedRun, fact: Fact, *, accepted: bool) -> Finding:
     lacking = [name for name in register.TAGS if not run.tags.get(name)]
-    commit = run.tags.get("code.commit", "")
-    refusal = f"lineage: the run does not say {', '.join(lacking)}: train again" if lacking else ""
-    told = commit[:12] + ("-dirty" if commit.endswith("-dirty") else "")
-    return _about(fact, told or gates.NONE, refusal)
+    commit, refusal = _commit(run), ""
+    if lacking:
+        refusal = f"lineage: the run does not say {', '.join(lacking)}: train again"
+    elif commit == UNKNOWN and not accepted:
+        refusal = (
+            "lineage: the commit of the code is unknown: train where git knows it, or let "
+            "--accept-uncommitted enter that nobody does"
+        )
+    return _about(fact, commit.removesuffix(DIRTY)[:12] or gates.NONE, refusal)
+
+
+def _committed(run: tracking.FinishedRun, fact: Fact, *, accepted: bool) -> Finding:
+    """Whether what the run has executed is what its commit holds."""
+    commit = _commit(run)
+    if not commit.endswith(DIRTY):
+        return _about(fact, gates.NONE if commit in ("", UNKNOWN) else "yes", bar="yes")
+    refusal = (
+        f"committed: the code differed from its commit {commit[:12]}: commit it and train again, "
+        "or let --accept-uncommitted enter that it did"
+    )
+    return _about(fact, "no", "" if accepted else refusal, bar="yes")
+
+
+def _accepted(run: tracking.FinishedRun, accepted: bool) -> tuple[str, ...]:
+    """A note of what only ``--accept-uncommitted`` let pass."""
+    commit = _commit(run)
+    if accepted and (commit == UNKNOWN or commit.endswith(DIRTY)):
+        return (f"the code that made it is not committed ({commit[:12]}), which was accepted",)
+    return ()
 
 
 def _signature(
@@ -250,13 +311,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, a table per figure")
     parser.add_argument("--accept-new-data", action="store_true", help="as in registry.promote")
+    parser.add_argument("--accept-uncommitted", action="store_true", help="as there")
+    parser.add_argument("--latency", action="store_true", help="time both networks, here and now")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the verdict as JSON, beside")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     bars = gates.load(args.gates)
     candidate = versions.named(args.model, args.version)
     against = _against(args.model, args.against)
-    verdict = judge(candidate, against, bars, accept_new_data=args.accept_new_data)
+    verdict = judge(
+        candidate, against, bars, accept_new_data=args.accept_new_data,
+        accept_uncommitted=args.accept_uncommitted, timed=args.latency,
+    )  # fmt: skip
     show(verdict)
     if args.out:
         told = {

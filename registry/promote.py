@@ -51,6 +51,11 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="the champion was tested on other tiles: let the bounds alone judge",
     )
+    parser.add_argument(
+        "--accept-uncommitted",
+        action="store_true",
+        help="no commit holds the code that made it: enter that, and let the other gates judge",
+    )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     bars = gates.load(args.gates)
@@ -62,7 +67,10 @@ def main(argv: Sequence[str]) -> int:
     if before.number == number:
         print(f"{args.model} version {number} is the champion already")
         return cli.OK
-    verdict = judge(candidate, champion, bars, accept_new_data=args.accept_new_data)
+    verdict = judge(
+        candidate, champion, bars, accept_new_data=args.accept_new_data,
+        accept_uncommitted=args.accept_uncommitted,
+    )  # fmt: skip
     show(verdict)
     if not verdict.passed:
         tag(args.model, number, verdict)

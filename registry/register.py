@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from eurosat import cli, logs, tracking
 from eurosat.errors import ConfigError, ModelError, TrackingError
-from registry import card, evidence, versions
+from registry import card, evidence, robustness, versions
+from registry.versions import NETWORK, NETWORK_INT8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,6 @@ FOLDER = "model"
 """Of the run's artifacts, where the wrapped model is kept."""
 SETTINGS = {"form": "auto", "threads": 0, "max_batch": 16, "max_wait_ms": 2.0}
 """Of ``serving/pyfunc.py``. Whoever loads a model may change those that it was saved with."""
-NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
 NEEDED = (NETWORK, evidence.PREDICTIONS, "config.yaml", "split.csv")
 TAGS = ("data.fingerprint", "split.fingerprint", "code.commit", "config.digest")
 VALIDATION = "data.validation"
@@ -41,6 +41,8 @@ GREY = 128
 
 def register(reference: str, model: str, alias: str) -> str:
     """The number of the version that wraps the run, made unless it is there.
+
+    Its network is asked about corrupted tiles too, unless it was or they are not here.
 
     Raises:
         TrackingError: no such run, it is not finished, or it lacks an artifact or a tag.
@@ -55,14 +57,16 @@ def register(reference: str, model: str, alias: str) -> str:
     if known:
         number = str(known[-1].version)
         log.info("%s version %s already wraps run %s", model, number, run.run_id)
+        asked = robustness.ensure(run.run_id)
     else:
         _check(run)
+        asked = robustness.ensure(run.run_id)  # before a webhook lets the version be judged
         number = _create(run, model)
         log.info("run %s is %s version %s", run.run_id, model, number)
     champion = versions.by_alias(model, versions.CHAMPION)
     if champion is None or str(champion.version) != number:
         _give(alias, model, number)
-    if not known:
+    if asked or not known:
         card.write(model, number)
     return number
 
@@ -135,17 +139,12 @@ def describe(network: Path) -> dict[str, Any]:
         raise ModelError(f"{NETWORK} lacks or garbles its property {error}") from error
 
 
-def _held(run: tracking.FinishedRun) -> set[str]:
-    with tracking.explained(f"artifacts of run {run.run_id}"):
-        return {file.path for file in versions.client().list_artifacts(run.run_id)}
-
-
 def _check(run: tracking.FinishedRun) -> None:
     if run.status != "FINISHED":
         raise TrackingError(
             f"run {run.run_id} is {run.status}: only a FINISHED training run can be registered"
         )
-    held = _held(run)
+    held = versions.held(run.run_id)
     lacking = [name for name in NEEDED if name not in held]
     lacking += [f"the tag {name}" for name in (*TAGS, VALIDATION) if name not in run.tags]
     if lacking:
@@ -158,7 +157,7 @@ def _check(run: tracking.FinishedRun) -> None:
 def _create(run: tracking.FinishedRun, model: str) -> str:
     with ExitStack() as stack:
         names = {"network": NETWORK}
-        if NETWORK_INT8 in _held(run):
+        if NETWORK_INT8 in versions.held(run.run_id):
             names["network_int8"] = NETWORK_INT8
         networks = {
             artifact: stack.enter_context(tracking.artifact(run.run_id, name))

@@ -15,6 +15,8 @@ CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 ALIASES = (CHALLENGER, CHAMPION, PREVIOUS)
 FILES, VERDICT = "model.files", "verdict"
 """Tags of a version: what it consists of, and what the gates have said of it."""
+NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
+"""Artifacts of a run: the forms of its network; the second where training kept it."""
 PAGE = 1000
 """Versions asked for at once."""
 
@@ -114,6 +116,12 @@ def run_of(version: "ModelVersion") -> str:
             "`python -m registry.register RUN`"
         )
     return str(version.run_id)
+
+
+def held(run_id: str) -> set[str]:
+    """Names of the files and folders that a run's artifacts begin with."""
+    with tracking.explained(f"artifacts of run {run_id}"):
+        return {file.path for file in client().list_artifacts(run_id)}
 
 
 def ensure(model: str, description: str) -> None:

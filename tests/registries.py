@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
 from onnx import TensorProto, helper, numpy_helper
 
-from eurosat import cli
-from registry import ledger, promote, register, rollback, versions
+from eurosat import cli, corruptions
+from registry import ledger, promote, register, robustness, rollback, versions
 
 MLFLOW_WARNS = [
     pytest.mark.filterwarnings(warning)
@@ -69,19 +70,35 @@ def make_predictions(
 ) -> pd.DataFrame:
     """A test fold of which the first ``wrong`` tiles are misjudged."""
     labels = np.array([tile % len(classes) for tile in tiles])
-    predicted = np.where(np.arange(len(tiles)) < wrong, (labels + 1) % len(classes), labels)
-    probabilities = np.full((len(tiles), len(classes)), 0.06 / (len(classes) - 1), np.float32)
-    probabilities[np.arange(len(tiles)), predicted] = 0.94
-    frame = pd.DataFrame(
+    return pd.DataFrame(
         {
             "tile": [f"{classes[k]}/{i}.jpg" for i, k in zip(tiles, labels, strict=True)],
             "sha256": [hashlib.sha256(str(tile).encode()).hexdigest() for tile in tiles],
             "label": [classes[k] for k in labels],
         }
+        | answers(labels, wrong, classes)
     )
-    for k, name in enumerate(classes):
-        frame[f"p/{name}"] = probabilities[:, k]
-    return frame
+
+
+def answers(
+    labels: npt.NDArray[np.int64], wrong: int, classes: Sequence[str]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """Columns of probabilities, sure of each label but the first ``wrong``."""
+    predicted = np.where(np.arange(len(labels)) < wrong, (labels + 1) % len(classes), labels)
+    probabilities = np.full((len(labels), len(classes)), 0.06 / (len(classes) - 1), np.float32)
+    probabilities[np.arange(len(labels)), predicted] = 0.94
+    return {f"p/{name}": probabilities[:, k] for k, name in enumerate(classes)}
+
+
+def make_corrupted(predictions: pd.DataFrame, wrong: float = 0.2) -> pd.DataFrame:
+    """Answers about its tiles under each kind, of which a share is misjudged."""
+    tiles = predictions.iloc[robustness.chosen(predictions["sha256"])]
+    columns = map(str, predictions.columns)
+    classes = [name.removeprefix("p/") for name in columns if name.startswith("p/")]
+    labels = np.array([classes.index(label) for label in tiles["label"]])
+    tiles = tiles.assign(**answers(labels, round(wrong * len(tiles)), classes))
+    frames = [tiles.assign(kind=kind, severity=robustness.SEVERITY) for kind in corruptions.KINDS]
+    return pd.concat(frames, ignore_index=True)
 
 
 def make_run(
@@ -92,8 +109,9 @@ def make_run(
     leave_out: str | None = None,
     status: str = "FINISHED",
     bands: int = 3,
+    corrupted_wrong: float = 0.2,
 ) -> str:
-    """A run as eurosat.train leaves it, with a small network."""
+    """A run as eurosat.train leaves it, asked about corrupted tiles, with a small network."""
     client = MlflowClient()
     experiment = client.get_experiment_by_name("tests")
     experiment_id = experiment.experiment_id if experiment else client.create_experiment("tests")
@@ -101,9 +119,10 @@ def make_run(
     folder = scratch / run_id
     folder.mkdir()
     make_network(folder / "model.onnx", bands=bands)
-    (make_predictions() if predictions is None else predictions).to_parquet(
-        folder / "predictions.parquet"
-    )
+    predictions = make_predictions() if predictions is None else predictions
+    predictions.to_parquet(folder / "predictions.parquet")
+    if "sha256" in predictions:
+        make_corrupted(predictions, corrupted_wrong).to_parquet(folder / robustness.FILE)
     (folder / "config.yaml").write_text("seed: 0\n")
     (folder / "split.csv").write_text("tile,sha256,class,fold\nlearned.jpg,1234,Forest,train\n")
     if leave_out:

@@ -13,7 +13,8 @@ import yaml
 
 from benchmarks import tables
 from eurosat.config import CONF, TrainConfig, compose
-from experiments.demo import DemoConfig, say_how_long, split_arguments
+from eurosat.errors import ConfigError
+from experiments.demo import DemoConfig, check_commit, say_how_long, split_arguments
 from experiments.settings import SweepConfig, take
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -75,6 +76,15 @@ def test_a_recipe_is_chosen_by_the_data_unless_it_is_said() -> None:
     assert split_arguments(["data=eurosat"])[1] == ["data=eurosat", "recipe=resnet18-quick"]
     said = ["data=eurosat", "recipe=demo"]
     assert split_arguments(said)[1] == said
+
+
+@pytest.mark.parametrize("commit", ["unknown", f"{'a' * 40}-dirty"])
+def test_the_main_job_on_real_tiles_ends_at_once_on_code_that_the_gates_would_refuse(
+    commit: str,
+) -> None:
+    check_commit("a" * 40)
+    with pytest.raises(ConfigError, match=r"commit first, or say accept_uncommitted=true"):
+        check_commit(commit)
 
 
 def test_the_time_that_is_announced_holds_that_of_asking_a_teacher() -> None:

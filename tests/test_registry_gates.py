@@ -67,6 +67,14 @@ def test_a_verdict_gives_every_reason_against_the_candidate(
     assert [found.gate for found in verdict.findings] == ["accuracy", "macro_f1"]
 
 
+def test_a_figure_that_is_missing_says_what_can_be_done() -> None:
+    faults = {"macro_f1": "measure it again"}
+    (said,) = refusals(judge({"accuracy": 0.95}, None, GATES, faults))
+    assert said == "macro_f1: measure it again"
+    (said,) = refusals(judge(GOOD, {"accuracy": 0.9}, GATES, faults))
+    assert said == "macro_f1: measure it again"
+
+
 def test_one_win_is_enough_among_the_gates_that_decide() -> None:
     both = (ACCURACY, dataclasses.replace(F1, wins=True))
     assert refusals(judge(GOOD, GOOD | {"macro_f1": 0.93}, both)) == []
@@ -162,6 +170,7 @@ def test_the_gates_of_the_house_are_read() -> None:
         "macro_f1": 0.8,
         "macro_auprc": 0.85,
         "worst_recall": 0.6,
+        "robustness": 0.5,
     }
     assert [gate.metric for gate in bars.values() if gate.wins] == ["accuracy"]
     assert all(gate.why and not gate.off for gate in house.figures)
@@ -195,6 +204,8 @@ def test_a_fact_is_switched_off_with_its_reason(tmp_path: Path) -> None:
         ("[a]\nfloor = 1\nwhy = 'x'\n[difference]\nalpha = 0.5", "difference.alpha must be"),
         ("[a]\nfloor = 1\nwhy = 'x'\nalone = true\nwins = true", "a is judged alone"),
         ("[difference]\nalpha = 0.1", "holds no gate for a figure"),
+        ("[latency]\nceiling = 2.0", "holds no gate for a figure"),
+        ("[a]\nfloor = 1\nwhy = 'x'\n[latency]\nceiling = 0.0", "latency.ceiling is a ratio"),
         ("[a]\nfloor = 1\nwhy = ' '", "a.why is empty"),
         ("[a]\nfloor = nan\nwhy = 'x'", "a.floor must be a finite number"),
         ("[a]\nfloor = 1\nmargin = -1\nwhy = 'x'", "a.margin is a loss"),

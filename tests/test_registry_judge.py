@@ -12,6 +12,7 @@ from registry import gates, judge, ledger, register, versions
 from tests.registries import (
     CLASSES,
     REGISTRY,
+    TAGS,
     challenge,
     exit_code,
     make_predictions,
@@ -40,9 +41,9 @@ def test_a_judgement_shows_every_gate_and_changes_nothing(
     capsys.readouterr()
     assert run_judge(model, better) == 0
     told = capsys.readouterr().out
-    for gate in ("data_validation", "leakage", "lineage", "signature", "files", "test_tiles",
-                 "accuracy", "worst_recall", "recall_drop", "ece", "onnx_difference",
-                 "int8_loss", "size_mb", "difference"):  # fmt: skip
+    for gate in ("data_validation", "leakage", "lineage", "committed", "signature", "files",
+                 "test_tiles", "accuracy", "worst_recall", "recall_drop", "ece", "robustness",
+                 "onnx_difference", "int8_loss", "size_mb", "difference", "latency"):  # fmt: skip
         assert gate in told
     assert run_judge(model, worse) == 1
     told = capsys.readouterr().out
@@ -121,6 +122,42 @@ def test_what_is_not_stored_refuses(
     assert "files: their sha256 was not recorded" in told
     assert "size_mb: the candidate has no such figure" in told
     assert "lineage: the run does not say code.commit" in told
+
+
+@pytest.mark.parametrize(
+    ("commit", "refusal"),
+    [
+        ("unknown", "lineage: the commit of the code is unknown: train where git knows it, or"),
+        (f"{'a' * 40}-dirty", f"committed: the code differed from its commit {'a' * 12}: commit"),
+    ],
+)
+def test_code_that_no_commit_holds_is_refused_unless_that_is_accepted_and_entered(
+    store: Path, model: str, commit: str, refusal: str, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    run_id = make_run(store, tags=TAGS | {"code.commit": commit})
+    number = register.register(run_id, model, "challenger")
+    assert run_judge(model, number) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"refused: {refusal}" in told
+    assert told.count("refused: ") == 1
+    file = tmp_path / "gates.toml"
+    file.write_text(
+        "[accuracy]\nfloor = 0.9\nwhy = 'x'\n"
+        "[lineage]\noff = 'no git here'\n[committed]\noff = 'no git here'\n"
+    )
+    assert run_judge(model, number, "--gates", str(file)) == 0
+    assert run_judge(model, number, "--accept-uncommitted") == 0
+    assert run_promote(model) == 1
+    assert run_promote(model, "--accept-uncommitted") == 0
+    noted = f"the code that made it is not committed ({commit[:12]}), which was accepted"
+    assert noted in ledger.entries(model)[-1].verdict
+
+
+def test_a_commit_needs_no_acceptance(store: Path, model: str) -> None:
+    version = versions.get(model, challenge(store, model, wrong=30))
+    verdict = judge.judge(version, None, gates.load(), accept_uncommitted=True)
+    assert "not committed" not in str(verdict)
 
 
 def test_other_classes_are_another_interface(

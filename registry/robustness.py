@@ -25,7 +25,8 @@ FILE = "corruptions.parquet"
 """Of the run's artifacts: a row for each tile under each kind."""
 SEVERITY = 1
 """Of `eurosat.corruptions`: as a next scene may well be. Above it some kinds leave so little of a
-tile that all networks fail alike, and tell nothing of which is better."""
+tile that all networks fail alike: of EuroSAT's tiles in noise `efficientnet-lite0` in INT8, asked
+as here, has 0.64 right at 1, 0.23 at 2 and 0.12 at 3."""
 TILES = 250
 """Of the test fold: 2,000 answers of one view, seconds for a network of a few hundred images/s."""
 ENOUGH = 100

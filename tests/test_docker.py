@@ -42,7 +42,7 @@ http.server.HTTPServer(("", 8000), Listener).serve_forever()
 """
 EMPTY: Mapping[str, str] = {}
 ALERTS = """
-route: {receiver: listener, group_wait: 1s}
+route: {receiver: listener, group_by: [alertname], group_wait: 1s, group_interval: 1s}
 receivers:
   - name: listener
     webhook_configs: [{url: "http://listener:8000/"}]

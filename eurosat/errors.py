@@ -21,5 +21,9 @@ class TrackingError(EuroSATError):
     """The tracking server, a run or an artifact cannot be reached."""
 
 
+class StorageError(EuroSATError):
+    """A folder or bucket cannot be reached, read or written."""
+
+
 class NonFiniteLoss(EuroSATError, ArithmeticError):
     """Training diverged: the loss is NaN or infinite."""

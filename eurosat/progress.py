@@ -1,8 +1,10 @@
 """Progress on anything longer than two seconds: a bar on a terminal, lines elsewhere."""
 
 import logging
+import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -69,5 +71,18 @@ def counter(total: int, label: str, unit: str) -> Iterator[Callable[[float], Non
                 told = now
                 left = (total - done) / rate
                 log.info("%s: %.0f of %d %s, %.0f s left", label, done, total, unit, left)
+
+        yield advance
+
+
+@contextmanager
+def moving(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of ``total`` bytes have moved; yields what threads tell of each piece."""
+    lock = threading.Lock()
+    with counter(math.ceil(total / 1e6), label, "MB") as count:
+
+        def advance(size: int) -> None:
+            with lock:
+                count(size / 1e6)
 
         yield advance

@@ -100,9 +100,10 @@ class Proxy:
         self._listening.close()
 
     def _begin(self, target: Callable[..., None], *given: object) -> threading.Thread:
-        self._threads.append(threading.Thread(target=target, args=given))
-        self._threads[-1].start()
-        return self._threads[-1]
+        thread = threading.Thread(target=target, args=given)
+        self._threads.append(thread)
+        thread.start()
+        return thread
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):  # it was hung up
@@ -168,7 +169,10 @@ def refusing(status: int, reason: str) -> Iterator[str]:
         def log_message(self, *_: object) -> None:
             """Nothing on the tests' output."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+    class Server(ThreadingHTTPServer):
+        daemon_threads = False  # closing it waits for them
+
+    with Server(("127.0.0.1", 0), Refusal) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()

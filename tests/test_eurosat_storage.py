@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.server import free_port
+from eurosat.buckets import Bucket
 from eurosat.errors import StorageError
-from eurosat.storage import UNFINISHED, WORKERS, Bucket, Folder, Store, checksum, mirror, open_store
+from eurosat.storage import UNFINISHED, WORKERS, Folder, Store, checksum, mirror, open_store
 from tests.stores import Proxy, fake_gcs, gcp_emulator, make_bucket, refusing
 
 EMULATORS = ("fake-gcs-server", "gcp-storage-emulator")
@@ -78,7 +79,9 @@ def held(folder: Path) -> dict[str, bytes]:
 
 
 def noise(size: int) -> bytes:
-    return random.Random(size).randbytes(size)
+    """Bytes that differ from piece to piece."""
+    drawn = random.Random(size)
+    return b"".join(drawn.randbytes(min(MEGABYTE, size - at)) for at in range(0, size, MEGABYTE))
 
 
 def test_what_is_uploaded_is_listed_and_comes_back(store: Store, tmp_path: Path) -> None:
@@ -154,7 +157,7 @@ def test_a_connection_cut_in_the_middle_is_taken_up_where_it_broke(
     bucket: Bucket, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     piece, size = 1 << 20, 9 << 20  # what is over 8 MiB goes up in pieces
-    monkeypatch.setattr("eurosat.storage.PIECE", piece)
+    monkeypatch.setattr("eurosat.buckets.PIECE", piece)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
     given = written(tmp_path / "given", large=noise(size + 5))
     far = open_store(bucket.url)
@@ -173,7 +176,7 @@ def test_a_download_that_gave_up_goes_on_with_the_pieces_it_lacks(
     bucket: Bucket, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     piece, pieces = 1 << 18, WORKERS + 4
-    monkeypatch.setattr("eurosat.storage.PIECE", piece)
+    monkeypatch.setattr("eurosat.buckets.PIECE", piece)
     given = written(tmp_path / "given", large=noise(pieces * piece))
     bucket.upload(given, ["large"])
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)

@@ -2,7 +2,7 @@
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 DATA ?= synthetic
 STORAGE ?= sqlite:///optuna.db
-ifneq ($(EUROSAT_ROOT),)
+ifneq ($(filter-out gs://%,$(EUROSAT_ROOT)),)
 export EUROSAT_ROOT := $(abspath $(EUROSAT_ROOT))
 endif
 export MLFLOW_DISABLE_TELEMETRY = true

@@ -57,7 +57,8 @@ class SyntheticConfig:
 class DataConfig:
     source: Literal["eurosat", "synthetic", "folder"]
     root: str | None = None
-    """Folder or zip of the tiles; EUROSAT_ROOT for data=eurosat. Not part of the digest."""
+    """Folder or zip of the tiles, here or in a bucket (gs://BUCKET/tiles); EUROSAT_ROOT for
+    data=eurosat. Not part of the digest."""
     cache: str = "~/.cache/eurosat"
     """Where packs and receipts are kept; EUROSAT_CACHE. Not part of the digest."""
     dtype: Literal["uint8", "uint16"] = "uint8"

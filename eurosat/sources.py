@@ -9,12 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Protocol
+from urllib.parse import quote
 
 import numpy as np
 
 from eurosat import bands, synthetic
 from eurosat.config import DataConfig, SyntheticConfig
 from eurosat.errors import DataError
+from eurosat.storage import SCHEME, bring, is_bucket, mirror, open_store
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 EUROSAT_PLACES = ("EuroSAT_RGB.zip", "EuroSAT.zip", "EuroSAT_RGB", "2750", "eurosat/2750")
@@ -50,11 +52,35 @@ def open_source(config: DataConfig) -> Source:
         case "synthetic":
             return SyntheticSource(config.synthetic)
         case "folder":
-            return open_place(Path(config.root or "").expanduser(), "folder")
+            return open_place(here(config.root or "", config.cache_dir), "folder")
         case "eurosat":
             if not config.root:
                 return open_place(download_eurosat(config.cache_dir / "download"), "eurosat")
-            return open_place(find_eurosat(Path(config.root).expanduser()), "eurosat")
+            return open_place(find_eurosat(here(config.root, config.cache_dir)), "eurosat")
+
+
+def here(root: str, cache: Path) -> Path:
+    """``root`` as a folder or zip of this machine: what is in a bucket is mirrored in the cache.
+
+    Only what changed there since is fetched. Tiles and zips are; other files are left alone.
+
+    Raises:
+        StorageError: the bucket cannot be read, or something did not arrive whole.
+    """
+    if not is_bucket(root):
+        return Path(root).expanduser()
+    place = cache / "buckets" / quote(root.removeprefix(SCHEME).strip("/"), safe="")
+    if not root.endswith(".zip"):
+        mirror(open_store(root), place, (*SUFFIXES, ".zip"))
+        if not any(place.iterdir()):
+            raise DataError(f"no tiles at {root}: lay them out there as Class/file")
+        return place
+    folder, _, name = root.rpartition("/")
+    store = open_store(folder)
+    if (entry := store.entry(name)) is None:
+        raise DataError(f"no zip of tiles at {root}: set data.root to one, or to a folder of them")
+    bring(store, [entry], place)
+    return place / name
 
 
 def open_place(place: Path, name: str) -> Source:

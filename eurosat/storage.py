@@ -92,12 +92,7 @@ def mirror(store: Store, folder: Path, suffixes: tuple[str, ...] = ()) -> int:
 
     Returns the number of files that came: what has the right checksum is left as it is.
     """
-    from filelock import FileLock
-
-    with on_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-    with lock:  # the others wait, and find it done
+    with _alone(folder):
         entries = [
             entry
             for entry in store.entries()
@@ -105,19 +100,35 @@ def mirror(store: Store, folder: Path, suffixes: tuple[str, ...] = ()) -> int:
         ]
         here = Folder(folder)
         here.remove({one.path for one in here.entries()} - {one.path for one in entries})
-        came = bring(store, entries, folder)
+        came = _fetch(store, entries, folder)
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # of objects written anew since
     return came
 
 
-def bring(store: Store, entries: Iterable[Entry], folder: Path) -> int:
+def bring(store: Store, entries: Sequence[Entry], folder: Path) -> int:
     """Download those that are not in ``folder`` with the right checksum; returns their number."""
+    with _alone(folder):
+        return _fetch(store, entries, folder)
+
+
+def _fetch(store: Store, entries: Sequence[Entry], folder: Path) -> int:
     here = Folder(folder)
     with ThreadPoolExecutor(WORKERS) as pool:
         pairs = pool.map(lambda entry: (entry, here.entry(entry.path)), entries)
         changed = [one for one, had in pairs if had is None or had.crc32c != one.crc32c]
     store.download(changed, folder)
     return len(changed)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Make the folder, and let one process at a time fill it: the others find it done."""
+    from filelock import FileLock
+
+    with on_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        yield
 
 
 def checksum(file: Path) -> str:

@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import pytest
 
 from benchmarks.server import free_port
 from eurosat.buckets import Bucket
-from eurosat.errors import StorageError
+from eurosat.config import DataConfig, build, compose
+from eurosat.errors import DataError, StorageError
+from eurosat.pack import open_pack
+from eurosat.sources import open_source
 from eurosat.storage import UNFINISHED, WORKERS, Folder, Store, checksum, mirror, open_store
 from tests.stores import Proxy, fake_gcs, gcp_emulator, make_bucket, refusing
 
@@ -357,3 +361,73 @@ def test_a_place_that_cannot_be_written_is_named(bucket: Bucket, tmp_path: Path)
     (tmp_path / "back").write_text("a file where a folder should be")
     with pytest.raises(StorageError, match=f"{tmp_path}/back.*: .*name another folder"):
         bucket.download(bucket.entries(), tmp_path / "back")
+
+
+def dataset(root: str, cache: Path, source: str = "folder") -> DataConfig:
+    return build(DataConfig, {"source": source, "root": root, "cache": str(cache)}, "data")
+
+
+def test_tiles_of_a_bucket_are_those_of_the_folder_they_came_from(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    tiles = source_tiles(tmp_path / "tiles")
+    bucket.upload(tiles, sorted(held(tiles)))
+    near = open_pack(dataset(str(tiles), tmp_path / "near"))
+    far = open_pack(dataset(bucket.url, tmp_path / "far"))
+    assert far.fingerprint == near.fingerprint
+    again = open_pack(dataset(f"{bucket.url}/", tmp_path / "far"))
+    assert again.directory == far.directory, "nothing came, and nothing was read again"
+
+
+def test_a_tile_that_changed_in_the_bucket_is_what_comes_and_counts(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    tiles = source_tiles(tmp_path / "tiles")
+    bucket.upload(tiles, sorted(held(tiles)))
+    before = open_pack(dataset(bucket.url, tmp_path / "far")).fingerprint
+    mirrored = next((tmp_path / "far" / "buckets").glob("*/"))
+    times = {file: file.stat().st_mtime_ns for file in mirrored.rglob("*.jpg")}
+    (tiles / "River/River_1.jpg").write_bytes((tiles / "River/River_2.jpg").read_bytes())
+    bucket.upload(tiles, ["River/River_1.jpg"])
+    changed = open_pack(dataset(bucket.url, tmp_path / "far")).fingerprint
+    assert changed != before
+    assert changed == open_pack(dataset(str(tiles), tmp_path / "near")).fingerprint
+    newer = [file.name for file, time in times.items() if file.stat().st_mtime_ns != time]
+    assert newer == ["River_1.jpg"]
+
+
+def test_a_zip_in_a_bucket_is_a_data_set_and_eurosat_is_found_as_in_a_folder(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    tiles = source_tiles(tmp_path / "tiles")
+    near = open_pack(dataset(str(tiles), tmp_path / "near")).fingerprint
+    archive = tmp_path / "up" / "EuroSAT_RGB.zip"
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, "w") as opened:
+        for file in tiles.rglob("*.jpg"):
+            opened.write(file, file.relative_to(tmp_path))
+    bucket.upload(archive.parent, [archive.name])
+    for root, source in (
+        (f"{bucket.url}/{archive.name}", "folder"),
+        (f"{bucket.url}/{archive.name}", "eurosat"),
+        (bucket.url, "eurosat"),
+    ):
+        assert open_pack(dataset(root, tmp_path / "far", source)).fingerprint == near
+
+
+def test_tiles_that_are_not_in_the_bucket_are_missed_by_their_address(
+    bucket: Bucket, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=f"no tiles at {bucket.url}"):
+        open_pack(dataset(bucket.url, tmp_path))
+    with pytest.raises(DataError, match=f"no zip of tiles at {bucket.url}/none.zip"):
+        open_pack(dataset(f"{bucket.url}/none.zip", tmp_path))
+
+
+def source_tiles(root: Path) -> Path:
+    """Thirty procedural tiles as files."""
+    source = open_source(compose(["data=synthetic", "data.synthetic.tiles=30"]).data)
+    for path in source.paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(source.read(path))
+    return root

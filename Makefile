@@ -151,6 +151,23 @@ restore: .venv/product ## an archive of it (FROM=file or gs://…; ARGS=--replac
 sweep-ui: .venv/product ## look at the studies while they run (STORAGE=sqlite:///optuna.db)
 	$(BIN)/optuna-dashboard $(STORAGE)
 
+# gcsfs would ask Google which kind of bucket it is, also where an emulator stands for Google.
+DVC = PATH="$(abspath $(BIN)):$$PATH" GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=false $(BIN)/dvc
+
+data: .venv/dev ## a version of the data that params.yaml names: fetch, pack, validate, split
+	$(DVC) repro $(DVC_ARGS)
+
+dvc-remote: .venv/dev ## keep versions of the data in gs://EUROSAT_BUCKET/versions
+	@[ -n "$(EUROSAT_BUCKET)" ] || { echo "error: which bucket? make $@ EUROSAT_BUCKET=name" >&2; exit 2; }
+	$(DVC) remote modify --local bucket url gs://$(EUROSAT_BUCKET)/versions
+
+data-push data-pull: .venv/dev
+data-push: ## send the versions that are here to the bucket
+	$(DVC) push $(DVC_ARGS)
+
+data-pull: ## bring the version that dvc.lock names from the bucket
+	$(DVC) pull $(DVC_ARGS)
+
 lint: .venv/dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -1,28 +1,37 @@
-"""Look at a data set: what is in it, how it is split, what leaks."""
+"""Look at a data set: what is in it, how it is split, what leaks. Write it out as a version."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from eurosat import cli
+from eurosat import cli, durable
 from eurosat.config import compose
 from eurosat.errors import ConfigError
-from eurosat.pack import Pack, open_pack
-from eurosat.split import FOLDS, Split, make_split
+from eurosat.pack import TABLE, Pack, open_pack
+from eurosat.progress import track
+from eurosat.sources import Source, open_source
+from eurosat.split import FOLDS, Split, make_split, split_csv
+from eurosat.storage import Folder, on_disk
 
 USAGE = """
-usage: python -m eurosat.data describe|audit [key=value ...]
+usage: python -m eurosat.data describe|audit|fetch|pack|split [key=value ...]
 
   describe   draw class counts, a contact sheet, band histograms and the duplicates found
   audit      find exact and near duplicates and check that none crosses a fold (exit 1 if one does)
+  fetch      make a folder hold the tiles as files, Class/file; what is right there stays
+  pack       build the pack, and write its table (tiles.parquet) and fingerprint (pack.json)
+  split      write the fold of every tile (CSV), as a training run logs it
 
   data=synthetic|eurosat|folder   data.protocol=60/20/20   data.split_seed=0
-  to=reports/describe-SOURCE      folder for the figures
+  to=PATH    folder for what is written, of split the file
+             (reports/describe-SOURCE, data/tiles, data, data/split.csv)
 """
 LEVELS = 64
 """Bins of a band histogram: four grey levels each."""
+VERBS = ("describe", "audit", "fetch", "pack", "split")
 SHOWN = 10
 """Tiles per class on the contact sheet, and groups of duplicates drawn."""
 
@@ -92,23 +101,66 @@ def audit(pack: Pack, split: Split) -> int:
     return crossing
 
 
+def fetch(source: Source, folder: Path) -> int:
+    """Make ``folder`` hold the tiles of ``source``; returns how many were written."""
+    here, written = Folder(folder), 0
+    for path in track(source.paths, len(source.paths), "fetching tiles", "tiles"):
+        data, file = source.read(path), here.file(path)
+        with on_disk(file):
+            if not file.exists() or file.read_bytes() != data:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(data)  # cut short, it differs, and is written by the next fetch
+                written += 1
+    here.remove({entry.path for entry in here.entries()} - {*source.paths})
+    return written
+
+
+def write_pack(pack: Pack, folder: Path) -> None:
+    """What a version says of its tiles: one row each, and how many there are of what."""
+    counts = pack.table["class"].value_counts().sort_index()
+    summary = {
+        "fingerprint": pack.fingerprint,
+        "tiles": len(pack.table),
+        "classes": {str(name): int(count) for name, count in counts.items()},
+        "shape": list(pack.tiles_NHWC.shape[1:]),
+        "duplicates": {"exact": pack.exact, "near": pack.near},
+    }
+    with on_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        pack.table.to_parquet(folder / TABLE, index=False)
+        durable.replace_text(folder / "pack.json", json.dumps(summary, indent=1) + "\n")
+
+
 def main(argv: Sequence[str]) -> int:
     verb, *rest = argv or ["--help"]
     given = cli.overrides([verb] if verb.startswith("-") else rest, USAGE)
-    if verb not in ("describe", "audit"):
-        raise ConfigError(f"{verb!r} is not one of describe, audit")
+    if verb not in VERBS:
+        raise ConfigError(f"{verb!r} is not one of {', '.join(VERBS)}")
     target = next((one.removeprefix("to=") for one in given if one.startswith("to=")), None)
     config = compose([one for one in given if not one.startswith("to=")])
+    if verb == "fetch":
+        source = open_source(config.data)
+        written = fetch(source, Path(target or "data/tiles"))
+        print(f"{len(source.paths)} tiles, {written} written")
+        return cli.OK
     pack = open_pack(config.data)
-    split = make_split(pack.table, config.data.protocol, config.data.split_seed)
-    print(
-        f"data {pack.fingerprint}\nsplit {split.fingerprint} ({split.protocol}, seed {split.seed})"
-    )
+    print(f"data {pack.fingerprint}")
+    if verb == "pack":
+        write_pack(pack, Path(target or "data"))
+        return cli.OK
+    split = make_split(pack.table, *config.data.split)
+    print(f"split {split.fingerprint} ({split.protocol}, seed {split.seed})")
+    if verb == "split":
+        file = Path(target or "data/split.csv")
+        with on_disk(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            durable.replace_text(file, split_csv(pack.table, split))
+        return cli.OK
     crossing = audit(pack, split)
     if verb == "audit":
         return cli.NEGATIVE if crossing else cli.OK
-    source = config.data.source
-    for file in describe(pack, split, source, Path(target or f"reports/describe-{source}")):
+    name = config.data.source
+    for file in describe(pack, split, name, Path(target or f"reports/describe-{name}")):
         print(file)
     return cli.OK
 

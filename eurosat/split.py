@@ -92,6 +92,12 @@ def split_fingerprint(paths: Sequence[str], folds: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def split_csv(table: "pd.DataFrame", split: Split) -> str:
+    """One line a tile: tile, sha256, class, fold."""
+    told = table[["path", "sha256", "class"]].rename(columns={"path": "tile"})
+    return told.assign(fold=split.folds).to_csv(index=False)
+
+
 def _deal(groups: npt.NDArray[np.int64], shares: tuple[float, ...]) -> list[npt.NDArray[np.int64]]:
     """Cut ``groups`` by ``shares``; every part gets at least one."""
     cuts = np.rint(np.cumsum(shares[:-1]) * len(groups)).astype(int)

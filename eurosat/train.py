@@ -11,6 +11,7 @@ from eurosat import cli, logs, tracking
 from eurosat.config import TrainConfig, compose
 from eurosat.errors import ModelError
 from eurosat.prepare import Prepared, prepare
+from eurosat.split import split_csv
 from eurosat.unfinished import Unfinished, claim
 
 if TYPE_CHECKING:
@@ -159,12 +160,6 @@ def describe(config: TrainConfig, data: Prepared, run: tracking.Run) -> None:
     run.log_text(yaml.safe_dump(config.as_dict(), sort_keys=False), "config.yaml")
 
 
-def split_csv(data: Prepared) -> str:
-    """One line a tile: tile, sha256, class, fold."""
-    table = data.pack.table[["path", "sha256", "class"]].rename(columns={"path": "tile"})
-    return table.assign(fold=data.split.folds).to_csv(index=False)
-
-
 def train(
     config: TrainConfig,
     data: Prepared,
@@ -185,7 +180,7 @@ def train(
         try:
             if saved is None or not saved.described:
                 describe(config, data, run)
-                run.log_text(split_csv(data), "split.csv")
+                run.log_text(split_csv(data.pack.table, data.split), "split.csv")
             if saved:
                 saved.mark_described()
             fitted = launch.fit(config, data, run, on_epoch, saved)

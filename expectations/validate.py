@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eurosat import cli, logs, receipt, tracking
+from eurosat import cli, durable, logs, receipt, tracking
 from eurosat.config import DataConfig, TrainConfig, compose
 from eurosat.errors import ConfigError
 from eurosat.pack import Survey, survey_source
 from eurosat.progress import bar
 from eurosat.sources import open_source
+from eurosat.storage import on_disk
 from expectations.docs import check_target
 from expectations.expected import TOLERANCE, Expected, expect
 from expectations.reread import held_dtype, textures_of_pack, textures_of_source
@@ -35,6 +36,7 @@ writes Data Docs and a receipt that training asks for, logs a run named validate
 
   data=SOURCE         which tiles (default synthetic); data.root=PATH says where
   docs=FOLDER         where the Data Docs (HTML) go (default data_docs)
+  report=FILE         JSON of the verdicts goes there as well
   reference=FILE      JSON {{"classes": {{"Forest": 3000, ...}}}} to compare the classes with
                       (default: EuroSAT's own for data=eurosat, else an even deal)
   tolerance=FACTOR    a class may hold 1/FACTOR to FACTOR times its share there
@@ -44,7 +46,7 @@ writes Data Docs and a receipt that training asks for, logs a run named validate
 
 exit code: 0 passed, 1 failed, 2 bad input
 """
-OWN_KEYS = ("docs", "reference", "tolerance")
+OWN_KEYS = ("docs", "reference", "report", "tolerance")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +55,13 @@ def main(argv: Sequence[str]) -> int:
     reference = Path(own["reference"]) if "reference" in own else None
     tolerance = _factor(own.get("tolerance", str(TOLERANCE)))
     check_target(docs)
-    verdict = validate(compose(recipe), docs=docs, reference=reference, tolerance=tolerance)
+    verdict = validate(
+        compose(recipe),
+        docs=docs,
+        reference=reference,
+        report=Path(own["report"]) if "report" in own else None,
+        tolerance=tolerance,
+    )
     _show(verdict)
     print(f"Data Docs: {docs / 'index.html'}")
     return cli.OK if verdict.success else cli.NEGATIVE
@@ -64,9 +72,10 @@ def validate(
     *,
     docs: Path,
     reference: Path | None = None,
+    report: Path | None = None,
     tolerance: float = TOLERANCE,
 ) -> Verdict:
-    """Validate the configured data set; leave Data Docs, a run and a receipt.
+    """Validate the configured data set; leave Data Docs, a run, a receipt, and a report if asked.
 
     Raises:
         EuroSATError: there is nothing to validate, or nowhere to log it.
@@ -103,7 +112,12 @@ def validate(
             }
         )
         result = {"fingerprint": survey.fingerprint, "expected": asdict(expected)}
-        (folder / "result.json").write_text(json.dumps(result | verdict.as_dict(), indent=1))
+        told = json.dumps(result | verdict.as_dict(), indent=1)
+        (folder / "result.json").write_text(told)
+        if report:
+            with on_disk(report):
+                report.parent.mkdir(parents=True, exist_ok=True)
+                durable.replace_text(report, told + "\n")
         table.to_parquet(folder / "tiles.parquet", index=False)
         run.log_folder(folder)
         run.log_folder(docs, "data_docs")

@@ -1,0 +1,205 @@
+"""A version of the data, end to end: DVC itself, our verbs, and a bucket of an emulator."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from eurosat import data, train
+from eurosat.config import compose
+from eurosat.errors import EuroSATError
+from eurosat.sources import open_source
+from eurosat.storage import open_store
+from expectations import validate
+from tests.conftest import TINY
+from tests.stores import fake_gcs, make_bucket
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = {"fetch", "pack", "validate", "split"}
+VERSIONED = (
+    ".dvc/config", ".dvc/.gitignore", ".dvcignore", "dvc.yaml", "params.yaml", "Makefile",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with fake_gcs(tmp_path_factory.mktemp("objects")) as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
+        yield url
+
+
+@pytest.fixture(scope="module")
+def tiles(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two hundred procedural tiles in a bucket: their address."""
+    folder = tmp_path_factory.mktemp("tiles")
+    given = [one for one in TINY if one.startswith("data.synthetic")]
+    data.fetch(open_source(compose(["data=synthetic", *given]).data), folder)
+    bucket = make_bucket(server, "tiles")
+    store = open_store(f"{bucket}/tiles")
+    store.upload(folder, sorted(f"{one.parent.name}/{one.name}" for one in folder.glob("*/*")))
+    return f"{bucket}/tiles"
+
+
+class Versions:
+    """A git repository with our pipeline, whose tiles are in a bucket."""
+
+    def __init__(self, folder: Path, tiles: str) -> None:
+        self.folder = folder
+        for name in VERSIONED:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+        for name in ("eurosat", "expectations"):
+            (folder / name).symlink_to(ROOT / name)
+        self.say(source=f"data=folder data.root={tiles}", tiles="data=folder data.root=data/tiles")
+        self.run("git", "init", "--quiet")
+
+    def say(self, **params: str) -> None:
+        file = self.folder / "params.yaml"
+        file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | params))
+
+    def run(self, *command: str, code: int = 0) -> str:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        environment = os.environ | {"PATH": path, "MAKEFLAGS": ""}
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def make(self, *words: str, code: int = 0) -> str:
+        """Of the product's Makefile, with this environment for the one that it would install."""
+        bin_folder = f"BIN={Path(sys.executable).parent}"
+        return self.run("make", "-o", ".venv/dev", bin_folder, *words, code=code)
+
+    def repro(self) -> set[str]:
+        """The stages that ran."""
+        said = self.make("data").splitlines()
+        return {line.split("'")[1] for line in said if line.startswith("Running stage")}
+
+    @property
+    def locked(self) -> dict[str, str]:
+        """Fingerprint of the data in the lock of the stages that hang on it."""
+        stages = yaml.safe_load((self.folder / "dvc.lock").read_text())["stages"]
+        named = {name: stage.get("params", {}) for name, stage in stages.items()}
+        return {
+            name: params["data/pack.json"]["fingerprint"]
+            for name, params in named.items()
+            if "data/pack.json" in params
+        }
+
+
+@pytest.fixture(scope="module")
+def versions(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Versions:
+    return Versions(tmp_path_factory.mktemp("versions"), tiles)
+
+
+def test_tiles_in_a_bucket_are_validated_and_trained_on_as_in_a_folder(
+    tiles: str, tracking_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
+    given = ["data=folder", f"data.root={tiles}"]
+    assert validate.main(given) == 0
+    rest = [one for one in TINY if not one.startswith("data")]
+    assert train.main([*given, *rest, "trainer.epochs=1"]) == 0
+    (run,) = MlflowClient().search_runs(["1"], "tags.kind = 'train'")
+    near = data.open_pack(compose([*given[:1], f"data.root={mirrored(tmp_path)}"]).data)
+    assert run.data.tags["data.fingerprint"] == near.fingerprint
+    assert run.data.tags["data.validation"] == "passed"
+
+
+def mirrored(folder: Path) -> Path:
+    return next((folder / "cache" / "buckets").glob("*/"))
+
+
+def test_a_version_goes_to_the_bucket_and_comes_back(
+    versions: Versions, server: str, tracking_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert versions.repro() == STAGES
+    assert versions.repro() == {"fetch"}, "asked, and nothing had changed"
+    written = {
+        name: (versions.folder / "data" / name).read_bytes()
+        for name in ("pack.json", "tiles.parquet", "split.csv", "validation.json")
+    }
+    count = len(list((versions.folder / "data/tiles").glob("*/*")))
+    said = versions.run("dvc", "push", code=255)
+    assert "set-EUROSAT_BUCKET-and-run-make-dvc-remote" in said
+    bucket = make_bucket(server, "versions")
+    versions.make("dvc-remote", f"EUROSAT_BUCKET={bucket.removeprefix('gs://')}")
+    assert f"{bucket}/versions" in (versions.folder / ".dvc/config.local").read_text()
+    versions.make("data-push")
+    shutil.rmtree(versions.folder / "data")
+    shutil.rmtree(versions.folder / ".dvc/cache")
+    versions.make("data-pull")
+    assert len(list((versions.folder / "data/tiles").glob("*/*"))) == count == 200
+    for name, content in written.items():
+        assert (versions.folder / "data" / name).read_bytes() == content
+
+
+def test_the_lock_names_the_fingerprint_that_a_training_run_is_tagged_with(
+    versions: Versions, tracking_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions.repro()
+    monkeypatch.chdir(versions.folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_store)
+    rest = [one for one in TINY if not one.startswith("data")]
+    assert train.main(["data=folder", "data.root=data/tiles", *rest, "trainer.epochs=1"]) == 0
+    (run,) = MlflowClient().search_runs(["1"], "tags.kind = 'train'")
+    fingerprint = run.data.tags["data.fingerprint"]
+    assert versions.locked == {"validate": fingerprint, "split": fingerprint}
+    summary = json.loads((versions.folder / "data/pack.json").read_text())
+    assert summary["fingerprint"] == fingerprint
+    logged = MlflowClient().download_artifacts(run.info.run_id, "split.csv")
+    assert (versions.folder / "data/split.csv").read_text() == Path(logged).read_text()
+
+
+def test_what_changed_runs_what_depends_on_it_and_nothing_else(
+    versions: Versions, tiles: str, tmp_path: Path
+) -> None:
+    versions.repro()
+    before = versions.locked
+    versions.say(split="data.protocol=60/20/20 data.split_seed=1")
+    assert versions.repro() == {"fetch", "split"}
+    store = open_store(tiles)
+    entry = next(one for one in store.entries() if one.path.startswith("River/"))
+    store.download([entry], tmp_path)
+    file = tmp_path / entry.path
+    file.write_bytes(file.read_bytes() + b"\0")  # other bytes, the same picture
+    store.upload(tmp_path, [entry.path])
+    assert versions.repro() == STAGES
+    after = versions.locked
+    assert set(after.values()).isdisjoint(before.values())
+    assert (versions.folder / "data/tiles" / entry.path).read_bytes() == file.read_bytes()
+    store.remove([entry.path])
+    assert versions.repro() == STAGES
+    assert not (versions.folder / "data/tiles" / entry.path).exists()
+
+
+def test_data_that_fail_their_validation_are_no_version(
+    tiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Versions(tmp_path, tiles)
+    reference = {"classes": {"Forest": 1, "Tundra": 5}}
+    (tmp_path / "reference.json").write_text(json.dumps(reference))
+    broken.say(tiles="data=folder data.root=data/tiles reference=reference.json")
+    text = (tmp_path / "dvc.yaml").read_text()
+    plain = "data=folder data.root=data/tiles"
+    for stage in ("pack", "split"):
+        text = text.replace(f"eurosat.data {stage} ${{tiles}}", f"eurosat.data {stage} {plain}")
+    (tmp_path / "dvc.yaml").write_text(text)
+    said = broken.make("data", code=2)
+    assert "expectations failed" in said
+    assert "failed to reproduce 'validate'" in said
+
+
+def test_a_place_that_is_not_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(EuroSATError, match="taken"):
+        data.main(["fetch", "data=synthetic", "data.synthetic.tiles=10", f"to={tmp_path}/taken"])

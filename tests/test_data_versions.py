@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from eurosat import data, train
 from eurosat.config import compose
 from eurosat.errors import EuroSATError
+from eurosat.pack import Pack, open_pack
 from eurosat.sources import open_source
 from eurosat.storage import open_store
 from expectations import validate
@@ -85,52 +86,31 @@ class Versions:
 
     @property
     def locked(self) -> dict[str, str]:
-        """Fingerprint of the data in the lock of the stages that hang on it."""
-        stages = yaml.safe_load((self.folder / "dvc.lock").read_text())["stages"]
-        named = {name: stage.get("params", {}) for name, stage in stages.items()}
-        return {
-            name: params["data/pack.json"]["fingerprint"]
-            for name, params in named.items()
-            if "data/pack.json" in params
-        }
+        return locked(self.folder / "dvc.lock")
+
+
+def locked(lock: Path) -> dict[str, str]:
+    """The data's fingerprint in the lock of each stage that hangs on it."""
+    stages = yaml.safe_load(lock.read_text())["stages"]
+    named = {name: stage.get("params", {}) for name, stage in stages.items()}
+    return {
+        name: params["data/pack.json"]["fingerprint"]
+        for name, params in named.items()
+        if "data/pack.json" in params
+    }
 
 
 @pytest.fixture(scope="module")
-def versions(tiles: str, tmp_path_factory: pytest.TempPathFactory) -> Versions:
-    return Versions(tmp_path_factory.mktemp("versions"), tiles)
+def versions(tiles: str, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Versions:
+    made = Versions(tmp_path_factory.mktemp("versions"), tiles)
+    assert made.repro() == STAGES
+    return made
 
 
-def test_tiles_in_a_bucket_are_validated_and_trained_on_as_in_a_folder(
-    tiles: str, tracking_store: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
-    given = ["data=folder", f"data.root={tiles}"]
-    assert validate.main(given) == 0
-    rest = [one for one in TINY if not one.startswith("data")]
-    assert train.main([*given, *rest, "trainer.epochs=1"]) == 0
-    (run,) = MlflowClient().search_runs(["1"], "tags.kind = 'train'")
-    near = data.open_pack(compose([*given[:1], f"data.root={mirrored(tmp_path)}"]).data)
-    assert run.data.tags["data.fingerprint"] == near.fingerprint
-    assert run.data.tags["data.validation"] == "passed"
-
-
-def mirrored(folder: Path) -> Path:
-    return next((folder / "cache" / "buckets").glob("*/"))
-
-
-def test_a_version_goes_to_the_bucket_and_comes_back(
-    versions: Versions, server: str, tracking_store: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert versions.repro() == STAGES
-    assert versions.repro() == {"fetch"}, "asked, and nothing had changed"
-    written = {
-        name: (versions.folder / "data" / name).read_bytes()
-        for name in ("pack.json", "tiles.parquet", "split.csv", "validation.json")
-    }
+def test_a_version_goes_to_the_bucket_and_comes_back(versions: Versions, server: str) -> None:
     count = len(list((versions.folder / "data/tiles").glob("*/*")))
-    said = versions.run("dvc", "push", code=255)
-    assert "set-EUROSAT_BUCKET-and-run-make-dvc-remote" in said
+    names = ("pack.json", "tiles.parquet", "split.csv", "validation.json")
+    written = {name: (versions.folder / "data" / name).read_bytes() for name in names}
     bucket = make_bucket(server, "versions")
     versions.make("dvc-remote", f"EUROSAT_BUCKET={bucket.removeprefix('gs://')}")
     assert f"{bucket}/versions" in (versions.folder / ".dvc/config.local").read_text()
@@ -143,30 +123,28 @@ def test_a_version_goes_to_the_bucket_and_comes_back(
         assert (versions.folder / "data" / name).read_bytes() == content
 
 
-def test_the_lock_names_the_fingerprint_that_a_training_run_is_tagged_with(
-    versions: Versions, tracking_store: str, monkeypatch: pytest.MonkeyPatch
+def test_the_lock_names_the_fingerprint_that_a_training_from_the_bucket_is_tagged_with(
+    versions: Versions, tiles: str
 ) -> None:
-    versions.repro()
-    monkeypatch.chdir(versions.folder)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_store)
-    rest = [one for one in TINY if not one.startswith("data")]
-    assert train.main(["data=folder", "data.root=data/tiles", *rest, "trainer.epochs=1"]) == 0
-    (run,) = MlflowClient().search_runs(["1"], "tags.kind = 'train'")
+    recipe = [one for one in TINY if not one.startswith("data")]
+    given = ["data=folder", f"data.root={tiles}", *recipe, "trainer.epochs=1"]
+    assert train.main(given) == 0, "the stage has left the receipt that training asks for"
+    client = MlflowClient()
+    (run,) = client.search_runs(["1"], "tags.kind = 'train'")
     fingerprint = run.data.tags["data.fingerprint"]
     assert versions.locked == {"validate": fingerprint, "split": fingerprint}
     summary = json.loads((versions.folder / "data/pack.json").read_text())
     assert summary["fingerprint"] == fingerprint
-    logged = MlflowClient().download_artifacts(run.info.run_id, "split.csv")
+    logged = client.download_artifacts(run.info.run_id, "split.csv")
     assert (versions.folder / "data/split.csv").read_text() == Path(logged).read_text()
 
 
 def test_what_changed_runs_what_depends_on_it_and_nothing_else(
     versions: Versions, tiles: str, tmp_path: Path
 ) -> None:
-    versions.repro()
     before = versions.locked
     versions.say(split="data.protocol=60/20/20 data.split_seed=1")
-    assert versions.repro() == {"fetch", "split"}
+    assert versions.repro() == {"fetch", "split"}, "the source is asked, and has nothing new"
     store = open_store(tiles)
     entry = next(one for one in store.entries() if one.path.startswith("River/"))
     store.download([entry], tmp_path)
@@ -174,29 +152,61 @@ def test_what_changed_runs_what_depends_on_it_and_nothing_else(
     file.write_bytes(file.read_bytes() + b"\0")  # other bytes, the same picture
     store.upload(tmp_path, [entry.path])
     assert versions.repro() == STAGES
-    after = versions.locked
-    assert set(after.values()).isdisjoint(before.values())
+    assert set(versions.locked.values()).isdisjoint(before.values())
     assert (versions.folder / "data/tiles" / entry.path).read_bytes() == file.read_bytes()
-    store.remove([entry.path])
+
+
+@pytest.mark.real_data
+def test_the_version_that_is_committed_is_that_of_the_genuine_tiles(real_pack: Pack) -> None:
+    fingerprint = real_pack.fingerprint
+    assert locked(ROOT / "dvc.lock") == {"validate": fingerprint, "split": fingerprint}
+
+
+@pytest.mark.slow
+def test_a_version_without_a_bucket_of_its_own_is_not_pushed(versions: Versions) -> None:
+    (versions.folder / ".dvc/config.local").unlink(missing_ok=True)
+    said = versions.make("data-push", code=2)
+    assert "set-EUROSAT_BUCKET-and-run-make-dvc-remote" in said
+    assert "which bucket?" in versions.make("dvc-remote", code=2)
+
+
+@pytest.mark.slow
+def test_a_tile_that_is_gone_from_the_bucket_is_gone_from_the_version(
+    versions: Versions, tiles: str
+) -> None:
+    store = open_store(tiles)
+    gone = store.entries()[0].path
+    store.remove([gone])
     assert versions.repro() == STAGES
-    assert not (versions.folder / "data/tiles" / entry.path).exists()
+    assert not (versions.folder / "data/tiles" / gone).exists()
 
 
+@pytest.mark.slow
 def test_data_that_fail_their_validation_are_no_version(
-    tiles: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiles: str, store: Path, tmp_path: Path
 ) -> None:
     broken = Versions(tmp_path, tiles)
     reference = {"classes": {"Forest": 1, "Tundra": 5}}
     (tmp_path / "reference.json").write_text(json.dumps(reference))
-    broken.say(tiles="data=folder data.root=data/tiles reference=reference.json")
     text = (tmp_path / "dvc.yaml").read_text()
-    plain = "data=folder data.root=data/tiles"
-    for stage in ("pack", "split"):
-        text = text.replace(f"eurosat.data {stage} ${{tiles}}", f"eurosat.data {stage} {plain}")
-    (tmp_path / "dvc.yaml").write_text(text)
+    (tmp_path / "dvc.yaml").write_text(text.replace("report=", "reference=reference.json report="))
     said = broken.make("data", code=2)
     assert "expectations failed" in said
     assert "failed to reproduce 'validate'" in said
+
+
+@pytest.mark.slow
+def test_tiles_in_a_bucket_are_validated_there(
+    tiles: str, tracking_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
+    assert validate.main(["data=folder", f"data.root={tiles}", "report=told/verdict.json"]) == 0
+    told = json.loads(Path("told/verdict.json").read_text())
+    assert told["success"]
+    assert (
+        told["fingerprint"]
+        == open_pack(compose(["data=folder", f"data.root={tiles}"]).data).fingerprint
+    )
 
 
 def test_a_place_that_is_not_a_folder_is_named(tmp_path: Path) -> None:

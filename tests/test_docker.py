@@ -40,6 +40,12 @@ class Listener(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 http.server.HTTPServer(("", 8000), Listener).serve_forever()
 """
+SMALL = (
+    "data=synthetic", "recipe=demo", "data.synthetic.tiles=1200", "data.synthetic.difficulty=0",
+    "model.name=test_resnet", "optim.name=adamw", "optim.lr=4e-3", "optim.ema=0.9",
+    "optim.batch_size=16", "augment.cutmix=0", "trainer.epochs=10", "trainer.precision=fp32",
+)  # fmt: skip
+"""Past the gates' floors within seconds of training."""
 EMPTY: Mapping[str, str] = {}
 ALERTS = """
 route: {receiver: listener, group_by: [alertname], group_wait: 1s, group_interval: 1s}
@@ -254,8 +260,8 @@ def test_a_training_elsewhere_ends_as_an_answer_here(stack: Stack, tmp_path: Pat
     def verb(*arguments: str) -> str:
         return run(sys.executable, "-m", *arguments, at=stack.folder, timeout=900, env=environment)
 
-    verb("expectations.validate", "data=synthetic", "recipe=demo")
-    run_id = verb("eurosat.train", "data=synthetic", "recipe=demo").split()[-1]
+    verb("expectations.validate", *SMALL)
+    run_id = verb("eurosat.train", *SMALL).split()[-1]
     number = verb("registry.register", run_id).split()[-1]
     until(
         lambda: stack.champion_served() == number, WAIT_S, "serving answers with what was trained"

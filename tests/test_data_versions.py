@@ -15,8 +15,10 @@ from mlflow import MlflowClient
 from eurosat import data, train
 from eurosat.config import compose
 from eurosat.errors import EuroSATError
-from eurosat.pack import Pack, open_pack
+from eurosat.pack import Pack
+from eurosat.prepare import prepare
 from eurosat.sources import open_source
+from eurosat.split import split_csv
 from eurosat.storage import open_store
 from expectations import validate
 from tests.conftest import TINY
@@ -123,20 +125,17 @@ def test_a_version_goes_to_the_bucket_and_comes_back(versions: Versions, server:
         assert (versions.folder / "data" / name).read_bytes() == content
 
 
-def test_the_lock_names_the_fingerprint_that_a_training_from_the_bucket_is_tagged_with(
+def test_the_lock_names_the_fingerprint_of_the_bucket_that_a_training_would_be_tagged_with(
     versions: Versions, tiles: str
 ) -> None:
-    recipe = [one for one in TINY if not one.startswith("data")]
-    given = ["data=folder", f"data.root={tiles}", *recipe, "trainer.epochs=1"]
-    assert train.main(given) == 0, "the stage has left the receipt that training asks for"
-    client = MlflowClient()
-    (run,) = client.search_runs(["1"], "tags.kind = 'train'")
-    fingerprint = run.data.tags["data.fingerprint"]
+    ready = prepare(compose(["data=folder", f"data.root={tiles}"]))
+    fingerprint = ready.tags["data.fingerprint"]
+    assert ready.validation == "passed", "the stage has left the receipt that training asks for"
     assert versions.locked == {"validate": fingerprint, "split": fingerprint}
     summary = json.loads((versions.folder / "data/pack.json").read_text())
     assert summary["fingerprint"] == fingerprint
-    logged = client.download_artifacts(run.info.run_id, "split.csv")
-    assert (versions.folder / "data/split.csv").read_text() == Path(logged).read_text()
+    told = split_csv(ready.pack.table, ready.split)
+    assert (versions.folder / "data/split.csv").read_text() == told
 
 
 def test_what_changed_runs_what_depends_on_it_and_nothing_else(
@@ -196,17 +195,19 @@ def test_data_that_fail_their_validation_are_no_version(
 
 
 @pytest.mark.slow
-def test_tiles_in_a_bucket_are_validated_there(
+def test_tiles_in_a_bucket_are_validated_and_trained_on(
     tiles: str, tracking_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
-    assert validate.main(["data=folder", f"data.root={tiles}", "report=told/verdict.json"]) == 0
+    given = ["data=folder", f"data.root={tiles}"]
+    assert validate.main([*given, "report=told/verdict.json"]) == 0
     told = json.loads(Path("told/verdict.json").read_text())
     assert told["success"]
-    assert (
-        told["fingerprint"]
-        == open_pack(compose(["data=folder", f"data.root={tiles}"]).data).fingerprint
-    )
+    recipe = [one for one in TINY if not one.startswith("data")]
+    assert train.main([*given, *recipe, "trainer.epochs=1"]) == 0
+    (run,) = MlflowClient().search_runs(["1"], "tags.kind = 'train'")
+    assert run.data.tags["data.fingerprint"] == told["fingerprint"]
+    assert run.data.tags["data.validation"] == "passed"
 
 
 def test_a_place_that_is_not_a_folder_is_named(tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ def goal(name: str, value: float, wanted: float, *, at_most: bool = False) -> di
     return {"name": name, "value": round(value, 4), "goal": wanted, "met": met}
 
 
+def figure(name: str, value: float) -> dict[str, Any]:
+    """What is written down without a goal."""
+    return {"name": name, "value": round(value, 4), "goal": None, "met": None}
+
+
 def ratio(one: Sequence[float], other: Sequence[float]) -> float:
     """Median over the rounds of the ratio within a round."""
     return float(statistics.median(a / b for a, b in zip(one, other, strict=True)))

@@ -137,6 +137,16 @@ def bench_registry(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", _goals(report)])
 
 
+def bench_platform(report: dict[str, Any]) -> str:
+    """What was done to the platform, and what became of it."""
+    lines = ["| `make bench-platform` | |", "|---|---|"]
+    lines += [
+        f"| {one['what']} | {one['value']:,.10g} {one['unit']}".rstrip() + " |"
+        for one in report["rows"]
+    ]
+    return "\n".join([*lines, "", f"{_told(report)}. {report['hardware']}."])
+
+
 def verdict(report: dict[str, Any]) -> str:
     """What the gates said of one version."""
     lines = ["| gate | value | champion's | bar | verdict |", "|---|---|---|---|---|"]
@@ -147,12 +157,18 @@ def verdict(report: dict[str, Any]) -> str:
 
 
 def _goals(report: dict[str, Any]) -> str:
-    goals = [
-        f"`{g['name']}` {g['value']}, goal {g['goal']}{'' if g['met'] else ' (not met)'}"
-        for g in report["goals"]
-    ]
     hardware = f"{report['hardware']}; median (lowest to highest) of {report['n']} rounds."
-    return f"{', '.join(goals)}. {hardware}"
+    return f"{_told(report)}. {hardware}"
+
+
+def _told(report: dict[str, Any]) -> str:
+    """Each figure, its goal where it has one, and whether that was not met."""
+    return ", ".join(
+        f"`{g['name']}` {g['value']}"
+        + ("" if g["goal"] is None else f", goal {g['goal']}")
+        + (" (not met)" if g["met"] is False else "")
+        for g in report["goals"]
+    )
 
 
 TABLES: dict[str, Callable[[Any], str]] = {
@@ -165,6 +181,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "bench-strain": bench_strain,
     "bench-forms": bench_forms,
     "bench-registry": bench_registry,
+    "bench-platform": bench_platform,
     "verdict": verdict,
 }
 """Each report with a table, and how it is drawn."""

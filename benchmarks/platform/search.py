@@ -1,0 +1,174 @@
+"""Searches over many runs, by the REST API of the platform's MLflow."""
+
+import io
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import requests
+from numpy.typing import NDArray
+
+from benchmarks.platform.stand import Stand
+from eurosat.errors import TrackingError
+from eurosat.progress import track
+
+EXPERIMENT = "bench-platform-search"
+METRICS, PARAMS, TAGS = 100, 10, 3
+GROUPS = 10
+"""Values of the param ``p0``: a tenth of the runs has each."""
+CHUNK = 500
+TIMEOUT_S = 120
+PAGE, LARGE_PAGE = 100, 1000
+
+
+class Searcher:
+    """One user who searches the runs of an experiment."""
+
+    def __init__(self, stand: Stand, who: tuple[str, str], experiment_id: str) -> None:
+        self._session = requests.Session()
+        self._session.auth = who
+        self._url = f"{stand.url}/api/2.0/mlflow/runs/search"
+        self._experiment_id = experiment_id
+
+    def search(self, **asked: Any) -> dict[str, Any]:
+        """The answer.
+
+        Raises:
+            requests.RequestException: there is none, or it is an error.
+        """
+        body = {"experiment_ids": [self._experiment_id], **asked}
+        answer = self._session.post(self._url, json=body, timeout=TIMEOUT_S)
+        answer.raise_for_status()
+        read: dict[str, Any] = answer.json()
+        return read
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One sort of search; both functions are given the number of a metric."""
+
+    name: str
+    asked: Callable[[int], dict[str, Any]]
+    found: Callable[[NDArray[np.float64], int], int]
+    """How many of the runs answer, given their values (runs, metrics): before paging."""
+    page: int = PAGE
+
+
+KINDS = (
+    Kind(
+        "filter by a metric",
+        lambda m: {"filter": f"metrics.m{m:02} > 0.99"},
+        lambda values_RM, m: int((values_RM[:, m] > 0.99).sum()),
+    ),
+    Kind(
+        "order by a metric",
+        lambda m: {"order_by": [f"metrics.m{m:02} DESC"]},
+        lambda values_RM, m: len(values_RM),
+    ),
+    Kind(
+        "filter by metric and param, order by metric",
+        lambda m: {
+            "filter": f"metrics.m{m:02} > 0.5 AND params.p0 = '{m % GROUPS}'",
+            "order_by": [f"metrics.m{m:02} DESC"],
+        },
+        lambda values_RM, m: int((values_RM[m % GROUPS :: GROUPS, m] > 0.5).sum()),
+    ),
+    Kind(
+        "the latest, a page of 1,000",
+        lambda m: {"order_by": ["attributes.start_time DESC"]},
+        lambda values_RM, m: len(values_RM),
+        page=LARGE_PAGE,
+    ),
+    Kind(
+        "order by a metric, a page of 1,000",
+        lambda m: {"order_by": [f"metrics.m{m:02} DESC"]},
+        lambda values_RM, m: len(values_RM),
+        page=LARGE_PAGE,
+    ),
+)
+
+
+def fill(stand: Stand, runs: int) -> tuple[str, NDArray[np.float64]]:
+    """Make an experiment with so many runs; returns its id and their metrics (runs, METRICS)."""
+    asked = stand.administrator()
+    made = asked.ask("POST", "2.0/mlflow/experiments/create", name=EXPERIMENT) or {}
+    experiment_id = str(made["experiment_id"])
+    values_RM = np.random.default_rng(0).random((runs, METRICS))
+    connection = stand.connection()
+    try:
+        cursor = connection.cursor()
+        chunks = list(range(0, runs, CHUNK))
+        for first in track(chunks, len(chunks), f"writing runs of {METRICS} metrics", "chunks"):
+            for table, rows in _tables(experiment_id, first, values_RM[first : first + CHUNK]):
+                columns = ", ".join(rows[0])
+                text = "".join("\t".join(map(str, row.values())) + "\n" for row in rows)
+                cursor.copy_expert(f"COPY {table} ({columns}) FROM STDIN", io.StringIO(text))
+        cursor.execute("VACUUM ANALYZE")
+    finally:
+        connection.close()
+    return experiment_id, values_RM
+
+
+def _tables(
+    experiment_id: str, first: int, values_RM: NDArray[np.float64]
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Rows of MLflow's tables by name; a run's number is in its start time and its ``p0``."""
+    start_ms = 1_700_000_000_000
+    numbered = [(first + i, uuid.uuid4().hex) for i in range(len(values_RM))]
+    yield "runs", [
+        {
+            "run_uuid": run_id, "name": f"run {number}", "experiment_id": experiment_id,
+            "status": "FINISHED", "lifecycle_stage": "active", "source_type": "UNKNOWN",
+            "source_name": "", "entry_point_name": "", "source_version": "", "user_id": "bench",
+            "start_time": start_ms + number, "end_time": start_ms + number + 1,
+            "artifact_uri": f"mlflow-artifacts:/{experiment_id}/{run_id}/artifacts",
+        }
+        for number, run_id in numbered
+    ]  # fmt: skip
+    params = [
+        {"run_uuid": run_id, "key": f"p{p}", "value": (number + p) % GROUPS}
+        for number, run_id in numbered
+        for p in range(PARAMS)
+    ]
+    yield "params", params
+    tags = [
+        {"run_uuid": run_id, "key": f"t{t}", "value": number}
+        for number, run_id in numbered
+        for t in range(TAGS)
+    ]
+    yield "tags", tags
+    metrics = [
+        {
+            "run_uuid": run_id, "key": f"m{m:02}", "value": repr(float(value)), "step": 0,
+            "timestamp": start_ms + number, "is_nan": "f",
+        }
+        for (number, run_id), values_M in zip(numbered, values_RM, strict=True)
+        for m, value in enumerate(values_M)
+    ]  # fmt: skip
+    yield "metrics", metrics
+    yield "latest_metrics", metrics
+
+
+def timed(
+    searcher: Searcher, values_RM: NDArray[np.float64], rounds: int
+) -> dict[str, Sequence[float]]:
+    """Milliseconds of each search by kind; the kinds take turns, after one that is not counted.
+
+    Raises:
+        TrackingError: an answer has not as many runs as there are.
+    """
+    took: dict[str, list[float]] = {kind.name: [] for kind in KINDS}
+    for number in track(range(rounds + 1), rounds + 1, "searching", "rounds"):
+        for kind in KINDS:
+            started = time.perf_counter()
+            answer = searcher.search(max_results=kind.page, **kind.asked(number))
+            took_ms = 1000 * (time.perf_counter() - started)
+            wanted = min(kind.page, kind.found(values_RM, number))
+            if (found := len(answer.get("runs", []))) != wanted:
+                raise TrackingError(f"{kind.name}: {found} runs were found of {wanted}")
+            if number:
+                took[kind.name].append(took_ms)
+    return dict(took)

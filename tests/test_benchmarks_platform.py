@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import reports, tables
 from benchmarks.platform import memory
-from benchmarks.platform.__main__ import measured, parser
+from benchmarks.platform.__main__ import goals, measured, parser, rows
 from benchmarks.platform.arrived import Acknowledged, Held, compare, read
 from benchmarks.platform.faults import CUT_S, schedule
 from deploy import postgresql
@@ -108,8 +108,9 @@ def test_nothing_acknowledged_is_lost_though_every_service_falls_over() -> None:
     if postgresql.program("initdb") is None:
         pytest.skip("PostgreSQL is not installed: no platform")
     args = parser().parse_args(["--minutes=1", "--runs=200", "--rounds=1"])
-    outcome = measured(args).outcome
-    print(outcome.found, f"arrived after {outcome.arrived_s:.0f} s", outcome.faults)
-    assert len(outcome.faults) == 4
-    assert min(outcome.found[name] for name in ("runs", "points", "params", "artifacts")) > 0
-    assert (outcome.found["lost"], outcome.found["stuck"], outcome.found["twice"]) == (0, 0, 0)
+    told = measured(args)
+    reports.show("platform", 1, goals(told), rows(told, args))
+    assert len(told.outcome.faults) == 4
+    found = told.outcome.found
+    assert min(found[name] for name in ("runs", "points", "params", "artifacts")) > 0
+    assert (found["lost"], found["stuck"], found["twice"]) == (0, 0, 0)

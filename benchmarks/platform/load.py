@@ -131,7 +131,10 @@ def _started(
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
+            for end in (process.stdin, process.stdout):
+                if end:
+                    end.close()
 
 
 def _ended(processes: "Sequence[subprocess.Popen[bytes]]") -> None:

@@ -1,6 +1,7 @@
 """A platform of the benchmark's own, in a folder that is gone afterwards."""
 
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import psutil
 import requests
 
-from benchmarks.server import free_port
+from benchmarks.reports import ROOT
 from deploy import platform, users
 from eurosat.errors import ConfigError
 
@@ -110,6 +111,12 @@ def _memory_mb(first: psutil.Process) -> float:
     return total_kb / 1024
 
 
+def _said(verb: str, folder: Path, *flags: str) -> int:
+    """The exit status of `deploy.platform`, as a user says it."""
+    command = [sys.executable, "-m", "deploy.platform", verb, f"--folder={folder}", *flags]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
 @contextmanager
 def standing() -> Iterator[Stand]:
     """Up, in a folder that PostgreSQL's own user can enter.
@@ -120,7 +127,7 @@ def standing() -> Iterator[Stand]:
     folder = Path(tempfile.mkdtemp(prefix="bench-platform"))
     folder.chmod(0o755)
     try:
-        if platform.up(folder, {name: free_port() for name in platform.PORTS}):
+        if _said("up", folder, "--free-ports"):
             raise ConfigError("the platform did not come up: the lines above say why")
         lines = (folder / "env").read_text().splitlines()
         yield Stand(folder, dict(line.split("=", 1) for line in lines))
@@ -129,5 +136,5 @@ def standing() -> Iterator[Stand]:
             print(f"--- the end of {log.name}\n{log.read_text()[-1500:]}", file=sys.stderr)
         raise
     finally:
-        platform.down(folder)
+        _said("down", folder)
         shutil.rmtree(folder, ignore_errors=True)

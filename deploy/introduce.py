@@ -1,6 +1,6 @@
 """Introduce the platform's services to its MLflow: their users, the model's names, the webhook.
 
-What is there already stays as it is, so that this can be run at every start.
+It can be run at every start: what is there already stays, and passwords become those of the files.
 """
 
 import os
@@ -27,7 +27,9 @@ def introduce(server: users.Server, folder: Path, webhook: str) -> None:
         ConfigError: a secret is missing, or the webhook cannot be installed.
     """
     for name, role in SERVICES.items():
-        server.add(name, role, secrets.read(f"{name}_password", folder))
+        password = secrets.read(f"{name}_password", folder)
+        if not server.add(name, role, password):
+            server.reset(name, password)  # its file may have been made anew
     for model in MODELS:
         server.ask("POST", "2.0/mlflow/registered-models/create", absent=400, name=model)
     done = subprocess.run(

@@ -37,6 +37,8 @@ DATABASE_OF_COMPOSE = "postgresql+psycopg2://mlflow@postgres:5432/mlflow"
 HEALTHY_S = 180.0
 STOP_S = 20.0
 LOOK_S = 0.5
+LOCK_S = 2.0
+"""For whoever only looks whether a platform runs to have looked."""
 WITH_PARENT = "--pdeathsig"
 """Flag of setpriv: the signal that comes when the parent ends."""
 TOO_SOON_S = 5.0
@@ -113,8 +115,7 @@ class Platform:
             services = [one for one in self._services() if one.name in self._only]
             for service in services:
                 self._bring_up(service)
-            durable.replace_text(self.env, self._told())
-            self.env.chmod(0o600)
+            _keep(self.env, self._told())
             log.info("the platform is up: %s", self.urls["mlflow"])
             while not self._stopping:
                 for service in services:
@@ -141,13 +142,13 @@ class Platform:
         for path in (self.logs, self.folder / "store" / BUCKET):
             path.mkdir(parents=True, exist_ok=True)
         data = self.folder / "postgres"
-        if not (data / "PG_VERSION").exists():
-            if data.exists():  # begun, and killed
-                shutil.rmtree(data)
-            postgresql.initialise(data, "mlflow", self.secrets / "postgres_password")
+        if not data.exists():
+            begun = self.folder / "postgres.begun"
+            shutil.rmtree(begun, ignore_errors=True)  # by one that was killed
+            postgresql.initialise(begun, "mlflow", self.secrets / "postgres_password")
+            begun.rename(data)
         password = secrets.read("postgres_password", self.secrets)
-        durable.replace_text(self._passwords, f"*:*:*:mlflow:{password}\n")
-        self._passwords.chmod(0o600)  # or libpq ignores it
+        _keep(self._passwords, f"*:*:*:mlflow:{password}\n")  # libpq wants it to be ours alone
         ini = (ROOT / "deploy/mlflow/auth.ini").read_text()
         durable.replace_text(
             self.folder / "auth.ini", ini.replace(DATABASE_OF_COMPOSE, self.database)
@@ -266,6 +267,7 @@ class Platform:
             "%s ended with %d: %s; it is started again", service.name, service.process.returncode,
             _last_line(self.logs / f"{service.name}.log"),
         )  # fmt: skip
+        service.stop()  # its children, which may hold the port
         service.start(self.logs)
 
     def _database_is_there(self) -> bool:
@@ -298,6 +300,15 @@ class Platform:
             "EUROSAT_SECRETS": str(self.secrets),
         }
         return "".join(f"{name}={value}\n" for name, value in told.items())
+
+
+def _keep(file: Path, text: str) -> None:
+    """A file that nobody else can read, not even while it is written."""
+    before = os.umask(0o077)
+    try:
+        durable.replace_text(file, text)
+    finally:
+        os.umask(before)
 
 
 def _object_store() -> Path:
@@ -389,8 +400,12 @@ def down(folder: Path) -> int:
     if (pid := running(folder)) is None:
         log.info("no platform runs in %s", folder)
         return cli.OK
-    os.kill(pid, signal.SIGTERM)
-    while running(folder) is not None:
+    with suppress(ProcessLookupError):  # it has just ended
+        os.kill(pid, signal.SIGTERM)
+    while True:
+        with suppress(ConfigError):
+            if running(folder) is None:
+                break
         time.sleep(0.1)
     log.info("the platform of %s is down", folder)
     return cli.OK
@@ -413,7 +428,7 @@ def running(folder: Path) -> int | None:
 def _run(folder: Path, ports: dict[str, int], only: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(folder / "lock", timeout=0):
+        with FileLock(folder / "lock", timeout=LOCK_S):
             durable.replace_text(folder / "process.json", json.dumps({"pid": os.getpid()}))
             try:
                 return Platform(folder, ports, only).run()

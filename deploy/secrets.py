@@ -6,7 +6,6 @@ containers of docker compose run as users of their own.
 
 import datetime
 import ipaddress
-import os
 import secrets
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from eurosat.errors import ConfigError
 
 FOLDER = Path(".platform/secrets")
 ROOT = Path(__file__).resolve().parents[1]
+READABLE = 0o644
 BYTES = 32
 VALID_DAYS = 825
 """What browsers accept of a certificate at most."""
@@ -74,6 +74,8 @@ def make(folder: Path = FOLDER) -> list[str]:
         if not ((folder / API_KEY).exists() and (folder / API_KEYS).exists()):
             durable.replace(folder / API_KEY, lambda file: file.write(_api_key(folder / API_KEYS)))
             made += [API_KEY, API_KEYS]
+        for name in (*MADE, KEY, CERTIFICATE, API_KEY, API_KEYS):
+            (folder / name).chmod(READABLE)
     except OSError as error:
         raise ConfigError(f"{folder} cannot hold secrets: {error.strerror or error}") from error
     return made
@@ -99,7 +101,6 @@ def _api_key(hashes: Path) -> bytes:
     )
     if done.returncode:
         raise ConfigError(f"no API key can be made: {done.stderr.strip()[-300:]}")
-    hashes.chmod(0o644)
     return done.stdout.strip().encode()
 
 
@@ -142,7 +143,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    os.umask(0o022)
     made = make(args.folder)
     print(f"{args.folder}: {', '.join(made) or 'nothing was missing'}")
     return cli.OK

@@ -63,18 +63,22 @@ class Server:
         return read
 
     def role(self, name: str) -> int:
-        """Its id; made with its grants unless it is there."""
+        """Its id; it and its grants are made where they are not there."""
         listed = self.ask("GET", "3.0/mlflow/roles/list", workspace=WORKSPACE) or {}
         known = {role["name"]: int(role["id"]) for role in listed["roles"]}
-        if name in known:
-            return known[name]
-        made = self.ask("POST", "3.0/mlflow/roles/create", workspace=WORKSPACE, name=name) or {}
-        number = int(made["role"]["id"])
+        if name not in known:
+            call = "3.0/mlflow/roles/create"
+            made = self.ask("POST", call, workspace=WORKSPACE, name=name) or {}
+            known[name] = int(made["role"]["id"])
+        number = known[name]
+        told = self.ask("GET", "3.0/mlflow/roles/permissions/list", role_id=number) or {}
+        granted = {one["resource_type"] for one in told["role_permissions"]}
         for kind, grant in ROLES[name].items():
-            self.ask(
-                "POST", "3.0/mlflow/roles/permissions/add", role_id=number, resource_type=kind,
-                resource_pattern="*", permission=grant,
-            )  # fmt: skip
+            if kind not in granted:
+                self.ask(
+                    "POST", "3.0/mlflow/roles/permissions/add", role_id=number, resource_type=kind,
+                    resource_pattern="*", permission=grant,
+                )  # fmt: skip
         return number
 
     def add(self, name: str, role: str, password: str) -> bool:
@@ -85,11 +89,15 @@ class Server:
             self.ask("POST", "2.0/mlflow/users/create", username=name, password=password)
         listed = self.ask("GET", "3.0/mlflow/users/roles/list", username=name) or {}
         has = {one["name"]: int(one["id"]) for one in listed["roles"]}
-        for other in has.keys() & ROLES.keys() - {role}:
-            self.ask("DELETE", "3.0/mlflow/roles/unassign", username=name, role_id=has[other])
         if role not in has:
             self.ask("POST", "3.0/mlflow/roles/assign", username=name, role_id=number)
+        for other in has.keys() & ROLES.keys() - {role}:
+            self.ask("DELETE", "3.0/mlflow/roles/unassign", username=name, role_id=has[other])
         return new
+
+    def reset(self, name: str, password: str) -> None:
+        call = "2.0/mlflow/users/update-password"
+        self.ask("PATCH", call, username=name, password=password)
 
     def remove(self, name: str) -> None:
         self.ask("DELETE", "2.0/mlflow/users/delete", username=name)

@@ -12,6 +12,8 @@ FILE = Path(".platform", "env")
 quotes, no expansion (as docker's --env-file has it); empty lines and those of # are left out."""
 LINE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 TRACKING = "MLFLOW_TRACKING_URI"
+TAKEN = re.compile(r"(MLFLOW|EUROSAT)_\w+|PGPASSFILE|STORAGE_EMULATOR_HOST")
+"""Names of the variables that it may set: a folder of somebody else's has no say in others."""
 
 
 def read(folder: Path, environ: MutableMapping[str, str]) -> None:
@@ -46,5 +48,7 @@ def load(file: Path) -> dict[str, str]:
             continue
         if not (parts := LINE.fullmatch(line)):
             raise ConfigError(f"{file}, line {number} is not of the form KEY=VALUE: {remedy}")
+        if not TAKEN.fullmatch(parts[1]):
+            raise ConfigError(f"{file}, line {number} sets {parts[1]}, no platform's: {remedy}")
         told[parts[1]] = parts[2]
     return told

@@ -81,7 +81,7 @@ def _give(alias: str, model: str, number: str) -> None:
         try:
             versions.client().set_registered_model_alias(model, alias, number)
         except MlflowException as error:
-            if error.error_code != "PERMISSION_DENIED":
+            if error.error_code != versions.DENIED or alias != versions.CHALLENGER:
                 raise
             log.info("the promoter gives version %s the alias %s, once it is judged", number, alias)
 

@@ -17,6 +17,8 @@ FILES, VERDICT = "model.files", "verdict"
 """Tags of a version: what it consists of, and what the gates have said of it."""
 NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
 """Artifacts of a run: the forms of its network; the second where training kept it."""
+DENIED = "PERMISSION_DENIED"
+"""MLflow's code where a user may not."""
 PAGE = 1000
 """Versions asked for at once."""
 

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import math
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,8 @@ TELL = "tell"
 """A job of our own."""
 REFUSED, LATE = "the server refused it: ", "not loaded in time: "
 ACTOR = "registry.receiver"
+SERVING_KEY = "EUROSAT_SERVING_KEY"
+"""Holds the key that a serving process asks for, if it does."""
 LOOK_S = 30.0
 """Between two looks at the registry itself."""
 SERVED_S = 60.0
@@ -199,7 +202,9 @@ class Worker:
     def _unserved(self, url: str, number: str) -> str:
         """Why the server does not answer with that version; empty where it does."""
         try:
-            answer = requests.get(f"{url.rstrip('/')}/model", timeout=5)
+            key = os.environ.get(SERVING_KEY)
+            known = {"Authorization": f"Bearer {key}"} if key else {}
+            answer = requests.get(f"{url.rstrip('/')}/model", headers=known, timeout=5)
             told = answer.json() if answer.ok else {}
         except (requests.RequestException, ValueError) as error:
             return f"{public(url)} does not answer: {type(error).__name__}"

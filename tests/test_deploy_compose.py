@@ -160,7 +160,8 @@ def test_what_has_to_survive_lies_on_named_volumes() -> None:
 def test_the_server_asks_who_it_is_answers_to_its_names_alone_and_tells_nobody() -> None:
     serve = (ROOT / "deploy/mlflow/serve").read_text()
     assert "--app-name=basic-auth" in serve
-    assert '--allowed-hosts="mlflow:5000,localhost:*,127.0.0.1:*,$PLATFORM_HOST"' in serve
+    names = "mlflow:5000,localhost:*,127.0.0.1:*,$PLATFORM_HOST,$PLATFORM_HOST:*"
+    assert f'--allowed-hosts="{names}"' in serve
     environment = services()["mlflow"]["environment"]
     assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
     assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"

@@ -56,22 +56,24 @@ def test_no_platform_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("line", ["export A=b", "A", "=b", "1A=b", " A=b", "A =b"])
 def test_a_line_that_is_malformed_is_named(line: str, tmp_path: Path) -> None:
-    write(tmp_path, f"A=b\n{line}\n")
+    write(tmp_path, f"EUROSAT_A=b\n{line}\n")
     environ: dict[str, str] = {}
     with pytest.raises(ConfigError, match=r"env, line 2 is not of the form KEY=VALUE: `make plat"):
         platform_env.read(tmp_path, environ)
     assert environ == {}, "all of it or nothing"
 
 
-VERB = "import os; from eurosat import cli; cli.finish(lambda argv: print(os.environ['A']) or 0)"
+VERB = (
+    "import os; from eurosat import cli; cli.finish(lambda _: print(os.environ['EUROSAT_A']) or 0)"
+)
 
 
 @pytest.mark.parametrize(
     ("text", "status", "out", "err"),
     [
-        ("A=b c\n", cli.OK, "b c\n", "using the platform of .platform/env\n"),
+        ("EUROSAT_A=b c\n", cli.OK, "b c\n", "using the platform of .platform/env\n"),
         ("A b\n", cli.BAD_INPUT, "", "line 1 is not of the form"),
-        ("A=\xff\n", cli.BAD_INPUT, "", "cannot be read"),
+        ("EUROSAT_A=\xff\n", cli.BAD_INPUT, "", "cannot be read"),
     ],
 )
 def test_a_verb_reads_it_before_it_runs(

@@ -28,6 +28,9 @@ LOOK_S = 0.5
 """How often a bar is moved while PostgreSQL's own program works."""
 
 
+CONNECT_S = 30
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
     """What MLflow keeps in a database."""
@@ -51,7 +54,7 @@ KINDS = (
         migrations="store/db_migrations/versions",
         precious={
             "runs": 0, "registered_models": 0, "logged_models": 0, "trace_info": 0,
-            "experiments": 1,
+            "experiments": 1, "webhooks": 0,
         },
     ),
     Kind(
@@ -93,10 +96,15 @@ class Database:
         import psycopg2
 
         try:
-            with contextlib.closing(psycopg2.connect(self.uri, password=self.password)) as opened:
+            with contextlib.closing(self._connect()) as opened:
                 yield opened
         except psycopg2.Error as error:
             raise TrackingError(f"{self.kind.variable}={self.uri}: {error}") from error
+
+    def _connect(self) -> "connection":
+        import psycopg2
+
+        return psycopg2.connect(self.uri, password=self.password, connect_timeout=CONNECT_S)
 
     def environment(self) -> dict[str, str]:
         """A password is told to programs here: in a command all users would see it."""
@@ -115,8 +123,11 @@ def configured(environment: Mapping[str, str]) -> list[Database]:
             continue
         parts = urlsplit(uri)
         if parts.scheme.partition("+")[0] not in ("postgresql", "postgres") or not parts.path[1:]:
-            told = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-            raise ConfigError(f"{kind.variable}: {told} is not postgresql://user@host/database")
+            raise ConfigError(f"{kind.variable} is not of the form postgresql://user@host/database")
+        if "@" in parts.path + parts.query + parts.fragment or "password" in parts.query:
+            raise ConfigError(
+                f"{kind.variable} holds a password that a URL cannot: write it into PGPASSFILE"
+            )
         user, _, host = parts.netloc.rpartition("@")
         login = f"{user.partition(':')[0]}@" if user else ""
         bare = parts._replace(scheme="postgresql", netloc=login + host).geturl()
@@ -211,12 +222,16 @@ def rows(opened: "connection") -> dict[str, int]:
     return counted
 
 
-def held(opened: "connection", kind: Kind) -> list[str]:
-    """What somebody would miss, as words; nothing after a server's first start."""
+def held(opened: "connection") -> list[str]:
+    """What somebody would miss, as words; nothing after a server's first start.
+
+    Of all kinds, as several may be kept in one database.
+    """
     counted = rows(opened)
     return [
         f"{number} {table}"
-        for table, blank in kind.precious.items()
+        for one in KINDS
+        for table, blank in one.precious.items()
         if (number := counted.get(table, 0)) > blank
     ]
 
@@ -261,7 +276,11 @@ def exists(opened: "connection", name: str) -> bool:
 def refuse_busy(opened: "connection", name: str) -> None:
     """Raises ConfigError while anybody is connected to the database."""
     with opened.cursor() as cursor:
-        cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = %s", (name,))
+        cursor.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = %s "
+            "AND backend_type = 'client backend'",
+            (name,),
+        )
         (number,) = cursor.fetchone() or (0,)
     if number:
         raise ConfigError(

@@ -88,18 +88,21 @@ def place(uri: str, named: str) -> Place:
         raise ConfigError(f"{named}={uri} is neither a folder nor gs://bucket/prefix")
     name, _, prefix = rest.partition("/")
     with explained(uri):
+        from google.api_core.exceptions import NotFound
         from google.auth.exceptions import DefaultCredentialsError
         from google.cloud.storage import Client
 
         try:
-            bucket = Client().bucket(name)
+            bucket = Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT")).bucket(name)
         except DefaultCredentialsError as error:
             raise ConfigError(
                 f"{named}={uri} needs a key of Google Cloud: run `gcloud auth application-default "
                 "login`, or set STORAGE_EMULATOR_HOST for an emulator"
             ) from error
-        if not bucket.exists(timeout=PATIENCE_S):
-            raise ConfigError(f"{named}={uri}: there is no bucket {name}: make it first")
+        try:  # whoever may use objects alone may not ask whether there is the bucket
+            next(iter(bucket.list_blobs(max_results=1, timeout=PATIENCE_S)), None)
+        except NotFound as error:
+            raise ConfigError(f"{named}={uri}: there is no bucket {name}: make it first") from error
     return Prefix(bucket, prefix.strip("/"))
 
 
@@ -142,6 +145,12 @@ def explained(uri: str) -> Iterator[None]:
         raise TrackingError(f"{uri} cannot be used: {error}") from error
 
 
+def _raise(error: OSError) -> None:
+    """Of a folder that cannot be read: left out, it would be missing from a backup."""
+    if not isinstance(error, FileNotFoundError):
+        raise TrackingError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Folder:
     """A folder of this machine's."""
@@ -153,7 +162,7 @@ class Folder:
         return str(self.root)
 
     def listed(self) -> Iterator[Stored]:
-        for at, _, names in os.walk(self.root):
+        for at, _, names in os.walk(self.root, onerror=_raise):
             for name in names:
                 if found := self.find((Path(at) / name).relative_to(self.root).as_posix()):
                     yield found

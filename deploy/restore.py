@@ -64,9 +64,13 @@ def restore(
         begun = _begun(artifacts)
         swapped = begun and databases.marked(opened, found[0].name) == begun.mark
         if begun and swapped and begun.seal == manifest.seal:
-            log.info("the restore of %s was killed after its swap: it is completed", begun.stamp)
+            log.warning(
+                "the restore of %s was killed after its swap: that one is completed; to restore "
+                "the archive anew, say it again", begun.stamp,
+            )  # fmt: skip
         else:
             begun = _prepare(opened, manifest, found, artifacts, begun, replace=replace)
+            moves = [(_fresh(one), one.name, _kept(one, begun.stamp)) for one in found]
             into = artifacts if begun.blank else artifacts.beside(".restoring")
             places.empty(into)
             _unpack(stream, size, manifest, opened, found, into)
@@ -74,7 +78,6 @@ def restore(
                 _lay_over(artifacts, into, artifacts.beside(f".before-{begun.stamp}"), manifest)
             for database in found:
                 databases.refuse_busy(opened, database.name)
-            moves = [(_fresh(one), one.name, _kept(one, begun.stamp)) for one in found]
             databases.swap(opened, [(a.name, b, c.name) for a, b, c in moves], begun.mark)
         return manifest, _clean_up(opened, manifest, found, artifacts, begun)
 
@@ -109,7 +112,7 @@ def _prepare(
             databases.refuse_busy(opened, database.name)
             with database.connected() as looked:
                 newest = databases.revision(looked, kind)
-                held += databases.held(looked, kind)
+                held += databases.held(looked)
         if not schema.reaches(kind, newest, wanted):
             raise ConfigError(
                 f"the archive's schema {wanted} of {kind.name} is not one that "
@@ -196,7 +199,7 @@ def _clean_up(
         kept = _kept(database, begun.stamp)
         if databases.exists(opened, kept.name):
             with kept.connected() as looked:
-                held = databases.held(looked, kept.kind)
+                held = databases.held(looked)
             if held:
                 left.append(f"database {kept.name}")
             else:

@@ -12,7 +12,7 @@ from eurosat.config import compose
 from eurosat.errors import ConfigError
 from eurosat.pack import TABLE, Pack, open_pack
 from eurosat.progress import track
-from eurosat.sources import Source, open_source
+from eurosat.sources import SUFFIXES, Source, open_source
 from eurosat.split import FOLDS, Split, make_split, split_csv
 from eurosat.storage import Folder, on_disk
 
@@ -102,8 +102,16 @@ def audit(pack: Pack, split: Split) -> int:
 
 
 def fetch(source: Source, folder: Path) -> int:
-    """Make ``folder`` hold the tiles of ``source``; returns how many were written."""
+    """Make ``folder`` hold the tiles of ``source``, and no others; returns how many were written.
+
+    Raises:
+        ConfigError: the folder holds something else than tiles, which would be lost.
+    """
     here, written = Folder(folder), 0
+    there = {entry.path for entry in here.entries()} if folder.exists() else set()
+    for path in sorted(there - {*source.paths}):
+        if path.count("/") != 1 or Path(path).suffix.lower() not in SUFFIXES:
+            raise ConfigError(f"{folder} holds {path}, which is no tile: fetch to another folder")
     for path in track(source.paths, len(source.paths), "fetching tiles", "tiles"):
         data, file = source.read(path), here.file(path)
         with on_disk(file):
@@ -111,7 +119,7 @@ def fetch(source: Source, folder: Path) -> int:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data)  # cut short, it differs, and is written by the next fetch
                 written += 1
-    here.remove({entry.path for entry in here.entries()} - {*source.paths})
+    here.remove(there - {*source.paths})
     return written
 
 

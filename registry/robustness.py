@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eurosat import tracking
-from eurosat.errors import ConfigError, DataError, ModelError
+from eurosat.errors import ConfigError, DataError, ModelError, StorageError
 from registry import evidence, versions
 from registry.evidence import Predictions
 
@@ -61,7 +61,7 @@ def ensure(run_id: str) -> bool:
         return False
     try:
         asked = ask(run_id)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, StorageError) as error:
         log.warning(
             "corrupted tiles were not tried (%s): the gate %s refuses, until %s",
             error, GATE, remedy(run_id),
@@ -148,14 +148,16 @@ def compare(run_id: str, champion: str | None, known: Collection[str] = ()) -> C
     faults = [f"{one.fault}: {remedy(run)}" for run, one in asked.items() if one.fault]
     if mine and theirs:
         fewer = min(len(set(one.frame["sha256"])) for one in (mine, theirs))
-        mine, theirs = evidence.in_common(mine, theirs, known, ROW)
-        common = len(set(mine.frame["sha256"]))
+        ours, theirs = evidence.in_common(mine, theirs, known, ROW)
+        common = len(set(ours.frame["sha256"]))
         if common < min(ENOUGH, evidence.ENOUGH_SHARE * fewer):
             faults.append(
                 f"only {common} of {fewer} corrupted tiles are the champion's too: a file of gates "
                 f"with alone = true in [{GATE}] lets its floor alone judge"
             )
             theirs = None
+        else:
+            mine = ours
     return Comparison(
         candidate=accuracy(mine) if mine else None,
         champion=accuracy(theirs) if theirs else None,

@@ -71,6 +71,7 @@ CREATE_RUN = ("POST", "runs/create", {"experiment_id": "0"})
 MODEL = {"name": "eurosat"}
 VERSION = MODEL | {"version": "1"}
 CREATE = MODEL | {"source": "runs:/x/y"}
+PROMPT = {"key": "mlflow.prompt.other", "value": "true"}
 MINE = {"tags": [{"key": "approval", "value": "{}"}]}
 ALL, WRITERS, PROMOTERS, NOBODY = (
     (True,) * 3,
@@ -91,6 +92,11 @@ ALL, WRITERS, PROMOTERS, NOBODY = (
         ("POST", "model-versions/create", CREATE | MINE, PROMOTERS),
         ("POST", "model-versions/create", CREATE | {"name": "eurosat.ledger"}, PROMOTERS),
         ("DELETE", "model-versions/delete", VERSION, PROMOTERS),
+        ("PATCH", "model-versions/update", VERSION | {"description": "passed"}, PROMOTERS),
+        ("POST", "registered-models/set-tag", MODEL | PROMPT, PROMOTERS),
+        ("POST", "model-versions/create", CREATE | {"tags": [PROMPT]}, PROMOTERS),
+        ("POST", "registered-models/create", {"name": "another"}, WRITERS),
+        ("POST", "experiments/create", {"name": "another"}, WRITERS),
         ("POST", "registered-models/rename", MODEL | {"new_name": "eurosat"}, PROMOTERS),
         ("POST", "webhooks", {"name": "w", "url": "http://127.0.0.1:1/"}, NOBODY),
         ("POST", "users/create", {"username": "u", "password": "p" * 20}, NOBODY),

@@ -13,6 +13,9 @@ SAMPLE_S = 1.0
 Sample = dict[str, float]
 """MB by service."""
 
+LEAST = 10
+"""Samples that fifths are taken of."""
+
 
 @contextmanager
 def sampled(stand: Stand) -> Iterator[list[Sample]]:
@@ -38,6 +41,8 @@ def fifths(samples: Sequence[Sample]) -> tuple[Sample, Sample]:
     """Of each service the median of the second fifth, after it has warmed up, and of the last."""
     names = sorted({name for sample in samples for name in sample})
     count = len(samples)
+    if count < LEAST:
+        raise ValueError(f"{count} samples are no fifths: at least {LEAST}, so a longer time")
 
     def median(part: Sequence[Sample]) -> Sample:
         known = {name: [one[name] for one in part if name in one] for name in names}

@@ -32,7 +32,7 @@ NEW = ("/mlflow/experiments/create", "/mlflow/registered-models/create")
 OURS = {"approval", "retired", "verdict"}
 """Tags that the registry's verbs believe (registry/opinions.py, registry/versions.py)."""
 PROMPT = "mlflow.prompt."
-"""How tags begin that make MLflow take a model for a prompt, and hide it from whoever asks for models."""
+"""How tags begin that make MLflow take a model for a prompt, and hide it from all others."""
 LEDGER = ".ledger"
 """How the name of a model ends that holds the history of another (registry/ledger.py)."""
 

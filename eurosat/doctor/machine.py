@@ -17,6 +17,7 @@ from eurosat.config import usual_cache
 from eurosat.doctor.verdicts import Failed, NotApplicable
 from eurosat.doctor.visit import Visit
 from eurosat.errors import DataError
+from eurosat.storage import is_bucket
 
 PYTHON = (3, 11)
 """Of pyproject.toml: the lock is compiled for it."""
@@ -134,6 +135,8 @@ def tiles(visit: Visit) -> str:
 
     if not (root := visit.environ.get(ROOT)):
         raise NotApplicable(f"{ROOT} is not set: data=eurosat downloads its tiles when first used")
+    if is_bucket(root):
+        raise NotApplicable(f"{ROOT} is a bucket: verbs compare each tile that they bring from it")
     remedy = f"let {ROOT} name whole tiles, or unset it to have them downloaded"
     try:
         place = sources.find_eurosat(Path(root).expanduser())

@@ -263,9 +263,9 @@ def test_a_training_elsewhere_ends_as_an_answer_here(stack: Stack, tmp_path: Pat
     verb("expectations.validate", *SMALL)
     run_id = verb("eurosat.train", *SMALL).split()[-1]
     number = verb("registry.register", run_id).split()[-1]
-    until(
-        lambda: stack.champion_served() == number, WAIT_S, "serving answers with what was trained"
-    )
+    until(lambda: stack.champion_served() == number, WAIT_S, "serving answers with it")
+    seen = "served by http://serving:5001"
+    until(lambda: seen in stack.compose("logs", "promoter"), WAIT_S, "the promoter has seen it")
 
 
 def test_a_backup_is_whole(stack: Stack) -> None:

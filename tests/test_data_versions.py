@@ -69,7 +69,8 @@ class Versions:
 
     def run(self, *command: str, code: int = 0) -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        environment = os.environ | {"PATH": path, "MAKEFLAGS": ""}
+        cache = str(self.folder.with_name(f"{self.folder.name}-cache"))  # receipts are kept there
+        environment = os.environ | {"PATH": path, "MAKEFLAGS": "", "EUROSAT_CACHE": cache}
         done = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True
         )

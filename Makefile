@@ -148,6 +148,10 @@ backup: .venv/product ## databases and artifacts of the platform into one archiv
 restore: .venv/product ## an archive of it (FROM=file or gs://…; ARGS=--replace where there is something)
 	@$(PLATFORM) $(BIN)/python -m deploy.backup restore --from '$(or $(FROM),$(error FROM=file or gs://… is missing))' $(ARGS)
 
+bench-platform: .venv/dev ## the platform written to and searched while its services fall over (a quarter of an hour)
+	$(BIN)/python -m benchmarks.platform $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables
+
 sweep-ui: .venv/product ## look at the studies while they run (STORAGE=sqlite:///optuna.db)
 	$(BIN)/optuna-dashboard $(STORAGE)
 

@@ -46,7 +46,7 @@ def ports(
     backends: list[str | None] = [None, None]
     if request.param == "postgres":
         url = request.getfixturevalue("postgres")
-        backends = [create(url, name) for name in ("first", "second")]
+        backends = [create(url, f"journal_{name}") for name in ("first", "second")]
     with ExitStack() as stack:
         yield [
             stack.enter_context(mlflow_server(tmp_path_factory.mktemp("server"), backend))

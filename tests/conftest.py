@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy import postgresql
 from eurosat import cli
 from eurosat.config import TrainConfig, compose
 from eurosat.pack import Pack, open_pack
@@ -15,7 +16,7 @@ from eurosat.prepare import Prepared
 from eurosat.split import make_split
 from tests import platforms
 from tests.offline import sitecustomize
-from tests.postgres import initdb, running
+from tests.postgres import running
 
 OFFLINE = str(Path(__file__).parent / "offline")
 TINY = (
@@ -129,10 +130,9 @@ def eurosat_root() -> Path:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """A PostgreSQL; a test that asks for it is skipped where it is not installed."""
-    program = initdb()
-    if program is None:
+    if postgresql.program("initdb") is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    with running(program) as url:
+    with running() as url:
         yield url
 
 

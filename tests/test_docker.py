@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 import requests
 from mlflow import MlflowClient
 
+from benchmarks.server import free_port
 from deploy import users
 from tests.platforms import PASSWORD, ROOT
 from tests.registries import MLFLOW_WARNS
@@ -118,11 +118,6 @@ def run(
     )  # fmt: skip
     assert done.returncode == 0, f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ import uvicorn
 from cryptography.fernet import Fernet
 
 from benchmarks.server import Proxy, free_port, mlflow_server, proxy
-from deploy import platform as deployed
 from eurosat import cli
 from eurosat.doctor import __main__ as doctor
 from eurosat.doctor import machine, servers, trip
@@ -37,6 +36,7 @@ from registry.inbox import Inbox
 from tests.conftest import TINY
 from tests.registries import MLFLOW_WARNS
 from tests.servers import ROOT
+from tests.stores import fake_gcs, make_bucket
 
 pytestmark = MLFLOW_WARNS
 NAMES = [check.name for check in doctor.CHECKS]
@@ -671,28 +671,9 @@ def test_serving_is_held_to_the_champion(
 @pytest.fixture(scope="module")
 def store() -> Iterator[int]:
     """A fake-gcs-server with a bucket mlflow, as `make platform` starts it; its port."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [str(deployed._object_store()), "-scheme=http", "-host=127.0.0.1", f"-port={port}",
-             f"-external-url={url}", "-backend=filesystem", f"-filesystem-root={folder}",
-             "-log-level=error"],
-        )  # fmt: skip
-        try:
-            deadline = time.monotonic() + 30
-            while True:
-                try:
-                    made = requests.post(f"{url}/storage/v1/b", json={"name": "mlflow"}, timeout=5)
-                    made.raise_for_status()
-                    break
-                except requests.ConnectionError:
-                    assert time.monotonic() < deadline, "no object store within 30 s"
-                    time.sleep(0.05)
-            yield port
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
+    with tempfile.TemporaryDirectory() as folder, fake_gcs(Path(folder)) as url:
+        make_bucket(url, "mlflow")
+        yield int(url.rpartition(":")[2])
 
 
 def objects(port: int) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import pytest
 import requests
 from mlflow import MlflowClient
 
+from benchmarks.platform import load
+from benchmarks.platform.stand import Stand
 from benchmarks.server import free_port
 from deploy import users
 from tests.platforms import PASSWORD, ROOT
@@ -46,6 +49,9 @@ SMALL = (
     "optim.batch_size=16", "augment.cutmix=0", "trainer.epochs=10", "trainer.precision=fp32",
 )  # fmt: skip
 """Past the gates' floors within seconds of training."""
+SERVICES = {"postgres": "postgres", "mlflow": "mlflow", "store": "gcs"}
+"""In docker-compose.yml, by their names in bench-platform."""
+LOAD_S, WRITERS, READERS, RATE = 60, 16, 4, 200
 EMPTY: Mapping[str, str] = {}
 ALERTS = """
 route: {receiver: listener, group_by: [alertname], group_wait: 1s, group_interval: 1s}
@@ -81,6 +87,12 @@ class Stack:
     def compose(self, *arguments: str, timeout: float = 300) -> str:
         return run("docker", "compose", "-p", PROJECT, *arguments, at=self, timeout=timeout)
 
+    def container(self, service: str) -> dict[str, Any]:
+        (read,) = json.loads(
+            run("docker", "inspect", self.compose("ps", "-aq", service).strip(), at=self)
+        )
+        return dict(read)
+
     def containers(self) -> list[dict[str, Any]]:
         ids = self.compose("ps", "-aq").split()
         read: list[dict[str, Any]] = json.loads(run("docker", "inspect", *ids, at=self))
@@ -105,6 +117,59 @@ class Stack:
             },
         )  # fmt: skip
         return str(answer.json()["model_version"]) if answer.ok else None
+
+
+@dataclass(frozen=True)
+class Containers(Stand):
+    """What bench-platform lays its load upon, in containers."""
+
+    stack: Stack
+
+    def administrator(self) -> users.Server:
+        return self.stack.administrator()
+
+    def connection(self) -> Any:
+        import psycopg2
+
+        made = psycopg2.connect(
+            host=address(self.stack, "postgres"), user="mlflow", dbname="mlflow",
+            password=self.stack.secret("postgres_password"), connect_timeout=5,
+        )  # fmt: skip
+        made.autocommit = True
+        return made
+
+    def end(self, service: str) -> None:
+        if service == "postgres":
+            self.stack.compose("restart", service)
+            return
+        begun = self.stack.container(service)["State"]["StartedAt"]
+        # From within, as a crash is: what `docker kill` ends, Docker leaves as it is.
+        compose = ("docker", "compose", "-p", PROJECT, "exec", "-T")
+        subprocess.run(
+            [*compose, service, "sh", "-c", "kill -9 -1"], cwd=self.stack.folder,
+            env={**os.environ, **self.stack.env}, capture_output=True, timeout=60,
+        )  # fmt: skip
+        until(
+            lambda: self.stack.container(service)["State"]["StartedAt"] != begun, WAIT_S,
+            f"{service} is started again",
+        )  # fmt: skip
+
+    @contextmanager
+    def cut(self, service: str) -> Iterator[None]:
+        self.stack.compose("pause", SERVICES[service])
+        try:
+            yield
+        finally:
+            self.stack.compose("unpause", SERVICES[service])
+
+    def memory_mb(self) -> dict[str, float]:
+        return {}  # a minute tells nothing of it: `make bench-platform` does
+
+
+def address(stack: Stack, service: str) -> str:
+    """Of its container, on a network of Docker's, to which this machine belongs too."""
+    networks = stack.container(service)["NetworkSettings"]["Networks"]
+    return str(next(iter(networks.values()))["IPAddress"])
 
 
 def run(
@@ -270,3 +335,24 @@ def test_a_backup_is_whole(stack: Stack) -> None:
     )
     (file,) = stored.split()
     stack.compose("run", "--rm", "-T", "backup", "verify", file)
+
+
+def test_nothing_acknowledged_is_lost_though_containers_fall_over(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one-minute form of `make bench-platform`."""
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", stack.certificate)
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", stack.certificate)
+    told = {
+        "MLFLOW_TRACKING_URI": stack.url, "EUROSAT_ARTIFACTS": "gs://mlflow/artifacts",
+        "STORAGE_EMULATOR_HOST": f"http://{address(stack, 'gcs')}:4443",
+    }  # fmt: skip
+    outcome = load.run(
+        Containers(tmp_path, told, stack), seconds=LOAD_S, writers=WRITERS, readers=READERS,
+        rate=RATE,
+    )  # fmt: skip
+    print(*(f"{row['what']}: {row['value']} {row['unit']}" for row in outcome.faults), sep="\n")
+    print(dict(outcome.found), f"{outcome.arrived_s:.0f} s until the last had arrived")
+    assert len(outcome.faults) == 4
+    assert min(outcome.found[name] for name in ("runs", "points", "params", "artifacts")) > 0
+    assert all(outcome.found[name] == 0 for name in ("lost", "stuck", "twice"))

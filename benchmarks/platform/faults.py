@@ -1,7 +1,5 @@
-"""What befalls the platform while it is written to: when, and how it is done."""
+"""What befalls the platform while it is written to, and when."""
 
-import os
-import signal
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -49,18 +47,13 @@ def inflict(fault: Fault, stand: Stand, begun: float) -> dict[str, Any]:
         TrackingError: the service does not come back.
     """
     time.sleep(max(0.0, begun + fault.at_s - time.monotonic()))
-    process, done = stand.processes()[fault.service], time.monotonic()
+    done = time.monotonic()
     if fault.for_s:
-        process.suspend()
-        try:
+        with stand.cut(fault.service):
             time.sleep(fault.for_s)
-        finally:
-            process.resume()
-    elif fault.service == "postgres":
-        process.send_signal(signal.SIGINT)  # its clients are cut off
     else:
-        os.killpg(process.pid, signal.SIGKILL)
-    while (process.is_running() and not fault.for_s) or not stand.is_there(fault.service):
+        stand.end(fault.service)
+    while not stand.is_there(fault.service):
         if time.monotonic() - done > fault.for_s + BACK_S:
             raise TrackingError(f"{fault.service} did not answer again within {BACK_S:g} s")
         time.sleep(LOOK_S)

@@ -1,6 +1,8 @@
 """A platform of the benchmark's own, in a folder that is gone afterwards."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +20,7 @@ from deploy import platform, users
 from eurosat.errors import ConfigError
 
 PASSWORD = "of nobody but this benchmark"  # noqa: S105 - on loopback, and gone with its folder
+GONE_S = 60.0
 ANONYMOUS = "Pss_Anon"
 """Of smaps_rollup: what no file backs, a page of several processes counted once. PostgreSQL's
 shared buffers, which are of one size for good, are not in it."""
@@ -70,6 +73,29 @@ class Stand:
                 continue
             found |= {name: child for name, sign in signs.items() if sign in told}
         return found
+
+    def end(self, service: str) -> None:
+        """At once; returns when it is gone. Whoever looks after it starts it again.
+
+        Raises:
+            psutil.TimeoutExpired: it does not go.
+        """
+        process = self.processes()[service]
+        if service == "postgres":
+            process.send_signal(signal.SIGINT)  # its clients are cut off
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(GONE_S)
+
+    @contextmanager
+    def cut(self, service: str) -> Iterator[None]:
+        """It is there and says nothing."""
+        process = self.processes()[service]
+        process.suspend()
+        try:
+            yield
+        finally:
+            process.resume()
 
     def is_there(self, service: str) -> bool:
         """Whether it answers; of postgres, mlflow and store."""

@@ -1,5 +1,6 @@
 """The doctor tells true, of real servers that are well, ill, foreign, silent or closed to us."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from eurosat import cli
 from eurosat.doctor import __main__ as doctor
 from eurosat.doctor import machine, servers, trip
 from eurosat.doctor.verdicts import Check, Failed, Finding, NotApplicable, examine
-from eurosat.doctor.visit import Visit
+from eurosat.doctor.visit import Server, Visit
 from eurosat.pack import dataset_fingerprint
 from eurosat.sources import SyntheticSource, open_source
 from registry import receiver, versions, webhooks, worker
@@ -559,6 +560,28 @@ def test_a_server_of_another_version_or_of_another_kind_is_found(examined: Exami
             found = examined("version", MLFLOW_TRACKING_URI=url)["version"]
         assert found.verdict == "failed"
         assert said in found.said
+
+
+def test_a_server_that_answers_byte_by_byte_holds_nobody_up() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65_536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        asked = Server(name="tracking server", url=url, timeout_s=0.5, remedy="")
+        with pytest.raises(Failed, match=r"not answered within 0\.5 s"):
+            asked.ask("GET", "/health")
+        thread.join(timeout=10)
+        assert not thread.is_alive(), "the connection is closed"
 
 
 @pytest.mark.parametrize(("ahead_s", "verdict"), [(0.0, "ok"), (60.0, "failed"), (-60, "failed")])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import requests
+import urllib3
 
 from eurosat import platform_env, tracking
 from eurosat.doctor.verdicts import Failed, NotApplicable
@@ -79,22 +80,26 @@ class Server:
         """
         limit_s = timeout_s or self.timeout_s
         asked, deadline = time.time(), time.monotonic() + 2 * limit_s
+        headers = sent.pop("headers", {}) | {"Accept-Encoding": "identity"}
         try:
             with requests.request(
                 method, self.url + path, timeout=limit_s, stream=True,
-                auth=self.auth, verify=self.verify, **sent,
+                auth=self.auth, verify=self.verify, headers=headers, **sent,
             ) as response:  # fmt: skip
                 self._note(response.headers.get("Date"), (asked + time.time()) / 2)
                 body = b""
-                for part in response.iter_content(CHUNK):
+                while part := response.raw.read1(CHUNK):  # as it comes, though it be a byte
                     body += part
                     if time.monotonic() > deadline or len(body) > MOST_BYTES:
                         raise requests.Timeout
-        except requests.Timeout as error:
+        except (requests.Timeout, urllib3.exceptions.ReadTimeoutError) as error:
             raise Failed(
                 f"{self.url}{path} has not answered within {limit_s:g} s", self.remedy
             ) from error
-        except (requests.RequestException, ValueError) as error:  # a URL that is none
+        except (
+            requests.RequestException, urllib3.exceptions.HTTPError,
+            ValueError,  # a URL that is none
+        ) as error:  # fmt: skip
             why = tracking.first_line(error)
             if isinstance(error, requests.ConnectionError):
                 why = why.rpartition(": ")[2].strip("\"')>") or why

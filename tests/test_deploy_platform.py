@@ -24,6 +24,7 @@ from eurosat.errors import ConfigError
 from registry import register
 from tests import platforms
 from tests.platforms import Platform
+from tests.postgres import create
 from tests.registries import MLFLOW_WARNS, make_run
 from tests.servers import until
 from tests.test_serving_pictures import encoded
@@ -36,6 +37,23 @@ pytestmark = [
     ),
 ]
 WAIT_S = 90.0
+OLD_SCHEMA = "acf3f17fdcc7"
+"""Of MLflow 2.9, of 2023."""
+OLD_ROWS = """
+INSERT INTO experiments (experiment_id, name, artifact_location, lifecycle_stage)
+    VALUES (1, 'maps', 'mlflow-artifacts:/1', 'active');
+INSERT INTO runs (run_uuid, name, experiment_id, status, lifecycle_stage, source_type, user_id,
+    start_time, artifact_uri)
+    VALUES (repeat('a', 32), 'first', 1, 'FINISHED', 'active', 'LOCAL', 'ann', 1, 'x');
+INSERT INTO metrics (key, value, timestamp, run_uuid, step, is_nan)
+    VALUES ('f1', 0.9, 1, repeat('a', 32), 0, false), ('f1', 0.95, 2, repeat('a', 32), 1, false);
+INSERT INTO latest_metrics (key, value, timestamp, run_uuid, step, is_nan)
+    VALUES ('f1', 0.95, 2, repeat('a', 32), 1, false);
+INSERT INTO registered_models (name, creation_time) VALUES ('eurosat', 1);
+INSERT INTO model_versions (name, version, creation_time, current_stage, source, status)
+    VALUES ('eurosat', 3, 1, 'None', 'x', 'READY');
+INSERT INTO registered_model_aliases (name, alias, version) VALUES ('eurosat', 'champion', 3);
+"""
 
 
 def pid_of(platform: Platform, service: str) -> int:
@@ -308,3 +326,28 @@ def test_a_server_does_not_start_on_an_older_schema_and_says_what_to_do(
     assert done.returncode
     assert "out-of-date database schema" in done.stderr
     assert "mlflow db upgrade" in done.stderr
+
+
+def test_an_older_schema_is_upgraded_with_all_that_is_in_it(postgres: str) -> None:
+    """What the compose file's `upgrade` runs, on a database as an MLflow of 2023 left it."""
+    import sqlalchemy
+    from alembic import command
+    from mlflow.store.db.utils import _get_alembic_config
+    from mlflow.store.tracking.dbmodels.initial_models import Base
+
+    url = create(postgres, "older_schema")
+    engine = sqlalchemy.create_engine(url)
+    Base.metadata.create_all(engine)
+    command.upgrade(_get_alembic_config(url), OLD_SCHEMA)
+    with engine.begin() as opened:
+        opened.execute(sqlalchemy.text(OLD_ROWS))
+    engine.dispose()
+    upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", url]
+    subprocess.run(upgrade, check=True, timeout=WAIT_S)
+    client = MlflowClient(url)
+    run = client.get_run("a" * 32)
+    assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
+    assert run.data.metrics == {"f1": 0.95}
+    assert [m.value for m in client.get_metric_history("a" * 32, "f1")] == [0.9, 0.95]
+    assert client.get_model_version_by_alias("eurosat", "champion").version == 3
+    client.log_metric("a" * 32, "f1", 0.96, step=2)

@@ -328,6 +328,26 @@ def test_a_training_elsewhere_ends_as_an_answer_here(stack: Stack, tmp_path: Pat
     until(lambda: seen in stack.compose("logs", "promoter"), WAIT_S, "the promoter has seen it")
 
 
+def test_the_trainers_container_trains(stack: Stack) -> None:
+    """Entries of MLproject in the image of the profile ``trainer``, against the platform."""
+    stack.compose("--profile", "trainer", "build", "trainer", timeout=BUILD_S)
+
+    def entry(name: str, *params: str) -> str:
+        given = [word for param in params for word in ("-P", param)]
+        return stack.compose(
+            "--profile", "trainer", "run", "--rm", "-T", "trainer",
+            "mlflow", "run", ".", "--env-manager", "local", "-e", name, *given, timeout=900,
+        )  # fmt: skip
+
+    few = "overrides=data.synthetic.tiles=300"
+    entry("validate", few)
+    run_id = entry("train", "recipe=demo", few).split()[-1]
+    run = stack.administrator().ask("GET", "2.0/mlflow/runs/get", run_id=run_id)
+    assert run
+    assert run["run"]["info"]["status"] == "FINISHED"
+    assert "test_accuracy" in {metric["key"] for metric in run["run"]["data"]["metrics"]}
+
+
 def test_a_backup_is_whole(stack: Stack) -> None:
     stack.compose("run", "--rm", "-T", "backup")
     stored = stack.compose(

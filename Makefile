@@ -16,7 +16,7 @@ UV := $(BIN)/uv pip install --python $(BIN)/python --quiet --compile-bytecode --
 .PHONY: $(shell sed -n 's/^\([a-z-]*\):.*\#\# .*/\1/p' $(firstword $(MAKEFILE_LIST)))
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/uv:
 	@echo "making .venv with $$($(PYTHON) --version)"
@@ -100,8 +100,8 @@ bench-extras: .venv/product ## a study beside it (STUDY=few-labels, learning-rat
 	$(BIN)/python -m benchmarks.extras $(STUDY) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
-bench-depthwise: .venv/product ## training steps with our gradients of depthwise convolutions and PyTorch's
-	$(BIN)/python -m benchmarks.depthwise $(BENCH_ARGS)
+bench-convolutions: .venv/product ## training steps with our convolutions on a CPU and with PyTorch's
+	$(BIN)/python -m benchmarks.convolutions $(BENCH_ARGS)
 
 bench-tracking: .venv/product ## what logging costs a training step, on a near and a far server
 	$(BIN)/python -m benchmarks.tracking $(BENCH_ARGS)

@@ -7,7 +7,7 @@ import torch
 
 from eurosat import machine, network
 from eurosat.config import compose
-from eurosat.module import make_optimizer
+from eurosat.optimizers import make_optimizer
 
 
 def stepper(

@@ -7,13 +7,20 @@ from eurosat.config import AugmentConfig
 
 
 def dihedral(tiles_NCHW: Tensor) -> Tensor:
-    """Give each tile one of the eight flips and turns at random (four where H differs from W)."""
-    chosen = torch.rand(3, len(tiles_NCHW), 1, 1, 1, device=tiles_NCHW.device) < 0.5
-    tiles_NCHW = torch.where(chosen[0], tiles_NCHW.flip(-1), tiles_NCHW)
-    tiles_NCHW = torch.where(chosen[1], tiles_NCHW.flip(-2), tiles_NCHW)
-    if tiles_NCHW.shape[-1] == tiles_NCHW.shape[-2]:
-        tiles_NCHW = torch.where(chosen[2], tiles_NCHW.transpose(-1, -2), tiles_NCHW)
-    return tiles_NCHW
+    """Give each tile one of the eight flips and turns (four where H differs from W).
+
+    The first is drawn, the others follow by their place: of tiles in random order, as those of a
+    training are, each has any of them, and a batch has as many of one as of another.
+    """
+    count = 8 if tiles_NCHW.shape[-1] == tiles_NCHW.shape[-2] else 4
+    first = int(torch.randint(count, ()))
+    turned_NCHW = torch.empty_like(tiles_NCHW)
+    for place in range(min(count, len(tiles_NCHW))):
+        some, number = tiles_NCHW[place::count], (first + place) % count
+        if flipped := [axis for axis, bit in ((-1, 1), (-2, 2)) if number & bit]:
+            some = some.flip(flipped)
+        turned_NCHW[place::count] = some.transpose(-1, -2) if number & 4 else some
+    return turned_NCHW
 
 
 def dihedral_views(tiles_NCHW: Tensor) -> list[Tensor]:

@@ -60,6 +60,7 @@ def fit(
         ModelError: the network, its weights or its teacher cannot be had.
     """
     logs.quiet_libraries()
+    machine.keep_freed_memory()
     torch.set_num_threads(config.trainer.threads or max(1, machine.cores() // ranks.beside))
     lightning.seed_everything(config.seed, verbose=False)
     pack, size = data.pack, data.pack.tiles_NHWC.shape[1:3]

@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from eurosat import depthwise
+from eurosat import convolutions
 from eurosat.augment import augment
 from eurosat.batches import Batches
 from eurosat.config import AugmentConfig, OptimConfig
 from eurosat.errors import NonFiniteLoss
 from eurosat.metrics import Floats, Labels
 from eurosat.network import Network
+from eurosat.optimizers import make_optimizer, one_cycle
 from eurosat.progress import track
 
-MOMENTUM = 0.9
 LOG_EVERY_STEPS = 10
 
 
@@ -57,7 +57,7 @@ class Classifier(lightning.LightningModule):
             targets = functional.one_hot(labels_or_targets, classes).float()
         tiles_NCHW, targets = augment(tiles_NCHW, targets, self._augmentation)
         targets_NK, features_ND = targets[:, :classes], targets[:, classes:]
-        with depthwise.fast_backward():
+        with convolutions.fast():
             if self.retold is None:
                 logits = self.network(tiles_NCHW)
             else:
@@ -101,7 +101,8 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
         tiles_NCHW, labels = batch
-        logits = self.network(tiles_NCHW).float()
+        with convolutions.fast():
+            logits = self.network(tiles_NCHW).float()
         right = (logits.argmax(dim=1) == labels).float().mean()
         loss = functional.cross_entropy(logits, labels)
         pairs = labels * self._confusion.shape[0] + logits.argmax(dim=1)
@@ -139,53 +140,6 @@ class Classifier(lightning.LightningModule):
         }
 
 
-def one_cycle(step: int, *, total: int, warmup: float) -> float:
-    """Share of the peak rate: a line up over ``warmup`` of all steps, half a cosine down."""
-    rise = warmup * total
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    return 0.5 * (1 + math.cos(math.pi * min((step - rise) / max(total - rise, 1), 1)))
-
-
-def make_optimizer(network: Network, config: OptimConfig) -> Optimizer:
-    """Weight decay on kernels only: on biases and norms it costs accuracy (He et al. 2019).
-
-    Fused, the step passes over the weights once: half the time of the usual one on a CPU.
-    """
-    groups = [
-        {"params": group["params"], "weight_decay": group["weight_decay"],
-         "lr": config.lr * group.get("lr_scale", 1.0)}
-        for group in _groups(network, config)
-    ]  # fmt: skip
-    if config.name == "sgd":
-        return SGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True, fused=True)
-    return AdamW(groups, lr=config.lr, fused=True)
-
-
-def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, per stage of the backbone where rates differ.
-
-    The head stands apart: while it learns alone, the momentum of all others is not there yet, and
-    a fused step takes groups that have it or have it not.
-    """
-    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
-
-    decay = config.weight_decay
-    groups: list[dict[str, Any]]
-    if config.layer_decay < 1:
-        groups = param_groups_layer_decay(network.backbone, decay, layer_decay=config.layer_decay)
-    else:
-        groups = param_groups_weight_decay(network, decay)
-    backbone: Any = network.backbone
-    head = {id(p) for p in backbone.get_classifier().parameters()}
-    parts = []
-    for group in groups:
-        for in_head in (False, True):
-            some = [p for p in group["params"] if (id(p) in head) == in_head]
-            parts += [{**group, "params": some}] if some else []
-    return parts
-
-
 def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
     """(N, K) logits before calibration, and (N,) labels; on the GPU where there is one."""
     (logits_NK,), labels = predicted(
@@ -213,7 +167,7 @@ def predicted(
     home = network.mean.device
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.eval().to(device)  # weights that move in inference mode can never be changed again
-    with torch.inference_mode():
+    with torch.inference_mode(), convolutions.fast():
         for tiles_NCHW, batch_labels in track(
             batches, len(batches), "predicting", f"x {batches.batch_size} tiles"
         ):

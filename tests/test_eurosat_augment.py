@@ -21,6 +21,20 @@ def test_every_tile_becomes_one_of_its_eight_views_and_all_eight_occur() -> None
     assert seen == views
 
 
+def test_a_tile_alone_becomes_any_of_its_views_too() -> None:
+    one = tiles(1)
+    seen = {dihedral(one).contiguous().numpy().tobytes() for _ in range(100)}
+    assert len(seen) == 8
+
+
+def test_tiles_keep_their_places_and_their_layout() -> None:
+    many = tiles(20).contiguous(memory_format=torch.channels_last)
+    turned = dihedral(many)
+    assert turned.is_contiguous(memory_format=torch.channels_last)
+    for before, after in zip(many, turned, strict=True):
+        assert torch.equal(before.flatten().sort().values, after.flatten().sort().values)
+
+
 def test_tiles_that_are_not_square_are_only_flipped() -> None:
     one = tiles(1, (8, 6))
     assert len(dihedral_views(one)) == 4

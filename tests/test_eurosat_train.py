@@ -19,8 +19,9 @@ from eurosat.errors import DataError, NonFiniteLoss
 from eurosat.fit import Fitted, fit
 from eurosat.metrics import evaluate as judge
 from eurosat.module import logits as logits_of
-from eurosat.module import logits_and_first_view, make_optimizer, one_cycle
+from eurosat.module import logits_and_first_view
 from eurosat.network import load, save
+from eurosat.optimizers import make_optimizer, one_cycle
 from eurosat.pack import Pack
 from eurosat.prepare import Prepared, prepare
 from eurosat.split import make_split

@@ -36,6 +36,6 @@ def stepper(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step, len(tiles)

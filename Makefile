@@ -52,7 +52,8 @@ main-job: .venv/product ## the main job on the real tiles, figures into reports/
 COVERAGE := $(if $(PYTEST_ARGS),--cov-fail-under=0,)
 
 test: .venv/dev ## the tests with coverage (PYTEST_ARGS='-k split' for some)
-	$(BIN)/python -m pytest -m 'not slow and not docker' --cov --cov-report=term $(COVERAGE) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not slow and not docker' --cov --cov-report=term $(COVERAGE) \
+		--durations=40 --durations-min=5 $(PYTEST_ARGS)
 
 test-slow: .venv/dev ## the long forms of the tests
 	$(BIN)/python -m pytest -m 'slow and not docker' $(PYTEST_ARGS)

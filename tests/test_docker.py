@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -342,7 +343,8 @@ def test_the_trainers_container_trains(stack: Stack) -> None:
 
     few = "overrides=data.synthetic.tiles=300"
     entry("validate", few)
-    run_id = entry("train", "recipe=demo", few).split()[-1]
+    said = entry("train", "recipe=demo", few)
+    run_id = re.findall(r"^run ([0-9a-f]{32})$", said, re.MULTILINE)[-1]
     run = stack.administrator().ask("GET", "2.0/mlflow/runs/get", run_id=run_id)
     assert run
     assert run["run"]["info"]["status"] == "FINISHED"

@@ -3,12 +3,13 @@
 oneDNN, to which PyTorch 2.13 gives a convolution on a CPU, is slow in two places:
 
 - On maps of few pixels, as the last stages of a ResNet have on small tiles (2 x 2 pixels on 64), it
-  takes up to fifteen times as long as the matrix product that a convolution is.
+  takes many times as long as the matrix product that a convolution is.
 - In bfloat16, two gradients of a depthwise convolution are its reference loops: of the input where
   the stride is above one, and of a weight wider than three taps. Both can be said as forward
   convolutions, which have fast kernels.
 
-The way is chosen by shapes alone, so that a training that goes on elsewhere computes the same.
+The way is chosen by shapes, and never by a measurement, so that a training that is continued
+computes what it would have.
 `make bench-convolutions` measures what a training gains.
 """
 
@@ -113,8 +114,14 @@ class _AsProduct(torch.autograd.Function):
         ctx.wholly = height * width <= PRODUCT_PIXELS
         if not ctx.wholly:
             return torch.conv2d(x_NCHW, weight_DCKK, None, stride, padding)
-        out_MD = _patches(x_NCHW, weight_DCKK, stride, padding) @ _rows(weight_DCKK).T
-        return out_MD.view(len(x_NCHW), height, width, -1).permute(0, 3, 1, 2)
+        out_NDHW = torch.empty(
+            (len(x_NCHW), len(weight_DCKK), height, width), dtype=x_NCHW.dtype,
+            memory_format=torch.channels_last,
+        )  # fmt: skip
+        patches_MP = _patches(x_NCHW, weight_DCKK, stride, padding)
+        # No view is given back: whoever follows may write into it.
+        torch.mm(patches_MP, _rows(weight_DCKK).T, out=_by_pixel(out_NDHW))
+        return out_NDHW
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")  # type: ignore[untyped-decorator]
@@ -156,9 +163,9 @@ def _rows(weight_DCKK: Tensor) -> Tensor:
     return weight_DCKK.permute(0, 2, 3, 1).reshape(len(weight_DCKK), -1)
 
 
-def _by_pixel(grad_NDHW: Tensor) -> Tensor:
-    """(M, D)."""
-    return grad_NDHW.permute(0, 2, 3, 1).reshape(-1, grad_NDHW.shape[1])
+def _by_pixel(map_NDHW: Tensor) -> Tensor:
+    """(M, D), a view of a map that is channels last."""
+    return map_NDHW.permute(0, 2, 3, 1).reshape(-1, map_NDHW.shape[1])
 
 
 def _input_gradient_of_patches(
@@ -185,7 +192,8 @@ def _inside(shift: int, stride: int, count: int, side: int) -> tuple[slice, slic
     first = max(0, -(shift // stride))
     last = min(count - 1, (side - 1 - shift) // stride)
     start = first * stride + shift
-    return slice(first, last + 1), slice(start, start + max(0, last - first + 1) * stride, stride)
+    some = max(0, last - first + 1)
+    return slice(first, first + some), slice(start, start + some * stride, stride)
 
 
 class _Depthwise(torch.autograd.Function):

@@ -51,8 +51,8 @@ class Compute:
 def keep_freed_memory() -> None:
     """Let this process keep what it frees for its next training step.
 
-    By itself glibc gives it back to the kernel, and each step of a ResNet18 faults in four thousand
-    pages that the step before has had: 6 % of its time. Another C library is left as it is.
+    By itself glibc gives it back to the kernel, and each step of a ResNet18 faults in thousands of
+    pages that the step before has had. Another C library is left as it is.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

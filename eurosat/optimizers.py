@@ -31,7 +31,7 @@ class _InOrder(TorchFunctionMode):
     ) -> Any:
         if func in (torch._fused_sgd_, torch._fused_adamw_) and args[0][0].device.type == "cpu":
             orders = [_order(parameter) for parameter in args[0]]
-            args = [_ordered(one, orders) if isinstance(one, list) else one for one in args]
+            args = [_ordered(given, orders) if isinstance(given, list) else given for given in args]
         return func(*args, **(kwargs or {}))
 
 
@@ -44,25 +44,42 @@ def _order(parameter: Tensor) -> tuple[int, ...]:
 def _ordered(tensors: list[Tensor], orders: list[tuple[int, ...]]) -> list[Tensor]:
     """Views whose axes stand in these orders, of all but numbers, such as the count of steps."""
     return [
-        one.permute(order) if one.ndim == len(order) else one
-        for one, order in zip(tensors, orders, strict=False)  # a list that is not used is empty
+        tensor.permute(order) if tensor.ndim == len(order) else tensor
+        for tensor, order in zip(tensors, orders, strict=False)  # a list that is not used is empty
     ]
 
 
-class _InOrderStep(Optimizer):
-    """PyTorch 2.13 mixes up the numbers of a gradient that lies in another order than its weight.
+def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
+    """The same values in the memory order of ``parameter``: themselves, if they have it."""
+    strides = zip(values.shape, values.stride(), parameter.stride(), strict=True)
+    if all(ours == theirs for size, ours, theirs in strides if size > 1):
+        return values
+    return torch.empty_like(parameter.detach()).copy_(values)
 
-    Autograd makes none; whoever sets one may.
+
+class _InOrderStep(Optimizer):
+    """A step whose gradients and state lie in memory as their parameters do.
+
+    Where they do not, PyTorch 2.13 mixes up their numbers: with a gradient that somebody has set,
+    or a state that was saved on a GPU.
     """
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = _laid_out(value, parameter)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for one in (each for group in self.param_groups for each in group["params"]):
-            if one.grad is not None and one.grad.stride() != one.stride():
-                one.grad = torch.empty_like(one.detach()).copy_(one.grad)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = _laid_out(parameter.grad, parameter)
         with _InOrder():
             super().step()
         return loss

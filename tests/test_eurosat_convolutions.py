@@ -12,6 +12,8 @@ from eurosat import convolutions
 CASES = [(3, 1, 1), (3, 2, 0), (3, 2, 1), (5, 1, 2), (5, 2, 0), (5, 2, 2), (7, 3, 1)]
 """Kernel, stride, padding."""
 FEW = [
+    (2, 3, 9, 1, 4),
+    (3, 1, 9, 2, 4),
     (2, 2, 3, 1, 1),
     (4, 4, 3, 2, 1),
     (5, 4, 3, 2, 1),
@@ -97,6 +99,21 @@ def test_a_convolution_of_few_pixels_is_that_of_float64(
     for one, other in zip(ours, theirs, strict=True):
         assert one.shape == other.shape
         assert float((one.double() - other).abs().max()) <= off * float(other.abs().max())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_whoever_follows_may_write_into_the_output(size: int) -> None:
+    x, weight = torch.randn(2, 4, size, size), torch.randn(4, 4, 3, 3).requires_grad_()
+    with convolutions.fast():
+        out = torch.conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1)
+        out.relu_().sum().backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+
+
+def test_no_tiles_are_no_error() -> None:
+    with convolutions.fast():
+        layer = torch.nn.Conv2d(4, 5, 3, padding=1, bias=False)
+        assert layer(torch.zeros(0, 4, 2, 2)).shape == (0, 5, 2, 2)
 
 
 def test_what_does_not_learn_has_no_gradient() -> None:

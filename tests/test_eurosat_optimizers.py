@@ -67,6 +67,30 @@ def test_a_step_copies_no_gradient(ours: type[Optimizer], _: Any, further: dict[
     assert "aten::contiguous" not in {event.key for event in profiled.key_averages()}
 
 
+@pytest.mark.parametrize("saved_in", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("ours", "theirs", "further"), PAIRS)
+def test_a_state_of_another_layout_is_taken_up(
+    ours: type[Optimizer],
+    theirs: type[Optimizer],
+    further: dict[str, Any],
+    saved_in: torch.memory_format,
+) -> None:
+    """As where a training goes on on a CPU that began on a GPU."""
+    found = []
+    for kind, fused in ((ours, True), (theirs, False)):
+        before, after = weights(saved_in), weights(torch.channels_last)
+        begun, goes_on = (kind(w, lr=0.1, fused=fused, **further) for w in (before, after))  # type: ignore[call-arg]
+        for optimizer, parameters in ((begun, before), (goes_on, after)):
+            if optimizer is goes_on:
+                goes_on.load_state_dict(begun.state_dict())
+            generator = torch.Generator().manual_seed(2)
+            for one in parameters:
+                one.grad = torch.randn(one.shape, generator=generator).to(one)
+            optimizer.step()
+        found.append([one.detach() for one in after])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize(("ours", "_", "further"), PAIRS)
 def test_a_closure_is_asked_once_and_its_loss_told(
     ours: type[Optimizer], _: Any, further: dict[str, Any]

@@ -4,6 +4,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from benchmarks.platform.stand import Stand
 from eurosat.errors import TrackingError
 
@@ -52,7 +54,10 @@ def inflict(fault: Fault, stand: Stand, begun: float) -> dict[str, Any]:
         with stand.cut(fault.service):
             time.sleep(fault.for_s)
     else:
-        stand.end(fault.service)
+        try:
+            stand.end(fault.service)
+        except psutil.TimeoutExpired as error:
+            raise TrackingError(f"{fault.service} did not end: {error}") from error
     while not stand.is_there(fault.service):
         if time.monotonic() - done > fault.for_s + BACK_S:
             raise TrackingError(f"{fault.service} did not answer again within {BACK_S:g} s")

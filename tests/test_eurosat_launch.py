@@ -65,7 +65,7 @@ def test_two_processes_with_batch_norm_are_as_accurate_as_one() -> None:
     """Each process normalises by its own half of the batch: other curves, the same accuracy."""
     config = compose(
         ["data=synthetic", "data.synthetic.tiles=4000", "data.synthetic.difficulty=0",
-         "data.allow_unvalidated=true", "recipe=demo", "trainer.epochs=8"]
+         "data.allow_unvalidated=true", "recipe=demo", "trainer.epochs=12"]
     )  # fmt: skip
     data = prepare(config)
     accuracy = []

@@ -4,8 +4,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from benchmarks.platform.stand import Stand
 from eurosat.errors import TrackingError
 
@@ -46,7 +44,7 @@ def inflict(fault: Fault, stand: Stand, begun: float) -> dict[str, Any]:
     ``begun`` is when the load began, on the clock of `time.monotonic`.
 
     Raises:
-        TrackingError: the service does not come back.
+        TrackingError: the service does not end, or does not come back.
     """
     time.sleep(max(0.0, begun + fault.at_s - time.monotonic()))
     done = time.monotonic()
@@ -54,10 +52,7 @@ def inflict(fault: Fault, stand: Stand, begun: float) -> dict[str, Any]:
         with stand.cut(fault.service):
             time.sleep(fault.for_s)
     else:
-        try:
-            stand.end(fault.service)
-        except psutil.TimeoutExpired as error:
-            raise TrackingError(f"{fault.service} did not end: {error}") from error
+        stand.end(fault.service)
     while not stand.is_there(fault.service):
         if time.monotonic() - done > fault.for_s + BACK_S:
             raise TrackingError(f"{fault.service} did not answer again within {BACK_S:g} s")

@@ -17,7 +17,7 @@ import requests
 
 from benchmarks.reports import ROOT
 from deploy import platform, users
-from eurosat.errors import ConfigError
+from eurosat.errors import ConfigError, TrackingError
 
 PASSWORD = "of nobody but this benchmark"  # noqa: S105 - on loopback, and gone with its folder
 GONE_S = 60.0
@@ -78,14 +78,17 @@ class Stand:
         """At once; returns when it is gone. Whoever looks after it starts it again.
 
         Raises:
-            psutil.TimeoutExpired: it does not go.
+            TrackingError: it does not go.
         """
         process = self.processes()[service]
         if service == "postgres":
             process.send_signal(signal.SIGINT)  # its clients are cut off
         else:
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait(GONE_S)
+        try:
+            process.wait(GONE_S)
+        except psutil.TimeoutExpired as error:
+            raise TrackingError(f"{service} did not end within {GONE_S:g} s") from error
 
     @contextmanager
     def cut(self, service: str) -> Iterator[None]:

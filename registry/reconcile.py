@@ -38,7 +38,7 @@ class Standing:
     @property
     def number(self) -> str | None:
         """Of the champion."""
-        return str(self.champion.version) if self.champion else None
+        return _number(self.champion)
 
     @property
     def before(self) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ def reconcile(model: str) -> Standing:
     while True:
         links = ledger.chain(ledger.records(model))
         champion = versions.by_alias(model, versions.CHAMPION)
-        held = str(champion.version) if champion else None
+        held = _number(champion)
         last = links[-1].entry if links else None
         predecessor = last.digest if last else ledger.GENESIS
         entered = last.to_version if last else None
@@ -75,15 +75,15 @@ def reconcile(model: str) -> Standing:
             continue
         entries = [link.entry for link in links]
         if links:
-            follow(model, entries)
+            follow(model, entries, held)
             if not links[-1].settled:
                 ledger.settle(model, links[-1].number)
         now = ledger.entries(model)
-        if not now or now[-1].digest == predecessor:
-            champion = versions.by_alias(model, versions.CHAMPION)
+        overtaken = (now[-1].digest if now else ledger.GENESIS) != predecessor
+        champion = versions.by_alias(model, versions.CHAMPION)
+        if not overtaken and _number(champion) == entered:
             reigns = tuple(ledger.reigns(entries))
             return Standing(predecessor=predecessor, champion=champion, reigns=reigns)
-        overtaken = True
 
 
 def enter(
@@ -111,13 +111,18 @@ def rival(model: str, standing: Standing) -> "ModelVersion | None":
     return versions.get(model, number) if number else None
 
 
-def follow(model: str, entries: Sequence[ledger.Entry]) -> None:
-    """Set ``champion`` and ``previous`` to what the entries say; a challenger that won is none."""
+def follow(model: str, entries: Sequence[ledger.Entry], held: str | None) -> None:
+    """Set ``champion`` and ``previous`` to what the entries say; a challenger that won is none.
+
+    A champion that is no longer the one that was ``held`` has just been moved by somebody else,
+    and stays.
+    """
     champion, reigns = entries[-1].to_version, ledger.reigns(entries)
     before = reigns[:-1] if champion else reigns
     if ledger.entries(model)[-1].digest != entries[-1].digest:
         return  # another entry came meanwhile, and whoever made it sets the aliases
-    _point(model, versions.CHAMPION, champion)
+    if held != champion and held == _number(versions.by_alias(model, versions.CHAMPION)):
+        _point(model, versions.CHAMPION, champion)
     _point(model, versions.PREVIOUS, last_kept(model, before))
     challenger = versions.by_alias(model, versions.CHALLENGER)
     if challenger and str(challenger.version) == champion:
@@ -134,9 +139,12 @@ def _in_service(model: str, number: str) -> bool:
     return found is not None and RETIRED not in found.tags
 
 
+def _number(version: "ModelVersion | None") -> str | None:
+    return str(version.version) if version else None
+
+
 def _point(model: str, alias: str, number: str | None) -> None:
-    held = versions.by_alias(model, alias)
-    if (str(held.version) if held else None) == number:
+    if _number(versions.by_alias(model, alias)) == number:
         return
     if number is not None and versions.find(model, number) is None:
         log.warning("version %s of %s was deleted: %s is not set to it", number, model, alias)

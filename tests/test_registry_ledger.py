@@ -276,6 +276,31 @@ def test_an_alias_that_came_late_is_not_taken_for_somebodys_hand(
     assert history.verify(model) == []
 
 
+@pytest.mark.parametrize("settled", [True, False])
+def test_an_alias_that_is_moved_while_it_is_looked_at_is_not_moved_back(
+    store: Path, model: str, champions: list[str], monkeypatch: pytest.MonkeyPatch, *, settled: bool
+) -> None:
+    third = challenge(store, model, wrong=25)
+    if not settled:
+        name, last = ledger.name_of(model), ledger.records(model)[-1].number
+        MlflowClient().delete_model_version_tag(name, str(last), ledger.SETTLED)
+    real, looked = versions.by_alias, 0
+
+    def then_moved(model: str, alias: str) -> Any:
+        nonlocal looked
+        found = real(model, alias)
+        looked += alias == versions.CHAMPION
+        if looked == 1:
+            point(model, third)
+        return found
+
+    monkeypatch.setattr(versions, "by_alias", then_moved)
+    assert reconcile(model).number == third
+    assert looked > 1
+    assert moves(model)[-1] == ("by hand", champions[1], third)
+    assert aliases(model) == {"champion": third, "previous": champions[1]}
+
+
 def test_an_entry_that_was_altered_is_found(
     model: str, champions: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,8 @@
 """The aliases brought to what the ledger says, and what was done by hand entered in it.
 
 The ledger comes first, then the aliases: whoever is killed in between is completed by the next
-command. An alias that differs from a ledger whose last entry was settled was moved by somebody.
+command. An alias that is neither what the last entry made it nor, until that is settled, what was
+before was moved by somebody.
 """
 
 import logging
@@ -66,7 +67,8 @@ def reconcile(model: str) -> Standing:
         last = links[-1].entry if links else None
         predecessor = last.digest if last else ledger.GENESIS
         entered = last.to_version if last else None
-        if held != entered and not overtaken and (not links or links[-1].settled):
+        expected = last is not None and not links[-1].settled and held == last.from_version
+        if held != entered and not overtaken and not expected:
             if seen == (predecessor, held):
                 _enter_by_hand(model, predecessor, entered, held)
             else:  # or is another command about to set it?

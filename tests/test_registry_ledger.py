@@ -301,6 +301,25 @@ def test_an_alias_that_is_moved_while_it_is_looked_at_is_not_moved_back(
     assert aliases(model) == {"champion": third, "previous": champions[1]}
 
 
+def test_an_alias_that_is_moved_before_it_is_set_is_not_moved_back(
+    store: Path, model: str, champions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By somebody who is quicker than the one who has just made an entry."""
+    third = challenge(store, model, wrong=25)
+    real = ledger.append
+
+    def then_moved(model: str, entry: ledger.Entry) -> None:
+        real(model, entry)
+        monkeypatch.setattr(ledger, "append", real)
+        point(model, third)
+
+    monkeypatch.setattr(ledger, "append", then_moved)
+    assert run_rollback(model, "--why", "not judged") == 0
+    first, second = champions
+    assert moves(model)[-2:] == [("rollback", second, first), ("by hand", first, third)]
+    assert aliases(model) == {"champion": third, "previous": first}
+
+
 def test_an_entry_that_was_altered_is_found(
     model: str, champions: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -60,6 +60,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def give_back_freed_memory() -> None:
+    """Hand what this process has freed to the kernel, from the arenas of all its threads.
+
+    By itself glibc keeps what lies between two blocks in use: a server that loads a version of a
+    ResNet18 beside another grows by 6 MB a swap. Another C library is left as it is.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

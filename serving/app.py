@@ -11,21 +11,22 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from serving import limits, refusals
+from serving import bombs, limits, refusals
+from serving.invocations import ANOTHER_KIND, PARQUET, of_mlflow
 from serving.keys import Keys
 from serving.limits import Limits
 from serving.live import Follower, Live
 from serving.metrics import CONTENT_TYPE, Metrics
-from serving.refusals import Refused
+from serving.refusals import FAULT, TOO_LATE, Refused
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,8 @@ UNSAID = ("application/x-www-form-urlencoded", "")
 """What `curl --data-binary @tile.jpg` says of a picture, and who says nothing."""
 FORM = "multipart/form-data"
 TRUTH = {"true": True, "1": True, "false": False, "0": False}
-FAULT = "a fault of this server's: its log tells more"
-TOO_LATE = "the time allowed has passed: this server is busy"
-NOT_THE_PROTOCOL = "the request is not of MLflow's protocol: see GET /openapi.json for an example"
+LARGE_BYTES = 100_000
+"""Of MLflow's protocol: they are read in a thread, and one at a time, as they grow in memory."""
 LOOK_S = 1.0
 """Between two looks at how many wait."""
 FORM_PARTS = 1000
@@ -46,13 +46,6 @@ PART_HEAD_BYTES = 4096
 """Of a part of a form, before its file."""
 BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,70})"|([^\s;,"]{1,70})(?:[\s;]|$))', re.IGNORECASE)
 A_FILE = re.compile(rb"\r\ncontent-disposition:[^\r\n]*;\s*filename\*?=", re.IGNORECASE)
-MISREAD = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError,
-    ValueError,
-)  # fmt: skip
-"""What MLflow's app lets through when it reads a body that is none of its protocol."""
-EVEN_BYTES, TEXT_BYTES = 65_536, 512_000_000
-"""Of JSON that is not looked at before MLflow makes arrays of it, and of such an array at most."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -64,8 +57,12 @@ class App:
         self, follower: Follower, metrics: Metrics, bounds: Limits, keys: Keys | None = None
     ) -> None:
         self.follower, self.metrics, self.limits, self.keys = follower, metrics, bounds, keys
-        self.asked = 0
+        self.asked, self.arrived = 0, 0
+        """Requests that are open, and connections whose request for tiles has arrived whole and is
+        not answered; `serving.protocol` counts the latter.
+        """
         self.closing = False
+        self._one_large = asyncio.Semaphore(1)
         self._routes: dict[str, dict[str, Handler]] = {
             "/predict": {"POST": self.predict},
             "/predict/batch": {"POST": self.predict_batch},
@@ -96,6 +93,8 @@ class App:
             return
         finally:
             self.asked -= 1
+            if told := scope.get("extensions", {}).get("answered"):
+                told["tell"]()
         self.metrics.request(path, response.status_code, time.perf_counter() - started)
         await response(scope, receive, send)
 
@@ -132,16 +131,31 @@ class App:
             Refused: none is loaded, or too many are waiting.
         """
         live = self._live()
-        waiting = len(live.waiting)
-        if waiting >= self.limits.queue or self.asked > self.limits.requests:
-            raise Refused(429, f"{waiting} tiles wait and {self.asked} requests are open: wait")
+        if len(live.waiting) >= self.limits.queue or self.asked > self.limits.requests:
+            raise Refused(429, self._how_crowded())
         return live
+
+    def crowded(self) -> str:
+        """Why a request for tiles need not be read; empty where it is to be.
+
+        Tiles may be on their way to the queue: those whose request has arrived count, and those
+        whose client takes its time do not.
+        """
+        live, most = self.follower.live, self.limits.queue
+        if live is None:
+            return ""
+        crowded = len(live.waiting) >= most or self.arrived >= most + live.at_once
+        return self._how_crowded() if crowded else ""
+
+    def _how_crowded(self) -> str:
+        waiting = len(self.follower.live.waiting) if self.follower.live else 0
+        return f"{waiting} tiles wait and {self.asked} requests are open: wait"
 
     async def predict(self, request: Request) -> Response:
         """One tile: the body itself, or the one file of a form."""
         self._admit()
         deadline = limits.deadline(request, self.limits)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = _kind(request)
         if kind in PICTURES or kind in UNSAID:
             pictures = [await limits.read_body(request, self.limits)]
         elif kind == FORM:
@@ -155,7 +169,7 @@ class App:
         """Several: the files of a form, or JSON of ``{"images": [base64, ...]}``."""
         self._admit()
         deadline = limits.deadline(request, self.limits)
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = _kind(request)
         if kind == FORM:
             pictures = await self._form(request, self.limits.tiles)
         elif kind == "application/json":
@@ -199,19 +213,25 @@ class App:
     async def invocations(self, request: Request) -> Response:
         """MLflow's protocol, by MLflow's own app; only what it refuses is told in our shape."""
         self._admit()
+        if _kind(request) == PARQUET:
+            raise Refused(415, ANOTHER_KIND)
         deadline = limits.deadline(request, self.limits)
         whole = await limits.read_body(request, self.limits)
-        if len(whole) > EVEN_BYTES:
-            await asyncio.to_thread(_check_even, whole)
-        with self._admit() as live:
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    return await _of_mlflow(live, request.scope, whole)
-            except TimeoutError as error:
-                raise Refused(429, TOO_LATE) from error
+        large = len(whole) > LARGE_BYTES
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                async with self._one_large if large else nullcontext():
+                    if large:
+                        await asyncio.to_thread(bombs.check, _kind(request), whole)
+                    else:
+                        bombs.check(_kind(request), whole)
+                    with self._admit() as live:
+                        return await of_mlflow(live, request.scope, whole)
+        except TimeoutError as error:
+            raise Refused(429, TOO_LATE) from error
 
     async def mlflows_own(self, request: Request) -> Response:
-        return await _of_mlflow(self._live(), request.scope, b"")
+        return await of_mlflow(self._live(), request.scope, b"")
 
     async def ready(self, request: Request) -> Response:
         if self.closing:
@@ -269,6 +289,11 @@ class App:
                 return
 
 
+def _kind(request: Request) -> str:
+    """The media type of its body."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
 def _said(told: Any, number: int, count: int) -> dict[str, Any]:
     """The answer to a tile; raises what came instead."""
     if isinstance(told, TimeoutError):
@@ -310,6 +335,7 @@ def _params(query: Mapping[str, str]) -> dict[str, Any]:
 
 def _decoded(body: bytes, most: int) -> list[bytes]:
     """The pictures of ``{"images": [base64, ...]}``."""
+    bombs.check_brackets(body)
     try:
         images = json.loads(body)["images"]
         if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
@@ -347,63 +373,3 @@ def _files(whole: bytes, boundary: bytes) -> list[bytes]:
         if A_FILE.search(part, 0, end):
             files.append(part[end + 4 :])
     return files
-
-
-def _check_even(body: bytes) -> None:
-    """MLflow makes arrays of "inputs" whose every cell has the size of the largest.
-
-    Raises:
-        Refused: such an array would take the machine's memory.
-    """
-    try:
-        told = json.loads(body)
-        given = [told[name] for name in ("inputs", "instances") if name in told]
-        cells = np.array(given, dtype=object).ravel().tolist()
-    except (ValueError, TypeError, RecursionError):
-        return  # MLflow says what is wrong with it
-    if len(cells) * max(map(len, map(str, cells)), default=0) > TEXT_BYTES:
-        raise Refused(413, "a long value among many short ones: send them in requests of their own")
-
-
-async def _of_mlflow(live: Live, scope: Scope, body: bytes) -> Response:
-    """The answer of MLflow's app; its refusals quote the request, so they are told anew."""
-    status, kind, parts = 500, "application/json", []
-
-    async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message: Message) -> None:
-        nonlocal status, kind
-        if message["type"] == "http.response.start":
-            status = message["status"]
-            headers = dict(message.get("headers", ()))
-            kind = headers.get(b"content-type", b"application/json").decode("latin-1")
-        else:
-            parts.append(message.get("body", b""))
-
-    own = {key: scope[key] for key in ("type", "asgi", "http_version", "method", "path")}
-    own |= {key: scope[key] for key in ("raw_path", "query_string", "root_path", "scheme")}
-    own |= {"headers": scope["headers"], "server": scope["server"], "client": scope["client"]}
-    try:
-        await live.app(own, receive, send)
-    except MISREAD as error:  # `predict` lets none through: see its faults in serving/pyfunc.py
-        raise Refused(400, NOT_THE_PROTOCOL) from error
-    answer = b"".join(parts)
-    if status < 400:
-        return Response(answer, status, media_type=kind)
-    raise _retold(status, answer)
-
-
-def _retold(status: int, answer: bytes) -> Refused:
-    """Why ``predict`` refused; all else that MLflow says may hold what was sent."""
-    if status == 504:  # MLflow's own deadline, where it is before ours
-        return Refused(429, TOO_LATE)
-    if status >= 500:
-        log.error("MLflow's app answered %d", status)
-        return Refused(500, FAULT)
-    if status == 415:
-        return Refused(415, "send application/json, text/csv or application/vnd.apache.parquet")
-    try:
-        return Refused(422, str(json.loads(answer)["reason"]))
-    except (ValueError, TypeError, KeyError):
-        return Refused(400, NOT_THE_PROTOCOL)

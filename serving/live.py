@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from eurosat import tracking
+from eurosat import machine, tracking
 from eurosat.errors import ModelError
 from serving.metrics import Metrics
 
@@ -61,6 +62,11 @@ class Live:
         if not self.asked:
             self._idle.set()
 
+    @cached_property
+    def at_once(self) -> int:
+        """Tiles that one pass of the network takes."""
+        return int(self.classifier.most(self.classifier.wish({})))
+
     def ask(
         self, rows: Sequence[object], wish: Any, deadline: float | None
     ) -> "list[asyncio.Future[dict[str, Any]]]":
@@ -101,6 +107,7 @@ class Live:
             await self._idle.wait()
         await asyncio.to_thread(self.classifier.close)
         self.files.close()
+        await asyncio.to_thread(machine.give_back_freed_memory)
 
 
 def load(uri: str, settings: Mapping[str, Any]) -> Live:

@@ -46,6 +46,10 @@ class Metrics:
         self._requests(path, status).inc()
         self._seconds(path).observe(seconds)
 
+    def refused_unread(self, path: str) -> None:
+        """It took no time that would tell anything."""
+        self._requests(path, 429).inc()
+
     def tile(self, version: str | None, label: str) -> None:
         self._tiles(version, label).inc()
 

@@ -19,6 +19,8 @@ CODES = {
 """By HTTP status."""
 AGAIN = (429, 503)
 """Those that a client may try again."""
+FAULT = "a fault of this server's: its log tells more"
+TOO_LATE = "the time allowed has passed: this server is busy"
 
 
 class Refused(EuroSATError):

@@ -8,6 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,6 +104,32 @@ def many_scans() -> bytes:
     data = file.getvalue()
     last = data.rindex(b"\xff\xda")
     return data[:last] + data[last:-2] * 20_000 + data[-2:]
+
+
+def empty_lists(name: str) -> bytes:
+    return f'{{"{name}": ['.encode() + b"[]," * 5_000_000 + b"[]]}"
+
+
+def as_json(told: object) -> bytes:
+    return json.dumps(told).encode()
+
+
+def bombs() -> dict[str, dict[str, Any]]:
+    """Frames and arrays as wide as their widest row, or whose cells are as long as the longest."""
+    long = "x" * 60_000
+    return {
+        "rows of one column and one of many": {
+            "dataframe_split": {"data": [*([[]] * 1000), list(range(20_000))]}
+        },
+        "many rows": {"dataframe_split": {"columns": ["image"], "data": [["x"]] * 5000}},
+        "many names of columns": {"dataframe_split": {"columns": ["x"] * 5000, "data": []}},
+        "records without a name in common": {
+            "dataframe_records": [{f"x{number}": 1} for number in range(1020)]
+        },
+        "a frame of many columns": {"dataframe_records": {f"x{n}": [1] for n in range(5000)}},
+        "a long text among short ones in a dict": {"inputs": {"image": [long, *"x" * 5000]}},
+        "a long text among numbers": {"instances": [{"image": [long, *range(5000)]}]},
+    }
 
 
 def zipped() -> bytes:
@@ -502,9 +529,6 @@ def protocol_of_mlflow() -> None:
         ("CSV of nothing", "text/csv", b""),
         ("CSV of unequal rows", "text/csv", b"image\n1,2,3\n4\n"),
         ("CSV of a quote that does not end", "text/csv", b'image\n"SECRET'),
-        ("Parquet of noise", "application/vnd.apache.parquet", noise(999)),
-        ("Parquet of nothing", "application/vnd.apache.parquet", b""),
-        ("Parquet of its magic", "application/vnd.apache.parquet", b"PAR1" + bytes(8) + b"PAR1"),
     ):
         post(name, path, kind, data, 400, 422)
     text = json.dumps(row).encode()
@@ -520,6 +544,7 @@ def protocol_of_mlflow() -> None:
         "application/json; charset",
     ):
         post(f"as {kind!r}", path, kind, text, 200, 415)
+    post("Parquet, which unpacks", path, "application/vnd.apache.parquet", b"PAR1" * 9, 415)
     post("of no type", path, None, text, 400)
     later(
         "one long text among many",
@@ -530,6 +555,12 @@ def protocol_of_mlflow() -> None:
         413,
         422,
     )
+    for lists, kind in ((path, "inputs"), ("/predict/batch", "images")):
+        later("15 MB of empty lists", lists, JSON, partial(empty_lists, kind), 413)
+    for name, bomb in bombs().items():
+        later(name, path, JSON, partial(as_json, bomb), 413)
+    later("CSV of 5,000 rows", path, "text/csv", lambda: b"image\n" + b"x\n" * 5000, 413)
+    later("CSV of 100,000 columns", path, "text/csv", lambda: b"," * 100_000 + b"\n1", 413)
     later("17 MB of JSON", path, JSON, lambda: b'{"inputs": [' + b"1," * 8_500_000 + b"1]}", 413)
 
 
@@ -569,7 +600,7 @@ def heads() -> None:
             431,
             **{f"x_{number}": SECRET for number in range(200)},
         )
-        post("a header of 40,000", path, kind, body, 200, 431, x_long="x" * 40_000)
+        post("a header of 40,000", path, kind, body, 431, x_long="x" * 40_000)
         long = request(path, body, {"Content-Type": kind, "X-Long": "x" * 400_000})
         add(f"{path}: a header of 400,000", long, statuses=[431], closes=True)
         post("a header of foreign letters", path, kind, body, 200, 400, x_long="\xff\xfe\x80")

@@ -20,7 +20,8 @@ import pytest
 from benchmarks.server import free_port
 from registry import register, versions
 from serving import client
-from serving.app import _of_mlflow, document
+from serving.app import document
+from serving.invocations import of_mlflow
 from serving.live import load
 from serving.refusals import CODES, Refused
 from tests.broken import CASES, JPEG, JSON, PATIENCE_S, SECRET, WRONG, Case, request
@@ -299,7 +300,7 @@ def test_a_fault_of_the_model_is_told_from_a_request_that_is_none(
 
     def status_of(body: bytes) -> int:
         try:
-            return asyncio.run(_of_mlflow(live, scope, body)).status_code
+            return asyncio.run(of_mlflow(live, scope, body)).status_code
         except Refused as refused:
             return refused.status
 

@@ -6,14 +6,16 @@ import hashlib
 import http.client
 import io
 import os
+import socket
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -411,6 +413,42 @@ def test_a_full_queue_takes_no_more(strict: Server, bearer: dict[str, str]) -> N
         assert "tiles wait" in refused(answer, 429)
         assert "tiles wait" in refused(by_mlflow, 429)
     assert predict(strict.url, encoded(kind="JPEG"), **bearer).status_code == 200
+
+
+def test_who_is_told_to_wait_keeps_the_connection(strict: Server, bearer: dict[str, str]) -> None:
+    tile = encoded(kind="JPEG")
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(tile)}\r\n"
+    head += "Content-Type: image/jpeg\r\n" + "".join(f"{k}: {v}\r\n" for k, v in bearer.items())
+    whole = head.encode() + b"\r\n" + tile
+    told = r'eurosat_requests_total\{path="/predict",status="429"\}'
+    before = strict.counted(told)
+    at = ("127.0.0.1", strict.port)
+    with socket.create_connection(at, 30) as sent, sent.makefile("rb") as answers:
+        with busy(strict, bearer, TILES):
+            for parts in ([whole], [whole[:9], whole[9:-9], whole[-9:]], [whole * 2]):
+                for part in parts:
+                    sent.sendall(part)
+                    time.sleep(0.02)
+                for _ in range(b"".join(parts).count(head.encode())):
+                    assert status_of(answers) == 429
+        sent.sendall(whole)
+        assert status_of(answers) == 200
+        assert strict.counted(told) == before + 4
+        with busy(strict, bearer, TILES):
+            sent.sendall(whole.replace(b"Host: x", b"Connection: close", 1))
+            assert status_of(answers) == 429
+            assert answers.read() == b""
+
+
+def status_of(answers: BinaryIO) -> int:
+    """Of the next one, which is read to its end."""
+    status = int(answers.readline().split()[1])
+    length = 0
+    while (line := answers.readline()) != b"\r\n":
+        name, _, value = line.lower().partition(b": ")
+        length = int(value) if name == b"content-length" else length
+    answers.read(length)
+    return status
 
 
 def test_a_client_says_how_long_it_waits(strict: Server, bearer: dict[str, str]) -> None:

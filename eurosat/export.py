@@ -75,7 +75,12 @@ class _OneView(nn.Module):
         self.mapped = bool((maps.mean(dim=(2, 3)) - logits).abs().max() < SAME_LOGIT)
 
 
-def export_onnx(network: Network, file: Path, metadata: Mapping[str, str] | None = None) -> float:
+def export_onnx(
+    network: Network,
+    file: Path,
+    metadata: Mapping[str, str] | None = None,
+    alone: bytes | None = None,
+) -> float:
     """Write ``file`` and return the largest difference from torch on random tiles.
 
     Input ``tiles_NHWC`` uint8 (N, H, W, C); ``tta``, a bool that need not be given, says whether to
@@ -83,6 +88,7 @@ def export_onnx(network: Network, file: Path, metadata: Mapping[str, str] | None
     Outputs ``probabilities`` (N, K), ``energy`` (N,) of the logits before calibration, and for a
     network whose head is an average and one layer ``activation`` (N, K, h, w), where each class was
     seen. The metadata carry ``classes``, ``tile_size``, ``bands`` and ``views`` as JSON.
+    ``alone`` is the network as `one_view` has made it, which takes seconds; None makes it here.
 
     Raises:
         ModelError: the file answers otherwise than the network.
@@ -90,14 +96,14 @@ def export_onnx(network: Network, file: Path, metadata: Mapping[str, str] | None
     import onnx
 
     network = network.eval().cpu()
-    model = onnx.load_from_string(one_view(network))
+    model = onnx.load_from_string(alone or one_view(network))
     onnx.save(served(model, network, metadata or {}), str(file))
     return _check(network, file)
 
 
 def one_view(network: Network) -> bytes:
     """The network alone as an ONNX model: views of tiles to logits and maps."""
-    module = _OneView(network).eval()
+    module = _OneView(network.cpu()).eval()
     tiles_NHWC = torch.from_numpy(_random_tiles(network.spec))
     module.find_maps(tiles_NHWC)
     outputs = [LOGITS, MAPS] if module.mapped else [LOGITS]

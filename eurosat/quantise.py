@@ -42,9 +42,11 @@ def calibration_tiles(data: "Prepared") -> Tiles:
 
 
 def export_int8(
-    network: "Network", tiles_NHWC: Tiles, file: Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write ``file``, of the same inputs and outputs as `eurosat.export.export_onnx` writes.
+    network: "Network", tiles_NHWC: Tiles, file: Path,
+    metadata: Mapping[str, str] | None = None, alone: bytes | None = None,
+) -> None:  # fmt: skip
+    """Write ``file``, of the same inputs and outputs as `eurosat.export.export_onnx` writes;
+    ``alone`` is as there.
 
     Weights are rounded to int8 per channel, activations to uint8 over the range that they take on
     ``tiles_NHWC``, which are tiles of the train fold.
@@ -57,7 +59,7 @@ def export_int8(
         plain, folded, whole = (
             Path(folder) / f"{name}.onnx" for name in ("plain", "folded", "int8")
         )
-        plain.write_bytes(export.one_view(network.eval().cpu()))
+        plain.write_bytes(alone or export.one_view(network))
         with logs.hushed():  # it advises what has just been done
             quant_pre_process(str(plain), str(folded), skip_symbolic_shape=True)
             quantize_static(

@@ -83,16 +83,17 @@ def conclude(
             scale = full_scale(data.pack.bands, config.data.reflectance_max)
             told["full_scale"] = json.dumps(scale.tolist())
         log.info("exporting to ONNX")
-        parity = export.export_onnx(net, folder / "model.onnx", told)
+        alone = export.one_view(net)
+        parity = export.export_onnx(net, folder / "model.onnx", told, alone)
         run.log_metrics({"onnx_difference": parity})
         run.log_file(folder / "model.onnx")
-        _log_int8(data, net, labels, probabilities, told, run)
+        _log_int8(data, net, labels, probabilities, told, alone, run)
     return tested
 
 
 def _log_int8(
     data: Prepared, net: "Network", labels: "Labels", probabilities: "Floats",
-    told: Mapping[str, str], run: tracking.Run,
+    told: Mapping[str, str], alone: bytes, run: tracking.Run,
 ) -> None:  # fmt: skip
     """Leave the network in whole numbers in the run, if it is as accurate on the test fold."""
     import numpy as np
@@ -103,7 +104,8 @@ def _log_int8(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.int8.onnx"
         try:
-            quantise.export_int8(net, quantise.calibration_tiles(data), file, told)
+            tiles_NHWC = quantise.calibration_tiles(data)
+            quantise.export_int8(net, tiles_NHWC, file, told, alone)
         except Exception as error:  # noqa: BLE001 - the quantiser raises anything on a backbone that
             # it does not know, after hours of training; FP32 is served
             log.warning("no INT8 form of %s: %s", net.spec.name, " ".join(str(error).split())[:200])

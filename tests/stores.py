@@ -151,6 +151,7 @@ def refusing(status: int, reason: str) -> Iterator[str]:
 
     class Refusal(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
             said = {"error": {"code": status, "message": reason, "errors": []}}
             body = json.dumps(said).encode()
             self.send_response(status)

@@ -36,7 +36,7 @@ from registry import receiver, versions, webhooks, worker
 from registry.inbox import Inbox
 from tests.conftest import TINY
 from tests.registries import MLFLOW_WARNS
-from tests.servers import ROOT
+from tests.servers import ROOT, until
 from tests.stores import fake_gcs, make_bucket
 
 pytestmark = MLFLOW_WARNS
@@ -610,6 +610,7 @@ def promoter(tmp_path: Path) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
+        until(lambda: server.started, 30, "the promoter listens")
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True

@@ -86,11 +86,13 @@ def kill_until_done(arguments: Sequence[str], log: Path, kills: int, epoch_s: fl
     assert process.exitcode == cli.OK, log.read_text()[-2000:]
 
 
-def check_killed_training(arguments: list[str], tmp_path: Path, epoch_s: float) -> None:
+def check_killed_training(
+    arguments: list[str], tmp_path: Path, epoch_s: float, kills: int = 5
+) -> None:
     reference = start(arguments, tmp_path / "reference.log")
     reference.join()
     assert reference.exitcode == cli.OK, (tmp_path / "reference.log").read_text()[-2000:]
-    kill_until_done(arguments, tmp_path / "killed.log", 5, epoch_s)
+    kill_until_done(arguments, tmp_path / "killed.log", kills, epoch_s)
     whole, resumed = runs()
     assert tracking.get(resumed).status == "FINISHED"
     for name, value in weights_of(whole).items():
@@ -102,7 +104,7 @@ def check_killed_training(arguments: list[str], tmp_path: Path, epoch_s: float) 
             for run in (whole, resumed)
         )
         assert one == other, metric
-    assert said(tmp_path / "killed.log", "which was cut short") == 5
+    assert said(tmp_path / "killed.log", "which was cut short") == kills
     with tracking.artifact(resumed, "logs/train.log") as kept:
         assert said(kept, "training in") >= 2, "what the killed processes said is there too"
 
@@ -230,9 +232,10 @@ def test_a_second_training_beside_a_living_one_has_a_place_of_its_own(
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_training_killed_five_times_ends_as_if_it_never_was(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_training_that_is_killed_ends_as_if_it_never_was(tmp_path: Path, kills: int) -> None:
     settings = ["trainer.epochs=16", "trainer.patience=15", "augment.cutmix=0.5", "optim.ema=0.9"]
-    check_killed_training([*TINY, *settings], tmp_path, epoch_s=0.5)
+    check_killed_training([*TINY, *settings], tmp_path, epoch_s=0.5, kills=kills)
 
 
 class Cut(Exception):

@@ -31,7 +31,7 @@ pytestmark = MLFLOW_WARNS
 SECRET = "between the two"
 MODEL = "eurosat"
 WAIT_S = 60.0
-BURST = 500
+BURST, LONG_BURST = 100, 500
 
 
 def body(event: str = worker.CREATED, version: str = "1", **data: str) -> bytes:
@@ -303,21 +303,24 @@ def test_forged_replayed_and_oversized_deliveries_change_nothing(service: Servic
     assert len(ledger.entries(MODEL)) == entered
 
 
+@pytest.mark.parametrize("burst", [BURST, pytest.param(LONG_BURST, marks=pytest.mark.slow)])
 def test_a_burst_is_taken_at_once_and_worked_off_though_the_receiver_is_killed(
-    service: Service,
+    service: Service, burst: int
 ) -> None:
     before = service.counts()["done"]
     started = time.monotonic()
     with ThreadPoolExecutor(8) as clients:
         answers = list(
-            clients.map(lambda n: service.send(body(version="1"), f"burst-{n}"), range(BURST))
+            clients.map(
+                lambda n: service.send(body(version="1"), f"burst-{burst}-{n}"), range(burst)
+            )
         )
-    spent_ms = (time.monotonic() - started) / BURST * 1e3
+    spent_ms = (time.monotonic() - started) / burst * 1e3
     assert all(answer.json() == {"taken": True} for answer in answers)
-    print(f"{BURST} deliveries, {spent_ms:.1f} ms each")
+    print(f"{burst} deliveries, {spent_ms:.1f} ms each")
     service.kill()
     service.start("--promote")
-    until(lambda: service.counts()["done"] >= before + BURST, 4 * WAIT_S, "the burst is done")
+    until(lambda: service.counts()["done"] >= before + burst, 4 * WAIT_S, "the burst is done")
     assert service.counts()["dead"] == 0
     assert history.verify(MODEL) == []
 

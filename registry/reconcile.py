@@ -67,8 +67,10 @@ def reconcile(model: str) -> Standing:
         last = links[-1].entry if links else None
         predecessor = last.digest if last else ledger.GENESIS
         entered = last.to_version if last else None
-        expected = last is not None and not links[-1].settled and held == last.from_version
-        if held != entered and not overtaken and not expected:
+        awaited = entered  # what the alias may be until the last entry is settled
+        if last and last.action != ledger.BY_HAND and not links[-1].settled:
+            awaited = last.from_version
+        if held not in (entered, awaited) and not overtaken:
             if seen == (predecessor, held):
                 _enter_by_hand(model, predecessor, entered, held)
             else:  # or is another command about to set it?

@@ -11,7 +11,6 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -217,18 +216,27 @@ class App:
             raise Refused(415, ANOTHER_KIND)
         deadline = limits.deadline(request, self.limits)
         whole = await limits.read_body(request, self.limits)
-        large = len(whole) > LARGE_BYTES
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                async with self._one_large if large else nullcontext():
-                    if large:
-                        await asyncio.to_thread(bombs.check, _kind(request), whole)
-                    else:
-                        bombs.check(_kind(request), whole)
-                    with self._admit() as live:
-                        return await of_mlflow(live, request.scope, whole)
+                if len(whole) <= LARGE_BYTES:
+                    bombs.check(_kind(request), whole)
+                    return await self._of_mlflow(request, whole)
+                # which goes on when the client has given up: no other is begun beside it
+                return await asyncio.shield(asyncio.create_task(self._large(request, whole)))
         except TimeoutError as error:
             raise Refused(429, TOO_LATE) from error
+
+    async def _large(self, request: Request, whole: bytes) -> Response:
+        async with self._one_large:
+            try:
+                await asyncio.to_thread(bombs.check, _kind(request), whole)
+                return await self._of_mlflow(request, whole)
+            except Refused as refused:  # perhaps nobody waits for it any more
+                return refusals.response(refused.status, str(refused), refused.headers)
+
+    async def _of_mlflow(self, request: Request, whole: bytes) -> Response:
+        with self._admit() as live:
+            return await of_mlflow(live, request.scope, whole)
 
     async def mlflows_own(self, request: Request) -> Response:
         return await of_mlflow(self._live(), request.scope, b"")

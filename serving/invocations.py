@@ -6,6 +6,7 @@ import logging
 from starlette.responses import Response
 from starlette.types import Message, Scope
 
+from serving.bombs import NOT_THE_PROTOCOL
 from serving.live import Live
 from serving.refusals import FAULT, TOO_LATE, Refused
 
@@ -14,7 +15,6 @@ log = logging.getLogger(__name__)
 PARQUET = "application/vnd.apache.parquet"
 """MLflow reads it, and what it unpacks to cannot be told before."""
 ANOTHER_KIND = "send application/json or text/csv"
-NOT_THE_PROTOCOL = "the request is not of MLflow's protocol: see GET /openapi.json for an example"
 MISREAD = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError,
     ValueError,

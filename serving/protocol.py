@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 MAX_HEAD_BYTES = 32_768
 """Of a request line and its headers together, and of its trailers."""
-TILE_PATHS = ("/predict", "/predict/batch", "/invocations")
-"""Where tiles are sent to; all else is answered while the server is crowded."""
+QUEUED_PATHS = ("/predict", "/predict/batch")
+"""Whose tiles go to the queue at once, and which are refused while it is full."""
+FRAMING = 1 / 8
+"""Of a body, that its chunks and trailers may have beside `MAX_HEAD_BYTES`."""
 TOO_LONG = f"a request line and headers over {MAX_HEAD_BYTES} bytes: send less"
 
 
@@ -25,11 +27,13 @@ class TooLong(ValueError):
 
 
 class Protocol(HttpToolsProtocol):
-    _in_head, _begun, _too_long = False, False, False
+    _in_head, _begun, _in_body, _too_long = False, False, False, False
     _head_bytes = _field_bytes = 0
     """Of a head as it came since the read in which it began, and of its lines as they are parsed:
     a head that comes at one go has only the latter.
     """
+    _body_bytes = _framing_bytes = 0
+    """Since the read after a head's end: of the body, and of chunks and trailers around it."""
     _late: asyncio.TimerHandle | None = None
     _arrived = False
     """A request for tiles of this connection has arrived and has no answer: `App.arrived`."""
@@ -48,11 +52,15 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._begun = False
+        self._begun, in_body, before = False, self._in_body, self._body_bytes
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self._in_head and not self._begun:
+        if in_body and self._in_body:
+            self._framing_bytes += len(data) - (self._body_bytes - before)
+            if self._framing_bytes > MAX_HEAD_BYTES + FRAMING * self._body_bytes:
+                self._end(400, "chunks of a few bytes, or trailers: send larger ones, or none")
+        elif self._in_head and not self._begun:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._end(431, TOO_LONG)
@@ -74,23 +82,27 @@ class Protocol(HttpToolsProtocol):
         self._head_is_over()
         if len(self.url) + self._field_bytes > MAX_HEAD_BYTES:
             self._refuse_head()
-        tiles = self.parser.get_method() == b"POST" and self._path() in TILE_PATHS
+        self._body_bytes = self._framing_bytes = 0
+        tiles = self.parser.get_method() == b"POST" and self._path() in QUEUED_PATHS
         if tiles and not self._busy() and not self.expect_100_continue:
             said = dict(self.headers).get(b"content-length", b"0")
             if said.isdigit() and int(said) <= self._limits.body_bytes:
                 self._crowded = self._app.crowded()
         if self._crowded:
             self._late = self.loop.call_later(self._limits.body_s, self._too_late)
-            return
-        if tiles:
-            self.scope["extensions"] = {"answered": {"tell": self._answered}}
-        super().on_headers_complete()
+        else:
+            if tiles:
+                self.scope["extensions"] = {"answered": {"tell": self._answered}}
+            super().on_headers_complete()
+        self._in_body = True
 
     def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
         if not self._crowded:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._in_body = False
         if self._crowded:
             self._refuse()
             return
@@ -98,8 +110,11 @@ class Protocol(HttpToolsProtocol):
             self._arrived = True
             self._app.arrived += 1
         super().on_message_complete()
-        if self.cycle is not None:
-            self.cycle.more_body = False  # of one that was refused early, too
+        if self.cycle is not None and self.cycle.response_complete:  # it was refused early
+            self.cycle.more_body = False
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
 
     def _path(self) -> str:
         return self.url.partition(b"?")[0].decode("latin-1")
@@ -168,7 +183,13 @@ class Protocol(HttpToolsProtocol):
     def _end(self, status: int, message: str) -> None:
         """Say so as the last answer of this connection."""
         self._head_is_over()
-        if self._busy():  # its answer comes first, and then none can
+        if self._in_body and not self._crowded and not self.pipeline:  # of the request itself
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self.cycle.response_started:
+                self.transport.close()
+                return
+        elif self._busy():  # with another: its answer comes first, and then none can
             self.transport.pause_reading()
             self.cycle.keep_alive = False
             return

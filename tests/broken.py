@@ -114,6 +114,18 @@ def as_json(told: object) -> bytes:
     return json.dumps(told).encode()
 
 
+def strange() -> dict[str, Any]:
+    """Shapes that MLflow would read, and no client of ours sends."""
+    return {
+        "names of another protocol": {"prompt": 1, "c0": {"0": 1}, "c1": {"1": 1}},
+        "columns of rows by name": {"dataframe_split": {"data": {"a": {"0": 1}, "b": {"1": 1}}}},
+        "rows of two kinds": {"dataframe_split": {"data": [["x"], "xxxx"]}},
+        "names in lists": {"dataframe_split": {"columns": [["a"], ["b"]], "data": [["x"]]}},
+        "objects within": {"inputs": [[{"a": {"b": "x"}}]]},
+        "a list": [1, 2],
+    }
+
+
 def bombs() -> dict[str, dict[str, Any]]:
     """Frames and arrays as wide as their widest row, or whose cells are as long as the longest."""
     long = "x" * 60_000
@@ -129,6 +141,10 @@ def bombs() -> dict[str, dict[str, Any]]:
         "a frame of many columns": {"dataframe_records": {f"x{n}": [1] for n in range(5000)}},
         "a long text among short ones in a dict": {"inputs": {"image": [long, *"x" * 5000]}},
         "a long text among numbers": {"instances": [{"image": [long, *range(5000)]}]},
+        "a long list among short texts": {
+            "dataframe_records": [{"image": [0] * 20_000}, *[{"image": "x"}] * 999]
+        },
+        "inputs without a name in common": {"inputs": [{f"x{n}": 1} for n in range(1020)]},
     }
 
 
@@ -559,6 +575,9 @@ def protocol_of_mlflow() -> None:
         later("15 MB of empty lists", lists, JSON, partial(empty_lists, kind), 413)
     for name, bomb in bombs().items():
         later(name, path, JSON, partial(as_json, bomb), 413)
+    for name, shape in strange().items():
+        post(name, path, JSON, as_json(shape), 400)
+    post("nested too deep beside", path, JSON, b'{"inputs": ["x"], "params": ' + b"[" * 5000, 400)
     later("CSV of 5,000 rows", path, "text/csv", lambda: b"image\n" + b"x\n" * 5000, 413)
     later("CSV of 100,000 columns", path, "text/csv", lambda: b"," * 100_000 + b"\n1", 413)
     later("17 MB of JSON", path, JSON, lambda: b'{"inputs": [' + b"1," * 8_500_000 + b"1]}", 413)

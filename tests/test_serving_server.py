@@ -440,6 +440,39 @@ def test_who_is_told_to_wait_keeps_the_connection(strict: Server, bearer: dict[s
             assert answers.read() == b""
 
 
+def test_a_connection_is_kept_through_what_is_refused_before_its_body(strict: Server) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    at = ("127.0.0.1", strict.port)
+    with socket.create_connection(at, 30) as sent, sent.makefile("rb") as answers:
+        for _ in range(2):
+            sent.sendall(head)  # without a key
+            assert status_of(answers) == 401
+            sent.sendall(b"x" * 50)
+            sent.sendall(b"x" * 50)
+            time.sleep(0.05)
+        broken = b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        sent.sendall(broken)
+        assert status_of(answers) == 401
+        sent.sendall(b"SECRET")
+        assert answers.read() == b"", "one answer to one request"
+
+
+def test_what_is_no_chunk_is_told_at_once(strict: Server, bearer: dict[str, str]) -> None:
+    head = "POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
+    head += "Content-Type: image/jpeg\r\n" + "".join(f"{k}: {v}\r\n" for k, v in bearer.items())
+    for broken in (b"SECRET\r\n", b"0\r\nX: " + b"x" * 40_000, b"1\r\nx\r\n" * 40_000):
+        with socket.create_connection(("127.0.0.1", strict.port), 30) as sent:
+            sent.sendall(head.encode() + b"\r\n")
+            time.sleep(0.05)
+            with contextlib.suppress(ConnectionError):
+                for start in range(0, len(broken), 9999):
+                    sent.sendall(broken[start : start + 9999])
+            sent.settimeout(3.0)  # sooner than a body may take
+            with sent.makefile("rb") as answers, contextlib.suppress(ConnectionResetError):
+                assert status_of(answers) in (400, 431)
+                assert answers.read() == b""
+
+
 def status_of(answers: BinaryIO) -> int:
     """Of the next one, which is read to its end."""
     status = int(answers.readline().split()[1])

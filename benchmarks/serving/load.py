@@ -27,6 +27,10 @@ class Load:
     errors: int
 
     @property
+    def asked(self) -> int:
+        return self.answered + self.errors
+
+    @property
     def rate(self) -> float:
         """Good answers a second."""
         return self.answered / self.seconds

@@ -28,10 +28,10 @@ from registry import versions
 
 QUEUE = 128
 """Tiles that the server lets wait, its default: with as many clients it refuses none."""
-TIMES = 4
-REFUSED_MS = 8
-"""What the crowd's connections wait for an answer, most of which are refusals: their pause is so
-much shorter."""
+TIMES, CLIENTS_TIMES = 4, 8
+"""Of requests, and of connections that send them: each pauses after an answer."""
+TRIAL_S = 5.0
+"""Of the crowd, to see how long it waits for its answers: its pause is so much shorter."""
 SEEN = 16
 """Connections of the client that is asked how it went."""
 SWAPS, SWAP_CLIENTS = 20, 32
@@ -120,11 +120,17 @@ def overload(
     server.settle()
     before_mb = memory_mb(server)
     capacity = full[0].rate + uncrowded.statuses[200] / (seconds / 3)
-    clients = TIMES * QUEUE
-    pause_ms = round(1000 * clients / (TIMES * capacity) - REFUSED_MS)
+    clients = CLIENTS_TIMES * QUEUE
+    every_ms = 1000 * clients / (TIMES * capacity)
+    waits_ms = 0.0
+    for _ in range(2):
+        pause_ms = max(1, round(every_ms - waits_ms))
+        tried = load.load(server.port, requests, clients, round(TRIAL_S), pause_ms)
+        waits_ms = 1000 * clients * tried.seconds / tried.asked - pause_ms
+    pause_ms = max(1, round(every_ms - waits_ms))
     with crowd(server.port, requests, clients, seconds, pause_ms) as many:
         overrun = watched(server.port, tile, seconds)
-    offered = (many[0].answered + many[0].errors) / many[0].seconds
+    offered = many[0].asked / many[0].seconds
     ended = time.monotonic()
     while watched(server.port, tile, 0.2).statuses.keys() != {200}:
         pass

@@ -140,11 +140,10 @@ class App:
         Tiles may be on their way to the queue: those whose request has arrived count, and those
         whose client takes its time do not.
         """
-        live, most = self.follower.live, self.limits.queue
+        live = self.follower.live
         if live is None:
             return ""
-        crowded = len(live.waiting) >= most or self.arrived >= most + live.at_once
-        return self._how_crowded() if crowded else ""
+        return self._how_crowded() if live.is_full(self.limits.queue, self.arrived) else ""
 
     def _how_crowded(self) -> str:
         waiting = len(self.follower.live.waiting) if self.follower.live else 0

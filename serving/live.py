@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import math
 import re
 import sys
 import tempfile
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -27,6 +29,14 @@ WARM_TILES = (1, 2, 8, 32, 64)
 CHECK_TOLERANCE = 0.1
 """Of a probability of the example: whole numbers are summed otherwise on another CPU."""
 GREY = 128
+OF_LATE = 0.1
+"""Weight of the newest turn."""
+SHORT, OVERRUN_S = 0.75, 10.0
+"""Share of its queue's usual time that an overrun server has tiles wait, and for how long it is one
+before it tries the whole queue again.
+"""
+FORGETS = 1 + 1e-5
+"""A turn, of how fast it was: another one of its kind may be slower for good."""
 
 
 class CheckFailed(ModelError):
@@ -51,6 +61,13 @@ class Live:
     """Tiles whose turn has not come."""
     asked: int = 0
     """Requests that it has not answered yet."""
+    _turn_s: float = 0.0
+    _best_turn_s: float = math.inf
+    _turned_at: float = 0.0
+    """From one full batch to the next while tiles wait, with all that is read and told in between:
+    of late, at its best, and when the last one ended.
+    """
+    _overrun_until: float = 0.0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __enter__(self) -> "Live":
@@ -67,6 +84,23 @@ class Live:
         """Tiles that one pass of the network takes."""
         return int(self.classifier.most(self.classifier.wish({})))
 
+    def is_full(self, most: int, arrived: int) -> bool:
+        """Whether a request must be refused where ``most`` tiles may wait, and so many requests
+        have arrived.
+
+        For a while from such a refusal on it is full sooner: by what is answered in `SHORT` of the
+        time that ``most`` take at its best pace. A longer queue would not answer more tiles, only
+        each of them later.
+        """
+        room, now = most, time.monotonic()
+        overrun = now < self._overrun_until
+        if overrun and self._turn_s:
+            room = max(1, int(most * min(1.0, SHORT * self._best_turn_s / self._turn_s)))
+        full = len(self.waiting) >= room or arrived >= room + self.at_once
+        if full and not overrun:
+            self._overrun_until = now + OVERRUN_S
+        return full
+
     def ask(
         self, rows: Sequence[object], wish: Any, deadline: float | None
     ) -> "list[asyncio.Future[dict[str, Any]]]":
@@ -79,6 +113,7 @@ class Live:
         jobs = [self.classifier.job(row, wish, deadline, loop.create_future()) for row in rows]
         if not self.waiting:
             loop.call_later(0, self._answer_some)  # after all sockets have been read
+            self._turned_at = 0.0
         self.waiting.extend(jobs)
         return [job.future for job in jobs]
 
@@ -99,6 +134,15 @@ class Live:
                     job.future.set_exception(error)
         if self.waiting:
             asyncio.get_running_loop().call_later(0, self._answer_some)
+        if len(jobs) == self.classifier.most(first):
+            self._turned(time.monotonic())
+
+    def _turned(self, now: float) -> None:
+        if self._turned_at:
+            turn_s = now - self._turned_at
+            self._turn_s += OF_LATE * (turn_s - self._turn_s) if self._turn_s else turn_s
+            self._best_turn_s = min(self._best_turn_s * FORGETS, self._turn_s)
+        self._turned_at = now
 
     async def retire(self) -> None:
         """Wait until nobody is being answered by it, and give back what it holds."""

@@ -489,7 +489,7 @@ def test_a_client_says_how_long_it_waits(strict: Server, bearer: dict[str, str])
     for said in ("soon", "0", "-1", "nan"):
         answer = predict(strict.url, tile, **bearer, x_request_timeout=said)
         assert "takes seconds above 0" in refused(answer, 422)
-    with busy(strict, bearer, QUEUE - 2):
+    with busy(strict, bearer, QUEUE // 2):
         answer = predict(strict.url, tile, **bearer, x_request_timeout="0.02")
         assert "the time allowed had passed" in refused(answer, 429)
     assert predict(strict.url, tile, **bearer, x_request_timeout="5").status_code == 200

@@ -406,6 +406,18 @@ def busy(strict: Server, bearer: dict[str, str], tiles: int) -> Iterator[None]:
     assert len(told[0].json()["predictions"]) == tiles
 
 
+def test_a_client_says_how_long_it_waits(strict: Server, bearer: dict[str, str]) -> None:
+    """Before the queue has ever been full, from when on less of it is used."""
+    tile = encoded(kind="JPEG")
+    for said in ("soon", "0", "-1", "nan"):
+        answer = predict(strict.url, tile, **bearer, x_request_timeout=said)
+        assert "takes seconds above 0" in refused(answer, 422)
+    with busy(strict, bearer, QUEUE - 2):
+        answer = predict(strict.url, tile, **bearer, x_request_timeout="0.02")
+        assert "the time allowed had passed" in refused(answer, 429)
+    assert predict(strict.url, tile, **bearer, x_request_timeout="5").status_code == 200
+
+
 def test_a_full_queue_takes_no_more(strict: Server, bearer: dict[str, str]) -> None:
     with busy(strict, bearer, TILES):
         answer = predict(strict.url, encoded(kind="JPEG"), **bearer)
@@ -482,17 +494,6 @@ def status_of(answers: BinaryIO) -> int:
         length = int(value) if name == b"content-length" else length
     answers.read(length)
     return status
-
-
-def test_a_client_says_how_long_it_waits(strict: Server, bearer: dict[str, str]) -> None:
-    tile = encoded(kind="JPEG")
-    for said in ("soon", "0", "-1", "nan"):
-        answer = predict(strict.url, tile, **bearer, x_request_timeout=said)
-        assert "takes seconds above 0" in refused(answer, 422)
-    with busy(strict, bearer, QUEUE // 2):
-        answer = predict(strict.url, tile, **bearer, x_request_timeout="0.02")
-        assert "the time allowed had passed" in refused(answer, 429)
-    assert predict(strict.url, tile, **bearer, x_request_timeout="5").status_code == 200
 
 
 def test_what_it_has_begun_is_answered_when_it_is_stopped(store: Path, version: str) -> None:

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,22 +57,22 @@ def test_a_delivery_that_mlflow_signed_lately_is_taken() -> None:
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
-        ({}, 401),
-        (signed(body(), key="another"), 401),
-        (signed(body(version="2")), 401),
-        (signed(body()) | {"x-mlflow-delivery-id": "d2"}, 401),
-        (signed(body()) | {"x-mlflow-signature": "v1,"}, 401),
-        (signed(body()) | {"x-mlflow-signature": "\u00e4"}, 401),
-        (signed(body(), id_=""), 401),
-        (signed(body(), age_s=400), 400),
-        (signed(body(), age_s=-400), 400),
+        (lambda: {}, 401),
+        (lambda: signed(body(), key="another"), 401),
+        (lambda: signed(body(version="2")), 401),
+        (lambda: signed(body()) | {"x-mlflow-delivery-id": "d2"}, 401),
+        (lambda: signed(body()) | {"x-mlflow-signature": "v1,"}, 401),
+        (lambda: signed(body()) | {"x-mlflow-signature": "\u00e4"}, 401),
+        (lambda: signed(body(), id_=""), 401),
+        (lambda: signed(body(), age_s=400), 400),
+        (lambda: signed(body(), age_s=-400), 400),
     ],
 )
 def test_a_delivery_that_is_forged_or_stale_is_refused(
-    headers: dict[str, str], status: int
+    headers: Callable[[], dict[str, str]], status: int
 ) -> None:
     with pytest.raises(receiver.Refused) as refused:
-        receiver.check(SECRET, headers, body(), time.time())
+        receiver.check(SECRET, headers(), body(), time.time())
     assert refused.value.status == status
 
 

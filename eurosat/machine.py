@@ -63,8 +63,8 @@ def keep_freed_memory() -> None:
 def give_back_freed_memory() -> None:
     """Hand what this process has freed to the kernel, from the arenas of all its threads.
 
-    By itself glibc keeps what lies between two blocks in use: a server that loads a version of a
-    ResNet18 beside another grows by 6 MB a swap. Another C library is left as it is.
+    By itself glibc keeps what lies between two blocks in use, so that a server grows with each
+    version that it loads beside another. Another C library is left as it is.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):

@@ -1,6 +1,6 @@
 """HTTP as uvicorn reads it, with bounds on a request's head and our shape for what is no HTTP.
 
-What comes while the server is crowded is refused here, for a tenth of what the app takes to.
+Tiles that come while the server is crowded are refused here, before the app is asked.
 """
 
 import asyncio

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import onnx
@@ -150,3 +151,36 @@ def make_champion(store: Path) -> str:
     number = register.register(run_id, "eurosat", "challenger")
     versions.client().set_registered_model_alias("eurosat", "champion", number)
     return number
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    head: bytes
+    body: bytes
+
+    @property
+    def kind(self) -> str:
+        return headers_of(self.head).get("content-type", "")
+
+
+def headers_of(head: bytes) -> dict[str, str]:
+    lines = head.decode("latin-1").split("\r\n")[1:]
+    return {
+        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
+    }
+
+
+def read_answer(file: BinaryIO, *, to_head: bool = False) -> Answer | None:
+    """The next one of a connection; None where it has been closed."""
+    status = 100
+    while status == 100:
+        lines = []
+        while (line := file.readline()) not in (b"\r\n", b""):
+            lines.append(line)
+        if not lines:
+            return None
+        head = b"".join(lines)
+        status = int(head.split(b" ", 2)[1])
+    size = 0 if to_head else int(headers_of(head)["content-length"])
+    return Answer(status, head, file.read(size))

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from serving.live import load
 from serving.refusals import CODES, Refused
 from tests.broken import CASES, JPEG, JSON, PATIENCE_S, SECRET, WRONG, Case, request
 from tests.registries import MLFLOW_WARNS, make_run
+from tests.servers import Answer, headers_of, read_answer
 from tests.test_serving_pictures import GOOD, files
 from tests.test_serving_stock import ROOT, START_S
 
@@ -37,24 +37,6 @@ GROWTH_MB, LARGE_GROWTH_MB = 2.0, 24.0
 """Of the server's memory by the corpus without its large bodies, at least once in `PASSES`, and by
 all of it, whose 100 MB an allocator gives back as it likes."""
 PASSES = 9
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    head: bytes
-    body: bytes
-
-    @property
-    def kind(self) -> str:
-        return headers_of(self.head).get("content-type", "")
-
-
-def headers_of(head: bytes) -> dict[str, str]:
-    lines = head.decode("latin-1").split("\r\n")[1:]
-    return {
-        name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)
-    }
 
 
 class Server:
@@ -76,7 +58,7 @@ class Server:
             beside.submit(write, sent, case.wire())
             try:
                 with sent.makefile("rb") as file:
-                    return read(file, to_head=case.to_head)
+                    return read_answer(file, to_head=case.to_head)
             except ConnectionError:
                 return None
             finally:
@@ -109,20 +91,6 @@ def write(sent: socket.socket, wire: Sequence[bytes | float]) -> None:
                 time.sleep(piece)
     except OSError:
         pass  # refused before it was whole
-
-
-def read(file: Any, to_head: bool = False) -> Answer | None:
-    status = 100
-    while status == 100:
-        lines = []
-        while (line := file.readline()) not in (b"\r\n", b""):
-            lines.append(line)
-        if not lines:
-            return None
-        head = b"".join(lines)
-        status = int(head.split(b" ", 2)[1])
-    size = 0 if to_head else int(headers_of(head)["content-length"])
-    return Answer(status, head, file.read(size))
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ from tests.servers import (
     Server,
     make_champion,
     make_whole_network,
+    read_answer,
     running,
     until,
 )
@@ -487,13 +488,9 @@ def test_what_is_no_chunk_is_told_at_once(strict: Server, bearer: dict[str, str]
 
 def status_of(answers: BinaryIO) -> int:
     """Of the next one, which is read to its end."""
-    status = int(answers.readline().split()[1])
-    length = 0
-    while (line := answers.readline()) != b"\r\n":
-        name, _, value = line.lower().partition(b": ")
-        length = int(value) if name == b"content-length" else length
-    answers.read(length)
-    return status
+    answer = read_answer(answers)
+    assert answer is not None, "the connection was closed"
+    return answer.status
 
 
 def test_what_it_has_begun_is_answered_when_it_is_stopped(store: Path, version: str) -> None:

@@ -1,6 +1,6 @@
 """bench-sweep: what a sweep finds for the epochs it trains, against random trials unpruned.
 
-`python -m benchmarks.sweep [--repeats 3] [--epochs 5] [--random 16] [--ours 10]`: both search the
+`python -m benchmarks.sweep [--repeats 3] [--epochs 5] [--random 16] [--ours 8]`: both search the
 same space on the same 5,400 real tiles with two workers, in turn. Writes docs/bench-sweep.png too.
 """
 
@@ -141,7 +141,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--random", type=int, default=16, help="trials that are not stopped")
-    parser.add_argument("--ours", type=int, default=10)
+    parser.add_argument("--ours", type=int, default=8)
     args = parser.parse_args(argv)
     logs.setup("info")
     started, trials = reports.now(), {"random": args.random, "ours": args.ours}

@@ -180,13 +180,15 @@ def searcher(job: Job) -> Searcher:
 
 
 def scheduler(job: Job) -> "TrialScheduler | None":
-    told: dict[str, Any] = {"time_attr": "done_epochs", "grace_period": 1}
-    told |= {"metric": "accuracy", "mode": "max"}
+    told: dict[str, Any] = {"time_attr": "done_epochs", "metric": "accuracy", "mode": "max"}
     if len(job.sweep.aims) > 1 or job.sweep.pruner == "none":
         return None
     if job.sweep.pruner == "asha":
-        return ASHAScheduler(**told, max_t=job.sweep.trial_epochs, reduction_factor=2)
-    return MedianStoppingRule(**told, min_samples_required=2)
+        return ASHAScheduler(
+            **told, grace_period=search.first_rung(job.sweep), max_t=job.sweep.trial_epochs,
+            reduction_factor=search.REDUCTION,
+        )  # fmt: skip
+    return MedianStoppingRule(**told, grace_period=1, min_samples_required=2)
 
 
 class Target(Stopper):

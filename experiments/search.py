@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 MOST_RETRIES = 2
 """Of a trial whose worker or driver was killed."""
+REDUCTION = 4
+"""Successive halving lets one in so many go on, as Optuna and Ray do by themselves."""
 BUSY_S = 60
 """One writer of an SQLite file waits so long for another."""
 JOB, FROM = "job", "from_study"
@@ -131,7 +133,7 @@ def load(name: str, settings: SweepConfig, given: Collection[str]) -> tuple["opt
 
 
 def sampler(settings: SweepConfig, beyond: int = 0) -> "optuna.samplers.BaseSampler":
-    """By its name. TPE stops drawing at random after a third of the trials, at most ten.
+    """By its name. TPE stops drawing at random after a quarter of the trials, at most ten.
 
     Raises:
         ConfigError: optuna has no such sampler, or it cannot be made without being told more.
@@ -145,7 +147,7 @@ def sampler(settings: SweepConfig, beyond: int = 0) -> "optuna.samplers.BaseSamp
     taken = inspect.signature(kind).parameters
     wanted: dict[str, Any] = {"seed": settings.sampler_seed + beyond}
     if kind is optuna.samplers.TPESampler:
-        wanted["n_startup_trials"] = min(10, max(2, settings.trials // 3))
+        wanted["n_startup_trials"] = min(10, max(2, settings.trials // 4))
         wanted["constant_liar"] = settings.workers > 1
     if "population_size" in taken:  # with optuna's 50 a short sweep would have one generation
         wanted["population_size"] = min(50, max(4, settings.trials // 4))
@@ -160,10 +162,20 @@ def pruner(settings: SweepConfig) -> "optuna.pruners.BasePruner":
     import optuna
 
     if settings.pruner == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+        return optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=first_rung(settings), reduction_factor=REDUCTION
+        )
     if settings.pruner == "median":
         return optuna.pruners.MedianPruner(n_startup_trials=2)
     return optuna.pruners.NopPruner()
+
+
+def first_rung(settings: SweepConfig) -> int:
+    """Epochs after which successive halving first stops a trial.
+
+    After one, a trial of a few epochs is still warming up: its rank says little of its last one.
+    """
+    return 2 if settings.trial_epochs > 3 else 1
 
 
 def own_trials(study: "optuna.Study") -> list["optuna.trial.FrozenTrial"]:
@@ -268,9 +280,9 @@ class Search:
         if self._is_taken(number):
             return "taken up by another driver"
         if len(self.job.sweep.aims) == 1:
-            trial = self._running[number]
-            if epoch not in trial.storage.get_trial(trial._trial_id).intermediate_values:
-                trial.report(metrics["val_accuracy"], epoch)
+            trial, done = self._running[number], epoch + 1
+            if done not in trial.storage.get_trial(trial._trial_id).intermediate_values:
+                trial.report(metrics["val_accuracy"], done)
             if trial.should_prune():
                 return "pruned"
         over = self.over()

@@ -321,6 +321,19 @@ def test_minutes_are_those_of_the_whole_study(tmp_path: Path) -> None:
     assert driver.next() is None
 
 
+@pytest.mark.usefixtures("tracking_store")
+@pytest.mark.parametrize(("epochs", "rung"), [(3, 1), (5, 2)])
+def test_successive_halving_counts_whole_epochs(tmp_path: Path, epochs: int, rung: int) -> None:
+    job, study = searching(tmp_path, trials=2, trial_epochs=epochs, pruner="asha")
+    driver = Search(job, study)
+    assert driver.next()
+    assert driver.next()
+    for epoch in range(rung):
+        assert driver.epoch(0, epoch, {"val_accuracy": 0.6}) is None
+        told = driver.epoch(1, epoch, {"val_accuracy": 0.5})
+        assert told == ("pruned" if epoch + 1 == rung else None)
+
+
 def drive_elsewhere(storage: str, skew_s: float) -> None:
     """The owner of a study on a machine with another clock."""
     real = time.time

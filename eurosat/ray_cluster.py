@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,16 @@ def join(address: str | None) -> None:
         {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     )
     shipped = _runtime_env(to_other_machines=bool(address))
+    ours = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, logging_level=logging.WARNING, runtime_env=shipped, **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EuroSATError(
             f"Ray cannot be started at {address or 'this machine'}: {error}"
         ) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)  # Ray's own exits with another code
 
 
 def _runtime_env(*, to_other_machines: bool) -> dict[str, Any]:

@@ -71,8 +71,10 @@ class Unfinished:
             held = str(json.loads((self._directory / ABOUT).read_text())["journal"])
             self._take_up(held, held)
 
-    def begin(self) -> str:
-        """The journal of the run: the one that goes on, or a new one.
+    def begin(self, name: str | None = None) -> str:
+        """The journal of the run: the one that goes on, or a new one, by the name that is given.
+
+        A run of that name that was begun, and whose state is lost, goes on from its first epoch.
 
         It is written here before there is a run, so that a process that is killed at any moment
         leaves one run; what another run left here is dropped.
@@ -82,12 +84,15 @@ class Unfinished:
             for torn in self._directory.glob(".*"):  # what a killed process was writing
                 torn.unlink()
             return self.journal
+        known = tracking.known_as(name) if name else "over"
+        if name is None or known == "over":
+            name = tracking.new_journal()
+        self.journal = name if known == "open" else None
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
-        journal = tracking.new_journal()
-        about = json.dumps(self._about | {"journal": journal})
+        about = json.dumps(self._about | {"journal": name})
         durable.replace_text(self._directory / ABOUT, about)
-        return journal
+        return name
 
     def conclude(self, told: Mapping[str, Any]) -> None:
         """Keep what came of it, before its run is ended: it is not trained again for that."""

@@ -10,12 +10,15 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
+import ray
+from optuna.trial import TrialState
 from ray import tune
 from ray.tune import Callback, Tuner
 from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
@@ -23,9 +26,9 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.stopper import Stopper
 from ray.tune.trainable.function_trainable import wrap_function
 
-from eurosat import durable, logs, ray_cluster, tracking
+from eurosat import cli, durable, logs, ray_cluster, tracking
 from eurosat.config import compose, usual_cache
-from eurosat.errors import EuroSATError, TrackingError
+from eurosat.errors import TrackingError
 from eurosat.prepare import prepare
 from eurosat.unfinished import Unfinished
 from experiments import drivers, objective, search
@@ -40,8 +43,20 @@ log = logging.getLogger(__name__)
 
 LAST_WORDS_S = 60
 """A trial that is stopped is given so long to end its run."""
-NUMBER, LOST = "trial.number", "trial.lost"
-"""In a trial's configuration: its number in the study, and how often Ray has lost its process."""
+NUMBER, LOST, JOURNAL = "trial.number", "trial.lost", "trial.journal"
+"""In a trial's configuration: its number in the study, how often Ray has lost its process, and the
+journal of its run."""
+
+
+class Here:
+    """What only this driver knows: Ray keeps the rest with the experiment and brings it back."""
+
+    study: optuna.Study
+    view: View
+    url: str
+    """Of the storage, with its password."""
+    over: Callable[[], str | None]
+    """Why the sweep ends, or None."""
 
 
 def run(job: Job, study: optuna.Study) -> None:
@@ -57,17 +72,29 @@ def run(job: Job, study: optuna.Study) -> None:
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C ends the sweep, as elsewhere
     logging.getLogger("ray.tune.analysis").setLevel(logging.ERROR)  # misses those loggers' files
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
+    # an epoch tells no latency, nor one that failed
+    os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     ray_cluster.join(job.sweep.ray_address)
-    Listener.study, Listener.view = study, View(study, job)
+    began, before_s = time.monotonic(), float(study.user_attrs.get(drivers.SPENT, 0))
+    Here.study, Here.view, Here.url = study, View(study, job), job.sweep.storage
+    Here.over = lambda: search.is_over(study, job, before_s + time.monotonic() - began)
     retries = _take_up(study)
     try:
-        with Listener.view.shown():
+        with Here.view.shown():
             results = tuner(job, retries).fit()
+    except (KeyboardInterrupt, SystemExit) as told:
+        ray.shutdown(wait_for_processes=True)  # those of the trials; of a cluster they end soon
+        _end_runs(study, {"RUNNING": ("KILLED", {})})
+        if isinstance(told, SystemExit):  # Ray may have made another code of it
+            raise SystemExit(cli.TERMINATED) from told
+        raise
     finally:
         _release(study)
     for error in results.errors:
         log.warning("a trial failed: %s", str(error).strip().splitlines()[-1])
     _bury_the_lost(study)
+    if why := Here.over():
+        log.info("sweep: %s", why)
 
 
 def home(job: Job) -> Path:
@@ -81,13 +108,15 @@ def tuner(job: Job, retries: Mapping[int, int]) -> Tuner:
     ``retries`` says how often each trial was left so.
     """
     sweep = job.sweep
+    told = dataclasses.replace(sweep, storage=tracking.without_password(sweep.storage))
+    job = dataclasses.replace(job, sweep=told)  # Ray keeps it where others may read
     kept = os.environ.get("RAY_STORAGE") or str(home(job).parent)
     resources = {"cpu": sweep.trial_cpus, "gpu": sweep.trial_gpus}
     trial = tune.with_resources(trainable(job, retries), resources)
     place = f"{kept}/{home(job).name}"
     if tune.Tuner.can_restore(place):
         log.info("continuing what is kept in %s", place)
-        return tune.Tuner.restore(place, trainable=trial, resume_errored=True)
+        return tune.Tuner.restore(place, trainable=trial)
     return tune.Tuner(
         trial,
         tune_config=tune.TuneConfig(
@@ -95,18 +124,31 @@ def tuner(job: Job, retries: Mapping[int, int]) -> Tuner:
             max_concurrent_trials=sweep.workers,
             search_alg=searcher(job),
             scheduler=scheduler(job),
-            time_budget_s=60 * sweep.minutes if sweep.minutes else None,
         ),
         run_config=tune.RunConfig(
             name=home(job).name,
             storage_path=kept,
-            stop=Target(sweep.target, sweep.trial_epochs),
+            stop=Limit(),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             failure_config=tune.FailureConfig(max_failures=search.MOST_RETRIES),
             callbacks=[Listener()],
             verbose=0,
         ),
     )
+
+
+class Storage(optuna.storages.RDBStorage):
+    """Pickled without its address: Ray keeps it where others may read."""
+
+    def __reduce__(self) -> Any:
+        return _storage, ()
+
+
+def _storage() -> Storage:
+    """Ray knows which trials live: they need no heartbeat."""
+    made = search.storage(Here.url, beats=False, kind=Storage)
+    assert isinstance(made, Storage)
+    return made
 
 
 class Searcher(OptunaSearch):
@@ -125,8 +167,9 @@ class Searcher(OptunaSearch):
         for frozen in begun:
             if not frozen.state.is_finished() and frozen.number not in known:
                 self._ot_trials[trial_id] = optuna.Trial(self._study, frozen._trial_id)
-                return {**frozen.params, NUMBER: frozen.number}
-        if len(begun) >= self.trials:
+                journal = frozen.user_attrs.get(search.RUN) or tracking.new_journal()
+                return {**frozen.params, NUMBER: frozen.number, JOURNAL: journal}
+        if len(begun) >= self.trials or Here.over():
             return self.FINISHED
         return super().suggest(trial_id)
 
@@ -138,8 +181,9 @@ class Searcher(OptunaSearch):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         whole = result and result.get("done_epochs", 0) >= self.epochs
+        error = error or bool(result and result.get("failed"))
         if not self._has_ended(trial_id):
-            super().on_trial_complete(trial_id, result if whole else None, error)
+            super().on_trial_complete(trial_id, result if whole and not error else None, error)
 
     @property
     def _study(self) -> optuna.Study:
@@ -160,7 +204,7 @@ class Suggest:
 
     def __call__(self, trial: optuna.Trial) -> dict[str, Any]:
         spaces.suggest(trial, self.space)
-        return {NUMBER: trial.number}
+        return {NUMBER: trial.number, JOURNAL: tracking.new_journal()}
 
 
 def searcher(job: Job) -> Searcher:
@@ -173,7 +217,7 @@ def searcher(job: Job) -> Searcher:
         mode=[modes[one] for one in metrics] if several else modes[metrics[0]],
         sampler=search.sampler(job.sweep),
         study_name=job.study,
-        storage=search.storage(job.sweep.storage, beats=False),  # Ray knows which trials live
+        storage=_storage(),
     )
     made.epochs, made.trials = job.sweep.trial_epochs, job.sweep.trials
     return made
@@ -191,43 +235,43 @@ def scheduler(job: Job) -> "TrialScheduler | None":
     return MedianStoppingRule(**told, grace_period=1, min_samples_required=2)
 
 
-class Target(Stopper):
-    """Ends the sweep once a whole trial is as accurate as the target."""
-
-    def __init__(self, accuracy: float | None, epochs: int) -> None:
-        self._accuracy, self._epochs, self._reached = accuracy, epochs, False
+class Limit(Stopper):
+    """Ends the trials that run, each after its epoch, once the sweep is over."""
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        if self._accuracy is not None and result.get("done_epochs", 0) >= self._epochs:
-            self._reached = self._reached or result["accuracy"] >= self._accuracy
-        return False
+        return bool(Here.over())
 
     def stop_all(self) -> bool:
-        return self._reached
+        return False
 
 
 class Listener(Callback):
     """Keeps the view up to date, and notes in the study which run a trial has."""
 
-    study: optuna.Study
-    view: View
-    """Both of the class: Ray keeps its callbacks with the experiment and brings them back."""
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        number = trial.config[NUMBER]
+        if search.RUN not in Here.study.get_trials(deepcopy=False)[number].user_attrs:
+            self._note(number, trial.config[JOURNAL])
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
     ) -> None:
         number = trial.config[NUMBER]
-        frozen = self.study.get_trials(deepcopy=False)[number]
-        if frozen.user_attrs.get(search.RUN) != result["run"] and not frozen.state.is_finished():
-            optuna.Trial(self.study, frozen._trial_id).set_user_attr(search.RUN, result["run"])
-        self.view.heard(number, result["accuracy"])
+        if run := result["run"]:
+            self._note(number, run)
+        Here.view.heard(number, result["accuracy"])
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Ray starts it again, in a new process that is given this configuration."""
         trial.config[LOST] = trial.config.get(LOST, 0) + 1
 
     def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-        self.view.update()
+        Here.view.update()
+
+    def _note(self, number: int, run: str) -> None:
+        frozen = Here.study.get_trials(deepcopy=False)[number]
+        if frozen.user_attrs.get(search.RUN) != run and not frozen.state.is_finished():
+            optuna.Trial(Here.study, frozen._trial_id).set_user_attr(search.RUN, run)
 
 
 def trainable(job: Job, retries: Mapping[int, int]) -> Any:
@@ -256,10 +300,13 @@ def carry_out(job: Job, config: Mapping[str, Any], retries: Mapping[int, int]) -
     """Train in a process of Ray's, telling Ray of each epoch."""
     logs.setup("info")
     data = prepare(compose(job.overrides))
-    values = {name: value for name, value in config.items() if name not in (NUMBER, LOST)}
+    own = (NUMBER, LOST, JOURNAL)
+    values = {name: value for name, value in config.items() if name not in own}
     number, threads = config[NUMBER], max(1, int(job.sweep.trial_cpus))
     again = retries.get(number, 0) + config.get(LOST, 0)
-    task = Task(number=number, values=values, retries=again, threads=threads)
+    task = Task(
+        number=number, values=values, retries=again, threads=threads, journal=config[JOURNAL]
+    )  # fmt: skip
     best, run = 0.0, ""
     kept: Path | None = None
 
@@ -292,6 +339,8 @@ def carry_out(job: Job, config: Mapping[str, Any], retries: Mapping[int, int]) -
 
     if done.exists():  # a driver that was killed did not know
         outcome = Outcome(**json.loads(done.read_text()))
+    elif again > search.MOST_RETRIES:
+        outcome = Outcome(state="fail")
     else:
         with contextlib.ExitStack() as stack:
             checkpoint = tune.get_checkpoint()
@@ -301,8 +350,8 @@ def carry_out(job: Job, config: Mapping[str, Any], retries: Mapping[int, int]) -
         best = outcome.values[0]
         named = dict(zip(job.sweep.aims, outcome.values, strict=True))
         tell(job.sweep.trial_epochs, **named)
-    elif outcome.state == "fail":
-        raise EuroSATError(f"trial {task.number + 1} failed: see its run {outcome.run_id}")
+    elif outcome.state == "fail":  # trained again it would fail again
+        tell(job.sweep.trial_epochs, failed=True)
 
 
 def _take_up(study: optuna.Study) -> dict[int, int]:
@@ -331,15 +380,21 @@ def _release(study: optuna.Study) -> None:
 
 
 def _bury_the_lost(study: optuna.Study) -> None:
-    """End the runs of trials that Ray gave up, or that a killed driver alone knew of."""
-    from optuna.trial import TrialState
-
+    """End the trials that Ray gave up, or that a killed driver alone knew of, and their runs; and
+    the runs of those that Ray ended by force.
+    """
     for trial in search.own_trials(study):
         if trial.state == TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL)
-        elif trial.state != TrialState.FAIL:
-            continue
-        if reference := trial.user_attrs.get(search.RUN):
+    killed = {"failed.why": "its processes were killed"}
+    _end_runs(study, {"FAIL": ("FAILED", killed), "PRUNED": ("KILLED", {"pruned": "true"})})
+
+
+def _end_runs(study: optuna.Study, endings: Mapping[str, tuple[tracking.Status, Any]]) -> None:
+    """Give the runs that no process ends any more the status and tags of their trials' states."""
+    for trial in search.own_trials(study):
+        reference = trial.user_attrs.get(search.RUN)
+        if reference and (ending := endings.get(trial.state.name)):
             with contextlib.suppress(TrackingError):  # the server is away: its journal is kept
                 if tracking.get(reference).status == "RUNNING":
-                    tracking.fail(reference, "its processes were killed")
+                    tracking.end(reference, *ending)

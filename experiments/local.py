@@ -114,10 +114,13 @@ def run_in_workers(search: Search, view: View, *, wait_for_others: bool) -> None
                 except (EOFError, ConnectionError):
                     replace(worker)
             view.update()
+    except BaseException:
+        for worker in workers:
+            worker.process.terminate()  # its run ends as KILLED
+        raise
     finally:
         for worker in workers:
-            worker.line.close()
-            worker.process.terminate()  # its run ends as KILLED
+            worker.line.close()  # one that has nothing to do ends
         deadline = time.monotonic() + LAST_WORDS_S
         for worker in workers:
             worker.process.join(max(0, deadline - time.monotonic()))

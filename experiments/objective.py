@@ -44,6 +44,8 @@ class Task:
     """What the sampler suggested for keys of the recipe."""
     retries: int = 0
     threads: int = 0
+    journal: str | None = None
+    """Of its run, where that is known before it has begun."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,24 +92,28 @@ def run(
             if left:
                 saved.adopt(left)
             if saved.concluded:  # and its process was killed before it could tell
-                if saved.journal:
-                    tracking.end(saved.journal, "FINISHED")
                 told = saved.concluded
                 outcome = Outcome(
-                    state="complete", values=tuple(told["values"]), run_id=told["run_id"]
+                    state=told.get("state", "complete"),
+                    values=tuple(told["values"]),
+                    run_id=told["run_id"],
                 )
+                if saved.journal:
+                    whole = outcome.state == "complete"
+                    tracking.end(saved.journal, "FINISHED" if whole else "KILLED")
                 ended(outcome)
                 return outcome
             try:
                 with tracking.run(
-                    config.experiment, label, parent=job.parent, journal=saved.begin(),
+                    config.experiment, label, parent=job.parent,
+                    journal=saved.begin(task.journal),
                     resume=saved.journal, tags=tags, killed_by=(Stopped,),
                 ) as opened:  # fmt: skip
                     run_id = opened.run_id
                     begun(opened, saved)
                     values = _trained(job, config, data, opened, saved, report, label)
                     run_id = opened.run_id
-                    saved.conclude({"values": values, "run_id": run_id})
+                    saved.conclude({"state": "complete", "values": values, "run_id": run_id})
                 outcome = Outcome(state="complete", values=values, run_id=run_id)
             except (Stopped, NonFiniteLoss) as error:
                 log.info("%s: %s", label, error)
@@ -132,9 +138,10 @@ def _trained(
         why = report(epoch, metrics)
         if why and epoch + 1 < config.trainer.epochs:
             run.set_tags({"pruned": "true", "pruned.epoch": epoch + 1, "pruned.why": why})
+            saved.conclude({"state": "pruned", "values": (), "run_id": run.run_id})
             raise Stopped(f"{why} after epoch {epoch + 1}")
 
-    if not saved.described:
+    if not saved.described and run.tag("config.digest") is None:  # nor where it was begun
         train.describe(config, data, run)
         saved.mark_described()
     fitted = launch.fit(config, data, run, on_epoch, saved)

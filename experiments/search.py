@@ -39,7 +39,9 @@ ANEW_ON_RAY = ("refit", "register", "ray_address")
 """What a continued sweep may be told otherwise than it began with; Ray keeps the rest itself."""
 
 
-def storage(url: str, *, beats: bool = True) -> "optuna.storages.RDBStorage":
+def storage(
+    url: str, *, beats: bool = True, kind: "type[optuna.storages.RDBStorage] | None" = None
+) -> "optuna.storages.RDBStorage":
     """Where studies are kept.
 
     Raises:
@@ -52,7 +54,7 @@ def storage(url: str, *, beats: bool = True) -> "optuna.storages.RDBStorage":
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # tracebacks of failed trials
     try:
         with _quietly():
-            return optuna.storages.RDBStorage(
+            return (kind or optuna.storages.RDBStorage)(
                 url, {"connect_args": {"timeout": BUSY_S}} if url.startswith("sqlite") else None,
                 heartbeat_interval=BEAT_S if beats else None, grace_period=STALE_S,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MOST_RETRIES),
@@ -254,9 +256,15 @@ class Search:
             with _quietly():
                 trial = self._study.ask()
             lost = trial.user_attrs.get(RUN)
+            released = trial.user_attrs.get(DRIVER) == RELEASED
             trial.set_user_attr(DRIVER, me())
             if lost:  # of another machine, taken up again here
-                tracking.fail(lost, "its driver was lost")
+                tracking.fail(lost, "it was taken up again on another machine")
+                retries = trial.user_attrs.get(RETRIES, 0) + (not released)
+                trial.set_user_attr(RETRIES, retries)
+                if retries > MOST_RETRIES:
+                    self._give_up(trial, "its drivers were lost", retries)
+                    return self.next()
         self._running[trial.number] = trial
         self._beat(trial)
         return Task(
@@ -327,8 +335,6 @@ class Search:
                     trial.set_user_attr(DRIVER, RELEASED)
 
     def _retry(self, trial: "optuna.Trial", why: str) -> None:
-        from optuna.trial import TrialState
-
         retries = trial.user_attrs.get(RETRIES, 0) + 1
         if retries <= MOST_RETRIES:
             log.warning("trial %d: %s; it is taken up again", trial.number + 1, why)
@@ -336,10 +342,15 @@ class Search:
             trial.set_user_attr(DRIVER, me())  # it waits here, and for nobody else
             self._again.append(trial)
             return
-        log.warning("trial %d: %s, %d times now: it failed", trial.number + 1, why, retries)
-        self._study.tell(trial, state=TrialState.FAIL)
+        self._give_up(trial, why, retries)
         if run := trial.user_attrs.get(RUN):
             tracking.fail(run, f"{why}, {retries} times")
+
+    def _give_up(self, trial: "optuna.Trial", why: str, retries: int) -> None:
+        from optuna.trial import TrialState
+
+        log.warning("trial %d: %s, %d times now: it failed", trial.number + 1, why, retries)
+        self._study.tell(trial, state=TrialState.FAIL)
 
     def _take_up(self) -> None:
         """Try again what a driver that is gone left running."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from eurosat.progress import bar
 from experiments import search
+from experiments.drivers import SPENT
 from experiments.objective import Job
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class View:
         self._study, self._sweep = study, job.sweep
         self._seen: dict[int, float] = {}
         self._started = self._told = time.monotonic()
+        self._spent_before_s = float(study.user_attrs.get(SPENT, 0))
         self._finished_before = self._finished()
 
     @contextmanager
@@ -64,7 +66,7 @@ class View:
         if done > self._finished_before:
             left = spent / (done - self._finished_before) * max(0, sweep.trials - done)
         if sweep.minutes:
-            budget = max(0.0, 60 * sweep.minutes - spent)
+            budget = max(0.0, 60 * sweep.minutes - self._spent_before_s - spent)
             left = budget if left is None else min(left, budget)
         if left is not None:
             parts.append(f"about {_time(left)} left")

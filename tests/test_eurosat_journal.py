@@ -124,6 +124,7 @@ def check_all(way: Proxy, held: Run, folder: Path, status: str = "FINISHED") -> 
     assert times == sorted(times)
     assert times[-1] <= (held.info.end_time or 0)
     assert math.isnan(held.data.metrics["never"])
+    assert held.data.metrics["most"] > 1e308, "how MLflow keeps what is infinite"
     client = MlflowClient(f"http://127.0.0.1:{way.upstream}")
     for path, content in (
         ("notes/hello.txt", b"hello"),
@@ -131,6 +132,13 @@ def check_all(way: Proxy, held: Run, folder: Path, status: str = "FINISHED") -> 
     ):
         copy = client.download_artifacts(held.info.run_id, path, str(folder))
         assert Path(copy).read_bytes() == content
+
+
+def in_journal(directory: Path, key: str) -> list[tuple[int, float, int]]:
+    """Step, value and time, as `points` gives them."""
+    with contextlib.closing(sqlite3.connect(directory / "journal.db")) as opened:
+        asked = "SELECT step, value, time FROM entries WHERE kind = 'metric' AND name = ?"
+        return sorted(opened.execute(asked, (key,)).fetchall())
 
 
 def every_third(number: int, *_: str) -> int | None:
@@ -292,6 +300,8 @@ def test_a_journal_whose_sending_is_killed_gives_the_same_run(
         log_all(run, tmp_path)
     server.away = False
     server.delay_s = 0.02
+    [directory] = journals.all_journals()
+    told = in_journal(directory, "loss")
     for batches in (1, 3, 5):
         sending = multiprocessing.get_context("spawn").Process(target=sync_slowly, args=(30,))
         seen = sent(server)
@@ -301,7 +311,9 @@ def test_a_journal_whose_sending_is_killed_gives_the_same_run(
         sending.join()
     assert run._journal.directory.exists()
     assert verbs.main(["sync"]) == cli.OK
-    check_all(server, only(server, experiment), tmp_path)
+    held = only(server, experiment)
+    check_all(server, held, tmp_path)
+    assert points(server, held, "loss") == told, "every point, with its own time"
 
 
 def has_sent(way: Proxy, batches: int) -> bool:
@@ -336,29 +348,194 @@ def test_an_upload_that_breaks_is_repeated_until_its_checksum_is_right(
 
 
 def test_an_entry_that_the_server_refuses_does_not_hold_back_the_others(
-    server: Proxy, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    server: Proxy, experiment: str, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     with tracking.run(experiment, "r", system_metrics=False) as run:
         run.set_tags({"x" * 300: "a name too long for MLflow"})
         log_all(run, tmp_path)
     check_all(server, only(server, experiment), tmp_path)
     assert "the tracking server refused 1 entries" in caplog.text
-    assert run._journal.directory.exists(), "it is kept with the reason"
+    for _ in range(2):
+        assert verbs.main(["sync"]) == cli.NEGATIVE
+        said = capsys.readouterr().out
+        assert "the server refused 1, the first: tag xxx" in said
+        assert f"delete {run._journal.directory} to give that up" in said
+        assert "everything" not in said
+    check_all(server, only(server, experiment), tmp_path)
 
 
-def test_a_file_that_the_server_refuses_does_not_hold_back_the_others(
-    server: Proxy, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("when", ["while it ran", "when it was sent later"])
+def test_a_file_that_the_server_refuses_is_kept_until_it_takes_it(
+    server: Proxy, experiment: str, tmp_path: Path, when: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     server.status = lambda _, method, path: (
         413 if (method, "huge" in path) == ("PUT", True) else None
     )
+    server.away = when == "when it was sent later"
     with tracking.run(experiment, "r", system_metrics=False) as run:
         run.log_text("x", "huge.bin")
         log_all(run, tmp_path)
+    server.away = False
+    assert verbs.main(["sync"]) == cli.NEGATIVE
+    assert "the server refused 1, the first: artifact huge.bin" in capsys.readouterr().out
     check_all(server, only(server, experiment), tmp_path)
-    assert "the server refuses the artifact huge.bin" in caplog.text
-    assert run._journal.directory.exists(), "it is kept with the reason"
-    assert verbs.main(["status"]) == cli.OK, "nothing waits"
+    assert verbs.main(["status"]) == cli.NEGATIVE
+    assert "the server refused 1, the first: artifact huge.bin" in capsys.readouterr().out
+    server.status = lambda *_: None
+    assert verbs.main(["sync"]) == cli.OK
+    with tracking.artifact(run.run_id, "huge.bin") as file:
+        assert file.read_text() == "x"
+    assert not list(journals.all_journals())
+
+
+def test_what_was_refused_comes_after_nothing_that_was_said_later(
+    server: Proxy, experiment: str
+) -> None:
+    journal = Journal.create(server=store.server(), experiment=experiment, run_name="r")
+    journal.set_tags({"kind": "refused", "other": "refused"})
+    for entry in journal.entries(2):
+        journal.refused(entry.seq, "too long")
+    journal.set_tags({"kind": "taken"})
+    journal.offer_again()
+    assert [(one.name, one.value) for one in journal.entries(9)] == [
+        ("kind", "taken"), ("other", "refused"),
+    ]  # fmt: skip
+    assert journal.tag("kind") == "taken"
+    journal.close()
+
+
+class PrunedError(Exception):
+    """A trial is stopped."""
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [
+        (ValueError, "FAILED"),
+        (KeyboardInterrupt, "KILLED"),
+        (SystemExit, "KILLED"),
+        (PrunedError, "KILLED"),
+    ],
+)
+def test_the_server_hears_how_a_run_ended(
+    server: Proxy, experiment: str, tmp_path: Path, ending: type[BaseException], status: str
+) -> None:
+    with (
+        pytest.raises(ending),
+        tracking.run(experiment, "r", system_metrics=False, killed_by=(PrunedError,)) as run,
+    ):
+        log_all(run, tmp_path)
+        raise ending
+    check_all(server, only(server, experiment), tmp_path, status)
+
+
+def test_a_run_that_goes_on_on_another_machine_knows_what_it_was_told(
+    server: Proxy, ports: list[int], experiment: str
+) -> None:
+    with tracking.run(experiment, "parent", system_metrics=False) as parent:
+        with (
+            pytest.raises(SystemExit),
+            tracking.run(experiment, "r", parent=parent.journal, system_metrics=False) as run,
+        ):
+            run.log_params({"lr": 0.1})
+            run.set_tags({"kind": "trial", "killed.why": "its node was lost"})
+            run.log_metrics({"loss": 0.5})
+            raise SystemExit
+        [before] = [r for r in runs(server, experiment) if r.info.run_id == run.run_id]
+        shutil.rmtree(root() / run.journal.removeprefix("journal:"))
+        with tracking.run(experiment, "r", resume=run.journal, system_metrics=False) as again:
+            assert again.tag("kind") == "trial"
+            assert again._journal.about("start_ms") == str(before.info.start_time)
+            again.log_params({"lr": 0.1})
+            again.log_metrics({"loss": 0.25}, 1)
+            until(lambda: not again._journal.waiting())
+            server.upstream = ports[1]  # and now the server loses its disk
+            again.log_metrics({"loss": 0.125}, 2)
+            parent.log_metrics({"a": 1})
+            until(lambda: not (parent._journal.waiting() or again._journal.waiting()))
+    by_name = {one.info.run_name: one for one in runs(server, experiment)}
+    held = by_name["r"]
+    assert held.data.tags[tracking.PARENT] == by_name["parent"].info.run_id
+    assert (held.info.status, held.info.start_time) == ("FINISHED", before.info.start_time)
+    assert (held.data.params, held.data.tags["kind"]) == ({"lr": "0.1"}, "trial")
+    assert held.data.tags["killed.why"] == "its node was lost; then continued"
+    got = [(step, value) for step, value, _ in points(server, held, "loss")]
+    assert got == [(0, 0.5), (1, 0.25), (2, 0.125)]
+
+
+def test_of_runs_made_twice_the_one_that_was_written_to_is_kept(
+    server: Proxy, experiment: str, tmp_path: Path
+) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        log_all(run, tmp_path)
+        until(lambda: not run._journal.waiting())
+        first = run.run_id
+        late = MlflowClient().create_run(
+            only(server, experiment).info.experiment_id, 1,
+            {store.JOURNAL_ID: run.journal.removeprefix("journal:")},
+        )  # fmt: skip
+        assert late.info.run_id != first
+    held = only(server, experiment)
+    assert held.info.run_id == first
+    check_all(server, held, tmp_path)
+
+
+def test_a_server_that_was_waited_for_in_vain_holds_up_no_later_run(
+    server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "AWAY_S", 0.1)
+    server.away = True
+    with tracking.run(experiment, "first", system_metrics=False):
+        pass
+    monkeypatch.setattr(delivery, "PATIENCE_S", 3600.0)
+    with tracking.run(experiment, "second", system_metrics=False):
+        pass
+    server.away = False
+    with tracking.run(experiment, "third", system_metrics=False):
+        pass
+    assert only(server, experiment).info.run_name == "third"
+    assert store.server() not in delivery.Sender.away, "it is waited for again"
+    assert verbs.main(["sync"]) == cli.OK
+    assert len(runs(server, experiment)) == 3
+
+
+def test_logging_waits_for_no_answer(server: Proxy, experiment: str, tmp_path: Path) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        until(lambda: not run._journal.waiting())
+        asked = len(server.requests)
+        server.delay_s = 30.0
+        run.log_metrics({"first": 1})
+        until(lambda: len(server.requests) > asked)
+        log_all(run, tmp_path)
+        assert run.waiting().entries > STEPS, "no request was answered since"
+        server.delay_s = 0.0
+    until(lambda: verbs.main(["sync"]) == cli.OK)
+    check_all(server, only(server, experiment), tmp_path)
+
+
+def test_pauses_between_repetitions_grow_up_to_a_cap_and_differ() -> None:
+    for failures in range(12):
+        whole = min(delivery.BACKOFF_S * 2**failures, delivery.MOST_BACKOFF_S)
+        drawn = [delivery.pause_s(failures, delivery.MOST_BACKOFF_S) for _ in range(50)]
+        assert all(whole / 2 <= pause <= whole for pause in drawn)
+        assert len(set(drawn)) > 1
+    assert delivery.pause_s(10**6, delivery.MOST_BACKOFF_S) <= delivery.MOST_BACKOFF_S
+
+
+def test_what_a_living_process_sends_is_not_claimed(
+    server: Proxy, experiment: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.away = True
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        run.log_metrics({"a": 1})
+        assert verbs.main(["sync"]) == cli.OK
+        said = capsys.readouterr().out
+        assert "its process is alive and sends it itself" in said
+        assert "everything" not in said
+    assert verbs.main(["sync", "0123"]) == cli.OK
+    assert capsys.readouterr().out.startswith("nothing of these waits here")
 
 
 class Killed(Exception):
@@ -558,6 +735,26 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(
     assert [step for step, *_ in got] == list(range(STEPS * 5))
 
 
+def test_a_disk_that_stays_full_fails_the_run_and_the_server_hears_it(
+    server: Proxy, experiment: str
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with (
+            pytest.raises(TrackingError, match="make room there"),
+            tracking.run(experiment, "r", system_metrics=False) as run,
+        ):
+            until(lambda: not run._journal.waiting())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+            for step in range(STEPS * 10):
+                run.log_metrics({"loss": 1.0, "accuracy": 0.5}, step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert only(server, experiment).info.status == "FAILED"
+    assert verbs.main(["sync"]) == cli.OK
+    assert only(server, experiment).info.status == "FAILED", "not as if it had been killed"
+
+
 def test_a_journal_that_cannot_be_made_is_one_line(
     server: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -586,6 +783,7 @@ def until(condition: Callable[[], object], limit_s: float = 60) -> None:
         time.sleep(0.02)
 
 
+MINUTE, ALWAYS = "for a minute", "from beginning to end"
 FAULTS: dict[str, Callable[[Proxy, bool], None]] = {
     "stopped": lambda way, on: setattr(way, "away", on),
     "500 to every third call": lambda way, on: setattr(
@@ -597,8 +795,13 @@ FAULTS: dict[str, Callable[[Proxy, bool], None]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("when", ["for a minute", "from beginning to end"])
+@pytest.mark.parametrize(
+    ("when", "fault"),
+    [
+        *((when, fault) for when in (MINUTE, ALWAYS) for fault in FAULTS),
+        ("half way", "an empty disk"),
+    ],
+)
 @pytest.mark.usefixtures("tiny_pack")
 def test_a_whole_training_behind_a_server_with_a_fault(
     ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -607,7 +810,7 @@ def test_a_whole_training_behind_a_server_with_a_fault(
     epochs, label = 1000, experiment.replace("[", "-").rstrip("]")
     with proxy(ports[0]) as way, (tmp_path / "said").open("w") as said:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", way.uri)
-        if when != "for a minute":
+        if when == ALWAYS:
             FAULTS[fault](way, True)
         path = f"{Path(__file__).resolve().parents[1]}:{os.environ['PYTHONPATH']}"
         training = subprocess.Popen(
@@ -616,18 +819,29 @@ def test_a_whole_training_behind_a_server_with_a_fault(
             env=os.environ | {"PYTHONPATH": path}, stderr=said, stdout=subprocess.DEVNULL,
             cwd=tmp_path,
         )  # fmt: skip
-        if when == "for a minute":
+        if when != ALWAYS:
             until(lambda: runs(way, label) and only(way, label).data.metrics.get("val_loss"), 120)
+        if when == "half way":
+            way.upstream = ports[1]
+        if when == MINUTE:
             FAULTS[fault](way, True)
             time.sleep(60)
+            assert training.poll() is None, "the minute was in the middle of it"
             FAULTS[fault](way, False)
         assert training.wait(timeout=600) == cli.OK, (tmp_path / "said").read_text()[-3000:]
-        FAULTS[fault](way, False)
+        unsent = any(journal.about("server") == way.uri for journal, _ in verbs.unsent())
+        told = (tmp_path / "said").read_text().count("`python -m eurosat.tracking sync` sends it")
+        assert told == unsent, "one line says what the server does not have"
+        if when == ALWAYS:
+            assert unsent == (fault != "500 to every third call")
+            FAULTS[fault](way, False)
         until(lambda: verbs.main(["sync"]) == cli.OK, 120)
         held = only(way, label)
         assert held.info.status == "FINISHED"
         assert [step for step, *_ in points(way, held, "val_accuracy")] == list(range(epochs))
         assert held.data.metrics["test_accuracy"] > 0
+        assert held.data.params["trainer.epochs"] == str(epochs)
+        assert held.data.tags["kind"] == "train"
         with tracking.artifact(held.info.run_id, "weights.safetensors") as file:
             assert file.stat().st_size > 0
         assert "Traceback" not in (tmp_path / "said").read_text()

@@ -24,7 +24,8 @@ RAY = (*SWEEP, "engine=ray", "workers=2", "study=s", "log_level=warning")
 @pytest.mark.usefixtures("tracking_store", "tiny_pack")
 def test_a_sweep_on_ray_leaves_what_the_other_engine_leaves(tmp_path: Path) -> None:
     storage = f"storage=sqlite:///{tmp_path}/study.db"
-    process = saying(tmp_path, *RAY, storage, "trials=3", "trial_epochs=2", "pruner=asha")
+    given = ("trials=3", "trial_epochs=2", "pruner=asha", "trial_cpus=0.5")
+    process = saying(tmp_path, *RAY, storage, *given)
     said, complaint = process.communicate(timeout=300)
     assert process.returncode == cli.OK, complaint[-3000:]
     refit = said.splitlines()[-1].removeprefix("run ")
@@ -53,6 +54,61 @@ def test_a_sweep_on_ray_leaves_what_the_other_engine_leaves(tmp_path: Path) -> N
     )
     with tracking.artifact(parent.info.run_id, "figures/history.png") as file:
         assert file.stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_on_ray_takes_two_objectives(tmp_path: Path) -> None:
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    given = ("trials=2", "trial_epochs=2", "objectives=accuracy,latency", "refit=false")
+    process = saying(tmp_path, *RAY, storage, *given, "sampler=NSGAIISampler")
+    _, complaint = process.communicate(timeout=300)
+    assert process.returncode == cli.OK, complaint[-3000:]
+    for trial in trials(tmp_path):
+        held = tracking.get(trial.user_attrs["run"])
+        assert trial.values == [held.metrics["best_val_accuracy"], held.metrics["latency_ms"]]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_on_ray_that_is_told_to_end_says_so_and_goes_on(tmp_path: Path) -> None:
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    given = (*RAY, storage, "trials=3", "trial_epochs=60", "pruner=none", "refit=false")
+    first = saying(tmp_path, *given)
+    until(lambda: sum(len(t.intermediate_values) > 3 for t in trials(tmp_path)) == 2, first)
+    first.terminate()
+    first.communicate(timeout=120)
+    assert first.returncode == cli.TERMINATED
+    parent = MlflowClient().get_run(tracking.latest_run("eurosat", kind="sweep"))
+    below = children(parent)
+    assert {run.info.status for run in [parent, *below]} == {"KILLED"}
+    second = saying(tmp_path, "resume=s", storage)
+    _, complaint = second.communicate(timeout=400)
+    assert second.returncode == cli.OK, complaint[-3000:]
+    by_number = check_whole(tmp_path, 3, 60)
+    assert not [r for r in by_number.values() if "trial.retries" in r.data.tags]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_on_ray_ends_at_its_target_and_a_diverged_trial_failed(tmp_path: Path) -> None:
+    (tmp_path / "wild.yaml").write_text("optim.lr: {choices: [0.1, 1.0e+30]}\n")
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    given = (*RAY, storage, "trials=9", "trial_epochs=30", "pruner=none", "refit=false")
+    free = (f"space={tmp_path}/wild.yaml", "optim.clip_norm=0", "target=0.05", "sampler_seed=1")
+    process = saying(tmp_path, *given, *free)
+    said, complaint = process.communicate(timeout=400)
+    assert process.returncode == cli.OK, complaint[-3000:]
+    held = {str(trial.number): trial for trial in trials(tmp_path)}
+    states = [trial.state.name for trial in held.values()]
+    assert "COMPLETE" in states
+    assert len(states) < 9, "none began after the target was reached"
+    assert "FAIL" in states, said
+    status = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
+    parent = MlflowClient().get_run(tracking.latest_run("eurosat", kind="sweep"))
+    for run in children(parent):
+        assert run.info.status == status[held[run.data.tags["trial.number"]].state.name]
+        assert "trial.retries" not in run.data.tags, "no process was lost"
 
 
 @pytest.mark.slow

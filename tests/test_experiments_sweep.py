@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from mlflow.entities import Run
 
 from eurosat import cli, tracking
 from eurosat.config import CONF, TrainConfig, compose
-from eurosat.errors import ConfigError, EuroSATError
+from eurosat.errors import ConfigError, EuroSATError, NonFiniteLoss
 from eurosat.prepare import Prepared
 from eurosat.unfinished import Unfinished, claim
 from experiments import drivers, objective, search, space, sweep
 from experiments.objective import Job, Outcome, Task
 from experiments.search import Search, create
 from experiments.settings import SweepConfig
+from experiments.view import View
 from tests.conftest import TINY
 from tests.sweeps import ROOT, SWEEP, check_whole, children, saying, trials, until
 
@@ -80,7 +82,41 @@ def test_trials_stand_below_their_parent_and_the_best_is_refitted(
     assert refit.data.metrics["test_accuracy"] == parent.data.metrics["test_accuracy"]
     assert parent.data.metrics["best_val_accuracy"] == study.best_value
     with tracking.artifact(parent.info.run_id, "figures") as folder:
-        assert (folder / "history.png").stat().st_size > 10_000
+        drawn = ["history"]
+        if len({trial.value for trial in study.trials}) > 1:
+            drawn += ["importances", "parallel_coordinates"]
+        assert {file.stem for file in folder.iterdir()} == set(drawn)
+        assert all(file.stat().st_size > 10_000 for file in folder.iterdir())
+
+
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_that_goes_on_refits_its_best_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = f"storage=sqlite:///{tmp_path}/study.db"
+    given = [*SWEEP, storage, "study=s", "trials=1", "log_level=warning"]
+    assert sweep.main(given) == cli.OK
+
+    def diverges(*_: object) -> None:
+        raise NonFiniteLoss("the loss of epoch 1 is nan")
+
+    monkeypatch.setattr(objective, "_trained", diverges)
+    assert sweep.main(["resume=s", storage, "trials=2", "log_level=warning"]) == cli.OK
+    assert [trial.state.name for trial in trials(tmp_path)] == ["COMPLETE", "FAIL"]
+    parent = MlflowClient().get_run(tracking.latest_run("eurosat", kind="sweep"))
+    assert sorted(c.data.tags["kind"] for c in children(parent)) == ["refit", "trial", "trial"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tracking_store", "tiny_pack")
+def test_a_sweep_registers_its_refit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}:{ROOT}")
+    given = [*SWEEP, f"storage=sqlite:///{tmp_path}/study.db", "trials=1", "register=true"]
+    assert sweep.main([*given, "log_level=warning"]) == cli.OK
+    parent = MlflowClient().get_run(tracking.latest_run("eurosat", kind="sweep"))
+    [version] = MlflowClient().search_model_versions("name = 'eurosat'")
+    assert version.run_id == parent.data.tags[tracking.BEST_RUN]
+    assert "champion" not in version.aliases, "that is for the gate to say"
 
 
 @pytest.mark.usefixtures("tracking_store", "tiny_pack")
@@ -407,6 +443,52 @@ def test_a_trial_without_a_driver_is_taken_up_whatever_clock_it_was_begun_by(
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING"]
 
 
+@pytest.mark.usefixtures("tracking_store")
+def test_a_trial_that_workers_and_drivers_lose_is_given_up_after_two_retries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On machines that share nothing but the storage; each driver falls silent."""
+    monkeypatch.setattr(search, "STALE_S", 1)
+    job, study = searching(tmp_path, trials=1)
+    seen: list[int] = []
+
+    def begins(driver: Search) -> bool:
+        if task := driver.next():
+            with tracking.run("e", "r", system_metrics=False) as run:
+                driver.begun(task.number, run.journal)
+            seen.append(task.retries)
+        return bool(task) or all(trial.state.is_finished() for trial in study.trials)
+
+    for number in range(3):
+        monkeypatch.setattr(socket, "gethostname", lambda number=number: f"machine {number}")
+        driver = Search(job, study)
+        until(partial(begins, driver), None)
+        if number == 0:
+            driver.died(0, "its worker was killed")
+            assert begins(driver)
+    assert seen == [0, 1, 2]
+    assert "its drivers were lost, 3 times now: it failed" in caplog.text
+    assert {trial.state.name for trial in study.trials} == {"FAIL"}
+
+
+def test_the_view_tells_trials_the_best_and_the_time_left(tmp_path: Path) -> None:
+    job, study = searching(tmp_path, trials=4, minutes=10, pruner="asha")
+    study.set_user_attr(drivers.SPENT, 240.0)
+    seen = View(study, job)
+    driver = Search(job, study)
+    with seen.shown():
+        assert seen.line() == "0 of 4 done, 0 running, about 6 min left"
+        tasks = [driver.next() for _ in range(3)]
+        seen.heard(0, 0.5)
+        assert seen.line() == "0 of 4 done, 3 running, so far 0.5000, about 6 min left"
+        assert all(tasks)
+        driver.ended(0, Outcome(state="complete", values=(0.75,)))
+        driver.ended(1, Outcome(state="pruned"))
+        driver.ended(2, Outcome(state="fail"))
+        line = "3 of 4 done (1 pruned, 1 fail), 0 running, best 0.7500, about "
+        assert seen.line().startswith(line)
+
+
 def test_a_driver_that_nobody_has_buried_is_gone() -> None:
     assert not drivers.is_gone(drivers.me())
     dead = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
@@ -517,6 +599,33 @@ def test_a_trial_that_was_killed_after_its_end_is_not_trained_again(
     held = tracking.get(begun[0].run_id)
     assert (held.status, held.run_id) == ("FINISHED", outcome.run_id)
     assert outcome.values == (held.metrics["best_val_accuracy"],)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_pruned_trial_that_was_killed_before_it_could_tell_stays_pruned(
+    tiny_data: Prepared,
+) -> None:
+    settings = SweepConfig(trials=1, trial_epochs=2, study="s")
+    with tracking.run("eurosat", "parent", system_metrics=False) as parent:
+        job = Job(sweep=settings, study="s", overrides=TINY, parent=parent.journal)
+        answers: list[str | None] = ["pruned", None]
+
+        def killed(_: object) -> None:
+            raise SystemExit
+
+        def trial(ended: Callable[[Outcome], None]) -> Outcome:
+            return objective.run(
+                job, Task(number=0, values={}), tiny_data, lambda *_: answers.pop(0),
+                lambda *_: None, ended=ended,
+            )  # fmt: skip
+
+        with pytest.raises(SystemExit):
+            trial(killed)
+        outcome = trial(lambda _: None)
+    assert outcome.state == "pruned"
+    assert answers == [None], "it was not trained again"
+    held = tracking.get(outcome.run_id)
+    assert (held.status, held.tags["pruned.epoch"]) == ("KILLED", "1")
 
 
 @pytest.mark.usefixtures("tracking_store")

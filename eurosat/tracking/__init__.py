@@ -4,7 +4,7 @@ A run is written into a journal on this machine and sent on from there (`runs`, 
 `delivery`); what the server holds is read from it (`store`).
 """
 
-from eurosat.tracking.delivery import PARENT
+from eurosat.tracking.journal import Status
 from eurosat.tracking.runs import (
     Run,
     Unlogged,
@@ -14,6 +14,7 @@ from eurosat.tracking.runs import (
     end,
     fail,
     flatten,
+    known_as,
     new_journal,
     run,
     user,
@@ -21,6 +22,7 @@ from eurosat.tracking.runs import (
 from eurosat.tracking.store import (
     ABSENT,
     BEST_RUN,
+    PARENT,
     FinishedRun,
     alias_version,
     artifact,
@@ -41,6 +43,7 @@ __all__ = [
     "PARENT",
     "FinishedRun",
     "Run",
+    "Status",
     "Unlogged",
     "alias_version",
     "artifact",
@@ -55,6 +58,7 @@ __all__ = [
     "first_line",
     "flatten",
     "get",
+    "known_as",
     "latest_run",
     "new_journal",
     "resolve_run",

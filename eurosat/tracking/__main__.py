@@ -1,5 +1,6 @@
 """What runs on this machine have not told the tracking server yet: look at it, and send it."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -13,7 +14,8 @@ from eurosat.tracking.journal import PREFIX, Journal, now_ms
 
 
 def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
-    """The journals that hold something back, or that nobody will end, and whether they are held.
+    """The journals that hold something back, were refused something, or that nobody will end, and
+    whether they are held.
 
     A journal that is held is written by a living process, which sends it too.
     """
@@ -23,7 +25,8 @@ def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
         alive = not journal.hold()
         abandoned = not alive and not journal.about("status") and not journal.about("attached")
         names = {journal.reference, journal.id, PREFIX + journal.id}
-        if (not references or names & {*references}) and (journal.waiting() or abandoned):
+        held_back = abandoned or journal.waiting() or journal.refusals()
+        if held_back and (not references or names & {*references}):
             yield journal, alive
         journal.close()
 
@@ -35,6 +38,8 @@ def status() -> int:
         found += 1
         minutes = (now_ms() - int(journal.about("start_ms") or 0)) / 60e3
         state = "a process writes it" if alive else "its process has ended"
+        if refused := journal.refusals():
+            state += f", {_refused(refused)}"
         print(
             f"{journal.reference}\t{journal.about('run_name') or 'additions'}\t{minutes:.0f} min\t"
             f"{journal.waiting()}\t{state}\t"
@@ -46,16 +51,17 @@ def status() -> int:
 
 
 def sync(references: Sequence[str]) -> int:
-    """Send what waits; 1 where some of it could not be sent."""
-    left, started = 0, time.monotonic()
+    """Send what waits, and once more what was refused; 1 where some of it could not be sent."""
+    left, skipped, started = 0, 0, time.monotonic()
     with bar() as shown:
         for journal, alive in unsent(references):
             if alive:
                 print(f"{journal.reference}: its process is alive and sends it itself")
+                skipped += 1
                 continue
             if journal.about("status") is None and not journal.about("attached"):
-                journal.set_tags({"killed.why": "its process ended without a word"})
-                journal.end("KILLED")  # until somebody continues it
+                _end(journal)
+            journal.offer_again()
             waiting = journal.waiting()
             task = shown.add_task(
                 f"send {journal.about('run_name') or journal.id}", total=None, note=str(waiting)
@@ -66,13 +72,35 @@ def sync(references: Sequence[str]) -> int:
 
             why = _delivered(journal, told)
             shown.remove_task(task)
-            left += bool(why)
+            refused = journal.refusals()
+            left += bool(why or refused)
             print(f"{journal.reference}: " + (f"not sent: {why}" if why else f"sent {waiting}"))
-            if not why and journal.about("status") in ("FINISHED", None):
+            if refused:
+                print(f"  {_refused(refused)}; delete {journal.directory} to give that up")
+            elif not why and journal.about("status") in ("FINISHED", None):
                 journal.remove()
-    if not left:
-        print(f"the tracking server has everything ({time.monotonic() - started:.0f} s)")
+    if not left and not skipped:
+        said = "nothing of these waits here" if references else "the tracking server has everything"
+        print(f"{said} ({time.monotonic() - started:.0f} s)")
     return cli.NEGATIVE if left else cli.OK
+
+
+def _refused(refusals: Sequence[str]) -> str:
+    return f"the server refused {len(refusals)}, the first: {refusals[0]}"
+
+
+def _end(journal: Journal) -> None:
+    """The last word of a run whose process left none here: KILLED, until somebody continues it.
+
+    Where the disk had no room for it, the server was told FAILED at least.
+    """
+    if journal.run_id and journal.about("opened"):
+        with contextlib.suppress(Exception):  # whatever it is, `_delivered` tells it
+            heard = store.client(journal.about("server")).get_run(journal.run_id)
+            if heard.info.status == "FAILED":
+                return journal.end("FAILED")
+    journal.set_tags({"killed.why": "its process ended without a word"})
+    return journal.end("KILLED")
 
 
 def _delivered(journal: Journal, told: Callable[[], None]) -> str | None:

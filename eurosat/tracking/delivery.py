@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from eurosat.errors import TrackingError
 from eurosat.tracking import store
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
-
-PARENT = "mlflow.parentRunId"
 
 EVERY_S = 5.0
 """Entries are sent in batches at most this often; what is left goes when the run ends."""
@@ -30,6 +28,8 @@ START_S = 5.0
 """A run waits so long for the server at its start, and then begins without it."""
 PATIENCE_S = 20.0
 """At the end a run waits for as long as the server gets on; and then so long for nothing."""
+AWAY_S = 1.0
+"""So long, at its start and at its end, for one that an earlier run has waited for in vain."""
 SLOWEST = 250_000
 """Bytes a second, there and back: a file that is on its way for as long as that is no fault."""
 SHOWN_AFTER_S = 2.0
@@ -93,8 +93,8 @@ class Delivery:
         tags = {store.JOURNAL_ID: self._journal.id}
         experiment = about("experiment") or "Default"
         if parent := about("parent"):
-            tags[PARENT] = self._id_of(parent)
-            experiment_id = self._client.get_run(tags[PARENT]).info.experiment_id
+            tags[store.PARENT] = self._id_of(parent)
+            experiment_id = self._client.get_run(tags[store.PARENT]).info.experiment_id
         else:
             experiment_id = store.experiment_id(self._client, experiment)
         made = self._client.create_run(
@@ -104,16 +104,25 @@ class Delivery:
         return self._found() or str(made.info.run_id)
 
     def _found(self) -> str | None:
-        """The run that this journal is of; of several, made by requests that were repeated
-        although they had arrived, the first, and the others are deleted.
+        """The run that this journal is of.
+
+        Of several, made by requests that were repeated although they had arrived, the one that was
+        written to, else the first; the others are deleted.
+
+        Raises:
+            TrackingError: there are several, and the journal of another process is to choose.
         """
         reference = self._journal.about("attached") or PREFIX + self._journal.id
         if not reference.startswith(PREFIX):
             return reference
-        first, *others = [*store.tagged(self._client, store.JOURNAL_ID, _id_in(reference)), None]
-        for other in others[:-1]:
-            self._client.delete_run(str(other))
-        return first
+        found = store.tagged(self._client, store.JOURNAL_ID, _id_in(reference))
+        if len(found) > 1 and self._journal.about("attached"):
+            raise TrackingError(f"the run {reference} is there {len(found)} times for the moment")
+        kept = self._journal.run_id if self._journal.run_id in found else next(iter(found), None)
+        for other in found:
+            if other != kept:
+                self._client.delete_run(other)
+        return kept
 
     def _id_of(self, reference: str) -> str:
         """A run's id on the server, also where only its journal is known so far."""
@@ -186,6 +195,11 @@ class Delivery:
         self._client.set_terminated(self._run_id, about("status"), int(about("end_ms") or 0))
         self._journal.note(status_sent="yes")
 
+    def tell_failed(self) -> None:
+        """The last word of a run whose journal has no room for it."""
+        if run_id := self._journal.run_id:
+            self._client.set_terminated(run_id, "FAILED")
+
     @property
     def _run_id(self) -> str:
         run_id = self._journal.run_id
@@ -212,14 +226,21 @@ class Delivery:
 class Sender:
     """Delivers a journal in a thread of its own, so that the server's moods are not ours."""
 
+    away: ClassVar[set[str | None]] = set()
+    """Servers for which a run of this process has waited in vain: until one answers, the next run
+    does not wait so long for it again."""
+
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
         self._journal = Journal(journal.directory)  # a connection of its own
         self._delivery = Delivery(self._journal, client)
         self._hurry = threading.Event()
         self._tried = threading.Event()
         self._done = threading.Event()
-        self._ending = self._given_up = False
+        self._ending = self._given_up = self._has_failed = False
+        self._is_ours = False
+        """Whether the fault is in what is here: in the journal, or in a run above that waits."""
         self._steps = 0
+        self._server = self._journal.about("server")
         self.fault: str | None = None
         """Why the last attempt failed."""
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
@@ -227,7 +248,7 @@ class Sender:
 
     def wait_for_start(self) -> None:
         """Until the first attempt has ended, or START_S at most; tells of its failure."""
-        self._tried.wait(START_S)
+        self._tried.wait(AWAY_S if self._server in self.away else START_S)
         if fault := self.fault or ("" if self._tried.is_set() else "it has not answered yet"):
             log.warning(
                 "the run is kept in %s until the tracking server takes it: %s",
@@ -235,7 +256,9 @@ class Sender:
             )  # fmt: skip
 
     def finish(self) -> bool:
-        """Send all that waits; False where the server made no progress for PATIENCE_S."""
+        """Send all that waits; False where the server made no progress for PATIENCE_S, or AWAY_S
+        where it is `away`.
+        """
         self._ending = True
         self._hurry.set()
         started = moved = time.monotonic()
@@ -247,7 +270,10 @@ class Sender:
             if now - started > SHOWN_AFTER_S and not shown:
                 shown = True
                 log.info("sending to the tracking server: %s", self._journal.waiting())
-            if now - moved > PATIENCE_S and now > self._delivery.patient_until:
+            patience_s = AWAY_S if self._server in self.away else PATIENCE_S
+            if now - moved > patience_s and now > self._delivery.patient_until:
+                if moved == started and not self._is_ours:
+                    self.away.add(self._server)
                 self._given_up = True
                 self._hurry.set()
                 self._thread.join(1)  # unless a request hangs
@@ -255,24 +281,34 @@ class Sender:
         self._thread.join()
         return True
 
+    def tell_failed(self) -> None:
+        """Past the journal, which has no room for that."""
+        self._has_failed = True
+
     def _loop(self) -> None:
-        backoff = BACKOFF_S
+        failures = 0
         while not self._given_up:
             ending = self._ending  # all was said before it was asked for
             try:
+                if self._has_failed:
+                    self._delivery.tell_failed()
+                    self._has_failed = False
                 while not self._given_up and self._delivery.step():
                     self._steps += 1
-                self.fault, backoff = None, BACKOFF_S
+                    self.away.discard(self._server)
+                self.fault, failures = None, 0
                 if ending:
                     self._done.set()
                     break
                 wait = EVERY_S
             except Exception as error:  # noqa: BLE001 - a thread's boundary: training goes on
-                self.fault = store.first_line(error)
+                self.fault, self._is_ours = (
+                    store.first_line(error),
+                    isinstance(error, TrackingError),
+                )
                 log.debug("delivery of %s failed: %s", self._journal.reference, self.fault)
-                limit = BACKOFF_S if self._ending else MOST_BACKOFF_S
-                wait = min(backoff, limit) * random.uniform(0.5, 1)  # noqa: S311 - jitter
-                backoff *= 2
+                wait = pause_s(failures, BACKOFF_S if self._ending else MOST_BACKOFF_S)
+                failures += 1
             self._tried.set()
             self._journal.settle("PASSIVE")  # beside the training, which writes on
             self._hurry.wait(wait)
@@ -287,11 +323,11 @@ def deliver(
 
     ``told`` is called after each step.
     """
-    delivery, backoff, failing_since = Delivery(journal, client), BACKOFF_S, None
+    delivery, failing_since = Delivery(journal, client), None
     while True:
         try:
             while delivery.step():
-                failing_since, backoff = None, BACKOFF_S
+                failing_since = None
                 if told:
                     told()
             return None
@@ -299,8 +335,14 @@ def deliver(
             failing_since = failing_since or time.monotonic()
             if time.monotonic() - failing_since > PATIENCE_S or store.is_denied(error):
                 return store.first_line(error)
-            time.sleep(min(backoff, BACKOFF_S) * random.uniform(0.5, 1))  # noqa: S311 - jitter
-            backoff *= 2
+            time.sleep(pause_s(0, BACKOFF_S))
+
+
+def pause_s(failures: int, most: float) -> float:
+    """Before a request is repeated that has failed so often before: doubled each time, up to
+    ``most``, less a random half, so that many runs do not return to a server at once.
+    """
+    return min(BACKOFF_S * 2.0 ** min(failures, 60), most) * random.uniform(0.5, 1)  # noqa: S311
 
 
 def _batch(entries: Sequence[Entry]) -> list[Entry]:

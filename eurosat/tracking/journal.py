@@ -150,7 +150,7 @@ class Journal:
             making.rename(directory)  # so that there is no journal but a whole one, and held
         made = cls(directory)
         made._held = lock
-        made.note(start_ms=str(now_ms()), **about)
+        made.note(**{"start_ms": str(now_ms()), **about})
         return made
 
     def hold(self, wait_s: float = 0) -> bool:
@@ -272,11 +272,18 @@ class Journal:
                 self.set_tags({name: f"{why}; then continued"})
         self.note(status=None, end_ms=None, status_sent=None, opened=None)
 
-    def adopt(self, points: Iterable[tuple[str, float, int, int]]) -> None:
-        """Begin with what the server has of a run that another machine wrote: see `store.points`.
+    def adopt(
+        self,
+        points: Iterable[tuple[str, float, int, int]],
+        params: Mapping[str, str],
+        tags: Mapping[str, str],
+    ) -> None:
+        """Begin with what the server has of a run that another machine wrote: see `store.written`.
 
         These are delivered, and not logged again.
         """
+        self._append("param", params)
+        self._append("tag", tags)
         with _explained(self.directory), self._lock, self._connection:
             self._insert(
                 ("metric", name, _storable(value), time_ms, step)
@@ -284,7 +291,6 @@ class Journal:
             )
             last = self._one("SELECT coalesce(max(seq), 0) FROM entries")
         self.delivered(last)
-        self._remember()
 
     def settle(self, mode: Literal["FULL", "PASSIVE"] = "FULL") -> None:
         """Force what is written onto the disk: it survives a power cut as well.
@@ -391,6 +397,18 @@ class Journal:
                 "UNION ALL SELECT 'artifact', path, refused FROM files WHERE refused IS NOT NULL"
             ).fetchall()
         return [f"{kind} {name}: {why}" for kind, name, why in rows]
+
+    def offer_again(self) -> None:
+        """What the server has refused waits again: it may have been mended, or made larger."""
+        with _explained(self.directory), self._lock, self._connection:
+            self._connection.execute("UPDATE files SET refused = NULL")
+            self._connection.execute(
+                "INSERT INTO entries (kind, name, value, time, step) "
+                "SELECT kind, name, value, time, step FROM entries AS old "
+                "WHERE refused IS NOT NULL AND NOT (kind = 'tag' AND EXISTS (SELECT 1 FROM entries "
+                "WHERE kind = 'tag' AND name = old.name AND seq > old.seq)) ORDER BY seq"
+            )
+            self._connection.execute("DELETE FROM entries WHERE refused IS NOT NULL")
 
     def _bring_up_to_date(self) -> None:
         """A journal from before files had folders by chance: each was in one named by its number.

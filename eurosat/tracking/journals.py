@@ -47,7 +47,7 @@ def forget_old() -> None:
         if (old := opened(directory)) is None:
             continue
         told = old.about("status") is not None or old.about("attached") is not None
-        if old.hold() and told and not old.waiting():
+        if old.hold() and told and not old.waiting() and not old.refusals():
             old.remove()
         else:
             old.close()

@@ -4,6 +4,7 @@ Written on ``MlflowClient`` with explicit run ids: MLflow's fluent API keeps glo
 parallel trials would share.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -13,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat.errors import TrackingError
 from eurosat.tracking import journals, store
@@ -114,6 +115,9 @@ class Run:
         try:
             if status:
                 self._journal.end(status)
+        except TrackingError:  # no room
+            self._sender.tell_failed()
+            raise
         finally:
             delivered, journal = self._sender.finish(), self._journal
             self._last_id = journal.reference
@@ -279,6 +283,19 @@ def can_continue(reference: str | None) -> bool:
         return error.error_code not in store.ABSENT  # away: it may well have it
 
 
+def known_as(journal: str) -> Literal["new", "open", "over"]:
+    """Whether a run of that journal was begun, here or on another machine, and whether it ended
+    well; "new" where the server, which alone may know, is away.
+    """
+    if can_continue(journal):
+        return "open"
+    if journals.find(journal):
+        return "over"
+    with contextlib.suppress(TrackingError):
+        return "over" if store.get(journal).status == "FINISHED" else "open"
+    return "new"
+
+
 def code_commit() -> str:
     """The commit of the working directory, with ``-dirty`` where files differ from it.
 
@@ -327,12 +344,14 @@ def _journal(
         if (directory := journals.find(resume)) is None:
             with store.explained():
                 run_id = store.known(resume)
-                points = store.points(run_id)
+                held = store.written(run_id)
             made = Journal.create(  # by the same name: runs below it know it by that
                 resume.removeprefix(PREFIX),
                 server=store.server(), experiment=experiment, run_name=name, run_id=run_id,
+                parent=held.parent, start_ms=str(held.start_ms),
             )  # fmt: skip
-            made.adopt(points)
+            made.adopt(held.points, held.params, held.tags)
+            made.reopen()
             return made
         continued = Journal(directory)
         if not continued.hold(SYNC_S):

@@ -23,6 +23,7 @@ ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow answers an unknown alias of a known model with the second."""
 JOURNAL_ID = "journal.id"
 """Tag by which a run is found again that was made, but whose id did not arrive here."""
+PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
 RETRIES = 2
 """Of a request, by MLflow; its own seven keep a verb waiting four minutes for a dead server."""
 
@@ -60,14 +61,42 @@ def get(run_id: str) -> FinishedRun:
     )
 
 
-def points(run_id: str) -> list[tuple[str, float, int, int]]:
-    """Name, value, milliseconds since 1970 and step of all metrics that were logged to a run."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Written:
+    """What a run was told, as a journal takes it up."""
+
+    start_ms: int
+    parent: str | None
+    """By its journal where it has one: another server knows it by that."""
+    points: list[tuple[str, float, int, int]]
+    """Name, value, milliseconds since 1970 and step of each metric."""
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    """But for those that say which run it is."""
+
+
+def written(run_id: str) -> Written:
+    """All that the server has of a run but its files.
+
+    Raises:
+        MlflowException: there is no such run.
+    """
     asked = client()
-    return [
-        (one.key, one.value, one.timestamp, one.step)
-        for name in asked.get_run(run_id).data.metrics
-        for one in asked.get_metric_history(run_id, name)
-    ]
+    held = asked.get_run(run_id)
+    if parent := held.data.tags.get(PARENT):
+        named = asked.get_run(parent).data.tags.get(JOURNAL_ID)
+        parent = f"{PREFIX}{named}" if named else parent
+    return Written(
+        start_ms=held.info.start_time,
+        parent=parent,
+        points=[
+            (one.key, one.value, one.timestamp, one.step)
+            for name in held.data.metrics
+            for one in asked.get_metric_history(run_id, name)
+        ],
+        params=held.data.params,
+        tags={k: v for k, v in held.data.tags.items() if k not in (JOURNAL_ID, PARENT, NAME)},
+    )
 
 
 @contextmanager

@@ -19,10 +19,12 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+import requests
 import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from benchmarks.server import free_port
 from eurosat import cli, tracking
 from eurosat.config import CONF, TrainConfig, compose
 from eurosat.errors import ConfigError, EuroSATError, NonFiniteLoss
@@ -487,6 +489,27 @@ def test_the_view_tells_trials_the_best_and_the_time_left(tmp_path: Path) -> Non
         driver.ended(2, Outcome(state="fail"))
         line = "3 of 4 done (1 pruned, 1 fail), 0 running, best 0.7500, about "
         assert seen.line().startswith(line)
+
+
+def test_the_dashboard_of_make_sweep_ui_shows_the_study(tmp_path: Path) -> None:
+    searching(tmp_path, trials=1)
+    port, program = free_port(), Path(sys.executable).with_name("optuna-dashboard")
+
+    def shown() -> list[str]:
+        with contextlib.suppress(requests.RequestException):
+            told = requests.get(f"http://127.0.0.1:{port}/api/studies", timeout=10).json()
+            return [one["study_name"] for one in told["study_summaries"]]
+        return []
+
+    process = subprocess.Popen(
+        [program, f"sqlite:///{tmp_path}/study.db", "--port", str(port)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        until(lambda: shown() == ["s"], process)
+    finally:
+        process.terminate()
+        process.communicate()
 
 
 def test_a_driver_that_nobody_has_buried_is_gone() -> None:

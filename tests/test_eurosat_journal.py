@@ -493,6 +493,7 @@ def test_a_server_that_was_waited_for_in_vain_holds_up_no_later_run(
     with tracking.run(experiment, "second", system_metrics=False):
         pass
     server.away = False
+    monkeypatch.setattr(delivery, "AWAY_S", 60.0)  # as long as its first answer may take
     with tracking.run(experiment, "third", system_metrics=False):
         pass
     assert only(server, experiment).info.run_name == "third"
@@ -736,8 +737,9 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(
 
 
 def test_a_disk_that_stays_full_fails_the_run_and_the_server_hears_it(
-    server: Proxy, experiment: str
+    server: Proxy, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(delivery, "PATIENCE_S", 5.0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with (

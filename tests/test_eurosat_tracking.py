@@ -57,31 +57,6 @@ def test_the_commit_is_dirty_by_code_and_not_by_reports(
     assert tracking.code_commit() == f"{commit}-dirty"
 
 
-class PrunedError(Exception):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("ending", "status"),
-    [
-        (ValueError, "FAILED"),
-        (KeyboardInterrupt, "KILLED"),
-        (SystemExit, "KILLED"),
-        (PrunedError, "KILLED"),
-    ],
-)
-def test_a_run_ends_with_its_true_status(ending: type[BaseException], status: str) -> None:
-    with (
-        pytest.raises(ending),
-        tracking.run("e", "r", system_metrics=False, killed_by=(PrunedError,)) as run,
-    ):
-        run.log_metrics({"last": 1})
-        raise ending
-    held = tracking.get(run.run_id)
-    assert held.status == status
-    assert held.metrics["last"] == 1, "what was logged before the end is kept"
-
-
 def test_the_run_that_mlflow_run_made_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     client = MlflowClient()
     made = client.create_run(client.create_experiment("made")).info.run_id

@@ -98,7 +98,7 @@ bench-results: .venv/product ## a row of the results table (RECIPE=efficientnet-
 	$(BIN)/python -m benchmarks.tables
 
 bench-extras: .venv/product ## a study beside it (STUDY=few-labels, learning-rates, features or bands)
-	$(BIN)/python -m benchmarks.extras $(STUDY) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.studies $(STUDY) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
 bench-convolutions: .venv/product ## training steps with our convolutions on a CPU and with PyTorch's
@@ -122,18 +122,18 @@ bench-serving: .venv/product .venv-litserve/done .venv-bentoml/done wrk ## our s
 	$(BIN)/python -m benchmarks.tables
 
 bench-strain: .venv/product wrk ## our server overrun, and its version swapped under load
-	$(BIN)/python -m benchmarks.serving.strain $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.serving.overload $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
 soak-serving: .venv/product wrk ## the same, and 20 minutes of load in which nothing may grow
-	$(BIN)/python -m benchmarks.serving.strain --soak 20 $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.serving.overload --soak 20 $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
 tune-serving: .venv/product wrk ## the processes and batches that serve fastest on this machine
 	$(BIN)/python -m benchmarks.serving.tune $(BENCH_ARGS)
 
 bench-forms: .venv/product ## FP32, INT8, bf16, compiled and pruned forms of a run's network (RUN=id)
-	$(BIN)/python -m benchmarks.forms $(RUN) $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.precisions $(RUN) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
 bench-registry: .venv/product ## how long a judgement and a rollback take, and how often chance promotes
@@ -173,10 +173,11 @@ data-push: ## send the versions that are here to the bucket
 data-pull: ## bring the version that dvc.lock names from the bucket
 	$(DVC) pull $(DVC_ARGS)
 
-lint: .venv/dev ## ruff and mypy
+lint: .venv/dev ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: .venv/dev ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .

@@ -13,11 +13,12 @@ import torch
 
 from benchmarks import reports
 from benchmarks.steps import stepper
-from eurosat import convolutions, logs, machine
+from eurosat.models import cpu_convolutions
+from eurosat.runtime import hardware, logs
 
 GOALS = {"resnet18": 1.3, "efficientnet-lite0": 1.5}
 """By recipe, how many times as fast: a network of small maps, one of depthwise convolutions."""
-CONTEXTS = {"native": nullcontext, "ours": convolutions.fast}
+CONTEXTS = {"native": nullcontext, "ours": cpu_convolutions.fast}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=6)
     args = parser.parse_args(argv)
     logs.setup("info")
-    torch.set_num_threads(machine.cores())
+    torch.set_num_threads(hardware.cores())
     started = reports.now()
     arms = {
         (recipe, name): stepper(recipe, within)
@@ -52,10 +53,11 @@ def main(argv: Sequence[str]) -> None:
     goals = [
         reports.goal(
             f"convolutions.{recipe}_vs_native",
-            reports.ratio(speeds[recipe, "ours"], speeds[recipe, "native"]), wanted,
+            reports.ratio(speeds[recipe, "ours"], speeds[recipe, "native"]),
+            wanted,
         )
         for recipe, wanted in GOALS.items()
-    ]  # fmt: skip
+    ]
     reports.write("convolutions", started=started, n=args.rounds, goals=goals, rows=rows)
 
 

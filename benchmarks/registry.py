@@ -20,10 +20,10 @@ import pandas as pd
 import requests
 
 from benchmarks import reports
-from benchmarks.server import free_port, mlflow_server
-from eurosat import logs
-from eurosat.progress import track
+from eurosat.runtime import logs
+from eurosat.runtime.progress import track
 from registry import evidence, gates, judge, versions
+from tests.support.mlflow_server import free_port, mlflow_server
 
 TILES, CLASSES = 5400, 10
 """EuroSAT's test fold."""
@@ -67,9 +67,13 @@ def promoted(
 def said(command: Sequence[str], environment: dict[str, str]) -> str:
     """The last word of a verb of ours."""
     done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=reports.ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", *command],
+        cwd=reports.ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        check=False,
+    )
     if done.returncode:
         sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stdout}")
     return done.stdout.split()[-1]
@@ -98,9 +102,10 @@ def made(seed: int, rng: np.random.Generator, folder: Path, environment: dict[st
 def judged_s(candidate: str, champion: str) -> float:
     started = time.monotonic()
     judge.judge(
-        versions.get(versions.MODEL, candidate), versions.get(versions.MODEL, champion),
+        versions.get(versions.MODEL, candidate),
+        versions.get(versions.MODEL, champion),
         gates.load(),
-    )  # fmt: skip
+    )
     return time.monotonic() - started
 
 
@@ -124,9 +129,11 @@ def rolled_back_s(url: str, to: str, environment: dict[str, str]) -> float:
     command = ["registry.rollback", "--to", to, "--why", "bench-registry"]
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=reports.ROOT, env=environment,
+        [sys.executable, "-m", *command],
+        cwd=reports.ROOT,
+        env=environment,
         stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     until(url, to)
     seconds = time.monotonic() - started
     if process.wait():
@@ -153,8 +160,9 @@ def lived(rounds: int) -> tuple[list[float], list[float]]:
         served = free_port()
         serving = subprocess.Popen(
             [sys.executable, "-m", "serving.server", "--port", str(served), "--processes", "1"],
-            cwd=reports.ROOT, env=environment,
-        )  # fmt: skip
+            cwd=reports.ROOT,
+            env=environment,
+        )
         url = f"http://127.0.0.1:{served}"
         try:
             until(url, numbers[1])
@@ -189,14 +197,22 @@ def main(argv: Sequence[str]) -> None:
         for pp, (usual, better) in rates.items()
     ]
     reports.write(
-        "registry", started=started, n=args.rounds, rows=rows, pairs=args.pairs, tiles=TILES,
-        accuracy=ACCURACY, disagree=DISAGREE, judgements_s=judgements, rollbacks_s=rollbacks,
+        "registry",
+        started=started,
+        n=args.rounds,
+        rows=rows,
+        pairs=args.pairs,
+        tiles=TILES,
+        accuracy=ACCURACY,
+        disagree=DISAGREE,
+        judgements_s=judgements,
+        rollbacks_s=rollbacks,
         goals=[
             reports.goal("registry.judge_s", statistics.median(judgements), 10, at_most=True),
             reports.goal("registry.rollback_s", statistics.median(rollbacks), 5, at_most=True),
             reports.goal("registry.false_promotion_rate", rates[-0.5][0], 0.05, at_most=True),
         ],
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

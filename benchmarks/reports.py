@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eurosat.machine import hardware
+from eurosat.runtime.hardware import hardware
 from eurosat.tracking import code_commit
 
 ROOT = Path(__file__).resolve().parents[1]

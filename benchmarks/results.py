@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.reports import REPORTS, ROOT
-from eurosat import logs, tracking
+from eurosat import tracking
 from eurosat.config import PACKAGED, compose
+from eurosat.runtime import logs
 
 FILE = REPORTS / "results.json"
 FIGURES = ("accuracy", "macro_f1", "macro_auprc", "ece", "coverage")

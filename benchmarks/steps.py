@@ -5,9 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from eurosat import machine, network
 from eurosat.config import compose
-from eurosat.optimizers import make_optimizer
+from eurosat.models import network
+from eurosat.models.compute import has_bf16
+from eurosat.training.optimizers import make_optimizer
 
 
 def stepper(
@@ -20,10 +21,16 @@ def stepper(
     config = compose([f"recipe={recipe}"])
     torch.manual_seed(0)
     spec = network.NetworkSpec(
-        name=config.model.name, classes=tuple("abcdefghij"), bands=3, tile_size=(64, 64),
-        input_size=config.model.input_size, norm="batch", drop_rate=0.0,
-        mean=(100.0,) * 3, std=(50.0,) * 3,
-    )  # fmt: skip
+        name=config.model.name,
+        classes=tuple("abcdefghij"),
+        bands=3,
+        tile_size=(64, 64),
+        input_size=config.model.input_size,
+        norm="batch",
+        drop_rate=0.0,
+        mean=(100.0,) * 3,
+        std=(50.0,) * 3,
+    )
     net = network.untrained(spec).train()
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(net, config.optim)
@@ -31,7 +38,7 @@ def stepper(
     labels = torch.randint(0, 10, (len(tiles),))
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=machine.has_bf16()), within():
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()), within():
             loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

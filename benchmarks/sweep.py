@@ -19,10 +19,10 @@ from typing import Any
 
 from benchmarks import reports
 from benchmarks.results import validate
-from eurosat import logs, machine
 from eurosat.config import compose
-from eurosat.pack import open_pack
-from eurosat.sources import open_source
+from eurosat.data.pack import open_pack
+from eurosat.data.sources import open_source
+from eurosat.runtime import hardware, logs
 
 PER_CLASS = 540
 SPACE = "resnet18-wide"
@@ -71,11 +71,24 @@ def search(arm: str, trials: int, epochs: int, seed: int, tiles: Path, folder: P
 
     storage = f"sqlite:///{folder}/optuna.db"
     command = [
-        sys.executable, "-m", "experiments.sweep", "data=folder", f"data.root={tiles}",
-        "data.allow_unvalidated=true", "recipe=resnet18-quick", f"space={SPACE}",
-        f"trials={trials}", f"trial_epochs={epochs}", f"workers={WORKERS}", *ARMS[arm],
-        f"sampler_seed={seed}", f"seed={seed}", "refit=false", "study=it", f"storage={storage}",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "experiments.sweep",
+        "data=folder",
+        f"data.root={tiles}",
+        "data.allow_unvalidated=true",
+        "recipe=resnet18-quick",
+        f"space={SPACE}",
+        f"trials={trials}",
+        f"trial_epochs={epochs}",
+        f"workers={WORKERS}",
+        *ARMS[arm],
+        f"sampler_seed={seed}",
+        f"seed={seed}",
+        "refit=false",
+        "study=it",
+        f"storage={storage}",
+    ]
     own = os.environ | {"MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     before, began = _cpu_s(), time.monotonic()
     done = subprocess.run(command, cwd=reports.ROOT, env=own, stdout=subprocess.PIPE, text=True)
@@ -89,9 +102,12 @@ def search(arm: str, trials: int, epochs: int, seed: int, tiles: Path, folder: P
             best = max(best, accuracy)
             reached.append(best)
     return Searched(
-        best=study.best_value, reached=tuple(reached), trials=len(study.trials),
-        minutes=wall_s / 60, core_use=cpu_s / (wall_s * machine.cores()),
-    )  # fmt: skip
+        best=study.best_value,
+        reached=tuple(reached),
+        trials=len(study.trials),
+        minutes=wall_s / 60,
+        core_use=cpu_s / (wall_s * hardware.cores()),
+    )
 
 
 def _cpu_s() -> float:
@@ -110,13 +126,18 @@ def draw(found: dict[str, list[Searched]], file: Path) -> None:
     for arm, colour in zip(ARMS, ("tab:gray", "tab:blue"), strict=True):
         for number, one in enumerate(found[arm]):
             axes.step(
-                range(1, one.epochs + 1), one.reached, where="post", color=colour, alpha=0.8,
+                range(1, one.epochs + 1),
+                one.reached,
+                where="post",
+                color=colour,
+                alpha=0.8,
                 label=None if number else TOLD[arm],
-            )  # fmt: skip
+            )
     axes.set(
-        xlabel="epochs trained, over all trials", ylabel="best validation accuracy so far",
+        xlabel="epochs trained, over all trials",
+        ylabel="best validation accuracy so far",
         title="ResNet18 on 5,400 EuroSAT tiles",
-    )  # fmt: skip
+    )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
     axes.grid(alpha=0.3)
@@ -183,9 +204,15 @@ def main(argv: Sequence[str]) -> None:
         for arm in ARMS
     ]
     reports.write(
-        "sweep", started=started, n=args.repeats, goals=goals(found), rows=rows,
-        trial_epochs=args.epochs, tiles=10 * PER_CLASS, gaps=[round(gap, 4) for gap in gaps(found)],
-    )  # fmt: skip
+        "sweep",
+        started=started,
+        n=args.repeats,
+        goals=goals(found),
+        rows=rows,
+        trial_epochs=args.epochs,
+        tiles=10 * PER_CLASS,
+        gaps=[round(gap, 4) for gap in gaps(found)],
+    )
 
 
 if __name__ == "__main__":

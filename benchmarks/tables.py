@@ -36,11 +36,18 @@ def results(report: list[dict[str, Any]]) -> str:
     for one in report:
         spread = "" if one["accuracy_std"] is None else f" ± {one['accuracy_std']:.4f}"
         cells = [
-            f"`{one['recipe']}`", one["split"], one["n"], one["views"],
-            f"**{one['accuracy_mean']:.4f}**{spread}", f"{one['one_view_accuracy_mean']:.4f}",
-            f"{one['macro_f1_mean']:.4f}", f"{one['macro_auprc_mean']:.4f}", one["epochs"],
-            f"{one['minutes']:.0f}", f"{one['hardware']}, {one['precision']}",
-        ]  # fmt: skip
+            f"`{one['recipe']}`",
+            one["split"],
+            one["n"],
+            one["views"],
+            f"**{one['accuracy_mean']:.4f}**{spread}",
+            f"{one['one_view_accuracy_mean']:.4f}",
+            f"{one['macro_f1_mean']:.4f}",
+            f"{one['macro_auprc_mean']:.4f}",
+            one["epochs"],
+            f"{one['minutes']:.0f}",
+            f"{one['hardware']}, {one['precision']}",
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", *(f"- `{one['command']}`" for one in report)]
     return "\n".join(lines)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from benchmarks import reports
-from benchmarks.server import free_port, mlflow_server, proxy
 from benchmarks.steps import stepper
-from eurosat import logs, machine, tracking
+from eurosat import tracking
 from eurosat.errors import TrackingError
+from eurosat.runtime import hardware, logs
+from tests.support.mlflow_server import free_port, mlflow_server, proxy
 
 FAR_S = 0.05
 METRICS = ("train_loss_step", "train_accuracy_step", "lr")
@@ -35,7 +36,7 @@ TOLD = {
 }
 
 DRAINED_S = 60
-"""A server that answers has what a turn logged within EVERY_S of `eurosat.tracking.delivery`."""
+"""A server that answers has what a turn logged within EVERY_S of `eurosat.tracking.uploader`."""
 
 Log = Callable[[dict[str, float], int], None]
 
@@ -108,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=6)
     args = parser.parse_args(argv)
     logs.setup("info")
-    torch.set_num_threads(machine.cores())
+    torch.set_num_threads(hardware.cores())
     started, (step, _) = reports.now(), stepper("resnet18-quick")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         os.environ["EUROSAT_CACHE"] = folder

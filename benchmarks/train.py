@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from benchmarks import reports
-from eurosat import logs, machine
 from eurosat.config import compose
-from eurosat.prepare import Prepared, prepare
-from eurosat.progress import track
-from eurosat.sources import open_source
+from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.sources import open_source
+from eurosat.models.compute import has_bf16
+from eurosat.runtime import logs
+from eurosat.runtime.progress import track
 
 TOLD = {
     "plain": "Lightning, ImageFolder, transforms a picture, 2 workers",
@@ -60,9 +61,14 @@ def write_geotiffs(data: Prepared, folder: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         pixels_CHW = np.moveaxis(data.pack.tiles_NHWC[row], -1, 0)
         with rasterio.open(
-            file, "w", driver="GTiff", dtype="uint16",
-            count=3, height=pixels_CHW.shape[1], width=pixels_CHW.shape[2],
-        ) as opened:  # fmt: skip
+            file,
+            "w",
+            driver="GTiff",
+            dtype="uint16",
+            count=3,
+            height=pixels_CHW.shape[1],
+            width=pixels_CHW.shape[2],
+        ) as opened:
             opened.write(pixels_CHW.astype(np.uint16))
         names.append(file.with_suffix(".jpg").name)
     for split in ("train", "val", "test"):
@@ -76,9 +82,14 @@ def arm(name: str, python: str, folder: Path, log: str = "") -> Iterator["subpro
     environment = os.environ | {"PYTHONPATH": str(reports.ROOT), "EUROSAT_PROGRESS": "lines"}
     with (folder / log).open("w") as said:
         process = subprocess.Popen(
-            [python, "-m", "benchmarks.train_arms", name, str(folder)], cwd=reports.ROOT,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, env=environment,
-        )  # fmt: skip
+            [python, "-m", "benchmarks.train_arms", name, str(folder)],
+            cwd=reports.ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            env=environment,
+        )
         try:
             if not answer(process).get("ready"):
                 last = (folder / log).read_text()[-2000:]
@@ -179,7 +190,7 @@ def main(argv: Sequence[str]) -> None:
     def against(name: str) -> float:
         return reports.ratio(speeds["ours"], speeds[name])
 
-    plain_goal = 3.5 if machine.has_bf16() else 2.2
+    plain_goal = 3.5 if has_bf16() else 2.2
     goals = [
         reports.goal("train.vs_plain_lightning", against("plain"), plain_goal),
         reports.goal("train.private_gb", taken["ours"][-1]["private_gb"], 1.5, at_most=True),
@@ -204,9 +215,14 @@ def main(argv: Sequence[str]) -> None:
     ]
     name = "train-gpu" if torch.cuda.is_available() else "train"
     reports.write(
-        name, started=started, n=args.rounds, goals=goals, rows=rows, tiles=tiles,
+        name,
+        started=started,
+        n=args.rounds,
+        goals=goals,
+        rows=rows,
+        tiles=tiles,
         seconds_per_turn=args.seconds,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

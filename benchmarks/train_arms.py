@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.turns import Turns, TurnsCallback
+from benchmarks.interleave import Turns, TurnsCallback
 
 BATCHES = {"cpu": 64, "gpu": 1024}
 """Tiles a step. In 64, a GPU waits for Python in every arm, and nothing of it would be measured."""
@@ -64,13 +64,21 @@ def plain(folder: Path, *, fast: bool) -> None:
         ]
     )
     loader = DataLoader(
-        ImageFolder(str(folder / "jpeg"), transform), batch_size(), shuffle=True, drop_last=True,
-        num_workers=WORKERS, persistent_workers=True,
-    )  # fmt: skip
+        ImageFolder(str(folder / "jpeg"), transform),
+        batch_size(),
+        shuffle=True,
+        drop_last=True,
+        num_workers=WORKERS,
+        persistent_workers=True,
+    )
     trainer = lightning.Trainer(
-        max_epochs=EPOCHS, precision="bf16-mixed" if fast else "32-true", logger=False,
-        enable_checkpointing=False, callbacks=[TurnsCallback()], accelerator=accelerator(),
-    )  # fmt: skip
+        max_epochs=EPOCHS,
+        precision="bf16-mixed" if fast else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=[TurnsCallback()],
+        accelerator=accelerator(),
+    )
     trainer.fit(Plain(), loader)
 
 
@@ -92,9 +100,13 @@ def torchgeo(folder: Path) -> None:
     )
     task = ClassificationTask(model="resnet18", weights=None, in_channels=3, num_classes=CLASSES)
     trainer = lightning.Trainer(
-        max_epochs=EPOCHS, logger=False, enable_checkpointing=False, limit_val_batches=0,
-        callbacks=[TurnsCallback()], accelerator=accelerator(),
-    )  # fmt: skip
+        max_epochs=EPOCHS,
+        logger=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        callbacks=[TurnsCallback()],
+        accelerator=accelerator(),
+    )
     trainer.fit(task, datamodule=data)
 
 
@@ -102,14 +114,21 @@ def ours(_: Path) -> None:
     """The training of this project: augmentation, moving average, tracking, progress."""
     from eurosat import tracking
     from eurosat.config import compose
-    from eurosat.fit import fit
-    from eurosat.prepare import prepare
+    from eurosat.data.prepare import prepare
+    from eurosat.training.fit import fit
 
     config = compose(
-        ["data=eurosat", "recipe=resnet18-quick", "model.name=resnet18",
-         "distill.teacher=none", f"trainer.epochs={EPOCHS}", f"trainer.passes={PASSES}",
-         f"optim.batch_size={batch_size()}", "data.allow_unvalidated=true"]
-    )  # fmt: skip
+        [
+            "data=eurosat",
+            "recipe=resnet18-quick",
+            "model.name=resnet18",
+            "distill.teacher=none",
+            f"trainer.epochs={EPOCHS}",
+            f"trainer.passes={PASSES}",
+            f"optim.batch_size={batch_size()}",
+            "data.allow_unvalidated=true",
+        ]
+    )
     with tempfile.TemporaryDirectory() as store:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
         with tracking.run("bench", "ours") as run:
@@ -120,17 +139,26 @@ def ceiling(_: Path) -> None:
     """The step alone, in this project's mode, over and over on one random batch."""
     import torch
 
-    from eurosat import convolutions, machine, network
     from eurosat.config import compose
-    from eurosat.optimizers import make_optimizer
+    from eurosat.models import cpu_convolutions, network
+    from eurosat.models.compute import choose_compute
+    from eurosat.runtime import hardware
+    from eurosat.training.optimizers import make_optimizer
 
-    machine.keep_freed_memory()
-    torch.set_num_threads(machine.cores())
+    hardware.keep_freed_memory()
+    torch.set_num_threads(hardware.cores())
     spec = network.NetworkSpec(
-        name="resnet18", classes=tuple("abcdefghij"), bands=3, tile_size=(SIZE, SIZE),
-        input_size=None, norm="batch", drop_rate=0.0, mean=(100.0,) * 3, std=(50.0,) * 3,
-    )  # fmt: skip
-    compute = machine.choose_compute(spec, "auto", probe=False)
+        name="resnet18",
+        classes=tuple("abcdefghij"),
+        bands=3,
+        tile_size=(SIZE, SIZE),
+        input_size=None,
+        norm="batch",
+        drop_rate=0.0,
+        mean=(100.0,) * 3,
+        std=(50.0,) * 3,
+    )
+    compute = choose_compute(spec, "auto", probe=False)
     net = network.untrained(spec).train().to(compute.device)
     net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
     optimizer = make_optimizer(net, compose(["recipe=resnet18-quick"]).optim)
@@ -139,7 +167,7 @@ def ceiling(_: Path) -> None:
     labels = torch.randint(0, CLASSES, (batch_size(),), device=compute.device)
     turns = Turns()
     while True:
-        with compute.autocast(), convolutions.fast():
+        with compute.autocast(), cpu_convolutions.fast():
             loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

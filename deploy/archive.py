@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import IO, Any, Protocol, cast
 
-from eurosat import progress
 from eurosat.errors import DataError
+from eurosat.runtime import progress
 
 FORM = "eurosat-backup/1"
 MANIFEST, SEAL = "manifest.json", "seal"

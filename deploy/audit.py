@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eurosat import cli, logs
 from eurosat.errors import ConfigError
+from eurosat.runtime import cli, exit_codes, logs
 
 LOCKS = (
     Path("requirements.lock"),
@@ -32,8 +32,10 @@ def faults(lock: Path) -> tuple[list[str], int]:
     try:
         done = subprocess.run(
             [sys.executable, *command, "--format=json", "--progress-spinner=off"],
-            capture_output=True, text=True, timeout=TIMEOUT_S,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
     except subprocess.TimeoutExpired:
         return [], 0
     try:
@@ -68,8 +70,8 @@ def main(argv: Sequence[str]) -> int:
         else:
             print(f"{lock}: not audited, as the advisory database cannot be reached from here")
     print("\n".join(found), end="\n" if found else "")
-    return cli.NEGATIVE if found else cli.OK
+    return exit_codes.NEGATIVE if found else exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

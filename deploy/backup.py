@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from deploy import archive, databases, places, schema
+from deploy import archive, databases, object_store, schema
 from deploy.restore import restore
 from deploy.save import save
-from eurosat import cli, logs
 from eurosat.errors import ConfigError
+from eurosat.runtime import cli, exit_codes, logs
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +20,11 @@ ARTIFACTS = "EUROSAT_ARTIFACTS"
 @contextmanager
 def _archive(uri: str, named: str) -> Iterator[tuple[BinaryIO, int]]:
     folder, _, key = uri.rpartition("/")
-    place = places.place(folder or ("/" if uri.startswith("/") else "."), named)
+    place = object_store.place(folder or ("/" if uri.startswith("/") else "."), named)
     stored = place.find(key)
     if stored is None:
         raise ConfigError(f"{named} {uri}: there is no such archive")
-    with places.explained(uri), place.open(stored) as stream:
+    with object_store.explained(uri), place.open(stored) as stream:
         yield stream, stored.size
 
 
@@ -60,16 +60,16 @@ def main(argv: Sequence[str]) -> int:
     if args.verb == "verify":
         with _archive(args.file, "verify") as (stream, size):
             print(f"whole: {_told(archive.verify(stream, size))}")
-        return cli.OK
+        return exit_codes.OK
     found = databases.configured(os.environ)
     if not (uri := os.environ.get(ARTIFACTS)):
         raise ConfigError(f"{ARTIFACTS} is not set: gs://bucket/prefix, or a folder")
-    artifacts = places.place(uri, ARTIFACTS)
+    artifacts = object_store.place(uri, ARTIFACTS)
     if args.verb == "save":
-        address, manifest = save(found, artifacts, places.place(args.to, "--to"))
+        address, manifest = save(found, artifacts, object_store.place(args.to, "--to"))
         log.info("saved %s", _told(manifest))
         print(address)
-        return cli.OK
+        return exit_codes.OK
     with _archive(args.file, "--from") as (stream, size):
         manifest, left = restore(stream, size, found, artifacts, replace=args.replace)
     print(f"restored {_told(manifest)}")
@@ -78,8 +78,8 @@ def main(argv: Sequence[str]) -> int:
     for database in found:
         if advice := schema.upgrade(database, manifest.told["databases"]):
             print(advice)
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from eurosat import progress
 from eurosat.errors import ConfigError, TrackingError
+from eurosat.runtime import progress
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection
@@ -53,8 +53,12 @@ KINDS = (
         version_table="alembic_version",
         migrations="store/db_migrations/versions",
         precious={
-            "runs": 0, "registered_models": 0, "logged_models": 0, "trace_info": 0,
-            "experiments": 1, "webhooks": 0,
+            "runs": 0,
+            "registered_models": 0,
+            "logged_models": 0,
+            "trace_info": 0,
+            "experiments": 1,
+            "webhooks": 0,
         },
     ),
     Kind(
@@ -64,7 +68,7 @@ KINDS = (
         migrations="server/auth/db/migrations/versions",
         precious={"users": 1},
     ),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -363,9 +367,11 @@ def _run(
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [*command, f"--dbname={database.uri}", "--no-password"],
-            stdin=stdin or subprocess.DEVNULL, stdout=stdout or said, stderr=said,
+            stdin=stdin or subprocess.DEVNULL,
+            stdout=stdout or said,
+            stderr=said,
             env=database.environment(),
-        )  # fmt: skip
+        )
         try:
             if stdout:
                 _watch(process, stdout, label)

@@ -21,8 +21,8 @@ from filelock import FileLock, Timeout
 
 from deploy import postgresql, secrets, service
 from deploy.service import Service
-from eurosat import cli, durable, logs
 from eurosat.errors import ConfigError
+from eurosat.runtime import atomic, cli, exit_codes, logs
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Platform:
             for one in reversed(services):
                 one.stop()
             log.info("the platform is down")
-        return cli.OK
+        return exit_codes.OK
 
     def _stop(self, *_: object) -> None:
         self._stopping = True
@@ -105,7 +105,7 @@ class Platform:
         password = secrets.read("postgres_password", self.secrets)
         _keep(self._passwords, f"*:*:*:mlflow:{password}\n")  # libpq wants it to be ours alone
         ini = (ROOT / "deploy/mlflow/auth.ini").read_text()
-        durable.replace_text(
+        atomic.replace_text(
             self.folder / "auth.ini", ini.replace(DATABASE_OF_COMPOSE, self.database)
         )
 
@@ -114,7 +114,8 @@ class Platform:
         python, ports, urls = sys.executable, {k: str(v) for k, v in self._ports.items()}, self.urls
         return [
             Service(
-                name="postgres", healthy=self._database_is_there,
+                name="postgres",
+                healthy=self._database_is_there,
                 command=[
                     *postgresql.as_user(f"{service.WITH_PARENT}=INT"),
                     *postgresql.serve(self.folder / "postgres", self._ports["postgres"]),
@@ -126,22 +127,36 @@ class Platform:
                 command=service.object_store(self._ports["store"], self.folder / "store"),
             ),
             Service(
-                name="mlflow", healthy=lambda: service.answers(f"{urls['mlflow']}/health"),
+                name="mlflow",
+                healthy=lambda: service.answers(f"{urls['mlflow']}/health"),
                 environment=self._of_mlflow(),
                 command=[
-                    python, "-m", "mlflow", "server", "--host=127.0.0.1",
+                    python,
+                    "-m",
+                    "mlflow",
+                    "server",
+                    "--host=127.0.0.1",
                     f"--port={ports['mlflow']}",
-                    "--workers=1", f"--backend-store-uri={self.database}", "--serve-artifacts",
-                    f"--artifacts-destination=gs://{BUCKET}/artifacts", "--app-name=basic-auth",
+                    "--workers=1",
+                    f"--backend-store-uri={self.database}",
+                    "--serve-artifacts",
+                    f"--artifacts-destination=gs://{BUCKET}/artifacts",
+                    "--app-name=basic-auth",
                     "--allowed-hosts=localhost:*,127.0.0.1:*",
                 ],
             ),
             Service(
-                name="promoter", healthy=lambda: service.answers(f"{urls['promoter']}/health"),
+                name="promoter",
+                healthy=lambda: service.answers(f"{urls['promoter']}/health"),
                 environment=self._as("promoter") | self._webhook(),
                 command=[
-                    python, "-m", "registry.receiver", f"--port={ports['promoter']}", "--promote",
-                    f"--serving={urls['serving']}", f"--inbox={self.folder / 'inbox.db'}",
+                    python,
+                    "-m",
+                    "registry.receiver",
+                    f"--port={ports['promoter']}",
+                    "--promote",
+                    f"--serving={urls['serving']}",
+                    f"--inbox={self.folder / 'inbox.db'}",
                 ],
             ),
             Service(
@@ -150,7 +165,7 @@ class Platform:
                 environment=self._as("serving"),
                 command=[python, "-m", "serving.server", f"--port={ports['serving']}"],
             ),
-        ]  # fmt: skip
+        ]
 
     def _of_mlflow(self) -> dict[str, str]:
         return {
@@ -201,10 +216,18 @@ class Platform:
 
     def _introduce(self) -> None:
         done = subprocess.run(
-            [sys.executable, "-m", "deploy.introduce", f"--webhook={self.urls['promoter']}/webhook",
-             f"--secrets={self.secrets}"],
-            cwd=ROOT, env=os.environ | self._as("admin"), capture_output=True, text=True,
-        )  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "deploy.bootstrap",
+                f"--webhook={self.urls['promoter']}/webhook",
+                f"--secrets={self.secrets}",
+            ],
+            cwd=ROOT,
+            env=os.environ | self._as("admin"),
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             raise ConfigError(f"MLflow does not know its services: {done.stderr.strip()[-300:]}")
 
@@ -215,9 +238,11 @@ class Platform:
         if wait > 0:
             return  # it is looked at again soon
         log.warning(
-            "%s ended with %d: %s; it is started again", one.name, one.process.returncode,
+            "%s ended with %d: %s; it is started again",
+            one.name,
+            one.process.returncode,
             one.last_line(self.logs),
-        )  # fmt: skip
+        )
         one.stop()  # its children, which may hold the port
         one.start(self.logs)
 
@@ -257,7 +282,7 @@ def _keep(file: Path, text: str) -> None:
     """A file that nobody else can read, not even while it is written."""
     before = os.umask(0o077)
     try:
-        durable.replace_text(file, text)
+        atomic.replace_text(file, text)
     finally:
         os.umask(before)
 
@@ -271,7 +296,7 @@ def up(folder: Path, ports: dict[str, int], only: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     if (pid := running(folder)) is not None:
         log.info("the platform of %s is up already (process %d)", folder, pid)
-        return cli.OK
+        return exit_codes.OK
     (folder / "logs").mkdir(exist_ok=True)
     said = folder / "logs" / "platform.log"
     flags = [f"--{name}-port={port}" for name, port in ports.items()]
@@ -279,8 +304,11 @@ def up(folder: Path, ports: dict[str, int], only: Sequence[str]) -> int:
     with said.open("wb") as opened:
         process = subprocess.Popen(
             [sys.executable, "-m", "deploy.platform", "run", f"--folder={folder}", *flags],
-            stdout=opened, stderr=opened, stdin=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            stdout=opened,
+            stderr=opened,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
     told = 0
     try:
         while True:
@@ -289,9 +317,9 @@ def up(folder: Path, ports: dict[str, int], only: Sequence[str]) -> int:
             sys.stderr.write(text[told:])
             told = len(text)
             if ended:
-                return cli.BAD_INPUT
+                return exit_codes.BAD_INPUT
             if ready:
-                return cli.OK
+                return exit_codes.OK
             time.sleep(0.2)
     except KeyboardInterrupt:
         process.terminate()
@@ -303,7 +331,7 @@ def down(folder: Path) -> int:
     """Tell it to end, and wait until it has."""
     if (pid := running(folder)) is None:
         log.info("no platform runs in %s", folder)
-        return cli.OK
+        return exit_codes.OK
     with suppress(ProcessLookupError):  # it has just ended
         os.kill(pid, signal.SIGTERM)
     while True:
@@ -312,7 +340,7 @@ def down(folder: Path) -> int:
                 break
         time.sleep(0.1)
     log.info("the platform of %s is down", folder)
-    return cli.OK
+    return exit_codes.OK
 
 
 def running(folder: Path) -> int | None:
@@ -333,7 +361,7 @@ def _run(folder: Path, ports: dict[str, int], only: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=LOCK_S):
-            durable.replace_text(folder / "process.json", json.dumps({"pid": os.getpid()}))
+            atomic.replace_text(folder / "process.json", json.dumps({"pid": os.getpid()}))
             try:
                 return Platform(folder, ports, only).run()
             finally:
@@ -365,4 +393,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.finish(main, platform=False)  # what it writes is for others
+    cli.run_command(main, platform=False)  # what it writes is for others

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
-from deploy import archive, databases, places, schema
+from deploy import archive, databases, object_store, schema
 from deploy.databases import Database
-from deploy.places import Place
+from deploy.object_store import Place
 from eurosat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def restore(
         ConfigError: it does not fit the target, or the target holds something and not ``replace``.
     """
     manifest = archive.verify(stream, size)
-    if isinstance(artifacts, places.Prefix) and not artifacts.prefix:
+    if isinstance(artifacts, object_store.Prefix) and not artifacts.prefix:
         raise ConfigError(
             f"EUROSAT_ARTIFACTS={artifacts.uri} names a whole bucket: give it a prefix"
         )
@@ -66,13 +66,14 @@ def restore(
         if begun and swapped and begun.seal == manifest.seal:
             log.warning(
                 "the restore of %s was killed after its swap: that one is completed; to restore "
-                "the archive anew, say it again", begun.stamp,
-            )  # fmt: skip
+                "the archive anew, say it again",
+                begun.stamp,
+            )
         else:
             begun = _prepare(opened, manifest, found, artifacts, begun, replace=replace)
             moves = [(_fresh(one), one.name, _kept(one, begun.stamp)) for one in found]
             into = artifacts if begun.blank else artifacts.beside(".restoring")
-            places.empty(into)
+            object_store.empty(into)
             _unpack(stream, size, manifest, opened, found, into)
             if not begun.blank:
                 _lay_over(artifacts, into, artifacts.beside(f".before-{begun.stamp}"), manifest)
@@ -144,7 +145,7 @@ def _unpack(
     """Databases into fresh ones, artifacts into ``into``."""
     by_member = {archive.dump_of(database.kind.name): database for database in found}
     waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(places.PARALLEL) as pool:
+    with ThreadPoolExecutor(object_store.PARALLEL) as pool:
         read = archive.read(stream, size, "restoring")
         for member, (_, _, content) in zip([*manifest.members, None], read, strict=True):
             if member is None:
@@ -157,10 +158,10 @@ def _unpack(
                     told = manifest.told["databases"][database.kind.name]
                     databases.restore(opened, _fresh(database), dumped, told)
                 continue
-            spool = places.spooled(partial(archive.copy, content, member))
+            spool = object_store.spooled(partial(archive.copy, content, member))
             key = member.name.removeprefix(archive.ARTIFACTS)
             waiting.append(pool.submit(_put, into, key, spool))
-            if len(waiting) > places.PARALLEL:
+            if len(waiting) > object_store.PARALLEL:
                 waiting.popleft().result()
         for put in waiting:
             put.result()
@@ -176,12 +177,12 @@ def _lay_over(artifacts: Place, fresh: Place, kept: Place, manifest: archive.Man
 
     What has the name of something in the archive is written over, after it was copied.
     """
-    places.each(
+    object_store.each(
         lambda key: artifacts.copy(key, kept),
         [stored.key for stored in artifacts.listed()],
         "keeping the artifacts of before",
     )
-    places.each(
+    object_store.each(
         lambda key: fresh.copy(key, artifacts), _keys(manifest), "moving artifacts into place"
     )
 
@@ -207,11 +208,11 @@ def _clean_up(
     kept_artifacts = artifacts.beside(f".before-{begun.stamp}")
     before = {stored.key for stored in kept_artifacts.listed()}
     surplus = sorted(before - {*_keys(manifest)})
-    places.each(artifacts.delete, surplus, "removing the artifacts of before")
+    object_store.each(artifacts.delete, surplus, "removing the artifacts of before")
     if before:
         left.append(kept_artifacts.uri)
     for ending in (".restoring", ".restore"):
-        places.empty(artifacts.beside(ending))
+        object_store.empty(artifacts.beside(ending))
     return left
 
 

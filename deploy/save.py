@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 import eurosat
-from deploy import archive, databases, places
+from deploy import archive, databases, object_store
 from deploy.databases import Database
-from deploy.places import Place, Stored
-from eurosat import progress
+from deploy.object_store import Place, Stored
 from eurosat.errors import ConfigError, TrackingError
+from eurosat.runtime import progress
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def save(found: Sequence[Database], artifacts: Place, to: Place) -> tuple[str, a
     """
     if f"{to.uri}/".startswith(f"{artifacts.uri}/"):
         raise ConfigError(f"{to.uri} lies within the artifacts: each backup would hold the last")
-    if isinstance(to, places.Folder):
+    if isinstance(to, object_store.Folder):
         _remove_abandoned(to.root)
     key = f"eurosat-{archive.stamp()}.tar"
     if to.find(key):
@@ -89,10 +89,10 @@ def _write(out: BinaryIO, found: Sequence[Database], artifacts: Place) -> archiv
 def _fetched(place: Place, listed: Iterable[Stored]) -> Iterator[tuple[Stored, IO[bytes] | None]]:
     """In the order of ``listed``, a few ahead."""
     waiting: deque[Future[tuple[Stored, IO[bytes] | None]]] = deque()
-    with ThreadPoolExecutor(places.PARALLEL) as pool:
+    with ThreadPoolExecutor(object_store.PARALLEL) as pool:
         for stored in listed:
             waiting.append(pool.submit(_fetch, place, stored))
-            if len(waiting) > places.PARALLEL:
+            if len(waiting) > object_store.PARALLEL:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -102,8 +102,8 @@ def _fetch(place: Place, stored: Stored) -> tuple[Stored, IO[bytes] | None]:
     """One content of an artifact, whole; None if it was deleted."""
     for _ in range(TRIES):
         try:
-            return stored, places.spooled(partial(place.read, stored))
-        except places.Changed:
+            return stored, object_store.spooled(partial(place.read, stored))
+        except object_store.Changed:
             if (now := place.find(stored.key)) is None:
                 return stored, None
             stored = now

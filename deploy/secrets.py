@@ -12,8 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eurosat import cli, durable, logs
 from eurosat.errors import ConfigError
+from eurosat.runtime import atomic, cli, exit_codes, logs
 
 FOLDER = Path(".platform/secrets")
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,14 +65,14 @@ def make(folder: Path = FOLDER) -> list[str]:
         folder.chmod(0o700)
         made = [name for name in MADE if not (folder / name).exists()]
         for name in made:
-            durable.replace(folder / name, lambda file, name=name: file.write(MADE[name]()))  # type: ignore[misc]
+            atomic.replace(folder / name, lambda file, name=name: file.write(MADE[name]()))  # type: ignore[misc]
         if not ((folder / KEY).exists() and (folder / CERTIFICATE).exists()):
             key, certificate = self_signed()
-            durable.replace(folder / KEY, lambda file: file.write(key))
-            durable.replace(folder / CERTIFICATE, lambda file: file.write(certificate))
+            atomic.replace(folder / KEY, lambda file: file.write(key))
+            atomic.replace(folder / CERTIFICATE, lambda file: file.write(certificate))
             made += [KEY, CERTIFICATE]
         if not ((folder / API_KEY).exists() and (folder / API_KEYS).exists()):
-            durable.replace(folder / API_KEY, lambda file: file.write(_api_key(folder / API_KEYS)))
+            atomic.replace(folder / API_KEY, lambda file: file.write(_api_key(folder / API_KEYS)))
             made += [API_KEY, API_KEYS]
         for name in (*MADE, KEY, CERTIFICATE, API_KEY, API_KEYS):
             (folder / name).chmod(READABLE)
@@ -145,8 +145,8 @@ def main(argv: Sequence[str]) -> int:
     logs.setup(args.log_level)
     made = make(args.folder)
     print(f"{args.folder}: {', '.join(made) or 'nothing was missing'}")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

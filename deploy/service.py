@@ -36,10 +36,14 @@ class Service:
     def start(self, logs_to: Path) -> None:
         with (logs_to / f"{self.name}.log").open("ab") as said:
             self.process = subprocess.Popen(
-                self._command(), cwd=ROOT, stdout=said, stderr=said,
-                stdin=subprocess.DEVNULL, start_new_session=True,
+                self._command(),
+                cwd=ROOT,
+                stdout=said,
+                stderr=said,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
                 env=os.environ | self.environment,
-            )  # fmt: skip
+            )
         self.started = time.monotonic()
 
     def _command(self) -> list[str]:
@@ -80,10 +84,16 @@ def object_store(port: int, folder: Path) -> list[str]:
         ConfigError: it is not installed.
     """
     return [
-        str(_program()), "-scheme=http", "-host=127.0.0.1", f"-port={port}",
-        f"-external-url=http://127.0.0.1:{port}", f"-public-host=127.0.0.1:{port}",
-        "-backend=filesystem", f"-filesystem-root={folder}", "-log-level=warn",
-    ]  # fmt: skip
+        str(_program()),
+        "-scheme=http",
+        "-host=127.0.0.1",
+        f"-port={port}",
+        f"-external-url=http://127.0.0.1:{port}",
+        f"-public-host=127.0.0.1:{port}",
+        "-backend=filesystem",
+        f"-filesystem-root={folder}",
+        "-log-level=warn",
+    ]
 
 
 def _program() -> Path:

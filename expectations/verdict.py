@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expectations.docs import publish
-from expectations.expected import Expected
+from expectations.spec import Expected
 from expectations.suite import build_suite, digest, load_great_expectations, name_of
 from expectations.tiles import SHARING
 

@@ -23,9 +23,10 @@ from typing import Any
 
 from rich.console import Console
 
-from eurosat import cli, evaluate, tracking
+from eurosat import tracking
 from eurosat.config import DataConfig, TrainConfig, compose
 from eurosat.errors import ConfigError, DataError, EuroSATError
+from eurosat.runtime import cli, exit_codes
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +88,19 @@ def main(argv: Sequence[str]) -> int:
     step(1, "validate the tiles against their expectations")
     if not validated(config, recipe):
         print("validation failed: nothing is trained on these tiles")
-        return cli.NEGATIVE
+        return exit_codes.NEGATIVE
     step(2, f"sweep: {settings.trials} short trials, then the best refitted in full")
     project(
-        "sweep", config, data=config.data.source, recipe=config.recipe, trials=settings.trials,
-        trial_epochs=settings.trial_epochs, workers=settings.workers, space=settings.space,
+        "sweep",
+        config,
+        data=config.data.source,
+        recipe=config.recipe,
+        trials=settings.trials,
+        trial_epochs=settings.trial_epochs,
+        workers=settings.workers,
+        space=settings.space,
         overrides=without(recipe, "data", "recipe"),
-    )  # fmt: skip
+    )
     sweep_run = tracking.latest_run(config.experiment, kind="sweep")
     step(3, "register the refit as a version of the model")
     call(sys.executable, "-m", "registry.register", sweep_run)
@@ -105,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     champion = alias_version("champion")
     if champion is None:
         print(f"version {challenger} was refused and there is no champion: nothing to serve")
-        return cli.NEGATIVE
+        return exit_codes.NEGATIVE
     step(5, f"serve {CHAMPION} with mlflow models serve, and score tiles of the test fold")
     run_id = tracking.resolve_run(CHAMPION)
     scored = serve_and_score(run_id, settings.tiles)
@@ -121,12 +128,12 @@ def main(argv: Sequence[str]) -> int:
         "champion_version": champion,
         "seconds": round(time.monotonic() - started, 1),
         "scored": scored,
-    } | context(champion_run, challenger, promoted == cli.OK)
+    } | context(champion_run, challenger, promoted == exit_codes.OK)
     file = Path(settings.report)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
     show(report, file)
-    return cli.OK
+    return exit_codes.OK
 
 
 def split_arguments(overrides: Sequence[str]) -> tuple[DemoConfig, list[str]]:
@@ -217,9 +224,17 @@ def project(
         given["overrides"] = shlex.join(overrides)
     flags = [part for name, value in given.items() for part in ("-P", f"{name}={value}")]
     call(
-        "mlflow", "run", ".", "-e", entry, "--env-manager", "local",
-        "--experiment-name", config.experiment, *flags,
-    )  # fmt: skip
+        "mlflow",
+        "run",
+        ".",
+        "-e",
+        entry,
+        "--env-manager",
+        "local",
+        "--experiment-name",
+        config.experiment,
+        *flags,
+    )
 
 
 def call(*command: str, negative_is_an_answer: bool = False) -> int:
@@ -231,7 +246,7 @@ def call(*command: str, negative_is_an_answer: bool = False) -> int:
     shown = ["python" if part == sys.executable else part for part in command]
     print(f"$ {shlex.join(shown)}", flush=True)
     code = subprocess.run(command).returncode
-    if code == cli.OK or (code == cli.NEGATIVE and negative_is_an_answer):
+    if code == exit_codes.OK or (code == exit_codes.NEGATIVE and negative_is_an_answer):
         return code
     raise EuroSATError(f"the step `{shlex.join(shown)}` ended with code {code}: see above")
 
@@ -246,7 +261,9 @@ def serve_and_score(run_id: str, count: int) -> list[dict[str, Any]]:
 
     with tracking.artifact(run_id, "predictions.parquet") as file:
         tested = pd.read_parquet(file)
-    config = evaluate.recorded_data(run_id)
+    from eurosat.evaluation.recorded import recorded_data
+
+    config = recorded_data(run_id)
     chosen = tested.groupby("label", sort=True).head(1)
     chosen = chosen.iloc[:: max(1, len(chosen) // count)].head(count)
     with tempfile.TemporaryDirectory() as folder:
@@ -262,7 +279,7 @@ def serve_and_score(run_id: str, count: int) -> list[dict[str, Any]]:
 
 
 def write_tiles(config: DataConfig, tiles: Sequence[str], folder: Path) -> list[str]:
-    from eurosat.sources import open_source
+    from eurosat.data.sources import open_source
 
     source = open_source(config)
     names = []
@@ -282,9 +299,18 @@ def served() -> Iterator[tuple["subprocess.Popen[str]", str]]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     command = [
-        "mlflow", "models", "serve", "-m", CHAMPION, "--env-manager", "local",
-        "--host", "127.0.0.1", "--port", str(port),
-    ]  # fmt: skip
+        "mlflow",
+        "models",
+        "serve",
+        "-m",
+        CHAMPION,
+        "--env-manager",
+        "local",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     print(f"$ {shlex.join(command)}", flush=True)
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
@@ -367,9 +393,12 @@ def show(report: dict[str, Any], file: Path) -> None:
     scored = Table("tile", "expected", "label", "confidence", "version", title="scored over REST")
     for row in report["scored"]:
         scored.add_row(
-            row["tile"], row["expected"], row["label"],
-            f"{row['confidence']:.3f}", str(row["model_version"]),
-        )  # fmt: skip
+            row["tile"],
+            row["expected"],
+            row["label"],
+            f"{row['confidence']:.3f}",
+            str(row["model_version"]),
+        )
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print()
     console.print(table)
@@ -383,4 +412,4 @@ def show(report: dict[str, Any], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat import tracking, train
 from eurosat.config import TrainConfig, compose
+from eurosat.data.prepare import Prepared
 from eurosat.errors import NonFiniteLoss
-from eurosat.prepare import Prepared
-from eurosat.unfinished import Unfinished, claim
+from eurosat.training.checkpoints import Unfinished, claim
 from experiments.settings import SweepConfig
 
 if TYPE_CHECKING:
-    from eurosat.network import Network
+    from eurosat.models.network import Network
 
 log = logging.getLogger(__name__)
 
@@ -105,10 +105,14 @@ def run(
                 return outcome
             try:
                 with tracking.run(
-                    config.experiment, label, parent=job.parent,
+                    config.experiment,
+                    label,
+                    parent=job.parent,
                     journal=saved.begin(task.journal),
-                    resume=saved.journal, tags=tags, killed_by=(Stopped,),
-                ) as opened:  # fmt: skip
+                    resume=saved.journal,
+                    tags=tags,
+                    killed_by=(Stopped,),
+                ) as opened:
                     run_id = opened.run_id
                     begun(opened, saved)
                     values = _trained(job, config, data, opened, saved, report, label)
@@ -129,10 +133,15 @@ def run(
 
 
 def _trained(
-    job: Job, config: TrainConfig, data: Prepared, run: tracking.Run, saved: Unfinished,
-    report: Report, label: str,
-) -> tuple[float, ...]:  # fmt: skip
-    from eurosat import launch
+    job: Job,
+    config: TrainConfig,
+    data: Prepared,
+    run: tracking.Run,
+    saved: Unfinished,
+    report: Report,
+    label: str,
+) -> tuple[float, ...]:
+    from eurosat.training import launch
 
     def on_epoch(epoch: int, metrics: Mapping[str, float]) -> None:
         why = report(epoch, metrics)

@@ -55,10 +55,12 @@ def storage(
     try:
         with _quietly():
             return (kind or optuna.storages.RDBStorage)(
-                url, {"connect_args": {"timeout": BUSY_S}} if url.startswith("sqlite") else None,
-                heartbeat_interval=BEAT_S if beats else None, grace_period=STALE_S,
+                url,
+                {"connect_args": {"timeout": BUSY_S}} if url.startswith("sqlite") else None,
+                heartbeat_interval=BEAT_S if beats else None,
+                grace_period=STALE_S,
                 heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(MOST_RETRIES),
-            )  # fmt: skip
+            )
     except (SQLAlchemyError, ImportError) as error:
         why = tracking.without_password(str(error).splitlines()[0])
         raise ConfigError(
@@ -124,9 +126,7 @@ def load(name: str, settings: SweepConfig, given: Collection[str]) -> tuple["opt
         )
     changed = {one: getattr(settings, one) for one in anew if one in given}
     sweep = SweepConfig(**told["sweep"] | changed | {"storage": settings.storage})
-    job = Job(
-        sweep=sweep, study=name, overrides=tuple(told["overrides"]), parent=told["parent"]
-    )  # fmt: skip
+    job = Job(sweep=sweep, study=name, overrides=tuple(told["overrides"]), parent=told["parent"])
     own = zlib.crc32(me().encode()) % 1_000_000  # not what others drew from the same seed
     study = optuna.load_study(
         study_name=name, storage=kept, sampler=sampler(sweep, own), pruner=pruner(sweep)
@@ -438,8 +438,10 @@ def _earlier(
     log.info("the sampler begins with %d trials of %s", len(fitting), settings.from_study)
     return [
         optuna.trial.create_trial(
-            params=one.params, distributions=one.distributions, values=one.values,
+            params=one.params,
+            distributions=one.distributions,
+            values=one.values,
             user_attrs={FROM: settings.from_study},
         )
         for one in fitting
-    ]  # fmt: skip
+    ]

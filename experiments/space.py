@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat.errors import ConfigError
-from experiments import catalogue
+from experiments import presets
 
 if TYPE_CHECKING:
     import optuna
@@ -36,7 +36,7 @@ def load(name: str) -> Space:
     Raises:
         ConfigError: no such space, or an entry that is neither a range nor choices.
     """
-    entries, file = catalogue.read("search space", SPACES, name)
+    entries, file = presets.read("search space", SPACES, name)
     return {key: _entry(value, f"{file}: {key}") for key, value in entries.items()}
 
 

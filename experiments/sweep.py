@@ -10,18 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eurosat import cli, logs, machine, tracking, train
+from eurosat import tracking, train
 from eurosat.config import compose
+from eurosat.data.prepare import Prepared, prepare
 from eurosat.errors import ConfigError, EuroSATError, TrackingError
-from eurosat.prepare import Prepared, prepare
-from eurosat.unfinished import claim
-from experiments import drivers, local
+from eurosat.runtime import cli, exit_codes, hardware, logs
+from eurosat.training.checkpoints import claim
+from experiments import drivers, process_engine
 from experiments import search as searches
 from experiments import space as spaces
 from experiments.objective import Job, as_overrides
 from experiments.search import Search
 from experiments.settings import SweepConfig, take
-from experiments.view import View
+from experiments.sweep_progress import View
 
 if TYPE_CHECKING:
     import optuna
@@ -77,18 +78,18 @@ def sweep(settings: SweepConfig, overrides: tuple[str, ...], parent: tracking.Ru
 def run_trials(job: Job, study: "optuna.Study", data: Prepared, *, owner: bool) -> None:
     """All that are left; the owner also waits for those that other drivers have in hand."""
     if job.sweep.engine == "ray":
-        from experiments import cluster
+        from experiments import ray_engine
 
-        return cluster.run(job, study)
-    threads = max(1, machine.cores() // job.sweep.workers) if job.sweep.workers > 1 else 0
+        return ray_engine.run(job, study)
+    threads = max(1, hardware.cores() // job.sweep.workers) if job.sweep.workers > 1 else 0
     search = Search(job, study, threads)
     view = View(study, job)
     with search.alive(), view.shown():
         try:
             if job.sweep.workers == 1:
-                local.run_here(search, data, view, wait_for_others=owner)
+                process_engine.run_here(search, data, view, wait_for_others=owner)
             else:
-                local.run_in_workers(search, view, wait_for_others=owner)
+                process_engine.run_in_workers(search, view, wait_for_others=owner)
         finally:
             search.release()
     if why := search.over():
@@ -120,11 +121,14 @@ def _refitted(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.
     with (
         claim(best, place, alone=True) as saved,
         tracking.run(
-            best.experiment, "refit of the best", parent=job.parent, journal=saved.begin(),
+            best.experiment,
+            "refit of the best",
+            parent=job.parent,
+            journal=saved.begin(),
             resume=saved.journal,
             tags=tags,
         ) as run,
-    ):  # fmt: skip
+    ):
         tested = train.train(best, data, run, saved=saved)
     parent.log_metrics(tested)
     parent.set_tags({tracking.BEST_RUN: run.run_id, REFITTED: number})
@@ -212,7 +216,7 @@ def resume(settings: SweepConfig, given: set[str], rest: Sequence[str]) -> int:
             raise ConfigError(f"the driver of study {job.study} lives: give its cluster more nodes")
         run_trials(job, study, data, owner=False)
         print(f"study {job.study}: no trial is left to begin; its own driver concludes it")
-        return cli.OK
+        return exit_codes.OK
     with (
         tempfile.TemporaryDirectory() as folder,
         tracking.run(config.experiment, f"sweep {config.recipe}", resume=job.parent) as parent,
@@ -236,8 +240,8 @@ def tell(parent: str, best: str | None) -> int:
     print(f"sweep {parent}")
     if best:
         print(f"run {best}")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

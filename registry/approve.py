@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from eurosat import cli, logs
-from registry import opinions, versions
+from eurosat.runtime import cli, exit_codes, logs
+from registry import approvals, versions
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,11 +20,11 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     number = str(versions.named(args.model, args.version).version)
-    word = opinions.REJECTED if args.reject else opinions.APPROVED
-    said = opinions.say(args.model, number, opinions.APPROVAL, word, args.why, args.by)
+    word = approvals.REJECTED if args.reject else approvals.APPROVED
+    said = approvals.say(args.model, number, approvals.APPROVAL, word, args.why, args.by)
     print(f"{args.model} version {number} is {said.word} by {said.by}")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

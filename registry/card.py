@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eurosat import cli, logs, tracking
+from eurosat import tracking
+from eurosat.runtime import cli, exit_codes, logs
 from registry import evidence, robustness, versions
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ SHOWN = ("accuracy", "macro_f1", "macro_auprc", "nll", "ece")
 OF_CLASS = ("precision", "recall", "f1", "auprc")
 DATA_LICENCES = {
     "eurosat": "EuroSAT (Helber et al. 2019): MIT; contains modified Copernicus Sentinel data",
-    "synthetic": "made by `eurosat.synthetic`: no licence is needed",
+    "synthetic": "made by `eurosat.data.synthetic`: no licence is needed",
 }
 WEIGHT_LICENCES = {
     "none": "trained from scratch",
@@ -77,7 +78,8 @@ def told(version: "ModelVersion", run: tracking.FinishedRun) -> list[str]:
         "## Calibration\n" + _listed(_calibration(run)),
         "## Under corruptions\n" + _corruptions(run),
         "## Served forms\n" + _listed(_forms(version, run)),
-        "## Not known\n" + _listed(
+        "## Not known\n"
+        + _listed(
             {
                 "stronger corruptions": "`python -m eurosat.evaluate models:/"
                 f"{version.name}/{version.version} --corruptions` measures five degrees",
@@ -85,7 +87,7 @@ def told(version: "ModelVersion", run: tracking.FinishedRun) -> list[str]:
                 f"{version.version} --latency` there",
             }
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _headline(predictions: evidence.Predictions, figures: Mapping[str, float]) -> str:
@@ -110,9 +112,11 @@ def _data(run: tracking.FinishedRun) -> dict[str, str]:
         "folds": ", ".join(f"{name} {count:,}" for name, count in folds.items()),
         "protocol": f"{run.params.get('data.protocol', 'unknown')}, seed "
         f"{run.params.get('data.split_seed', 'unknown')}",
-        **{name: run.tags.get(name, "unknown") for name in (
-            "data.fingerprint", "split.fingerprint", "data.validation")},
-    }  # fmt: skip
+        **{
+            name: run.tags.get(name, "unknown")
+            for name in ("data.fingerprint", "split.fingerprint", "data.validation")
+        },
+    }
 
 
 def _recipe(run: tracking.FinishedRun) -> dict[str, str]:
@@ -141,10 +145,13 @@ def _figures(predictions: evidence.Predictions, figures: Mapping[str, float]) ->
 def _classes(predictions: evidence.Predictions, figures: Mapping[str, float]) -> str:
     counts = predictions.frame["label"].value_counts()
     rows = [
-        (name, f"{counts.get(name, 0):,}",
-         *(f"{figures.get(f'{figure}/{name}', float('nan')):.4f}" for figure in OF_CLASS))
+        (
+            name,
+            f"{counts.get(name, 0):,}",
+            *(f"{figures.get(f'{figure}/{name}', float('nan')):.4f}" for figure in OF_CLASS),
+        )
         for name in predictions.classes
-    ]  # fmt: skip
+    ]
     return _table(("class", "tiles", *OF_CLASS), rows)
 
 
@@ -162,10 +169,12 @@ def _confusion(predictions: evidence.Predictions) -> str:
 
 def _calibration(run: tracking.FinishedRun) -> dict[str, str]:
     names = {
-        "test_ece": "calibration error", "test_uncalibrated_ece": "before calibration",
+        "test_ece": "calibration error",
+        "test_uncalibrated_ece": "before calibration",
         "test_coverage": "tiles whose prediction set holds the truth",
-        "test_set_size": "classes in a set", "test_one_view_accuracy": "accuracy in one view",
-    }  # fmt: skip
+        "test_set_size": "classes in a set",
+        "test_one_view_accuracy": "accuracy in one view",
+    }
     return {said: f"{run.metrics[name]:.4f}" for name, said in names.items() if name in run.metrics}
 
 
@@ -174,8 +183,10 @@ def _corruptions(run: tracking.FinishedRun) -> str:
     if asked.predictions is None:
         return f"Not known: {asked.fault}; {robustness.remedy(run.run_id)}."
     tiles = asked.predictions.frame["sha256"].nunique()
-    rows = [(kind.replace("_", " "), f"{accuracy:.4f}", f"{confidence:.4f}")
-            for kind, accuracy, confidence in robustness.by_kind(asked.predictions)]  # fmt: skip
+    rows = [
+        (kind.replace("_", " "), f"{accuracy:.4f}", f"{confidence:.4f}")
+        for kind, accuracy, confidence in robustness.by_kind(asked.predictions)
+    ]
     return f"{tiles:,} test tiles in one view, severity {robustness.SEVERITY} of 5.\n\n" + _table(
         ("kind", "accuracy", "mean confidence"), rows
     )
@@ -215,8 +226,8 @@ def main(argv: Sequence[str]) -> int:
     write(args.model, str(version.version))
     with tracking.artifact(versions.run_of(version), FILE) as file:
         print(file.read_text())
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

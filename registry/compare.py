@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eurosat import cli, logs
 from eurosat.errors import ConfigError, EuroSATError, ModelError
+from eurosat.runtime import cli, exit_codes, logs
 from registry import evidence, gates, versions
 from registry.gates import Paired
 
@@ -92,9 +92,10 @@ def _right(predictions: evidence.Predictions) -> "pd.DataFrame":
 def _chance(mine: evidence.Predictions, yours: evidence.Predictions) -> str:
     one, other = _right(mine)["right"], _right(yours)["right"]
     paired = Paired(
-        tiles=len(one), only_candidate=int((one & ~other).sum()),
+        tiles=len(one),
+        only_candidate=int((one & ~other).sum()),
         only_champion=int((other & ~one).sum()),
-    )  # fmt: skip
+    )
     found = gates.judge_difference(paired, gates.Difference())
     return (
         f"The first alone has {paired.only_candidate} right, the second alone "
@@ -104,9 +105,11 @@ def _chance(mine: evidence.Predictions, yours: evidence.Predictions) -> str:
 
 
 def _tiles(
-    one: "ModelVersion", mine: evidence.Predictions, yours: evidence.Predictions,
+    one: "ModelVersion",
+    mine: evidence.Predictions,
+    yours: evidence.Predictions,
     names: Sequence[str],
-) -> str:  # fmt: skip
+) -> str:
     a, b = _right(mine), _right(yours)
     differ = (a["said"] != b["said"]).to_numpy()
     count = int(differ.sum())
@@ -136,8 +139,8 @@ def _pictures(run_id: str, tiles: Sequence[str]) -> dict[str, str]:
     """An image element by the tile's sha256; none where this machine lacks the data."""
     from PIL import Image
 
-    from eurosat import bands
-    from eurosat.evaluate import recorded_fold
+    from eurosat.data import bands
+    from eurosat.evaluation.recorded import recorded_fold
 
     try:
         pack, rows = recorded_fold(run_id, "test")
@@ -174,8 +177,8 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:
         raise ConfigError(f"--out {args.out}: {error.strerror}") from error
     print(f"written to {args.out}")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

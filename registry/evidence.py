@@ -14,7 +14,7 @@ from registry.gates import Gates, Paired
 if TYPE_CHECKING:
     import pandas as pd
 
-    from eurosat.metrics import Floats, Labels
+    from eurosat.data.arrays import Floats, Labels
 
 PREDICTIONS = "predictions.parquet"
 SPLIT = "split.csv"
@@ -108,11 +108,11 @@ def digest(judged: Sequence[Predictions], bars: Gates) -> str:
 
 
 def figures(predictions: Predictions) -> dict[str, float]:
-    """As ``eurosat.metrics.evaluate``, and the recall of the class that fares worst.
+    """As ``eurosat.evaluation.metrics.evaluate``, and the recall of the class that fares worst.
 
     Empty where a probability is not a number in [0, 1].
     """
-    from eurosat.metrics import evaluate
+    from eurosat.evaluation.metrics import evaluate
 
     if (found := arrays(predictions)) is None:
         return {}
@@ -122,7 +122,7 @@ def figures(predictions: Predictions) -> dict[str, float]:
 
 def intervals(predictions: Predictions, resamples: int) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of the figures; empty as they are."""
-    from eurosat import metrics
+    from eurosat.evaluation import metrics
 
     if (found := arrays(predictions)) is None:
         return {}
@@ -143,9 +143,12 @@ def arrays(predictions: Predictions) -> "tuple[Labels, Floats] | None":
 
 
 def compare(
-    candidate: Predictions, champion: Predictions | None, known: Collection[str] = (), *,
+    candidate: Predictions,
+    champion: Predictions | None,
+    known: Collection[str] = (),
+    *,
     accept_new_data: bool = False,
-) -> Comparison:  # fmt: skip
+) -> Comparison:
     """Figures of both on the tiles (same content, same label) that both were tested on.
 
     Without the ``known``, the sha256 of tiles that one of them has learned from.

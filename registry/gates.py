@@ -293,7 +293,7 @@ class Paired:
     @property
     def p_value(self) -> float:
         """Of the exact, two-sided McNemar test."""
-        from eurosat.metrics import mcnemar
+        from eurosat.evaluation.metrics import mcnemar
 
         return mcnemar(self.only_candidate, self.only_champion)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from eurosat import cli, logs
+from eurosat.runtime import cli, exit_codes, logs
 from registry import ledger, tables, versions
 from registry.reconcile import reconcile
 
@@ -37,8 +37,11 @@ def verify(model: str) -> list[str]:
             f"champion is version {champion or 'none'}, and the ledger says {entered or 'none'}: "
             "any command of `registry` completes or enters that"
         )
-    print(f"{len(links)} entries link up from the first to {links[-1].entry.digest[:12]}"
-          if links else "no entry links up")  # fmt: skip
+    print(
+        f"{len(links)} entries link up from the first to {links[-1].entry.digest[:12]}"
+        if links
+        else "no entry links up"
+    )
     if second:
         print(f"{len(second)} came second to another and never counted")
     return faults
@@ -60,12 +63,12 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(f"the ledger of {args.model} is empty: nothing was promoted yet")
     if not args.verify:
-        return cli.OK
+        return exit_codes.OK
     faults = verify(args.model)
     for fault in faults:
         print(f"wrong: {fault}")
-    return cli.NEGATIVE if faults else cli.OK
+    return exit_codes.NEGATIVE if faults else exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eurosat import cli, logs, tracking
+from eurosat import tracking
 from eurosat.errors import ConfigError
+from eurosat.runtime import cli, exit_codes, logs
 from registry import (
     card,
     evidence,
@@ -23,9 +24,9 @@ from registry import (
     robustness,
     tables,
     versions,
-)  # fmt: skip
+)
+from registry.approvals import APPROVAL, APPROVED, RETIRED, Opinion
 from registry.gates import Fact, Finding, Gates, Verdict
-from registry.opinions import APPROVAL, APPROVED, RETIRED, Opinion
 from registry.reconcile import last_kept
 
 if TYPE_CHECKING:
@@ -74,10 +75,12 @@ def judge(
         _files(candidate, why["files"]),
     )
     comparable = Finding(
-        gate="test_tiles", value=str(len(ours.frame)), refusal=compared.refusal,
+        gate="test_tiles",
+        value=str(len(ours.frame)),
+        refusal=compared.refusal,
         champion=str(len(theirs.frame)) if theirs else gates.NONE,
         why="figures of other tiles do not compare",
-    )  # fmt: skip
+    )
     asked = robustness.Comparison()
     if any(gate.metric == robustness.GATE and not gate.off for gate in bars.figures):
         asked = robustness.compare(run.run_id, rival if compared.champion else None, known)
@@ -137,8 +140,8 @@ def _leakage(ours: evidence.Predictions, learned: set[str], fact: Fact) -> Findi
     tiles = set(ours.frame["sha256"])
     known = len(tiles & learned)
     refusal = (
-        f"leakage: {known} of {len(tiles)} test tiles were learned from: let `eurosat.split` make "
-        "the split, and train again"
+        f"leakage: {known} of {len(tiles)} test tiles were learned from: train again on a "
+        "split made by this project"
     )
     return _about(fact, str(known), refusal if known else "", bar="0")
 
@@ -185,9 +188,12 @@ def _accepted(run: tracking.FinishedRun, accepted: bool) -> tuple[str, ...]:
 
 
 def _signature(
-    candidate: "ModelVersion", champion: "ModelVersion | None",
-    ours: evidence.Predictions, theirs: evidence.Predictions | None, fact: Fact,
-) -> Finding:  # fmt: skip
+    candidate: "ModelVersion",
+    champion: "ModelVersion | None",
+    ours: evidence.Predictions,
+    theirs: evidence.Predictions | None,
+    fact: Fact,
+) -> Finding:
     """What clients send, and the classes that they are told."""
     if fact.off or champion is None or theirs is None:
         return _about(fact, gates.NONE)
@@ -222,10 +228,14 @@ def _approval(version: "ModelVersion", fact: Fact) -> Finding:
         return _about(fact, gates.NONE)
     said = Opinion.of(version, APPROVAL)
     if said is None:
-        return _about(fact, "waits", (
-            f"approval: version {version.version} waits for a person: `python -m registry.approve "
-            f"{version.version} --why ...`"
-        ))  # fmt: skip
+        return _about(
+            fact,
+            "waits",
+            (
+                f"approval: version {version.version} waits for a person: "
+                f"`python -m registry.approve {version.version} --why ...`"
+            ),
+        )
     value = f"{said.word} by {said.by}"
     return _about(fact, value, "" if said.word == APPROVED else f"approval: {value}: {said.why}")
 
@@ -257,9 +267,10 @@ def _files(version: "ModelVersion", fact: Fact) -> Finding:
     changed = sorted({name for name, _ in found.items() ^ registered.items()} - {ADDED})
     strange = [name for name in found if not _harmless(name)]
     strangers = [
-        name for name in found
+        name
+        for name in found
         if name.endswith(".onnx") and found[name] != _trained(version, Path(name).name)
-    ]  # fmt: skip
+    ]
     refusal = ""
     if changed:
         refusal = f"files: {', '.join(changed[:3])} differ from what was registered"
@@ -320,9 +331,13 @@ def main(argv: Sequence[str]) -> int:
     candidate = versions.named(args.model, args.version)
     against = _against(args.model, args.against)
     verdict = judge(
-        candidate, against, bars, accept_new_data=args.accept_new_data,
-        accept_uncommitted=args.accept_uncommitted, timed=args.latency,
-    )  # fmt: skip
+        candidate,
+        against,
+        bars,
+        accept_new_data=args.accept_new_data,
+        accept_uncommitted=args.accept_uncommitted,
+        timed=args.latency,
+    )
     show(verdict)
     if args.out:
         told = {
@@ -336,7 +351,7 @@ def main(argv: Sequence[str]) -> int:
             args.out.write_text(json.dumps(told, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--out {args.out}: {error.strerror}") from error
-    return cli.OK if verdict.passed else cli.NEGATIVE
+    return exit_codes.OK if verdict.passed else exit_codes.NEGATIVE
 
 
 def _against(model: str, said: str) -> "ModelVersion | None":
@@ -350,4 +365,4 @@ def _against(model: str, said: str) -> "ModelVersion | None":
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from eurosat import tracking
-from eurosat.progress import track
+from eurosat.runtime.progress import track
 from registry import versions
 from registry.gates import Finding, Latency
 
@@ -57,12 +57,14 @@ def compare(run_id: str, champion: str | None) -> list[Timed]:
 
     return [
         Timed(
-            form=form, batch=batch, candidate_ms=median(run_id, form, batch),
+            form=form,
+            batch=batch,
+            candidate_ms=median(run_id, form, batch),
             champion_ms=median(champion, form, batch) if champion else None,
         )
         for form in forms
         for batch in BATCHES
-    ]  # fmt: skip
+    ]
 
 
 def interleaved(networks: Mapping[Name, Ask], batch: int) -> dict[Name, float]:
@@ -90,9 +92,10 @@ def judge(timed: Sequence[Timed] | None, bar: Latency) -> tuple[Finding, ...]:
 
 def _find(timed: Timed, bar: Latency) -> Finding:
     found = Finding(
-        gate=f"{GATE} {timed.form} x{timed.batch}", value=f"{timed.candidate_ms:.2f} ms",
+        gate=f"{GATE} {timed.form} x{timed.batch}",
+        value=f"{timed.candidate_ms:.2f} ms",
         why=bar.why,
-    )  # fmt: skip
+    )
     if timed.champion_ms is None:
         return found
     ratio = timed.candidate_ms / timed.champion_ms
@@ -101,25 +104,26 @@ def _find(timed: Timed, bar: Latency) -> Finding:
         f"{timed.champion_ms:.2f} ms, over the ceiling {bar.ceiling:g}"
     )
     return replace(
-        found, champion=f"{timed.champion_ms:.2f} ms",
+        found,
+        champion=f"{timed.champion_ms:.2f} ms",
         bar=f"{bar.ceiling * timed.champion_ms:.2f} ms",
         refusal="" if ratio <= bar.ceiling else refusal,
-    )  # fmt: skip
+    )
 
 
 def _opened(run_id: str, name: str) -> Ask:
     """Answers about tiles of noise, which take as long as any others."""
     import numpy as np
 
-    from eurosat import onnxfile
+    from eurosat.models import onnx_session
 
     with tracking.artifact(run_id, name) as file:
-        session = onnxfile.opened(file, threads=THREADS)
+        session = onnx_session.opened(file, threads=THREADS)
     (_, *shape) = session.get_inputs()[0].shape
     tiles_NHWC = np.random.default_rng(0).integers(0, 256, (max(BATCHES), *shape), np.uint8)
 
     def ask(batch: int) -> object:
-        return session.run(["probabilities"], {onnxfile.TILES: tiles_NHWC[:batch]})
+        return session.run(["probabilities"], {onnx_session.TILES: tiles_NHWC[:batch]})
 
     ask(1)  # the first time takes longer
     return ask

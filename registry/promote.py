@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eurosat import cli, logs, tracking
+from eurosat import tracking
 from eurosat.errors import ConfigError, TrackingError
+from eurosat.runtime import cli, exit_codes, logs
 from registry import gates, ledger, versions
 from registry.judge import judge, show, tag
 from registry.reconcile import Standing, enter, reconcile, rival
@@ -66,18 +67,21 @@ def main(argv: Sequence[str]) -> int:
     number, champion = str(candidate.version), rival(args.model, before)
     if before.number == number:
         print(f"{args.model} version {number} is the champion already")
-        return cli.OK
+        return exit_codes.OK
     verdict = judge(
-        candidate, champion, bars, accept_new_data=args.accept_new_data,
+        candidate,
+        champion,
+        bars,
+        accept_new_data=args.accept_new_data,
         accept_uncommitted=args.accept_uncommitted,
-    )  # fmt: skip
+    )
     show(verdict)
     if not verdict.passed:
         tag(args.model, number, verdict)
-        return cli.NEGATIVE
+        return exit_codes.NEGATIVE
     promote(args.model, candidate, before, verdict, args.why, args.by or tracking.user())
     print(before.followed_by(args.model, number))
-    return cli.OK
+    return exit_codes.OK
 
 
 def _candidate(model: str, number: str | None) -> "ModelVersion":
@@ -92,4 +96,4 @@ def _candidate(model: str, number: str | None) -> "ModelVersion":
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

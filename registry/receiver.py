@@ -24,13 +24,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from eurosat import cli, logs
-from eurosat.config import usual_cache
 from eurosat.errors import ConfigError, EuroSATError
+from eurosat.runtime import cli, exit_codes, logs
+from eurosat.runtime.cache import usual_cache
 from registry import gates, ledger, versions
-from registry.inbox import Inbox, Job
-from registry.opinions import APPROVAL
-from registry.outgoing import Target, signature
+from registry.approvals import APPROVAL
+from registry.event_queue import Inbox, Job
+from registry.notifications import Target, signature
 from registry.worker import EVENTS, SAID, Worker
 
 log = logging.getLogger(__name__)
@@ -148,9 +148,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, a table per figure")
     parser.add_argument("--serving", metavar="URL", help="must answer with each new champion")
     parser.add_argument(
-        "--tell", action="append", default=[], metavar="URL|github:OWNER/REPO",
+        "--tell",
+        action="append",
+        default=[],
+        metavar="URL|github:OWNER/REPO",
         help="of each new entry of the ledger; may be said several times",
-    )  # fmt: skip
+    )
     parser.add_argument("--inbox", type=Path, metavar="FILE", help="in the cache, one per model")
     parser.add_argument("--dead", action="store_true", help="list what was given up, and end")
     parser.add_argument("--revive", action="store_true", help="let it be tried again, and end")
@@ -172,9 +175,13 @@ def _receive(args: argparse.Namespace, inbox: Inbox) -> int:
 
     receiver = Receiver(args.model, inbox, secret())
     worker = Worker(
-        args.model, inbox, promotes=args.promote, serving=args.serving,
-        bars=gates.load(args.gates), targets=[Target(to=to) for to in args.tell],
-    )  # fmt: skip
+        args.model,
+        inbox,
+        promotes=args.promote,
+        serving=args.serving,
+        bars=gates.load(args.gates),
+        targets=[Target(to=to) for to in args.tell],
+    )
     try:
         listener = socket.create_server((args.host, args.port))
     except OSError as error:
@@ -191,7 +198,7 @@ def _receive(args: argparse.Namespace, inbox: Inbox) -> int:
         worker.stop()
         thread.join()
         listener.close()
-    return cli.OK
+    return exit_codes.OK
 
 
 @contextmanager
@@ -238,8 +245,8 @@ def _dead(inbox: Inbox, *, revive: bool) -> int:
     print(json.dumps(given_up(inbox), indent=1))
     if revive:
         print(f"{inbox.revive()} will be tried again")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

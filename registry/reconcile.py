@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from eurosat import tracking
 from registry import ledger, versions
-from registry.opinions import RETIRED
+from registry.approvals import RETIRED
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -91,18 +91,31 @@ def reconcile(model: str) -> Standing:
 
 
 def enter(
-    model: str, before: Standing, action: str, to: str, why: str, actor: str, verdict: str,
+    model: str,
+    before: Standing,
+    action: str,
+    to: str,
+    why: str,
+    actor: str,
+    verdict: str,
     evidence: str | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Make a version the champion: in the ledger first, then the aliases follow.
 
     Raises:
         LedgerConflictError: another entry came first; no alias was moved.
     """
     entry = ledger.Entry(
-        time=ledger.now(), actor=actor, from_version=before.number, to_version=to, why=why,
-        verdict=verdict, previous=before.predecessor, action=action, evidence=evidence,
-    )  # fmt: skip
+        time=ledger.now(),
+        actor=actor,
+        from_version=before.number,
+        to_version=to,
+        why=why,
+        verdict=verdict,
+        previous=before.predecessor,
+        action=action,
+        evidence=evidence,
+    )
     ledger.append(model, entry)
     reconcile(model)
 
@@ -164,8 +177,9 @@ def _enter_by_hand(model: str, predecessor: str, was: str | None, now: str | Non
     """Unless another command did, or was about to set the alias itself."""
     log.warning(
         "champion is version %s where the ledger says %s: it was moved by hand, and is entered so",
-        now or "none", was or "none",
-    )  # fmt: skip
+        now or "none",
+        was or "none",
+    )
     entry = ledger.Entry(
         time=ledger.now(),
         actor=NOBODY,

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eurosat import cli, logs, tracking
+from eurosat import tracking
 from eurosat.errors import ConfigError, ModelError, TrackingError
+from eurosat.runtime import cli, exit_codes, logs
 from registry import card, evidence, robustness, versions
 from registry.versions import NETWORK, NETWORK_INT8
 
@@ -118,12 +119,12 @@ def describe(network: Path) -> dict[str, Any]:
     """Classes, tile size and bands that the network carries.
 
     Raises:
-        ModelError: not ONNX, or not of the form that ``eurosat.export`` writes.
+        ModelError: not ONNX, or not of the form that ``eurosat.models.export`` writes.
     """
-    from eurosat import onnxfile
+    from eurosat.models import onnx_session
 
     try:
-        session = onnxfile.opened(network)
+        session = onnx_session.opened(network)
     except Exception as error:  # onnxruntime's errors share no base class but this
         first = str(error).splitlines()[0][:200]
         raise ModelError(f"{NETWORK} is no network that ONNX Runtime opens: {first}") from error
@@ -206,21 +207,24 @@ def lineage(run: tracking.FinishedRun, described: Mapping[str, Any]) -> dict[str
 
 
 def _wrap(
-    networks: Mapping[str, Path], described: Mapping[str, Any], origin: Mapping[str, Any],
+    networks: Mapping[str, Path],
+    described: Mapping[str, Any],
+    origin: Mapping[str, Any],
     folder: Path,
-) -> None:  # fmt: skip
+) -> None:
     """Write the MLflow model: code by path, no pickle; its lineage tells the example's answers."""
     import mlflow.pyfunc
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
 
-    from eurosat import onnxfile
+    from eurosat.models import onnx_session
 
     height, width = described["tile_size"]
     grey_HWC = np.full((height, width, described["bands"]), GREY, np.uint8)
     answers = {
-        name: onnxfile.answers(file, grey_HWC[None])[0].tolist() for name, file in networks.items()
+        name: onnx_session.answers(file, grey_HWC[None])[0].tolist()
+        for name, file in networks.items()
     }
     written = folder.parent / "lineage.json"
     written.write_text(json.dumps({**origin, "example_probabilities": answers}, indent=1))
@@ -266,8 +270,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     print(register(args.run, args.model, args.alias))
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from eurosat import cli, logs, tracking
+from eurosat import tracking
 from eurosat.errors import ConfigError
-from registry import opinions, versions
+from eurosat.runtime import cli, exit_codes, logs
+from registry import approvals, versions
 from registry.reconcile import reconcile
 
 
@@ -22,14 +23,14 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"{args.model} version {number} is the champion: roll back, or promote another, first"
         )
-    said = opinions.say(args.model, number, opinions.RETIRED, "retired", args.why, args.by)
+    said = approvals.say(args.model, number, approvals.RETIRED, "retired", args.why, args.by)
     if versions.holds(args.model, versions.CHALLENGER, number):
         with tracking.explained(f"alias {versions.CHALLENGER}"):
             versions.client().delete_registered_model_alias(args.model, versions.CHALLENGER)
     reconcile(args.model)  # the one to go back to may be another now
     print(f"{args.model} version {number} is retired by {said.by}")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

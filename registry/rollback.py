@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-from eurosat import cli, logs, tracking
+from eurosat import tracking
 from eurosat.errors import ConfigError, TrackingError
+from eurosat.runtime import cli, exit_codes, logs
 from registry import ledger, versions
-from registry.opinions import RETIRED, Opinion
+from registry.approvals import RETIRED, Opinion
 from registry.reconcile import Standing, enter, last_kept, reconcile
 
 
@@ -64,8 +65,8 @@ def main(argv: Sequence[str]) -> int:
     to = target(args.model, before, args.to)
     rollback(args.model, to, before, args.why, args.by or tracking.user())
     print(before.followed_by(args.model, to))
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

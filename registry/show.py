@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from eurosat import cli, logs
+from eurosat.runtime import cli, exit_codes, logs
 from registry import history, ledger, tables, versions
 from registry.reconcile import reconcile
 
@@ -30,8 +30,8 @@ def main(argv: Sequence[str]) -> int:
         history.show(touching)
     else:
         print(f"{args.model} version {number} was never champion")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

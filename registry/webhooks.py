@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from eurosat import cli, logs, tracking
+from eurosat import tracking
 from eurosat.errors import TrackingError
+from eurosat.runtime import cli, exit_codes, logs
 from registry import receiver, versions, worker
 
 if TYPE_CHECKING:
@@ -19,8 +20,11 @@ def main(argv: Sequence[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     install = verbs.add_parser("install", help="tell the receiver at URL from now on")
     install.add_argument("url", metavar="URL", help="such as http://127.0.0.1:5002/webhook")
-    for verb, said in (("list", "those that MLflow has"), ("test", "send one of each event"),
-                       ("remove", "tell nobody any more")):  # fmt: skip
+    for verb, said in (
+        ("list", "those that MLflow has"),
+        ("test", "send one of each event"),
+        ("remove", "tell nobody any more"),
+    ):
         verbs.add_parser(verb, help=said)
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
@@ -39,23 +43,31 @@ def _install(url: str) -> int:
     """In the place of one that was there, so that no event is told twice."""
     before = installed()
     hook = versions.client().create_webhook(
-        NAME, url, list(worker.EVENTS), description="judges what is registered",
+        NAME,
+        url,
+        list(worker.EVENTS),
+        description="judges what is registered",
         secret=receiver.secret(),
-    )  # fmt: skip
+    )
     for old in before:
         versions.client().delete_webhook(old.webhook_id)
     print(hook.webhook_id)
-    return cli.OK
+    return exit_codes.OK
 
 
 def _list() -> int:
     told = [
-        {"id": hook.webhook_id, "name": hook.name, "url": hook.url,
-         "events": [str(event) for event in hook.events], "status": str(hook.status)}
+        {
+            "id": hook.webhook_id,
+            "name": hook.name,
+            "url": hook.url,
+            "events": [str(event) for event in hook.events],
+            "status": str(hook.status),
+        }
         for hook in versions.client().list_webhooks()
-    ]  # fmt: skip
+    ]
     print(json.dumps(told, indent=1))
-    return cli.OK
+    return exit_codes.OK
 
 
 def _test() -> int:
@@ -69,7 +81,7 @@ def _test() -> int:
         told = versions.client().test_webhook(hooks[0].webhook_id, event)
         failed += not told.success
         print(f"{event}: {'taken' if told.success else told.error_message or told.response_status}")
-    return cli.NEGATIVE if failed else cli.OK
+    return exit_codes.NEGATIVE if failed else exit_codes.OK
 
 
 def _remove() -> int:
@@ -77,8 +89,8 @@ def _remove() -> int:
     for hook in hooks:
         versions.client().delete_webhook(hook.webhook_id)
     print(f"{len(hooks)} removed")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

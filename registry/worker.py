@@ -15,9 +15,9 @@ import requests
 from eurosat import tracking
 from eurosat.errors import EuroSATError, TrackingError
 from registry import gates, judge, ledger, versions
-from registry.inbox import Inbox, Job
-from registry.opinions import APPROVAL, Opinion
-from registry.outgoing import Target, public, tell
+from registry.approvals import APPROVAL, Opinion
+from registry.event_queue import Inbox, Job
+from registry.notifications import Target, public, tell
 from registry.promote import promote
 from registry.reconcile import Standing, last_kept, reconcile, rival
 from registry.rollback import rollback
@@ -26,11 +26,20 @@ log = logging.getLogger(__name__)
 
 CREATED, MOVED = "model_version.created", "model_version_alias.created"
 SAID = "model_version_tag.set"
-EVENTS: tuple[Literal["model_version.created", "model_version_tag.set",
-                      "model_version_alias.created", "model_version_alias.deleted"], ...] = (
-    "model_version.created", "model_version_tag.set", "model_version_alias.created",
+EVENTS: tuple[
+    Literal[
+        "model_version.created",
+        "model_version_tag.set",
+        "model_version_alias.created",
+        "model_version_alias.deleted",
+    ],
+    ...,
+] = (
+    "model_version.created",
+    "model_version_tag.set",
+    "model_version_alias.created",
     "model_version_alias.deleted",
-)  # fmt: skip
+)
 TELL = "tell"
 """A job of our own."""
 REFUSED, LATE = "the server refused it: ", "not loaded in time: "
@@ -49,10 +58,16 @@ class Worker:
     """Works off an inbox, one job after another."""
 
     def __init__(
-        self, model: str, inbox: Inbox, *, promotes: bool = False, serving: str | None = None,
-        served_s: float = SERVED_S, bars: gates.Gates | None = None,
+        self,
+        model: str,
+        inbox: Inbox,
+        *,
+        promotes: bool = False,
+        serving: str | None = None,
+        served_s: float = SERVED_S,
+        bars: gates.Gates | None = None,
         targets: Sequence[Target] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """``promotes``: what passes every gate becomes champion, and not challenger alone.
 
         ``serving`` is the URL of a server that must answer with each new champion within
@@ -85,8 +100,13 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - whatever fails is told with the job
             why = " ".join(str(error).split())[:500] or type(error).__name__
             again = self._inbox.fail(job, why)
-            log.warning("%s of version %s: %s (%s)", job.event, job.version, why,
-                        "tried again" if again else "given up")  # fmt: skip
+            log.warning(
+                "%s of version %s: %s (%s)",
+                job.event,
+                job.version,
+                why,
+                "tried again" if again else "given up",
+            )
         else:
             self._inbox.finish(job, said)
             log.info("%s of version %s: %s", job.event, job.version, said)

@@ -19,13 +19,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving import bombs, limits, refusals
+from serving import errors, limits, payload_limits
+from serving.errors import FAULT, TOO_LATE, Refused
+from serving.hot_swap import Follower, Live
 from serving.invocations import ANOTHER_KIND, PARQUET, of_mlflow
 from serving.keys import Keys
 from serving.limits import Limits
-from serving.live import Follower, Live
 from serving.metrics import CONTENT_TYPE, Metrics
-from serving.refusals import FAULT, TOO_LATE, Refused
 
 log = logging.getLogger(__name__)
 
@@ -110,12 +110,12 @@ class App:
                 self.keys.admit(request.headers)
             return await handler(request)
         except Refused as refused:
-            return refusals.response(refused.status, str(refused), refused.headers)
+            return errors.response(refused.status, str(refused), refused.headers)
         except ClientDisconnect:
             raise
         except Exception:
             log.exception("a request failed")
-            return refusals.response(500, FAULT)
+            return errors.response(500, FAULT)
 
     def _live(self) -> Live:
         """The version that answers; raises Refused while there is none."""
@@ -218,7 +218,7 @@ class App:
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 if len(whole) <= LARGE_BYTES:
-                    bombs.check(_kind(request), whole)
+                    payload_limits.check(_kind(request), whole)
                     return await self._of_mlflow(request, whole)
                 # which goes on when the client has given up: no other is begun beside it
                 return await asyncio.shield(asyncio.create_task(self._large(request, whole)))
@@ -228,10 +228,10 @@ class App:
     async def _large(self, request: Request, whole: bytes) -> Response:
         async with self._one_large:
             try:
-                await asyncio.to_thread(bombs.check, _kind(request), whole)
+                await asyncio.to_thread(payload_limits.check, _kind(request), whole)
                 return await self._of_mlflow(request, whole)
             except Refused as refused:  # perhaps nobody waits for it any more
-                return refusals.response(refused.status, str(refused), refused.headers)
+                return errors.response(refused.status, str(refused), refused.headers)
 
     async def _of_mlflow(self, request: Request, whole: bytes) -> Response:
         with self._admit() as live:
@@ -252,13 +252,17 @@ class App:
         height, width, bands = classifier.shape_HWC
         return _json(
             {
-                "follows": self.follower.reference, "uri": live.uri, **classifier.provenance,
-                "form": classifier.form, "classes": classifier.classes,
+                "follows": self.follower.reference,
+                "uri": live.uri,
+                **classifier.provenance,
+                "form": classifier.form,
+                "classes": classifier.classes,
                 "tile": {"height": height, "width": width, "bands": bands},
-                "views": classifier.judged_views, "swaps": self.follower.swaps,
+                "views": classifier.judged_views,
+                "swaps": self.follower.swaps,
                 "refused": self.follower.refused,
             }
-        )  # fmt: skip
+        )
 
     async def measured(self, request: Request) -> Response:
         self._look()
@@ -342,7 +346,7 @@ def _params(query: Mapping[str, str]) -> dict[str, Any]:
 
 def _decoded(body: bytes, most: int) -> list[bytes]:
     """The pictures of ``{"images": [base64, ...]}``."""
-    bombs.check_brackets(body)
+    payload_limits.check_brackets(body)
     try:
         images = json.loads(body)["images"]
         if not isinstance(images, list) or not all(isinstance(one, str) for one in images):

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eurosat import cli, logs
 from eurosat.errors import DataError, EuroSATError
+from eurosat.runtime import cli, exit_codes, logs
 
 TILES_PER_REQUEST = 64
 TIMEOUT_S = 60.0
@@ -129,8 +129,8 @@ def main(argv: Sequence[str]) -> int:
         answer = answers[file]
         shown = answer if args.json else {key: answer[key] for key in ("tile", *SHOWN)}
         print(json.dumps(shown))
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

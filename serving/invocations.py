@@ -6,9 +6,9 @@ import logging
 from starlette.responses import Response
 from starlette.types import Message, Scope
 
-from serving.bombs import NOT_THE_PROTOCOL
-from serving.live import Live
-from serving.refusals import FAULT, TOO_LATE, Refused
+from serving.errors import FAULT, TOO_LATE, Refused
+from serving.hot_swap import Live
+from serving.payload_limits import NOT_THE_PROTOCOL
 
 log = logging.getLogger(__name__)
 
@@ -16,9 +16,14 @@ PARQUET = "application/vnd.apache.parquet"
 """MLflow reads it, and what it unpacks to cannot be told before."""
 ANOTHER_KIND = "send application/json or text/csv"
 MISREAD = (
-    ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
     ValueError,
-)  # fmt: skip
+)
 """What MLflow's app lets through when it reads a body that is none of its protocol."""
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eurosat import cli, logs
 from eurosat.errors import ConfigError
+from eurosat.runtime import cli, exit_codes, logs
+from serving.errors import Refused
 from serving.limits import Bucket
-from serving.refusals import Refused
 
 PER_S = 1000.0
 BYTES = 32
@@ -121,8 +121,8 @@ def main(argv: Sequence[str]) -> int:
     logs.setup(args.log_level)
     print(create(args.file, args.name, args.per_second))
     print(f"its hash is in {args.file}; the key itself is kept nowhere", file=sys.stderr)
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from starlette.requests import Request
 
 from eurosat.errors import ConfigError
-from serving.refusals import Refused
+from serving.errors import Refused
 
 TIMEOUT_HEADER = "x-request-timeout"
 """Seconds that the client waits for an answer."""

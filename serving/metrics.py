@@ -10,7 +10,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from serving.processes import METRICS
 
 if TYPE_CHECKING:
-    from serving.live import Live
+    from serving.hot_swap import Live
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
@@ -24,9 +24,12 @@ class Metrics:
         summed = made | {"multiprocess_mode": "livesum"}
         requests = Counter("eurosat_requests", "Requests answered", ("path", "status"), **made)
         seconds = Histogram(
-            "eurosat_request_seconds", "From a request's head to its answer", ("path",),
-            buckets=SECONDS, **made,
-        )  # fmt: skip
+            "eurosat_request_seconds",
+            "From a request's head to its answer",
+            ("path",),
+            buckets=SECONDS,
+            **made,
+        )
         tiles = Counter("eurosat_tiles", "Tiles answered", ("version", "label"), **made)
         # looking a child up by its labels costs more than counting
         self._requests, self._seconds = cache(requests.labels), cache(seconds.labels)
@@ -34,9 +37,11 @@ class Metrics:
         self._waiting = Gauge("eurosat_tiles_waiting", "Tiles that wait for their turn", **summed)
         self._open = Gauge("eurosat_requests_open", "Requests being read or answered", **summed)
         self._live = Gauge(
-            "eurosat_model", "Processes that answer by a version", ("version", "run_id", "form"),
+            "eurosat_model",
+            "Processes that answer by a version",
+            ("version", "run_id", "form"),
             **summed,
-        )  # fmt: skip
+        )
         self._swaps = Counter("eurosat_swaps", "Versions swapped in by a process", **made)
         self._refused = Counter(
             "eurosat_versions_refused", "Versions that failed a process's check", **made

@@ -11,9 +11,9 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from eurosat import cli
 from eurosat.errors import ConfigError
-from serving.stock import check_address
+from eurosat.runtime import exit_codes
+from serving.mlflow_server import check_address
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +68,19 @@ def _keep(
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: told.append(number))
     running: dict[subprocess.Popen[bytes], float] = {}
-    code = cli.OK
+    code = exit_codes.OK
     again = 0.0
-    while code == cli.OK and not told:
+    while code == exit_codes.OK and not told:
         time.sleep(LOOK_S)
         for process in [one for one in running if one.poll() is not None]:
             lived_s = time.monotonic() - running.pop(process)
             log.warning("process %d ended with code %d", process.pid, process.returncode)
             _forget(process.pid, environment[METRICS])
-            if process.returncode == cli.BAD_INPUT:  # it has said what is wrong
-                code = cli.BAD_INPUT
+            if process.returncode == exit_codes.BAD_INPUT:  # it has said what is wrong
+                code = exit_codes.BAD_INPUT
             elif lived_s < TOO_SOON_S:
                 again = time.monotonic() + TOO_SOON_S
-        while len(running) < count and code == cli.OK and time.monotonic() >= again:
+        while len(running) < count and code == exit_codes.OK and time.monotonic() >= again:
             running[subprocess.Popen(command, env=environment)] = time.monotonic()
     for process in running:
         process.terminate()

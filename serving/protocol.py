@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from serving import refusals
+from serving import errors
 
 if TYPE_CHECKING:
     from serving.app import App
@@ -198,9 +198,9 @@ class Protocol(HttpToolsProtocol):
 
 
 def _said(status: int, message: str, *, closes: bool) -> bytes:
-    body = refusals.body(status, message)
-    lines = [f"HTTP/1.1 {status} {refusals.CODES[status]}", "content-type: application/json"]
+    body = errors.body(status, message)
+    lines = [f"HTTP/1.1 {status} {errors.CODES[status]}", "content-type: application/json"]
     lines += [f"content-length: {len(body)}"]
-    lines += [f"retry-after: {refusals.RETRY_AFTER_S}"] if status in refusals.AGAIN else []
+    lines += [f"retry-after: {errors.RETRY_AFTER_S}"] if status in errors.AGAIN else []
     lines += ["connection: close"] if closes else []
     return "\r\n".join([*lines, "", ""]).encode() + body

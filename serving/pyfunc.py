@@ -533,7 +533,7 @@ def _too_large(size: str) -> BadTile:
 
 
 def _lit(activation_HW: npt.NDArray[np.float32]) -> list[list[float]]:
-    """From 0 to 1, where the tile spoke for its label; see `eurosat.export` for its size."""
+    """From 0 to 1, where the tile spoke for its label; see `eurosat.models.export` for its size."""
     lit = np.maximum(activation_HW, 0)
     return [[round(float(one), 4) for one in row] for row in lit / max(float(lit.max()), 1e-6)]
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eurosat import cli, logs, ray_cluster
+from eurosat import tracking
 from eurosat.config import build as from_mapping
 from eurosat.errors import ConfigError
+from eurosat.runtime import cli, exit_codes, logs, ray_cluster
+from serving.mlflow_server import CHAMPION
 from serving.server import POLL_S, loopback
-from serving.stock import CHAMPION
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -116,9 +117,9 @@ def application(config: RayConfig) -> "Application":
 def replica(config: RayConfig) -> "App":
     """The app of one replica."""
     from serving.app import App
+    from serving.hot_swap import Follower
     from serving.keys import Keys
     from serving.limits import Limits
-    from serving.live import Follower
     from serving.metrics import Metrics
 
     logs.setup("info")
@@ -130,7 +131,7 @@ def replica(config: RayConfig) -> "App":
 def main(argv: Sequence[str]) -> int:
     given = (word.partition("=") for word in cli.overrides(argv, USAGE))
     config = read({name: value for name, _, value in given})
-    ray_cluster.join(config.ray_address)
+    ray_cluster.join(config.ray_address, tracking.server())
     from ray import serve
 
     ended = threading.Event()
@@ -146,8 +147,8 @@ def main(argv: Sequence[str]) -> int:
             serve.delete(NAME)  # others may serve on that cluster too
         else:
             serve.shutdown()  # type: ignore[no-untyped-call]
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -11,10 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from eurosat import cli, logs
 from eurosat.errors import ConfigError
-from eurosat.machine import cores
-from serving.stock import CHAMPION
+from eurosat.runtime import cli, exit_codes, logs
+from eurosat.runtime.hardware import cores
+from serving.mlflow_server import CHAMPION
 
 if TYPE_CHECKING:
     import uvicorn
@@ -40,10 +40,18 @@ def config(app: Any, grace_s: float) -> "uvicorn.Config":
     from serving.protocol import Protocol
 
     return uvicorn.Config(
-        app, http=Protocol, loop="uvloop", ws="none", log_config=None, access_log=False,
-        server_header=False, date_header=False, proxy_headers=False,
-        timeout_graceful_shutdown=math.ceil(grace_s), timeout_keep_alive=75,
-    )  # fmt: skip
+        app,
+        http=Protocol,
+        loop="uvloop",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(grace_s),
+        timeout_keep_alive=75,
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -93,8 +101,8 @@ def _serve(args: argparse.Namespace, bounds: "Limits") -> int:
 
     from serving import processes
     from serving.app import App
+    from serving.hot_swap import Follower
     from serving.keys import Keys
-    from serving.live import Follower
     from serving.metrics import Metrics
 
     processes.end_with_parent()
@@ -110,8 +118,8 @@ def _serve(args: argparse.Namespace, bounds: "Limits") -> int:
 
     server = Server(config(app, args.grace))
     server.run(sockets=[processes.listener(args.host, args.port)])
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

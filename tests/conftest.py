@@ -9,33 +9,28 @@ from pathlib import Path
 import pytest
 
 from deploy import postgresql
-from eurosat import cli
 from eurosat.config import TrainConfig, compose
-from eurosat.pack import Pack, open_pack
-from eurosat.prepare import Prepared
-from eurosat.split import make_split
-from tests import platforms
-from tests.offline import sitecustomize
-from tests.postgres import running
+from eurosat.data.pack import Pack, open_pack
+from eurosat.data.prepare import Prepared
+from eurosat.data.split import make_split
+from eurosat.runtime import telemetry
+from tests.support import platforms
+from tests.support.offline import sitecustomize
+from tests.support.postgres import running
+from tests.support.recipes import TINY
 
-OFFLINE = str(Path(__file__).parent / "offline")
-TINY = (
-    "data=synthetic", "data.synthetic.tiles=200", "data.synthetic.size=32",
-    "data.allow_unvalidated=true", "model.name=test_resnet", "optim.batch_size=20",
-    "trainer.epochs=2", "trainer.precision=fp32", "model.views=1", "trainer.threads=1",
-    "distill.teacher=none", "distill.features=0", "distill.share=0.9",
-)  # fmt: skip
-"""A whole training run in seconds: timm's test network on small tiles."""
+OFFLINE = str(Path(sitecustomize.__file__).parent)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No store or cache of the user's, whatever the shell says, and nothing leaves the machine.
 
-    Importing ``tests.offline.sitecustomize`` guards this process, PYTHONPATH those it starts.
+    Importing ``tests.support.offline.sitecustomize`` guards this process; PYTHONPATH guards those
+    that it starts.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in cli.QUIET.items():
+        for name, value in telemetry.OFF.items():
             patch.setenv(name, value)
         refused = tmp_path_factory.mktemp("sockets") / "refused.txt"
         patch.setenv(sitecustomize.RECORD, str(refused))

@@ -12,23 +12,29 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from eurosat import data, train
+from eurosat import train
 from eurosat.config import compose
+from eurosat.data import __main__ as commands
+from eurosat.data.pack import Pack
+from eurosat.data.prepare import prepare
+from eurosat.data.sources import open_source
+from eurosat.data.split import split_csv
 from eurosat.errors import EuroSATError
-from eurosat.pack import Pack
-from eurosat.prepare import prepare
-from eurosat.sources import open_source
-from eurosat.split import split_csv
-from eurosat.storage import open_store
+from eurosat.storage.store import open_store
 from expectations import validate
-from tests.conftest import TINY
-from tests.stores import fake_gcs, make_bucket
+from tests.support.object_stores import fake_gcs, make_bucket
+from tests.support.recipes import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = {"fetch", "pack", "validate", "split"}
 VERSIONED = (
-    ".dvc/config", ".dvc/.gitignore", ".dvcignore", "dvc.yaml", "params.yaml", "Makefile",
-)  # fmt: skip
+    ".dvc/config",
+    ".dvc/.gitignore",
+    ".dvcignore",
+    "dvc.yaml",
+    "params.yaml",
+    "Makefile",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +57,7 @@ def tiles(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two hundred procedural tiles in a bucket: their address."""
     folder = tmp_path_factory.mktemp("tiles")
     given = [one for one in TINY if one.startswith("data.synthetic")]
-    data.fetch(open_source(compose(["data=synthetic", *given]).data), folder)
+    commands.fetch(open_source(compose(["data=synthetic", *given]).data), folder)
     bucket = make_bucket(server, "tiles")
     store = open_store(f"{bucket}/tiles")
     store.upload(folder, sorted(f"{one.parent.name}/{one.name}" for one in folder.glob("*/*")))
@@ -221,4 +227,6 @@ def test_tiles_in_a_bucket_are_validated_and_trained_on(
 def test_a_place_that_is_not_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(EuroSATError, match="taken"):
-        data.main(["fetch", "data=synthetic", "data.synthetic.tiles=10", f"to={tmp_path}/taken"])
+        commands.main(
+            ["fetch", "data=synthetic", "data.synthetic.tiles=10", f"to={tmp_path}/taken"]
+        )

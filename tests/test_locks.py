@@ -90,7 +90,9 @@ def platforms(requirement: Requirement) -> set[tuple[str, ...]]:
     return {
         platform
         for platform in itertools.product(
-            ("linux", "darwin", "win32"), ("CPython", "PyPy"), ("x86_64", "arm64", "aarch64"),
+            ("linux", "darwin", "win32"),
+            ("CPython", "PyPy"),
+            ("x86_64", "arm64", "aarch64"),
             ("3.11", "3.12"),
         )
         if requirement.marker is None
@@ -106,7 +108,7 @@ def platforms(requirement: Requirement) -> set[tuple[str, ...]]:
                 "python_full_version": f"{platform[3]}.0",
             }
         )
-    }  # fmt: skip
+    }
 
 
 def test_the_product_lock_leaves_the_development_tools_out() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 
 from benchmarks import reports
 from benchmarks.platform import load, memory, search
-from benchmarks.platform.stand import standing
-from eurosat import cli, logs
+from benchmarks.platform.fixture import standing
+from eurosat.runtime import cli, exit_codes, logs
 
 MOST_GROWTH = 1.2
 
@@ -33,9 +33,12 @@ def measured(args: argparse.Namespace) -> Measured:
         searcher = search.Searcher(stand, stand.user("reader"), experiment_id)
         searches_ms = search.timed(searcher, values_RM, args.rounds)
         outcome = load.run(
-            stand, seconds=60 * args.minutes, writers=args.writers, readers=args.readers,
+            stand,
+            seconds=60 * args.minutes,
+            writers=args.writers,
+            readers=args.readers,
             rate=args.rate,
-        )  # fmt: skip
+        )
     return Measured(outcome, searches_ms)
 
 
@@ -105,13 +108,18 @@ def main(argv: Sequence[str]) -> int:
     count = sum(map(len, told.searches_ms.values()))
     if args != parser().parse_args([]):
         reports.show("platform", count, goals(told), rows(told, args))
-        return cli.OK
+        return exit_codes.OK
     reports.write(
-        "platform", started=started, n=count, goals=goals(told), rows=rows(told, args),
-        minutes=args.minutes, searches_ms=told.searches_ms,
-    )  # fmt: skip
-    return cli.OK
+        "platform",
+        started=started,
+        n=count,
+        goals=goals(told),
+        rows=rows(told, args),
+        minutes=args.minutes,
+        searches_ms=told.searches_ms,
+    )
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main, platform=False)
+    cli.run_command(main, platform=False)

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.platform.stand import Stand
+from benchmarks.platform.fixture import Stand
 from eurosat.errors import TrackingError
 
 CUT_S = 30.0
@@ -59,5 +59,6 @@ def inflict(fault: Fault, stand: Stand, begun: float) -> dict[str, Any]:
         time.sleep(LOOK_S)
     return {
         "what": f"{TOLD[fault.service]} after {fault.at_s:.0f} s: until it answered",
-        "value": round(time.monotonic() - done, 1), "unit": "s",
-    }  # fmt: skip
+        "value": round(time.monotonic() - done, 1),
+        "unit": "s",
+    }

@@ -16,13 +16,13 @@ from typing import Any
 
 import requests
 
-from benchmarks.platform import arrived, faults, memory, writer
+from benchmarks.platform import faults, integrity, memory, writer
+from benchmarks.platform.fixture import Stand
 from benchmarks.platform.search import Searcher
-from benchmarks.platform.stand import Stand
 from benchmarks.reports import ROOT
-from eurosat import cli
 from eurosat.errors import TrackingError
-from eurosat.progress import track
+from eurosat.runtime import telemetry
+from eurosat.runtime.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -85,17 +85,27 @@ def run(stand: Stand, *, seconds: float, writers: int, readers: int, rate: int) 
         _ended(processes)
     arrived_s = _synchronised(environment) - begun - seconds
     return Outcome(
-        found=arrived.counted(stand, records), arrived_s=arrived_s, faults=told, samples=samples,
-        searches_ms=searches_ms, refused=refused.total(),
-    )  # fmt: skip
+        found=integrity.counted(stand, records),
+        arrived_s=arrived_s,
+        faults=told,
+        samples=samples,
+        searches_ms=searches_ms,
+        refused=refused.total(),
+    )
 
 
 def _as(stand: Stand, who: tuple[str, str]) -> dict[str, str]:
     """The environment of a user who trains on this machine."""
-    return os.environ | cli.QUIET | {
-        "MLFLOW_TRACKING_URI": stand.url, "MLFLOW_TRACKING_USERNAME": who[0],
-        "MLFLOW_TRACKING_PASSWORD": who[1], "EUROSAT_CACHE": str(stand.folder / "cache"),
-    }  # fmt: skip
+    return (
+        os.environ
+        | telemetry.OFF
+        | {
+            "MLFLOW_TRACKING_URI": stand.url,
+            "MLFLOW_TRACKING_USERNAME": who[0],
+            "MLFLOW_TRACKING_PASSWORD": who[1],
+            "EUROSAT_CACHE": str(stand.folder / "cache"),
+        }
+    )
 
 
 @contextmanager
@@ -108,17 +118,26 @@ def _started(
     try:
         for number, record in enumerate(records):
             command = [
-                sys.executable, "-m", "benchmarks.platform.writer", f"--number={number}",
-                f"--seconds={seconds}", f"--run-seconds={run_s}", f"--rate={rate}",
+                sys.executable,
+                "-m",
+                "benchmarks.platform.writer",
+                f"--number={number}",
+                f"--seconds={seconds}",
+                f"--run-seconds={run_s}",
+                f"--rate={rate}",
                 f"--record={record}",
-            ]  # fmt: skip
+            ]
             with record.with_suffix(".log").open("wb") as said:
                 processes.append(
                     subprocess.Popen(
-                        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE, stderr=said,
+                        command,
+                        cwd=ROOT,
+                        env=environment,
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=said,
                     )
-                )  # fmt: skip
+                )
         for process in track(processes, len(processes), "starting", "writers"):
             assert process.stdout
             if process.stdout.readline().decode().strip() != writer.READY:

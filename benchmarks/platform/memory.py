@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from benchmarks.platform.stand import Stand
+from benchmarks.platform.fixture import Stand
 
 SAMPLE_S = 1.0
 

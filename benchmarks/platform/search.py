@@ -11,9 +11,9 @@ import numpy as np
 import requests
 from numpy.typing import NDArray
 
-from benchmarks.platform.stand import Stand
+from benchmarks.platform.fixture import Stand
 from eurosat.errors import TrackingError
-from eurosat.progress import track
+from eurosat.runtime.progress import track
 
 EXPERIMENT = "bench-platform-search"
 METRICS, PARAMS, TAGS = 100, 10, 3
@@ -118,16 +118,27 @@ def _tables(
     """Rows of MLflow's tables by name; a run's number is in its start time and its ``p0``."""
     start_ms = 1_700_000_000_000
     numbered = [(first + i, uuid.uuid4().hex) for i in range(len(values_RM))]
-    yield "runs", [
-        {
-            "run_uuid": run_id, "name": f"run {number}", "experiment_id": experiment_id,
-            "status": "FINISHED", "lifecycle_stage": "active", "source_type": "UNKNOWN",
-            "source_name": "", "entry_point_name": "", "source_version": "", "user_id": "bench",
-            "start_time": start_ms + number, "end_time": start_ms + number + 1,
-            "artifact_uri": f"mlflow-artifacts:/{experiment_id}/{run_id}/artifacts",
-        }
-        for number, run_id in numbered
-    ]  # fmt: skip
+    yield (
+        "runs",
+        [
+            {
+                "run_uuid": run_id,
+                "name": f"run {number}",
+                "experiment_id": experiment_id,
+                "status": "FINISHED",
+                "lifecycle_stage": "active",
+                "source_type": "UNKNOWN",
+                "source_name": "",
+                "entry_point_name": "",
+                "source_version": "",
+                "user_id": "bench",
+                "start_time": start_ms + number,
+                "end_time": start_ms + number + 1,
+                "artifact_uri": f"mlflow-artifacts:/{experiment_id}/{run_id}/artifacts",
+            }
+            for number, run_id in numbered
+        ],
+    )
     params = [
         {"run_uuid": run_id, "key": f"p{p}", "value": (number + p) % GROUPS}
         for number, run_id in numbered
@@ -142,12 +153,16 @@ def _tables(
     yield "tags", tags
     metrics = [
         {
-            "run_uuid": run_id, "key": f"m{m:02}", "value": repr(float(value)), "step": 0,
-            "timestamp": start_ms + number, "is_nan": "f",
+            "run_uuid": run_id,
+            "key": f"m{m:02}",
+            "value": repr(float(value)),
+            "step": 0,
+            "timestamp": start_ms + number,
+            "is_nan": "f",
         }
         for (number, run_id), values_M in zip(numbered, values_RM, strict=True)
         for m, value in enumerate(values_M)
-    ]  # fmt: skip
+    ]
     yield "metrics", metrics
     yield "latest_metrics", metrics
 

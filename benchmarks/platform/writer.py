@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eurosat import cli, logs, tracking
+from eurosat import tracking
+from eurosat.runtime import cli, exit_codes, logs
 
 EXPERIMENT = "bench-platform"
 STEPS_PER_S = 20
@@ -72,8 +73,8 @@ def main(argv: Sequence[str]) -> int:
             name = f"writer {args.number}, run {runs}"
             write_run(name, min(args.run_seconds, left), args.rate, rng, note)
             runs += 1
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main, platform=False)
+    cli.run_command(main, platform=False)

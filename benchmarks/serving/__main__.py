@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import reports
-from benchmarks.server import free_port
 from benchmarks.serving import arms, model
 from benchmarks.serving.arms import Arm
 from benchmarks.serving.figures import AT, LIMIT, Turn, goals, rows
 from benchmarks.serving.load import Requests, check_installed, load
 from benchmarks.serving.model import Served
 from benchmarks.serving.process import Server, running
-from eurosat import cli, logs
+from eurosat.runtime import exit_codes, logs, telemetry
+from tests.support.mlflow_server import free_port
 
 CONCURRENCIES = (1, 8, AT, 128)
 WARM_S = 1
@@ -48,9 +48,12 @@ class Limit:
     def _ask(self, seconds: float, *setting: str) -> Any:
         command = [sys.executable, "-m", "benchmarks.serving.limit", str(self._served.folder)]
         done = subprocess.run(
-            [*command, str(seconds), *setting], cwd=reports.ROOT, stdout=subprocess.PIPE, text=True,
+            [*command, str(seconds), *setting],
+            cwd=reports.ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
             check=True,
-        )  # fmt: skip
+        )
         return json.loads(done.stdout)
 
 
@@ -113,9 +116,14 @@ def turn(server: Server, requests: Requests, number: int, concurrency: int, seco
     if took.answered:
         latencies = {"p50_ms": took.p50_ms, "p95_ms": took.p95_ms, "p99_ms": took.p99_ms}
     return Turn(
-        arm=server.name, round=number, concurrency=concurrency, rate=took.rate,
-        errors=took.errors, memory_mb=memory_mb, **latencies,
-    )  # fmt: skip
+        arm=server.name,
+        round=number,
+        concurrency=concurrency,
+        rate=took.rate,
+        errors=took.errors,
+        memory_mb=memory_mb,
+        **latencies,
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -128,7 +136,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--arms", nargs="+", help="only these; the report is left as it is")
     args = parser.parse_args(argv)
     logs.setup("info")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(cli.TERMINATED))  # no server is left behind
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(exit_codes.TERMINATED)
+    )  # no server is left behind
     check_installed()
     every = [*arms.ours(), *arms.peers(args.litserve, args.bentoml)]
     known = {arm.name for arm in every}
@@ -138,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
         )
     chosen = [arm for arm in every if arm.name in (args.arms or known)]
     started = reports.now()
-    os.environ |= cli.QUIET
+    os.environ |= telemetry.OFF
     served = model.served(retrain=args.retrain)
     with tempfile.TemporaryDirectory() as temporary:
         turns, idle, best = measure(chosen, served, args.rounds, args.seconds, Path(temporary))
@@ -148,9 +158,16 @@ def main(argv: Sequence[str]) -> None:
         reports.show("serving", args.rounds, verdicts, table)
         return
     reports.write(
-        "serving", started=started, n=args.rounds, goals=verdicts, rows=table, file=served.file,
-        arms=told, limit=best, seconds_per_turn=args.seconds,
-    )  # fmt: skip
+        "serving",
+        started=started,
+        n=args.rounds,
+        goals=verdicts,
+        rows=table,
+        file=served.file,
+        arms=told,
+        limit=best,
+        seconds_per_turn=args.seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from benchmarks.reports import ROOT
 from benchmarks.serving import model, networks
 from benchmarks.serving.load import Requests
 from benchmarks.serving.model import Served
-from eurosat import machine
-from serving import stock
+from eurosat.runtime import hardware
+from serving import mlflow_server
 
 HOST = "127.0.0.1"
 JSON, JPEG = "application/json", "image/jpeg"
@@ -67,7 +67,7 @@ class Arm:
 
     def surroundings(self, served: Served) -> dict[str, str]:
         """The variables of its processes."""
-        own = stock.environment(os.environ) | dict(self.environment)
+        own = mlflow_server.environment(os.environ) | dict(self.environment)
         own |= {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": served.uri}
         return own | {networks.FOLDER: str(served.folder)}
 
@@ -85,9 +85,11 @@ class Arm:
         """End where it answers otherwise than the network does."""
         for tile, label in served.sure:
             answer = requests.post(
-                f"http://{HOST}:{port}{self.path}", self.encode(tile), timeout=TIMEOUT_S,
+                f"http://{HOST}:{port}{self.path}",
+                self.encode(tile),
+                timeout=TIMEOUT_S,
                 headers={"Content-Type": self.content_type},
-            )  # fmt: skip
+            )
             if not answer.ok:
                 sys.exit(f"error: {self.name} answers {answer.status_code}: {answer.text[-500:]}")
             said = self.label(answer.json(), served.classes)
@@ -96,14 +98,16 @@ class Arm:
 
 
 def _mlflow(name: str) -> Command:
-    return lambda served, port: stock.command(str(served.folder.parent / name), HOST, port, 1)
+    return lambda served, port: mlflow_server.command(
+        str(served.folder.parent / name), HOST, port, 1
+    )
 
 
 def _settings(runtime: str) -> dict[str, str]:
     return {
         networks.RUNTIME: runtime,
         networks.WORKERS: str(WORKERS),
-        networks.THREADS: str(max(1, machine.cores() // WORKERS)),
+        networks.THREADS: str(max(1, hardware.cores() // WORKERS)),
     }
 
 
@@ -115,23 +119,30 @@ def ours() -> list[Arm]:
         ),
         replace(
             _scoring(
-                "mlflow-pytorch", "mlflow models serve, its PyTorch flavour, JSON tensors",
+                "mlflow-pytorch",
+                "mlflow models serve, its PyTorch flavour, JSON tensors",
                 _mlflow(model.FLAVOUR),
             ),
-            encode=_tensor, label=_highest,
+            encode=_tensor,
+            label=_highest,
         ),
-        _scoring("stock", "our model under mlflow models serve", _verb("serving.stock")),
+        _scoring("stock", "our model under mlflow models serve", _verb("serving.mlflow_server")),
         Arm(name="server", what="our server", command=_verb("serving.server"), ready="/ready"),
-    ]  # fmt: skip
+    ]
 
 
 def _scoring(name: str, what: str, command: Command) -> Arm:
     """It speaks MLflow's protocol."""
     return Arm(
-        name=name, what=what, command=command, path="/invocations", content_type=JSON,
-        encode=_column, label=lambda answer, _: str(answer["predictions"][0]["label"]),
+        name=name,
+        what=what,
+        command=command,
+        path="/invocations",
+        content_type=JSON,
+        encode=_column,
+        label=lambda answer, _: str(answer["predictions"][0]["label"]),
         ready="/ping",
-    )  # fmt: skip
+    )
 
 
 def _verb(name: str) -> Command:
@@ -154,32 +165,60 @@ def peers(litserve: str | None, bentoml: str | None) -> list[Arm]:
 
 def _fastapi(python: str) -> Arm:
     return Arm(
-        name="fastapi", what="FastAPI and torch, written by hand",
+        name="fastapi",
+        what="FastAPI and torch, written by hand",
         command=lambda _, port: [
-            python, "-m", "uvicorn", "--factory", "benchmarks.serving.fastapi_app:make",
-            "--host", HOST, "--port", str(port), "--workers", str(WORKERS),
-            "--log-level", "warning",
+            python,
+            "-m",
+            "uvicorn",
+            "--factory",
+            "benchmarks.serving.fastapi_app:make",
+            "--host",
+            HOST,
+            "--port",
+            str(port),
+            "--workers",
+            str(WORKERS),
+            "--log-level",
+            "warning",
         ],
-        environment=_settings("torch"), ready="/openapi.json",
-    )  # fmt: skip
+        environment=_settings("torch"),
+        ready="/openapi.json",
+    )
 
 
 def _litserve(python: str, runtime: str) -> Arm:
     return Arm(
-        name=f"litserve-{runtime}", what=f"LitServe, batching, {RUNTIMES[runtime]}",
+        name=f"litserve-{runtime}",
+        what=f"LitServe, batching, {RUNTIMES[runtime]}",
         command=lambda _, port: [python, "-m", "benchmarks.serving.litserve_server", str(port)],
-        environment=_settings(runtime), content_type=JSON, encode=_field("image", listed=False),
+        environment=_settings(runtime),
+        content_type=JSON,
+        encode=_field("image", listed=False),
         ready="/health",
-    )  # fmt: skip
+    )
 
 
 def _bentoml(python: str, runtime: str) -> Arm:
     return Arm(
-        name=f"bentoml-{runtime}", what=f"BentoML, adaptive batching, {RUNTIMES[runtime]}",
+        name=f"bentoml-{runtime}",
+        what=f"BentoML, adaptive batching, {RUNTIMES[runtime]}",
         command=lambda _, port: [
-            python, "-m", "bentoml", "serve", "benchmarks.serving.bentoml_service:Tiles",
-            "--host", HOST, "--port", str(port), "--working-dir", str(ROOT),
+            python,
+            "-m",
+            "bentoml",
+            "serve",
+            "benchmarks.serving.bentoml_service:Tiles",
+            "--host",
+            HOST,
+            "--port",
+            str(port),
+            "--working-dir",
+            str(ROOT),
         ],
-        environment=_settings(runtime), content_type=JSON, encode=_field("images", listed=True),
-        label=lambda answer, _: str(answer[0]["label"]), ready="/readyz",
-    )  # fmt: skip
+        environment=_settings(runtime),
+        content_type=JSON,
+        encode=_field("images", listed=True),
+        label=lambda answer, _: str(answer[0]["label"]),
+        ready="/readyz",
+    )

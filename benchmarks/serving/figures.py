@@ -81,9 +81,13 @@ def goals(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     found = []
 
     def compare(
-        name: str, value: Callable[[dict[str, Turn]], float], wanted: float, needs: Sequence[str],
-        *, at_most: bool = False,
-    ) -> None:  # fmt: skip
+        name: str,
+        value: Callable[[dict[str, Turn]], float],
+        wanted: float,
+        needs: Sequence[str],
+        *,
+        at_most: bool = False,
+    ) -> None:
         if needs and all({OURS, *needs} <= set(each) for each in by_round.values()):
             median = statistics.median(value(each) for each in by_round.values())
             found.append(reports.goal(name, median, wanted, at_most=at_most))
@@ -97,13 +101,16 @@ def goals(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     compare(
         "serving.vs_best_peer",
         lambda each: each[OURS].rate / max(_rate(each[name]) for name in same_file),
-        1.3, SAME_FILE,
-    )  # fmt: skip
+        1.3,
+        SAME_FILE,
+    )
     compare(
         "serving.p99_vs_best_peer",
         lambda each: _p99(each[OURS]) / min(_p99(each[name]) for name in peers),
-        1, peers, at_most=True,
-    )  # fmt: skip
+        1,
+        peers,
+        at_most=True,
+    )
     compare("serving.vs_limit", over(LIMIT), 0.6, [LIMIT])
     alone = [
         t.p50_ms for t in turns if (t.arm, t.concurrency) == (OURS, 1) and t.p50_ms is not None

@@ -45,6 +45,9 @@ if __name__ == "__main__":
         fast_queue=True,
     )
     server.run(
-        host="127.0.0.1", port=int(sys.argv[1]), num_api_servers=workers, log_level="warning",
+        host="127.0.0.1",
+        port=int(sys.argv[1]),
+        num_api_servers=workers,
+        log_level="warning",
         generate_client_file=False,
-    )  # fmt: skip
+    )

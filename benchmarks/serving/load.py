@@ -67,10 +67,24 @@ def parse(said: str) -> Load:
 def load(port: int, requests: Requests, concurrency: int, seconds: int, pause_ms: int = 0) -> Load:
     """Post for a while over ``concurrency`` connections, each with one request at a time."""
     command = [
-        "wrk", "--threads", "1", "--connections", str(concurrency), "--duration", f"{seconds}s",
-        "--timeout", f"{TIMEOUT_S}s", "--script", str(SCRIPT), f"http://127.0.0.1:{port}", "--",
-        str(requests.folder), str(requests.count), requests.path, requests.content_type,
+        "wrk",
+        "--threads",
+        "1",
+        "--connections",
+        str(concurrency),
+        "--duration",
+        f"{seconds}s",
+        "--timeout",
+        f"{TIMEOUT_S}s",
+        "--script",
+        str(SCRIPT),
+        f"http://127.0.0.1:{port}",
+        "--",
+        str(requests.folder),
+        str(requests.count),
+        requests.path,
+        requests.content_type,
         str(pause_ms),
-    ]  # fmt: skip
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return parse(done.stdout + done.stderr)

@@ -15,16 +15,21 @@ import numpy as np
 from benchmarks.reports import ROOT
 from benchmarks.serving import networks
 from eurosat import tracking
-from eurosat.config import compose, usual_cache
-from eurosat.network import Network, load
-from eurosat.sources import open_source
+from eurosat.config import compose
+from eurosat.data.sources import open_source
+from eurosat.models.network import Network, load
+from eurosat.runtime.cache import usual_cache
 from registry import versions
 
 CHAMPION = f"models:/{versions.MODEL}@{versions.CHAMPION}"
 TRAINING = (
-    "recipe=resnet18-quick", "model.name=resnet18", "model.views=1", "distill.teacher=none",
-    "trainer.epochs=1", "data.allow_unvalidated=true",
-)  # fmt: skip
+    "recipe=resnet18-quick",
+    "model.name=resnet18",
+    "model.views=1",
+    "distill.teacher=none",
+    "trainer.epochs=1",
+    "data.allow_unvalidated=true",
+)
 USUAL, FLAVOUR = "mlflow-usual", "mlflow-pytorch"
 """MLflow models of the peers, beside the folder."""
 INT8, FP32 = "model.int8.onnx", "model.onnx"
@@ -71,9 +76,13 @@ def served(*, retrain: bool) -> Served:
     told = json.loads((folder / networks.DESCRIPTION).read_text())
     tiles = _read(data)
     return Served(
-        folder=folder, uri=uri, classes=tuple(told["classes"]), file=told["file"], tiles=tiles,
+        folder=folder,
+        uri=uri,
+        classes=tuple(told["classes"]),
+        file=told["file"],
+        tiles=tiles,
         sure=_sure(folder, tiles),
-    )  # fmt: skip
+    )
 
 
 def _said(store: Path, verb: str, *given: str) -> str:

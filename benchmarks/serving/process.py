@@ -91,16 +91,25 @@ class Server:
 
 @contextmanager
 def running(
-    name: str, command: Sequence[str], environment: Mapping[str, str], port: int, ready: str,
+    name: str,
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    port: int,
+    ready: str,
     folder: Path,
-) -> Iterator[Server]:  # fmt: skip
+) -> Iterator[Server]:
     """Started in ``folder``, where its log is; yielded once ``ready``, a path, answers 200."""
     log = folder / f"{name}.log"
     with log.open("w") as said:
         process = subprocess.Popen(
-            command, cwd=folder, env=dict(environment), stdin=subprocess.DEVNULL, stdout=said,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            command,
+            cwd=folder,
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     server = Server(name, process, port)
     try:
         if not _answers(port, ready, process):

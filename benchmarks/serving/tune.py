@@ -14,10 +14,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.server import free_port
 from benchmarks.serving import arms, load, model
 from benchmarks.serving.process import Server, running
-from eurosat import cli, logs, machine
+from eurosat.runtime import cli, exit_codes, hardware, logs
+from tests.support.mlflow_server import free_port
 
 BATCHES = (4, 8, 16, 32)
 CLIENTS = 32
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
     load.check_installed()
     served = model.served(retrain=args.retrain)
     arm = next(one for one in arms.ours() if one.name == "server")
-    processes = sorted({1, max(1, machine.cores() // 2), machine.cores()})
+    processes = sorted({1, max(1, hardware.cores() // 2), hardware.cores()})
     rates: dict[tuple[int, int], list[float]] = {one: [] for one in product(processes, BATCHES)}
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder, started = Path(scratch), dict[tuple[int, int], Server]()
@@ -61,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
     Console().print(table)
     count, batch = max(rates, key=lambda one: statistics.median(rates[one]))
     print(f"python -m serving.server --processes {count} --max-batch {batch}")
-    return cli.OK
+    return exit_codes.OK
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

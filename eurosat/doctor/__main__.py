@@ -4,29 +4,29 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from eurosat import cli, logs
-from eurosat.doctor import bucket, machine, servers, trip
-from eurosat.doctor.verdicts import Check, Finding, examine
-from eurosat.doctor.visit import Visit
+from eurosat.doctor import bucket, host, roundtrip, servers
+from eurosat.doctor.checks import Check, Finding, examine
+from eurosat.doctor.context import Visit
 from eurosat.errors import ConfigError
+from eurosat.runtime import cli, exit_codes, logs
 
 SERVER, ACCOUNT, RUN = "tracking server", "credentials", "run and metric"
 CHECKS = (
-    Check("interpreter", machine.python),
-    Check("lock", machine.lock),
-    Check("torch", machine.torch_pair),
-    Check("cores", machine.cores, needs=("torch",)),
-    Check("gpu", machine.gpu, needs=("torch",)),
-    Check("tiles", machine.tiles),
-    Check("disk", machine.disk),
-    Check("secrets", machine.secrets),
+    Check("interpreter", host.python),
+    Check("lock", host.lock),
+    Check("torch", host.torch_pair),
+    Check("cores", host.cores, needs=("torch",)),
+    Check("gpu", host.gpu, needs=("torch",)),
+    Check("tiles", host.tiles),
+    Check("disk", host.disk),
+    Check("secrets", host.secrets),
     Check(SERVER, servers.reachable),
     Check("version", servers.version, needs=(SERVER,)),
     Check(ACCOUNT, servers.credentials, needs=(SERVER,)),
-    Check(RUN, trip.run, needs=(ACCOUNT,)),
-    Check("artifact", trip.artifact, needs=(RUN,)),
-    Check("model version", trip.model_version, needs=(RUN,)),
-    Check("removal", trip.removal),
+    Check(RUN, roundtrip.run, needs=(ACCOUNT,)),
+    Check("artifact", roundtrip.artifact, needs=(RUN,)),
+    Check("model version", roundtrip.model_version, needs=(RUN,)),
+    Check("removal", roundtrip.removal),
     Check("webhook", servers.webhook, needs=(ACCOUNT,)),
     Check("promoter", servers.promoter),
     Check("serving", servers.serving),
@@ -40,13 +40,19 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("eurosat.doctor", __doc__ or "")
     parser.add_argument("--json", action="store_true", help="one object at the end, and no lines")
     parser.add_argument(
-        "--min-free-gb", type=float, default=Visit.free_gb, metavar="GB",
+        "--min-free-gb",
+        type=float,
+        default=Visit.free_gb,
+        metavar="GB",
         help=f"wanted on every disk that is written to ({Visit.free_gb:g})",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--timeout-s", type=float, default=Visit.timeout_s, metavar="S",
+        "--timeout-s",
+        type=float,
+        default=Visit.timeout_s,
+        metavar="S",
         help=f"of a request to a server ({Visit.timeout_s:g})",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     if not args.timeout_s > 0:
@@ -59,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps({"ok": not failed, "checks": checks}, indent=1))
     else:
         print(f"{len(failed)} of {len(found)} checks failed" if failed else "nothing failed")
-    return cli.NEGATIVE if failed else cli.OK
+    return exit_codes.NEGATIVE if failed else exit_codes.OK
 
 
 def show(finding: Finding) -> None:
@@ -69,4 +75,4 @@ def show(finding: Finding) -> None:
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

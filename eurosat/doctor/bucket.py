@@ -7,8 +7,8 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from eurosat import tracking
-from eurosat.doctor.verdicts import Failed, NotApplicable
-from eurosat.doctor.visit import Visit
+from eurosat.doctor.checks import Failed, NotApplicable
+from eurosat.doctor.context import Visit
 
 ARTIFACTS, EMULATOR = "EUROSAT_ARTIFACTS", "STORAGE_EMULATOR_HOST"
 USUAL = "gs://mlflow/artifacts"

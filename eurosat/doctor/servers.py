@@ -4,8 +4,8 @@ import time
 from importlib import metadata
 from typing import Any
 
-from eurosat.doctor.verdicts import Failed, NotApplicable
-from eurosat.doctor.visit import Answer, Visit
+from eurosat.doctor.checks import Failed, NotApplicable
+from eurosat.doctor.context import Answer, Visit
 
 API = "/api/2.0/mlflow"
 MODEL, CHAMPION = "eurosat", "champion"

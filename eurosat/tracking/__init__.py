@@ -5,21 +5,7 @@ A run is written into a journal on this machine and sent on from there (`runs`, 
 """
 
 from eurosat.tracking.journal import Status
-from eurosat.tracking.runs import (
-    Run,
-    Unlogged,
-    attached,
-    can_continue,
-    code_commit,
-    end,
-    fail,
-    flatten,
-    known_as,
-    new_journal,
-    run,
-    user,
-)
-from eurosat.tracking.store import (
+from eurosat.tracking.mlflow_client import (
     ABSENT,
     BEST_RUN,
     PARENT,
@@ -35,6 +21,20 @@ from eurosat.tracking.store import (
     resolve_run,
     server,
     without_password,
+)
+from eurosat.tracking.run import (
+    Run,
+    Unlogged,
+    attached,
+    can_continue,
+    code_commit,
+    end,
+    fail,
+    flatten,
+    known_as,
+    new_journal,
+    run,
+    user,
 )
 
 __all__ = [

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rich.progress import TaskID
 
-from eurosat import cli, logs
-from eurosat.progress import bar
-from eurosat.tracking import journals, store
-from eurosat.tracking.delivery import deliver
+from eurosat.runtime import cli, exit_codes, logs
+from eurosat.runtime.progress import bar
+from eurosat.tracking import journal_index, mlflow_client
 from eurosat.tracking.journal import PREFIX, Journal, now_ms
+from eurosat.tracking.uploader import deliver
 
 
 def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
@@ -19,8 +19,8 @@ def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
 
     A journal that is held is written by a living process, which sends it too.
     """
-    for directory in list(journals.all_journals()):
-        if (journal := journals.opened(directory)) is None:
+    for directory in list(journal_index.all_journals()):
+        if (journal := journal_index.opened(directory)) is None:
             continue
         alive = not journal.hold()
         abandoned = not alive and not journal.about("status") and not journal.about("attached")
@@ -43,11 +43,11 @@ def status() -> int:
         print(
             f"{journal.reference}\t{journal.about('run_name') or 'additions'}\t{minutes:.0f} min\t"
             f"{journal.waiting()}\t{state}\t"
-            f"{store.without_password(journal.about('server') or '')}"
+            f"{mlflow_client.without_password(journal.about('server') or '')}"
         )
     if not found:
         print("the tracking server has everything")
-    return cli.NEGATIVE if found else cli.OK
+    return exit_codes.NEGATIVE if found else exit_codes.OK
 
 
 def sync(references: Sequence[str]) -> int:
@@ -82,7 +82,7 @@ def sync(references: Sequence[str]) -> int:
     if not left and not skipped:
         said = "nothing of these waits here" if references else "the tracking server has everything"
         print(f"{said} ({time.monotonic() - started:.0f} s)")
-    return cli.NEGATIVE if left else cli.OK
+    return exit_codes.NEGATIVE if left else exit_codes.OK
 
 
 def _refused(refusals: Sequence[str]) -> str:
@@ -96,7 +96,7 @@ def _end(journal: Journal) -> None:
     """
     if journal.run_id and journal.about("opened"):
         with contextlib.suppress(Exception):  # whatever it is, `_delivered` tells it
-            heard = store.client(journal.about("server")).get_run(journal.run_id)
+            heard = mlflow_client.client(journal.about("server")).get_run(journal.run_id)
             if heard.info.status == "FAILED":
                 return journal.end("FAILED")
     journal.set_tags({"killed.why": "its process ended without a word"})
@@ -105,9 +105,9 @@ def _end(journal: Journal) -> None:
 
 def _delivered(journal: Journal, told: Callable[[], None]) -> str | None:
     try:
-        client = store.client(journal.about("server"))
+        client = mlflow_client.client(journal.about("server"))
     except Exception as error:  # noqa: BLE001 - MLflow raises many kinds for a bad address
-        return store.first_line(error)
+        return mlflow_client.first_line(error)
     return deliver(journal, client, told)
 
 
@@ -123,4 +123,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.finish(main)
+    cli.run_command(main)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from eurosat.config import usual_cache
 from eurosat.errors import TrackingError
+from eurosat.runtime.cache import usual_cache
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -121,9 +121,11 @@ class Journal:
         """Time before which a disk that was full is not tried again."""
         with _explained(directory):
             self._connection = sqlite3.connect(
-                f"file:{directory / DATABASE}?mode=rw", uri=True, timeout=30,
+                f"file:{directory / DATABASE}?mode=rw",
+                uri=True,
+                timeout=30,
                 check_same_thread=False,
-            )  # fmt: skip
+            )
             self._bring_up_to_date()
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("PRAGMA wal_autocheckpoint=0")  # an fsync, left to `settle`
@@ -204,8 +206,9 @@ class Journal:
                 if not self._full_until:
                     log.warning(
                         "metrics wait in memory: %s cannot be written (%s); make room there",
-                        self.directory, error,
-                    )  # fmt: skip
+                        self.directory,
+                        error,
+                    )
                 self._full_until = time.monotonic() + FULL_S
             else:
                 self._unwritten, self._full_until = [], 0
@@ -336,11 +339,15 @@ class Journal:
             ).fetchall()
         return [
             Entry(
-                seq=seq, kind=kind, name=name, time=time_ms, step=step,
+                seq=seq,
+                kind=kind,
+                name=name,
+                time=time_ms,
+                step=step,
                 value=float(value) if kind == "metric" else str(value),
             )
             for seq, kind, name, value, time_ms, step in rows
-        ]  # fmt: skip
+        ]
 
     def delivered(self, seq: int) -> None:
         """The server has all entries up to this one."""
@@ -362,7 +369,7 @@ class Journal:
         seq, path, folder, sha256, size = row
         return KeptFile(
             seq=seq, path=path, sha256=sha256, size=size, local=self._local(folder, path)
-        )  # fmt: skip
+        )
 
     def file_sent(self, seq: int) -> None:
         with self._lock, self._connection:

@@ -10,15 +10,25 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from eurosat import cli
+from eurosat.runtime import telemetry
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
-    "data.synthetic.tiles=1200", "data.synthetic.size=32", "data.synthetic.difficulty=0",
-    "model.name=test_resnet", "optim.name=adamw", "optim.lr=4e-3", "optim.ema=0.9",
-    "optim.batch_size=16", "augment.cutmix=0", "trainer.epochs=10", "trainer.precision=fp32",
-    "trials=2", "trial_epochs=1", "space=small.yaml",
-)  # fmt: skip
+    "data.synthetic.tiles=1200",
+    "data.synthetic.size=32",
+    "data.synthetic.difficulty=0",
+    "model.name=test_resnet",
+    "optim.name=adamw",
+    "optim.lr=4e-3",
+    "optim.ema=0.9",
+    "optim.batch_size=16",
+    "augment.cutmix=0",
+    "trainer.epochs=10",
+    "trainer.precision=fp32",
+    "trials=2",
+    "trial_epochs=1",
+    "space=small.yaml",
+)
 """Small tiles of the clean kind: past the gates' floors within seconds of training."""
 SPACE = "optim.lr: {low: 3.0e-3, high: 5.0e-3, log: true}\n"
 
@@ -42,12 +52,16 @@ def run(tree: Path, *command: str) -> subprocess.CompletedProcess[str]:
     theirs = ("MLFLOW_", "DO_NOT_TRACK", "GX_", "PYTEST_", "CI")  # verbs must see to it themselves
     environment = {k: v for k, v in os.environ.items() if not k.startswith(theirs)}
     if command[0] == "mlflow":
-        environment |= cli.QUIET
+        environment |= telemetry.OFF
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     return subprocess.run(
         [sys.executable if part == "python" else part for part in command],
-        cwd=tree, env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        cwd=tree,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +157,17 @@ def test_a_first_champion_under_the_floors_is_refused_and_nothing_is_served(tree
     shutil.copytree(tree, apart, ignore=shutil.ignore_patterns("mlruns", "mlflow.db", "optuna.db"))
     weak = [one for one in SMALL if not one.startswith(("trainer.epochs", "trials", "optim.lr"))]
     ended = run(
-        apart, "python", "-m", "experiments.demo", *weak, "trainer.epochs=1", "trials=1",
-        "optim.lr=3e-3", "optim.warmup=0.9", "report=none.json",
-    )  # fmt: skip
+        apart,
+        "python",
+        "-m",
+        "experiments.demo",
+        *weak,
+        "trainer.epochs=1",
+        "trials=1",
+        "optim.lr=3e-3",
+        "optim.warmup=0.9",
+        "report=none.json",
+    )
     assert ended.returncode == 1, ended.stderr[-3000:]
     assert "there is no champion: nothing to serve" in ended.stdout
     assert not (apart / "none.json").exists()
@@ -157,9 +179,17 @@ def test_mlflow_run_builds_its_own_environment_with_uv(tree: Path) -> None:
         pytest.skip("uv is not on PATH")
     small = "data.synthetic.tiles=100 data.synthetic.size=32"
     ended = run(
-        tree, "mlflow", "run", ".", "-e", "validate", "--env-manager", "uv",
-        "-P", f"overrides={small}",
-    )  # fmt: skip
+        tree,
+        "mlflow",
+        "run",
+        ".",
+        "-e",
+        "validate",
+        "--env-manager",
+        "uv",
+        "-P",
+        f"overrides={small}",
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "all 46 expectations passed" in ended.stdout
 

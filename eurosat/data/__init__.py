@@ -1,0 +1,1 @@
+"""Labelled tiles: found, read, checked, packed and split."""

@@ -1,0 +1,148 @@
+"""What a network answers on a fold, compared and under corruptions."""
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from eurosat import tracking
+from eurosat.config import compose
+from eurosat.data.arrays import Floats, Labels
+from eurosat.data.loaders import Batches
+from eurosat.data.pack import Pack, open_pack
+from eurosat.errors import DataError
+from eurosat.evaluation import calibration, corruptions, metrics
+from eurosat.evaluation.calibration import Calibration, softmax
+from eurosat.evaluation.recorded import recorded_fold, recorded_network
+from eurosat.models import predict
+from eurosat.models.network import Network
+from eurosat.runtime.progress import track
+
+log = logging.getLogger(__name__)
+
+ALL = "all"
+"""The fold of other data: every tile that the run did not learn from."""
+WORST = 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judged:
+    """A network's answers on a fold."""
+
+    run_id: str
+    fold: str
+    network: "Network"
+    calibration: "Calibration"
+    pack: "Pack"
+    rows: "npt.NDArray[np.int64]"
+    """Of the pack's tiles."""
+    logits: "Floats"
+    """Before calibration."""
+    labels: "Labels"
+
+    @property
+    def probabilities(self) -> "Floats":
+        return softmax(self.logits / self.calibration.temperature)
+
+    @property
+    def tiles(self) -> list[str]:
+        return list(self.pack.table["path"].iloc[self.rows])
+
+
+class Seen(NamedTuple):
+    """Tiles that are not in a pack."""
+
+    tiles_NHWC: "npt.NDArray[np.uint8]"
+    labels: "Labels"
+
+
+def other_tiles(run_id: str, network: "Network", data: str) -> tuple["Pack", Any]:
+    """The tiles of another data set that the run neither learned from nor was chosen by.
+
+    Raises:
+        DataError: classes, bands or size are not those of the network, or no tile is left.
+    """
+    pack = open_pack(compose([one if "=" in one else f"data={one}" for one in data.split()]).data)
+    spec = network.spec
+    shape = (*spec.tile_size, spec.bands)
+    if pack.classes != spec.classes or pack.tiles_NHWC.shape[1:] != shape:
+        raise DataError(
+            f"--data {data} has classes {', '.join(pack.classes)} and tiles of "
+            f"{pack.tiles_NHWC.shape[1:]}; the network knows {', '.join(spec.classes)} and {shape}"
+        )
+    with tracking.artifact(run_id, "split.csv") as file:
+        seen = pd.read_csv(file)
+    seen = seen[seen["fold"] != "test"]
+    rows = np.flatnonzero(~pack.table["sha256"].isin(set(seen["sha256"])))
+    log.info("%d of %d tiles were not seen in training", len(rows), len(pack.table))
+    if not len(rows):
+        raise DataError(f"--data {data}: the run has seen every tile of it; take another data set")
+    return pack, rows
+
+
+def evaluate(run_id: str, fold: str = "test", data: str | None = None) -> Judged:
+    """Answers of the run's weights on a fold of its own data, or on ``data``.
+
+    Raises:
+        DataError: see `recorded_fold` and `other_tiles`.
+    """
+    net, calibration = recorded_network(run_id)
+    pack, rows = other_tiles(run_id, net, data) if data else recorded_fold(run_id, fold)
+    logits, labels = predict.logits(net, Batches(pack, rows))
+    return Judged(
+        run_id=run_id,
+        fold=ALL if data else fold,
+        network=net,
+        calibration=calibration,
+        pack=pack,
+        rows=rows,
+        logits=logits,
+        labels=labels,
+    )
+
+
+def under_corruptions(judged: Judged, most: int) -> list[dict[str, Any]]:
+    """Accuracy, mean confidence and share told unlike, by kind and severity (0: untouched)."""
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.choice(judged.rows, min(most, len(judged.rows)), replace=False))
+    tiles, labels = judged.pack.tiles_NHWC[rows], judged.pack.labels[rows]
+    steps = [("none", 0)]
+    steps += [(kind, one) for kind in corruptions.KINDS for one in corruptions.SEVERITIES]
+    table = []
+    for kind, severity in track(steps, len(steps), "corruptions", "passes"):
+        seen = corruptions.corrupt(tiles, kind, severity) if severity else tiles
+        batches = Batches(Seen(seen, labels), np.arange(len(seen)))
+        logits, _ = predict.logits(judged.network, batches)
+        probabilities = calibration.softmax(logits / judged.calibration.temperature)
+        unlike = calibration.energy(logits) > judged.calibration.unlike_above
+        table.append(
+            {
+                "kind": kind,
+                "severity": severity,
+                "tiles": len(rows),
+                "accuracy": float((probabilities.argmax(axis=1) == labels).mean()),
+                "confidence": float(probabilities.max(axis=1).mean()),
+                "unlike": float(unlike.mean()),
+            }
+        )
+    return table
+
+
+def compared(judged: Judged, other: Judged) -> dict[str, Any]:
+    """``judged`` against ``other`` on the same tiles.
+
+    Raises:
+        DataError: they were not judged on the same tiles.
+    """
+    if judged.tiles != other.tiles or judged.pack.fingerprint != other.pack.fingerprint:
+        raise DataError(
+            f"runs {judged.run_id} and {other.run_id} have other {judged.fold} folds: "
+            "compare runs of one data set, protocol and split seed"
+        )
+    found = metrics.compare(
+        judged.labels, judged.probabilities, other.probabilities, judged.pack.classes
+    )
+    return {"run": other.run_id} | asdict(found)

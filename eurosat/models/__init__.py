@@ -1,0 +1,1 @@
+"""Networks: made, loaded, exported and run."""

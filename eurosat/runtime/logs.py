@@ -1,0 +1,72 @@
+"""One logging format, to the console and into the run."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from eurosat.errors import ConfigError
+
+FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+LEVELS = ("debug", "info", "warning", "error")
+CHATTY = (
+    "alembic",
+    "mlflow",
+    "lightning.pytorch",
+    "lightning.fabric",
+    "great_expectations",
+    "rasterio",
+    "onnx_ir",
+    "onnxscript",
+    "torch",
+    "matplotlib",
+    "PIL",
+    "urllib3",
+    "h5py",
+    "numexpr",
+)
+
+
+def setup(level: str = "info") -> None:
+    """Log to standard error; libraries speak from ``warning`` up unless ``level`` is debug."""
+    if level not in LEVELS:
+        raise ConfigError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(logging.Formatter(FORMAT, "%H:%M:%S"))
+    logging.basicConfig(level=level.upper(), handlers=[console], force=True)
+    quiet_libraries()
+    logging.captureWarnings(True)
+
+
+def quiet_libraries() -> None:
+    """Once more after importing one of them: some set their own level when they are imported."""
+    level = logging.getLogger().level
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING) if level > 10 else level)
+    if level > 10:  # it warns of each repetition; what comes of them is told by us
+        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Nothing below an error until the block ends, from libraries that log as the root."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def copied_to(file: Path) -> Iterator[Path]:
+    """Also write every record to ``file`` until the block ends."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(FORMAT))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield file
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()

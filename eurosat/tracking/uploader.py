@@ -1,0 +1,373 @@
+"""From a journal to the server: what it holds, once, however often that is interrupted."""
+
+import logging
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from eurosat.errors import TrackingError
+from eurosat.tracking import mlflow_client
+from eurosat.tracking.journal import PREFIX, Entry, Journal, KeptFile, sha256_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 5.0
+"""Entries are sent in batches at most this often; what is left goes when the run ends."""
+MOST_ENTRIES, MOST_OF_A_KIND = 1000, 100
+"""MLflow's limits on one request: in all, and of params or tags."""
+BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0
+"""Before the first repetition, doubled up to the cap; a random half of it is waited."""
+START_S = 5.0
+"""A run waits so long for the server at its start, and then begins without it."""
+PATIENCE_S = 20.0
+"""At the end a run waits for as long as the server gets on; and then so long for nothing."""
+AWAY_S = 1.0
+"""So long, at its start and at its end, for one that an earlier run has waited for in vain."""
+SLOWEST = 250_000
+"""Bytes a second, there and back: a file that is on its way for as long as that is no fault."""
+SHOWN_AFTER_S = 2.0
+
+
+class Delivery:
+    """Carries one journal to its server, one request a step."""
+
+    def __init__(self, journal: Journal, client: "MlflowClient") -> None:
+        self._journal, self._client = journal, client
+        self.patient_until = 0.0
+        """Until then a file may be on its way, on the clock of `time.monotonic`."""
+
+    def step(self) -> bool:
+        """Send what is next; False where nothing waits. May be repeated after any exception.
+
+        Raises:
+            MlflowException, OSError: the server is away, refuses the credentials, or is wrong.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self._step()
+        except MlflowException as error:
+            if not self._is_lost(error):
+                raise
+            log.warning("the server no longer has run %s: it is made anew", self._journal.run_id)
+            self._journal.start_over()
+            return True
+
+    def _step(self) -> bool:
+        if not self._journal.about("opened"):
+            self._open()
+        elif entries := _batch(self._journal.entries(MOST_ENTRIES)):
+            self._send(entries)
+            self._journal.delivered(entries[-1].seq)
+        elif file := self._journal.next_file():
+            self._send_file(file)
+        elif self._journal.waiting().status:
+            self._end()
+        else:
+            return False
+        return True
+
+    def _open(self) -> None:
+        """Find the run, or make it: by the journal's id it is made once."""
+        about = self._journal.about
+        run_id = about("run_id") or self._found()
+        if about("attached"):  # the run is another's to open and to end
+            if not run_id:
+                raise TrackingError(f"the run {about('attached')} is not on the server yet")
+        elif run_id:
+            self._client.update_run(run_id, status="RUNNING", name=about("run_name"))
+            self._client.set_tag(run_id, mlflow_client.JOURNAL_ID, self._journal.id)
+        else:
+            run_id = self._make()
+        self._journal.note(run_id=run_id, opened="yes")
+
+    def _make(self) -> str:
+        about = self._journal.about
+        tags = {mlflow_client.JOURNAL_ID: self._journal.id}
+        experiment = about("experiment") or "Default"
+        if parent := about("parent"):
+            tags[mlflow_client.PARENT] = self._id_of(parent)
+            experiment_id = self._client.get_run(tags[mlflow_client.PARENT]).info.experiment_id
+        else:
+            experiment_id = mlflow_client.experiment_id(self._client, experiment)
+        made = self._client.create_run(
+            experiment_id, int(about("start_ms") or 0), tags, about("run_name")
+        )
+        self._journal.note(run_id=made.info.run_id)
+        return self._found() or str(made.info.run_id)
+
+    def _found(self) -> str | None:
+        """The run that this journal is of.
+
+        Of several, made by requests that were repeated although they had arrived, the one that was
+        written to, else the first; the others are deleted.
+
+        Raises:
+            TrackingError: there are several, and the journal of another process is to choose.
+        """
+        reference = self._journal.about("attached") or PREFIX + self._journal.id
+        if not reference.startswith(PREFIX):
+            return reference
+        found = mlflow_client.tagged(self._client, mlflow_client.JOURNAL_ID, _id_in(reference))
+        if len(found) > 1 and self._journal.about("attached"):
+            raise TrackingError(f"the run {reference} is there {len(found)} times for the moment")
+        kept = self._journal.run_id if self._journal.run_id in found else next(iter(found), None)
+        for other in found:
+            if other != kept:
+                self._client.delete_run(other)
+        return kept
+
+    def _id_of(self, reference: str) -> str:
+        """A run's id on the server, also where only its journal is known so far."""
+        if not reference.startswith(PREFIX):
+            return reference
+        if found := mlflow_client.tagged(self._client, mlflow_client.JOURNAL_ID, _id_in(reference)):
+            return found[0]
+        raise TrackingError(f"the run {reference} above this one is not on the server yet")
+
+    def _send(self, entries: Sequence[Entry]) -> None:
+        """In one request; where it is refused, by halves, until the culprit is alone."""
+        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.exceptions import MlflowException
+
+        tags = {one.name: one.value for one in entries if one.kind == "tag"}  # the last of each
+        try:
+            self._client.log_batch(
+                self._run_id,
+                metrics=[
+                    Metric(one.name, one.value, one.time, one.step)
+                    for one in entries
+                    if one.kind == "metric"
+                ],
+                params=[Param(one.name, one.value) for one in entries if one.kind == "param"],
+                tags=[RunTag(name, value) for name, value in tags.items()],
+            )
+        except MlflowException as error:
+            if not _is_bad_request(error) or self._is_lost(error):
+                raise
+            if len(entries) > 1:
+                half = len(entries) // 2
+                self._send(entries[:half])
+                self._send(entries[half:])
+                return
+            why = mlflow_client.first_line(error)
+            log.warning("the server refuses %s %s: %s", entries[0].kind, entries[0].name, why)
+            self._journal.refused(entries[0].seq, why)
+
+    def _send_file(self, file: KeptFile) -> None:
+        from mlflow.exceptions import MlflowException
+
+        self.patient_until = time.monotonic() + file.size / SLOWEST
+        try:
+            self._upload(file)
+        except (MlflowException, OSError) as error:
+            if not _is_bad_request(error) or self._is_lost(error):
+                raise
+            why = mlflow_client.first_line(error)
+            log.warning("the server refuses the artifact %s: %s", file.path, why)
+            self._journal.file_refused(file.seq, why)
+        else:
+            self._journal.file_sent(file.seq)
+        finally:
+            self.patient_until = 0.0
+
+    def _upload(self, file: KeptFile) -> None:
+        folder = str(Path(file.path).parent)
+        self._client.log_artifact(self._run_id, str(file.local), None if folder == "." else folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = self._client.download_artifacts(self._run_id, file.path, temporary)
+            if (arrived := sha256_of(Path(copy))) != file.sha256:
+                raise TrackingError(
+                    f"artifact {file.path} arrived with sha256 {arrived[:12]}, not "
+                    f"{file.sha256[:12]}: it is sent again"
+                )
+
+    def _end(self) -> None:
+        about = self._journal.about
+        self._found()  # the last word is said of one run: repeated requests have all arrived
+        self._client.set_terminated(self._run_id, about("status"), int(about("end_ms") or 0))
+        self._journal.note(status_sent="yes")
+
+    def tell_failed(self) -> None:
+        """The last word of a run whose journal has no room for it."""
+        if run_id := self._journal.run_id:
+            self._client.set_terminated(run_id, "FAILED")
+
+    @property
+    def _run_id(self) -> str:
+        run_id = self._journal.run_id
+        assert run_id is not None
+        return run_id
+
+    def _is_lost(self, error: Any) -> bool:
+        """Whether the run was there and is no more: a new disk, or deleted by hand."""
+        from mlflow.exceptions import MlflowException
+
+        run_id = self._journal.run_id
+        if run_id is None or self._journal.about("attached"):
+            return False
+        if not isinstance(error, MlflowException):
+            return False
+        if error.error_code not in mlflow_client.ABSENT:
+            return False
+        try:
+            return bool(self._client.get_run(run_id).info.lifecycle_stage != "active")
+        except MlflowException as answer:
+            return bool(answer.error_code in mlflow_client.ABSENT)
+
+
+class Sender:
+    """Delivers a journal in a thread of its own, so that the server's moods are not ours."""
+
+    away: ClassVar[set[str | None]] = set()
+    """Servers for which a run of this process has waited in vain: until one answers, the next run
+    does not wait so long for it again."""
+
+    def __init__(self, journal: Journal, client: "MlflowClient") -> None:
+        self._journal = Journal(journal.directory)  # a connection of its own
+        self._delivery = Delivery(self._journal, client)
+        self._hurry = threading.Event()
+        self._tried = threading.Event()
+        self._done = threading.Event()
+        self._ending = self._given_up = self._has_failed = False
+        self._is_ours = False
+        """Whether the fault is in what is here: in the journal, or in a run above that waits."""
+        self._steps = 0
+        self._server = self._journal.about("server")
+        self.fault: str | None = None
+        """Why the last attempt failed."""
+        self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
+        self._thread.start()
+
+    def wait_for_start(self) -> None:
+        """Until the first attempt has ended, or START_S at most; tells of its failure."""
+        self._tried.wait(AWAY_S if self._server in self.away else START_S)
+        if fault := self.fault or ("" if self._tried.is_set() else "it has not answered yet"):
+            log.warning(
+                "the run is kept in %s until the tracking server takes it: %s",
+                self._journal.directory,
+                fault,
+            )
+
+    def finish(self) -> bool:
+        """Send all that waits; False where the server made no progress for PATIENCE_S, or AWAY_S
+        where it is `away`.
+        """
+        self._ending = True
+        self._hurry.set()
+        started = moved = time.monotonic()
+        steps, shown = self._steps, False
+        while not self._done.wait(0.05):
+            now = time.monotonic()
+            if self._steps != steps:
+                steps, moved = self._steps, now
+            if now - started > SHOWN_AFTER_S and not shown:
+                shown = True
+                log.info("sending to the tracking server: %s", self._journal.waiting())
+            patience_s = AWAY_S if self._server in self.away else PATIENCE_S
+            if now - moved > patience_s and now > self._delivery.patient_until:
+                if moved == started and not self._is_ours:
+                    self.away.add(self._server)
+                self._given_up = True
+                self._hurry.set()
+                self._thread.join(1)  # unless a request hangs
+                return False
+        self._thread.join()
+        return True
+
+    def tell_failed(self) -> None:
+        """Past the journal, which has no room for that."""
+        self._has_failed = True
+
+    def _loop(self) -> None:
+        failures = 0
+        while not self._given_up:
+            ending = self._ending  # all was said before it was asked for
+            try:
+                if self._has_failed:
+                    self._delivery.tell_failed()
+                    self._has_failed = False
+                while not self._given_up and self._delivery.step():
+                    self._steps += 1
+                    self.away.discard(self._server)
+                self.fault, failures = None, 0
+                if ending:
+                    self._done.set()
+                    break
+                wait = EVERY_S
+            except Exception as error:  # noqa: BLE001 - a thread's boundary: training goes on
+                self.fault, self._is_ours = (
+                    mlflow_client.first_line(error),
+                    isinstance(error, TrackingError),
+                )
+                log.debug("delivery of %s failed: %s", self._journal.reference, self.fault)
+                wait = pause_s(failures, BACKOFF_S if self._ending else MOST_BACKOFF_S)
+                failures += 1
+            self._tried.set()
+            self._journal.settle("PASSIVE")  # beside the training, which writes on
+            self._hurry.wait(wait)
+            self._hurry.clear()
+        self._journal.close()
+
+
+def deliver(
+    journal: Journal, client: "MlflowClient", told: Callable[[], None] | None = None
+) -> str | None:
+    """Send all of a journal now. Returns why it could not, or None where all arrived.
+
+    ``told`` is called after each step.
+    """
+    delivery, failing_since = Delivery(journal, client), None
+    while True:
+        try:
+            while delivery.step():
+                failing_since = None
+                if told:
+                    told()
+            return None
+        except Exception as error:  # noqa: BLE001 - any fault of the far end is the answer
+            failing_since = failing_since or time.monotonic()
+            if time.monotonic() - failing_since > PATIENCE_S or mlflow_client.is_denied(error):
+                return mlflow_client.first_line(error)
+            time.sleep(pause_s(0, BACKOFF_S))
+
+
+def pause_s(failures: int, most: float) -> float:
+    """Before a request is repeated that has failed so often before: doubled each time, up to
+    ``most``, less a random half, so that many runs do not return to a server at once.
+    """
+    return min(BACKOFF_S * 2.0 ** min(failures, 60), most) * random.uniform(0.5, 1)  # noqa: S311
+
+
+def _batch(entries: Sequence[Entry]) -> list[Entry]:
+    """As many from the front as one request may hold."""
+    taken: list[Entry] = []
+    counts = {"param": 0, "tag": 0, "metric": 0}
+    for one in entries:
+        counts[one.kind] += 1
+        if max(counts["param"], counts["tag"]) > MOST_OF_A_KIND:
+            break
+        taken.append(one)
+    return taken
+
+
+def _id_in(reference: str) -> str:
+    return reference.removeprefix(PREFIX)
+
+
+def _is_bad_request(error: Any) -> bool:
+    """Whether the fault is in what was sent, so that sending it again is in vain."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        too_large = "error code 413" in str(error)  # MLflow knows no code of its own for it
+        return error.get_http_status_code() == 400 or too_large
+    answer = getattr(error, "response", None)  # artifacts raise what requests raises
+    return getattr(answer, "status_code", None) in (400, 413, 414)

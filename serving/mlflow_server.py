@@ -1,0 +1,63 @@
+"""Serve a registered model with MLflow's own scoring server, in this environment."""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from eurosat import tracking
+from eurosat.errors import ConfigError
+from eurosat.runtime import cli, logs, telemetry
+
+log = logging.getLogger(__name__)
+
+CHAMPION = "models:/eurosat@champion"
+
+
+def command(model: str, host: str, port: int, workers: int) -> list[str]:
+    """MLflow's default environment manager would build a virtual environment first: local."""
+    served = ["--model-uri", model, "--env-manager", "local"]
+    where = ["--host", host, "--port", str(port), "--workers", str(workers)]
+    return [sys.executable, "-m", "mlflow", "models", "serve", *served, *where]
+
+
+def environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Nothing phones home; MLflow starts ``uvicorn`` by name, so ours comes first in PATH."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
+    return dict(inherited) | telemetry.OFF | {"PATH": path}
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises ConfigError where nothing can listen."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"{host}:{port} cannot be listened on ({error}): name another") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = cli.parser(
+        "serving.mlflow_server",
+        "Serve a registered model with `mlflow models serve`, until stopped.",
+    )
+    parser.add_argument("--model", default=CHAMPION, help=f"models:/ or runs:/ ({CHAMPION})")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=5001)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    args = parser.parse_args(argv)
+    logs.setup(args.log_level)
+    if args.workers < 1:
+        raise ConfigError(f"--workers must be 1 or more; got {args.workers}")
+    check_address(args.host, args.port)
+    run_id = tracking.resolve_run(args.model)
+    log.info("serving %s (run %s) on http://%s:%d", args.model, run_id, args.host, args.port)
+    argv = command(args.model, args.host, args.port, args.workers)
+    os.execve(argv[0], argv, environment(os.environ))  # noqa: S606 - a list, and no shell
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

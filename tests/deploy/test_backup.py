@@ -1,0 +1,708 @@
+"""A restore drill on a real server, database and object store; archives that are refused."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from deploy import archive, backup, databases, object_store, save, schema
+from eurosat.errors import ConfigError, TrackingError
+from eurosat.runtime import exit_codes
+from registry import ledger
+from tests.support.mlflow_server import mlflow_server
+from tests.support.object_stores import fake_gcs
+from tests.support.paths import ROOT
+from tests.support.postgres import create
+from tests.support.registry import MLFLOW_WARNS, challenge, exit_code, run_promote
+from tests.support.serving import until
+
+if TYPE_CHECKING:
+    from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore as UserStore
+
+MODEL = "mapper"
+USER, PASSWORD = "cartographer", "correct-horse-battery"
+pytestmark = [*MLFLOW_WARNS]
+
+
+# An archive alone.
+
+
+def written(*contents: bytes) -> bytes:
+    out = io.BytesIO()
+    writer = archive.Writer(out)
+    for number, content in enumerate(contents):
+        writer.add(f"artifacts/{number}", io.BytesIO(content), len(content))
+    writer.finish({"databases": {}})
+    return out.getvalue()
+
+
+def verified(data: bytes) -> archive.Manifest:
+    return archive.verify(io.BytesIO(data), len(data))
+
+
+def resealed(data: bytes) -> bytes:
+    """With the seal that whoever altered it would write."""
+    body = data[: -archive.TAIL]
+    seal = hashlib.sha256(body).hexdigest()
+    return body + archive._tail(seal)
+
+
+def test_an_archive_is_a_tar_whose_manifest_has_the_checksums() -> None:
+    data = written(b"one", b"", b"x" * 3_000_000)
+    manifest = verified(data)
+    assert [member.size for member in manifest.members] == [3, 0, 3_000_000]
+    assert manifest.members[0].sha256 == hashlib.sha256(b"one").hexdigest()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert tar.getnames()[-2:] == [archive.MANIFEST, archive.SEAL]
+
+
+def test_every_altered_byte_and_every_cut_is_refused() -> None:
+    data = written(b"one", b"another")
+    assert verified(data)
+    for at in range(len(data)):
+        altered = bytearray(data)
+        altered[at] ^= 1 << at % 8
+        with pytest.raises(archive.ArchiveError):
+            verified(bytes(altered))
+    for length in range(0, len(data), 97):
+        with pytest.raises(archive.ArchiveError):
+            verified(data[:length])
+    with pytest.raises(archive.ArchiveError):
+        verified(data + b"\0")
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, "/etc/passwd" if kind != tarfile.REGTYPE else ""
+    return info.tobuf(tarfile.PAX_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("added", "told"),
+    [
+        (member("artifacts/more"), "not those of its manifest"),
+        (member("artifacts/0"), "not those of its manifest"),
+        (member("../up"), "no file below a folder"),
+        (member("/etc/cron.d/x"), "no file below a folder"),
+        (member("artifacts/a/../../../up"), "no file below a folder"),
+        (member("artifacts/link", tarfile.SYMTYPE), "no file below a folder"),
+        (member("artifacts/link", tarfile.LNKTYPE), "no file below a folder"),
+        (member("artifacts/device", tarfile.CHRTYPE), "no file below a folder"),
+    ],
+)
+def test_a_member_that_was_added_is_refused_under_a_new_seal_too(added: bytes, told: str) -> None:
+    with pytest.raises(archive.ArchiveError, match=told):
+        verified(resealed(added + written(b"one")))
+
+
+def test_a_name_that_could_not_be_unpacked_is_not_archived() -> None:
+    for name in ("../x", "/x", "a//b", "a/./b", "a/\0", "é" * 600, "\udcff"):
+        with pytest.raises(archive.ArchiveError, match="cannot be unpacked safely"):
+            archive.Writer(io.BytesIO()).add(name, io.BytesIO(b""), 0)
+    long = "artifacts/" + "é" * 150
+    writer = archive.Writer(out := io.BytesIO())
+    writer.add(long, io.BytesIO(b"x"), 1)
+    writer.finish({})
+    assert verified(out.getvalue()).members[0].name == long
+
+
+# What the environment says.
+
+
+def test_a_password_is_taken_out_of_the_address_that_programs_are_given() -> None:
+    uri = "postgresql+psycopg2://mlflow:s%2Fcret@db:5433/mlflow?sslmode=require"
+    (found,) = databases.configured({"EUROSAT_DATABASE_URI": uri})
+    assert found.uri == "postgresql://mlflow@db:5433/mlflow?sslmode=require"
+    assert found.environment()["PGPASSWORD"] == "s/cret"
+    assert found.called("other").uri == "postgresql://mlflow@db:5433/other?sslmode=require"
+
+
+def test_one_database_that_keeps_both_is_saved_once() -> None:
+    uri = "postgresql://mlflow@db/mlflow"
+    both = {"EUROSAT_DATABASE_URI": uri, "EUROSAT_AUTH_DATABASE_URI": uri}
+    assert len(databases.configured(both)) == 1
+
+
+@pytest.mark.parametrize("uri", ["", "sqlite:///mlflow.db", "postgresql://user:word@host"])
+def test_no_postgresql_is_one_line(uri: str) -> None:
+    with pytest.raises(ConfigError, match="postgresql://user@host/database") as raised:
+        databases.configured({"EUROSAT_DATABASE_URI": uri})
+    assert "word" not in str(raised.value)
+
+
+def test_a_program_older_than_the_server_is_refused_with_its_remedy() -> None:
+    with pytest.raises(ConfigError, match="pg_dump .*apt-get install postgresql-client-99"):
+        databases.program("pg_dump", 99, "mlflow is served by PostgreSQL 99")
+
+
+def test_a_schema_is_older_where_migrations_lead_on_from_it() -> None:
+    kind = databases.KINDS[0]
+    first = next(one for one, before in schema.revisions(kind).items() if before is None)
+    (newest,) = {*schema.revisions(kind)} - {*schema.revisions(kind).values()}
+    assert schema.reaches(kind, newest, first)
+    assert not schema.reaches(kind, first, newest)
+    assert schema.reaches(kind, None, newest)
+    assert not schema.reaches(kind, None, "f" * 12)
+
+
+def test_the_verb_is_light_enough_for_a_small_image() -> None:
+    heavy = "{'torch', 'mlflow', 'google.cloud', 'numpy', 'pandas'}"
+    asked = subprocess.run(
+        [sys.executable, "-c", f"import sys, deploy.backup; print({heavy} & {{*sys.modules}})"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert asked.stdout.strip() == "set()"
+
+
+# The platform.
+
+
+@dataclass(frozen=True)
+class Platform:
+    """Two databases and a bucket."""
+
+    name: str
+    postgres: str
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "EUROSAT_DATABASE_URI": f"{self.postgres}/{self.name}",
+            "EUROSAT_AUTH_DATABASE_URI": f"{self.postgres}/{self.name}_auth",
+            "EUROSAT_ARTIFACTS": f"gs://{self.name}/artifacts",
+        }
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[str]:
+        folder = self.folder / self.name
+        folder.mkdir()
+        backend, artifacts = (
+            self.environment[name] for name in ("EUROSAT_DATABASE_URI", "EUROSAT_ARTIFACTS")
+        )
+        with mlflow_server(folder, backend, f"--artifacts-destination={artifacts}") as port:
+            yield f"http://127.0.0.1:{port}"
+
+    @contextlib.contextmanager
+    def users(self) -> "Iterator[UserStore]":
+        """MLflow's own, as its server with basic auth has them."""
+        with warnings.catch_warnings(action="ignore"):  # MLflow's server, of newer libraries
+            from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
+
+            store = SqlAlchemyStore()
+            store.init_db(self.environment["EUROSAT_AUTH_DATABASE_URI"])
+        try:
+            yield store
+        finally:
+            store.engine.dispose()
+
+    def databases(self) -> list[databases.Database]:
+        return databases.configured(self.environment)
+
+    def artifacts(self) -> object_store.Place:
+        return object_store.place(self.environment["EUROSAT_ARTIFACTS"], "here")
+
+    def objects(self) -> dict[str, str]:
+        """Of the whole bucket: names and checksums."""
+        from google.cloud.storage import Client
+
+        return {blob.name: blob.crc32c for blob in Client().list_blobs(self.name)}
+
+    def asked(self, query: str, database: str | None = None) -> list[Any]:
+        with self.databases()[0].called(database or self.name).connected() as opened:
+            cursor = opened.cursor()
+            cursor.execute(query)
+            return list(cursor.fetchall())
+
+    def every_database(self) -> set[str]:
+        return {name for (name,) in self.asked("SELECT datname FROM pg_database", "postgres")}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("platform")
+    with fake_gcs(folder / "gcs") as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
+        yield folder
+
+
+def platform(name: str, postgres: str, folder: Path) -> Platform:
+    from google.cloud.storage import Client
+
+    Client().create_bucket(name)
+    create(postgres, name)
+    create(postgres, f"{name}_auth")
+    return Platform(name, postgres, folder)
+
+
+@dataclass(frozen=True)
+class Saved:
+    source: Platform
+    url: str
+    file: Path
+    before: int
+    """Steps that the writer had logged when the backup began."""
+    writer: str
+    """Its run."""
+
+
+def content(step: int) -> str:
+    return f"state of step {step}\n" * 200
+
+
+def write_on(run_id: str, steps: list[int], stop: threading.Event, folder: Path) -> None:
+    """An artifact and then its point, and one artifact over and over."""
+    client, step = MlflowClient(), 0
+    while not stop.is_set():
+        client.log_text(run_id, content(step), f"states/{step}.txt")
+        client.log_text(run_id, content(step), "last.txt")
+        client.log_metric(run_id, "step", step, step=step)
+        steps.append(step)
+        step += 1
+
+
+@pytest.fixture(scope="module")
+def saved(postgres: str, stored: Path) -> Iterator[Saved]:
+    """A platform in use and a backup that was made while a run was written."""
+    source = platform("first", postgres, stored)
+    with source.served() as url, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**source.environment, "MLFLOW_TRACKING_URI": url}.items():
+            patch.setenv(name, value)
+        with source.users() as users:
+            users.create_user("admin", "a password of before", is_admin=True)
+            users.create_user(USER, PASSWORD)
+        client = MlflowClient()
+        scratch = stored / "scratch"
+        scratch.mkdir()
+        challenge(scratch, MODEL, 30)
+        assert run_promote(MODEL, "--why", "the first") == exit_codes.OK
+        challenge(scratch, MODEL, 20)
+        assert run_promote(MODEL, "--why", "better") == exit_codes.OK
+        experiment = client.create_experiment("points", tags={"team": "maps"})
+        for number in range(3):
+            run_id = client.create_run(experiment, run_name=f"run {number}").info.run_id
+            client.log_param(run_id, "lr", 0.1 * number)
+            for step in range(20):
+                client.log_metric(run_id, "loss", 1 / (step + 1), step=step, timestamp=step)
+            client.log_metric(run_id, "nan", float("nan"))
+            client.log_text(run_id, f"{number}", "a folder/ä name.txt")
+            client.set_terminated(run_id, "FAILED" if number else "FINISHED")
+        large = scratch / "large.bin"
+        large.write_bytes(os.urandom(12 << 20))
+        client.log_artifact(run_id, str(large))
+        writer = client.create_run(experiment, run_name="goes on").info.run_id
+        steps: list[int] = []
+        stop = threading.Event()
+        thread = threading.Thread(target=write_on, args=(writer, steps, stop, scratch))
+        thread.start()
+        try:
+            until(lambda: len(steps) > 5, 60, "a run that is written")
+            before = len(steps)
+            assert exit_code(backup.main, "save", "--to", str(stored / "kept")) == exit_codes.OK
+            until(lambda: len(steps) > before + 1, 60, "a run that goes on")
+        finally:
+            stop.set()
+            thread.join()
+        (file,) = (stored / "kept").iterdir()
+        yield Saved(source, url, file, before, writer)
+
+
+def every_run(client: MlflowClient) -> dict[str, Run]:
+    experiments = [one.experiment_id for one in client.search_experiments()]
+    return {run.info.run_id: run for run in client.search_runs(experiments)}
+
+
+def told(run: Run) -> str:
+    return json.dumps(run.to_dictionary(), sort_keys=True)  # NaN is like itself here
+
+
+def points(client: MlflowClient, run: Run) -> set[tuple[Any, ...]]:
+    return {
+        (one.key, str(one.value), one.timestamp, one.step)
+        for key in run.data.metrics
+        for one in client.get_metric_history(run.info.run_id, key)
+    }
+
+
+def sums(client: MlflowClient, run_id: str, folder: Path) -> dict[str, str]:
+    """Of every artifact, as a client downloads it."""
+    folder.mkdir()
+    client.download_artifacts(run_id, "", str(folder))
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.mark.postgres
+def test_a_restored_platform_is_the_one_that_was_saved(saved: Saved, tmp_path: Path) -> None:
+    source = saved.source
+    second = platform("second", source.postgres, source.folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in second.environment.items():
+            patch.setenv(name, value)
+        assert exit_code(backup.main, "restore", "--from", str(saved.file)) == exit_codes.OK
+    assert not [name for name in second.objects() if not name.startswith("artifacts/")]
+    assert not {name for name in second.every_database() if name.startswith("second_")} - {
+        "second_auth"
+    }
+    with second.users() as users:
+        assert users.authenticate_user(USER, PASSWORD)
+        assert [user.is_admin for user in users.list_users()] == [True, False]
+    with second.served() as url:
+        old, new = MlflowClient(saved.url), MlflowClient(url)
+        runs, restored = every_run(old), every_run(new)
+        assert restored.keys() == runs.keys()
+        for run_id, run in restored.items():
+            if run_id == saved.writer:
+                continue
+            assert told(run) == told(runs[run_id])
+            assert points(new, run) == points(old, runs[run_id])
+            downloaded = sums(new, run_id, tmp_path / f"new-{run_id}")
+            assert downloaded == sums(old, run_id, tmp_path / f"old-{run_id}")
+            assert downloaded
+        written = restored[saved.writer]
+        steps = sorted(step for _, _, _, step in points(new, written))
+        assert steps == list(range(len(steps)))
+        assert len(steps) >= saved.before, "what was logged before the backup is in it"
+        assert points(new, written) <= points(old, runs[saved.writer])
+        kept = sums(new, saved.writer, tmp_path / saved.writer)
+        for step in steps:
+            wanted = hashlib.sha256(content(step).encode()).hexdigest()
+            assert kept[f"states/{step}.txt"] == wanted
+        assert kept["last.txt"] in {
+            hashlib.sha256(content(step).encode()).hexdigest() for step in range(10_000)
+        }, "whole, whichever it is"
+        for name in (MODEL, ledger.name_of(MODEL)):
+            model, again = old.get_registered_model(name), new.get_registered_model(name)
+            assert again.aliases == model.aliases
+            assert again.tags == model.tags
+            versions = [
+                sorted(
+                    (str(one.version), one.run_id, one.source, sorted(one.tags.items()))
+                    for one in client.search_model_versions(f"name='{name}'")
+                )
+                for client in (old, new)
+            ]
+            assert versions[0] == versions[1]
+        assert new.get_registered_model(MODEL).aliases, "there are some"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", saved.url)
+            entered = ledger.entries(MODEL)
+            patch.setenv("MLFLOW_TRACKING_URI", url)
+            assert ledger.entries(MODEL) == entered
+        assert len(entered) == 2
+
+
+def altered(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+
+
+def with_schema(file: Path, revision: str) -> bytes:
+    """The same archive, saved from an MLflow of another schema."""
+    manifest = verified(file.read_bytes())
+    manifest.told["databases"]["mlflow"]["schema"] = revision
+    writer = archive.Writer(out := io.BytesIO())
+    with tarfile.open(file) as tar:
+        for one in manifest.members:
+            content = tar.extractfile(one.name)
+            assert content
+            writer.add(one.name, content, one.size)
+    writer.finish(manifest.told)
+    return out.getvalue()
+
+
+@pytest.mark.postgres
+def test_what_is_not_whole_is_refused_before_anything_is_touched(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = platform("third", saved.source.postgres, saved.source.folder)
+    databases_before = target.every_database()
+    data = saved.file.read_bytes()
+    with tarfile.open(saved.file) as tar:
+        (manifest,) = (one for one in tar if one.name == archive.MANIFEST)
+    file = tmp_path / "eurosat.tar"
+    added = tmp_path / "added.tar"
+    added.write_bytes(data)
+    with tarfile.open(added, "a") as tar:
+        tar.addfile(tarfile.TarInfo("artifacts/more"))
+    cases = [
+        *(data[: int(len(data) * share)] for share in (0, 0.3, 0.9)),
+        *(data[:-cut] for cut in (1, 1024, archive.TAIL)),
+        *(altered(data, int(len(data) * share)) for share in (0, 0.001, 0.2, 0.6)),
+        *(altered(data, manifest.offset_data + at) for at in (5, manifest.size // 2)),
+        altered(data, len(data) - archive.TAIL + 520),
+        altered(data, len(data) - 1),
+        added.read_bytes(),
+        with_schema(saved.file, "f" * 12),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in target.environment.items():
+            patch.setenv(name, value)
+        for case in cases:
+            file.write_bytes(case)
+            assert exit_code(backup.main, "restore", "--from", str(file), "--replace") == 2
+            (line,) = (one for one in capsys.readouterr().err.splitlines() if "error:" in one)
+            assert "archive" in line
+    assert "with the MLflow that it was saved from, or a newer one" in line, "the last of them"
+    assert target.every_database() == databases_before
+    assert not target.asked("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    assert not target.objects()
+
+
+@contextlib.contextmanager
+def command(*arguments: str, environment: dict[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.postgres
+def test_a_backup_that_is_killed_leaves_nothing_that_looks_whole(
+    saved: Saved, tmp_path: Path
+) -> None:
+    with command(
+        "-m", "deploy.backup", "save", "--to", str(tmp_path), environment=saved.source.environment
+    ) as process:
+        until(
+            lambda: sum(one.stat().st_size for one in tmp_path.iterdir()) > 1 << 20,
+            60,
+            "a backup that is being written",
+        )
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(timeout=30) == -signal.SIGKILL
+    assert not list(tmp_path.glob("*.tar")), "pathlib's star matches hidden names too"
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".")
+    assert exit_code(backup.main, "verify", str(left)) == exit_codes.BAD_INPUT
+    os.utime(left, (0, 0))
+    assert exit_code(backup.main, "save", "--to", str(tmp_path)) == exit_codes.OK
+    (whole,) = tmp_path.iterdir()
+    assert whole.suffix == ".tar"
+    assert whole.stat().st_mode & 0o077 == 0, "it holds the hashes of passwords"
+
+
+@pytest.mark.postgres
+def test_a_bucket_gets_a_whole_archive_or_none(
+    saved: Saved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from google.cloud.storage import Client
+
+    bucket = Client().create_bucket("backups")
+    killed = (
+        "import os; from deploy import archive, backup; from eurosat.runtime import cli;"
+        "archive.Writer.finish = lambda *_: os.kill(os.getpid(), 9);"
+        "cli.run_command(backup.main)"
+    )
+    arguments = ("save", "--to", "gs://backups/daily")
+    with command("-c", killed, *arguments, environment=saved.source.environment) as process:
+        assert process.wait(timeout=60) == -signal.SIGKILL
+    assert not list(bucket.list_blobs()), "12 MB had been sent"
+    assert exit_code(backup.main, *arguments) == exit_codes.OK
+    address = capsys.readouterr().out.split()[-1]
+    (blob,) = bucket.list_blobs()
+    assert address == f"gs://backups/{blob.name}"
+    assert exit_code(backup.main, "verify", address) == exit_codes.OK
+    data = blob.download_as_bytes()
+    assert verified(data).seal
+    bucket.blob(blob.name).upload_from_string(altered(data, len(data) // 2))
+    assert exit_code(backup.main, "verify", address) == exit_codes.BAD_INPUT
+
+
+KILLED_AT = {
+    "with one database restored": "databases.restore = dies_after(databases.restore)",
+    "with all restored beside": "restore._lay_over = dies",
+    "with the artifacts laid over": "databases.swap = dies",
+    "after the swap": "restore._clean_up = dies",
+}
+"""What a process that is to be killed there runs before the verb."""
+DYING = """
+import os
+from deploy import backup, databases, restore
+from eurosat.runtime import cli
+def dies(*_):
+    os.kill(os.getpid(), 9)
+def dies_after(work):
+    return lambda *given: (work(*given), dies())
+exec(%r)
+cli.run_command(backup.main)
+"""
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize(
+    "points",
+    [[*KILLED_AT][2:], pytest.param([*KILLED_AT], marks=pytest.mark.slow)],
+    ids=["late", "everywhere"],
+)
+def test_a_platform_in_use_is_replaced_on_request_however_often_that_is_killed(
+    saved: Saved, points: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.tar"
+    target = platform(f"fourth{len(points)}", saved.source.postgres, saved.source.folder)
+    arguments = ("restore", "--from", str(saved.file))
+    manifest = verified(saved.file.read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in target.environment.items():
+            patch.setenv(name, value)
+        dying = DYING % "databases.swap = dies"
+        with command("-c", dying, *arguments, environment={}) as process:
+            assert process.wait(timeout=60) == -signal.SIGKILL
+        assert target.objects(), "the empty place was being filled"
+        assert exit_code(backup.main, *arguments) == exit_codes.OK, "and may be filled once more"
+        target.artifacts().write("1/new/artifacts/of-now.txt", io.BytesIO(b"new"))
+        first = manifest.below(archive.ARTIFACTS)[0].name
+        target.artifacts().write(first.removeprefix("artifacts/"), io.BytesIO(b"changed"))
+        with target.databases()[0].connected() as opened:
+            opened.cursor().execute("UPDATE runs SET name = 'of now'")
+            opened.commit()
+        now = target.objects()
+        assert exit_code(backup.main, *arguments) == exit_codes.BAD_INPUT
+        assert "--replace" in capsys.readouterr().err
+        assert target.objects() == now
+        replacing = (*arguments, "--replace")
+        with target.databases()[0].connected():
+            assert exit_code(backup.main, *replacing) == exit_codes.BAD_INPUT
+            assert "stop the MLflow server" in capsys.readouterr().err
+        for point in points:
+            with command("-c", DYING % KILLED_AT[point], *replacing, environment={}) as process:
+                assert process.wait(timeout=60) == -signal.SIGKILL, (point, process.stderr)
+            names = {name for (name,) in target.asked("SELECT name FROM runs")}
+            if point == "after the swap":
+                assert "of now" not in names
+                same = manifest.told["databases"]["mlflow"]["schema"]
+                other.write_bytes(with_schema(saved.file, same))
+                assert (
+                    exit_code(backup.main, "restore", "--from", str(other)) == exit_codes.BAD_INPUT
+                )
+                assert "--replace" in capsys.readouterr().err, "it is no restore of that one"
+                continue
+            assert names == {"of now"}, f"{point} the database is the one of before"
+            there = target.objects()
+            assert there.keys() >= now.keys(), f"{point} nothing of before is missing"
+        assert exit_code(backup.main, *replacing) == exit_codes.OK
+        told = capsys.readouterr().out.splitlines()
+    kept = [one.removeprefix("kept of before: ") for one in told if "kept of before" in one]
+    assert [one.split("_before_")[0] for one in kept[:2]] == [
+        f"database {target.name}",
+        f"database {target.name}_auth",
+    ]
+    assert target.asked("SELECT DISTINCT name FROM runs", kept[0].split()[1]) == [("of now",)]
+    there = target.objects()
+    assert {name for name in there if name.startswith("artifacts/")} == {
+        one.name for one in manifest.below(archive.ARTIFACTS)
+    }
+    oldest = min(name.split("/")[0] for name in there if ".before-" in name)
+    assert {name: there[name.replace("artifacts", oldest, 1)] for name in now} == now
+    assert not [name for name in there if name.startswith("artifacts.resto")]
+    assert not any("restoring" in name for name in target.every_database())
+    for one in manifest.below(archive.ARTIFACTS):
+        spool = io.BytesIO()
+        place = target.artifacts()
+        found = place.find(one.name.removeprefix("artifacts/"))
+        assert found
+        place.read(found, spool)
+        assert hashlib.sha256(spool.getvalue()).hexdigest() == one.sha256
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def place(request: pytest.FixtureRequest, stored: Path, tmp_path: Path) -> object_store.Place:
+    if request.param == "folder":
+        return object_store.place(str(tmp_path / "artifacts"), "here")
+    from google.cloud.storage import Client
+
+    bucket = Client().bucket("places")
+    if not bucket.exists():
+        bucket.create()
+    return object_store.place("gs://places/artifacts", "here")
+
+
+def test_an_artifact_that_is_overwritten_is_taken_whole_from_one_generation(
+    place: object_store.Place,
+) -> None:
+    place.write("a/b", io.BytesIO(b"first"))
+    (listed,) = place.listed()
+    place.write("a/b", io.BytesIO(b"second, and longer"))
+    with pytest.raises(object_store.Changed):
+        place.read(listed, io.BytesIO())
+    taken, content = save._fetch(place, listed)
+    assert content
+    with content:
+        assert content.read() == b"second, and longer"
+    assert taken.size == 18
+    assert taken.generation != listed.generation
+    place.delete("a/b")
+    assert save._fetch(place, listed) == (listed, None)
+    assert not list(place.listed())
+
+
+def test_what_is_copied_beside_is_apart(place: object_store.Place) -> None:
+    kept = place.beside(".before-now")
+    place.write("a/b", io.BytesIO(b"first"))
+    place.copy("a/b", kept)
+    place.write("a/b", io.BytesIO(b"second"))
+    assert [stored.key for stored in place.listed()] == ["a/b"]
+    (stored,) = kept.listed()
+    with kept.open(stored) as opened:
+        assert opened.read() == b"first"
+    object_store.empty(kept)
+    assert not list(kept.listed())
+    (stored,) = place.listed()
+    with place.open(stored) as opened:
+        assert opened.read() == b"second"
+    object_store.empty(place)
+
+
+def test_a_stream_that_breaks_leaves_nothing_under_its_name(place: object_store.Place) -> None:
+    def breaks(out: Any) -> None:
+        out.write(b"x" * (20 << 20))
+        raise TrackingError("gone")
+
+    with pytest.raises(TrackingError, match="gone"):
+        place.create("archive.tar", breaks)
+    assert not list(place.listed())
+
+
+def test_a_backup_within_the_artifacts_is_refused(place: object_store.Place) -> None:
+    within = (
+        place.beside("/backups")
+        if isinstance(place, object_store.Prefix)
+        else object_store.place(f"{place.uri}/x", "")
+    )
+    with pytest.raises(ConfigError, match="lies within the artifacts"):
+        save.save([], place, within)
+
+
+def test_a_bucket_that_is_not_there_is_one_line(stored: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no bucket nowhere"):
+        object_store.place("gs://nowhere/x", "--to")
+    with pytest.raises(ConfigError, match="neither a folder nor gs://"):
+        object_store.place("s3://nowhere/x", "--to")

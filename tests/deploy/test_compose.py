@@ -1,0 +1,208 @@
+"""What docker-compose.yml promises: pinned, healthy in order, locked down, with no secret in it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy import secrets
+from tests.support.paths import ROOT
+
+COMPOSE = ROOT / "docker-compose.yml"
+ALWAYS = {
+    "postgres",
+    "gcs",
+    "mlflow",
+    "promoter",
+    "serving",
+    "prometheus",
+    "alertmanager",
+    "proxy",
+}
+"""Those that `docker compose up` starts; the others are asked for by a profile."""
+PINNED_IMAGE = re.compile(r"[^:@\s]+:v?\d[\w.-]*")
+PINNED_REQUIREMENT = re.compile(r"([\w.-]+)==([\w.]+)")
+
+
+def services() -> dict[str, dict[str, Any]]:
+    read: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
+    return read
+
+
+def pins(requirements: Path) -> dict[str, str]:
+    lines = requirements.read_text().splitlines()
+    return {match[1]: match[2] for line in lines if (match := PINNED_REQUIREMENT.match(line))}
+
+
+def dockerfiles() -> list[Path]:
+    return sorted((ROOT / "deploy").glob("*/Dockerfile"))
+
+
+def test_up_starts_the_platform_and_the_rest_is_asked_for() -> None:
+    assert {name for name, service in services().items() if "profiles" not in service} == ALWAYS
+
+
+def test_every_service_has_a_healthcheck_a_restart_policy_and_a_memory_limit() -> None:
+    for name, service in services().items():
+        assert service.get("mem_limit"), f"{name} may take all memory"
+        once = service["restart"] == "no"
+        assert once == (name in {"upgrade", "trainer", "backup"}), f"{name} does not come back"
+        assert once or service.get("healthcheck", {}).get("test"), f"{name} has no healthcheck"
+
+
+def test_every_service_is_locked_down() -> None:
+    for name, service in services().items():
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"], name
+        assert "cap_add" not in service, name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service.get("network_mode") != "host", name
+        assert not service.get("privileged"), name
+
+
+def test_nobody_is_root() -> None:
+    for name, service in services().items():
+        if user := service.get("user"):
+            assert not user.startswith("0"), name
+        else:
+            lines = (ROOT / service["build"]["dockerfile"]).read_text().splitlines()
+            users = [line.split()[1] for line in lines if line.startswith("USER ")]
+            assert users, f"{name}: nobody is named"
+            assert users[-1] == "10001:10001", name
+
+
+def test_every_image_is_pinned_to_a_release() -> None:
+    for name, service in services().items():
+        image = service.get("image", "")
+        assert PINNED_IMAGE.fullmatch(image), f"{name}: {image!r} names no release"
+
+
+@pytest.mark.parametrize("file", dockerfiles(), ids=lambda file: file.parent.name)
+def test_every_dockerfile_starts_from_pinned_images_and_installs_from_a_lock(file: Path) -> None:
+    text = file.read_text()
+    stages = set(re.findall(r" AS (\w+)$", text, re.MULTILINE))
+    bases = re.findall(r"^FROM\s+(\S+)", text, re.MULTILINE)
+    assert bases, f"{file} has no FROM"
+    for base in bases:
+        assert base in stages or PINNED_IMAGE.fullmatch(base), f"{base!r} names no release"
+    if "pip install" in text:
+        assert len(bases) > 1, "what installs packages stays behind"
+        assert "--require-hashes" in text
+
+
+@pytest.mark.parametrize("name", ["mlflow", "postgres", "serving"])
+def test_the_locks_of_images_hold_the_products_own_releases(name: str) -> None:
+    ours, theirs = pins(ROOT / "requirements.lock"), pins(ROOT / f"deploy/{name}/requirements.lock")
+    assert theirs
+    differing = {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
+    assert not differing
+    assert "torch" not in theirs
+    if name == "mlflow":
+        assert services()["mlflow"]["image"].endswith(f":{theirs['mlflow']}")
+
+
+def test_nothing_but_the_proxy_is_published_and_that_on_loopback() -> None:
+    published = {name: s["ports"] for name, s in services().items() if "ports" in s}
+    assert published == {"proxy": ["${PLATFORM_BIND:-127.0.0.1}:${PLATFORM_PORT:-8443}:8443"]}
+
+
+def test_the_database_can_be_reached_by_those_who_need_it_alone() -> None:
+    read = yaml.safe_load(COMPOSE.read_text())
+    assert read["networks"]["database"]["internal"]
+    inside = {name for name, s in services().items() if "database" in s.get("networks", [])}
+    assert services()["postgres"]["networks"] == ["database"]
+    assert inside <= {"postgres", "mlflow", "upgrade", "backup"}
+
+
+def test_no_secret_is_written_down() -> None:
+    for name, service in services().items():
+        for key, value in service.get("environment", {}).items():
+            if re.search("PASSWORD|SECRET|TOKEN|_KEY", key):
+                assert str(value).startswith("/run/secrets/"), f"{name}: {key} is a literal"
+    assert not re.search(r"://[^\s/@]*:[^\s/@]*@", COMPOSE.read_text()), "a URL holds a password"
+
+
+def test_every_secret_is_a_file_that_make_secrets_makes(tmp_path: Path) -> None:
+    made = set(secrets.make(tmp_path))
+    read = yaml.safe_load(COMPOSE.read_text())["secrets"]
+    assert set(read) <= made
+    for name, secret in read.items():
+        file = re.sub(r"\$\{\w+:-([^}]+)\}", r"\1", secret["file"])
+        assert file == f"{secrets.FOLDER}/{name}"
+    used = {name for service in services().values() for name in service.get("secrets", [])}
+    assert used == set(read)
+
+
+def test_the_example_environment_names_every_variable_with_its_default() -> None:
+    text = COMPOSE.read_text()
+    used = dict(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", text))
+    assert set(re.findall(r"\$\{([A-Z_]+)", text)) == set(used), "a variable has no default"
+    lines = (ROOT / ".env.example").read_text().splitlines()
+    example = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    assert example == used
+
+
+def test_services_wait_until_what_they_need_is_healthy() -> None:
+    healthy = {"condition": "service_healthy"}
+    needed = {name: s.get("depends_on", {}) for name, s in services().items()}
+    assert needed["mlflow"] == {"postgres": healthy, "gcs": healthy}
+    assert needed["promoter"] == {"mlflow": healthy}
+    assert needed["serving"] == {"promoter": healthy}
+    assert needed["proxy"] == {"mlflow": healthy}
+
+
+def test_what_has_to_survive_lies_on_named_volumes() -> None:
+    volumes = set(yaml.safe_load(COMPOSE.read_text())["volumes"])
+    for name in ("postgres", "gcs", "promoter", "prometheus", "alertmanager"):
+        mounted = {str(volume).split(":")[0] for volume in services()[name]["volumes"]}
+        assert mounted & volumes, f"{name} keeps nothing on a named volume"
+
+
+def test_the_server_asks_who_it_is_answers_to_its_names_alone_and_tells_nobody() -> None:
+    serve = (ROOT / "deploy/mlflow/serve").read_text()
+    assert "--app-name=basic-auth" in serve
+    names = "mlflow:5000,localhost:*,127.0.0.1:*,$PLATFORM_HOST,$PLATFORM_HOST:*"
+    assert f'--allowed-hosts="{names}"' in serve
+    environment = services()["mlflow"]["environment"]
+    assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
+
+
+def test_the_dashboard_and_the_rules_ask_for_metrics_that_serving_gives() -> None:
+    from serving.metrics import Metrics
+
+    told = Metrics().text()
+    known = set(re.findall(r"^# HELP (eurosat_\w+)", told.decode(), re.MULTILINE))
+    known |= {f"{name}_bucket" for name in known}
+    dashboard = (ROOT / "deploy/grafana/serving.json").read_text()
+    assert json.loads(dashboard)["panels"]
+    asked = set(re.findall(r"eurosat_\w+", dashboard.replace("eurosat-serving", "")))
+    asked |= set(re.findall(r"eurosat_\w+", (ROOT / "deploy/prometheus/rules.yml").read_text()))
+    assert asked
+    assert asked <= known, asked - known
+
+
+def compose_config(**variables: str) -> "subprocess.CompletedProcess[str]":
+    docker = shutil.which("docker")
+    if docker is None:
+        pytest.skip("no docker command on PATH")
+    if subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+        pytest.skip("this docker command has no compose plugin")
+    return subprocess.run(
+        [docker, "compose", "--env-file", os.devnull, "--file", str(COMPOSE), "config", "--quiet"],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_docker_compose_accepts_the_file() -> None:
+    asked = compose_config()
+    assert asked.returncode == 0, asked.stderr

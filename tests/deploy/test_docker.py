@@ -1,0 +1,443 @@
+"""The whole of docker-compose.yml on a real engine: `make test-docker` (needs docker compose)."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from mlflow import MlflowClient
+
+from benchmarks.platform import load
+from benchmarks.platform.fixture import Stand
+from deploy import users
+from tests.support.images import encoded
+from tests.support.mlflow_server import free_port
+from tests.support.offline import sitecustomize
+from tests.support.paths import ROOT
+from tests.support.platforms import PASSWORD
+from tests.support.registry import MLFLOW_WARNS
+from tests.support.serving import until
+
+pytestmark = [*MLFLOW_WARNS, pytest.mark.docker]
+PROJECT = "eurosat-test"
+UP_S = 180.0
+"""From built images to a platform that is healthy, all of it."""
+BUILD_S = 1800
+WAIT_S = 180.0
+LARGE_BYTES = 300_000_000
+IMAGE_BYTES = 1_500_000_000
+LISTENER = """
+import http.server
+class Listener(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        print(self.rfile.read(int(self.headers["Content-Length"])).decode(), flush=True)
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("", 8000), Listener).serve_forever()
+"""
+SMALL = (
+    "data=synthetic",
+    "recipe=demo",
+    "data.synthetic.tiles=1200",
+    "data.synthetic.difficulty=0",
+    "model.name=test_resnet",
+    "optim.name=adamw",
+    "optim.lr=4e-3",
+    "optim.ema=0.9",
+    "optim.batch_size=16",
+    "augment.cutmix=0",
+    "trainer.epochs=10",
+    "trainer.precision=fp32",
+)
+"""Past the gates' floors within seconds of training."""
+SERVICES = {"postgres": "postgres", "mlflow": "mlflow", "store": "gcs"}
+"""In docker-compose.yml, by their names in bench-platform."""
+LOAD_S, WRITERS, READERS, RATE = 60, 16, 4, 200
+EMPTY: Mapping[str, str] = {}
+ALERTS = """
+route: {receiver: listener, group_by: [alertname], group_wait: 1s, group_interval: 1s}
+receivers:
+  - name: listener
+    webhook_configs: [{url: "http://listener:8000/"}]
+"""
+
+
+@dataclass(frozen=True)
+class Stack:
+    folder: Path
+    """A copy of the repository, with secrets of its own."""
+    port: int
+    env: dict[str, str]
+    seconds: float
+    """That `docker compose up --wait` took."""
+
+    @property
+    def url(self) -> str:
+        return f"https://localhost:{self.port}"
+
+    @property
+    def certificate(self) -> str:
+        return str(self.folder / ".platform/secrets/tls.crt")
+
+    def secret(self, name: str) -> str:
+        return (self.folder / ".platform/secrets" / name).read_text()
+
+    def administrator(self) -> users.Server:
+        return users.Server(self.url, "admin", self.secret("admin_password"), self.certificate)
+
+    def compose(self, *arguments: str, timeout: float = 300) -> str:
+        return run("docker", "compose", "-p", PROJECT, *arguments, at=self, timeout=timeout)
+
+    def container(self, service: str) -> dict[str, Any]:
+        (read,) = json.loads(
+            run("docker", "inspect", self.compose("ps", "-aq", service).strip(), at=self)
+        )
+        return dict(read)
+
+    def containers(self) -> list[dict[str, Any]]:
+        ids = self.compose("ps", "-aq").split()
+        read: list[dict[str, Any]] = json.loads(run("docker", "inspect", *ids, at=self))
+        return read
+
+    def client(self, role: str) -> dict[str, str]:
+        """What a user's shell says."""
+        self.administrator().add(f"a-{role}", role, PASSWORD)
+        return {
+            "MLFLOW_TRACKING_URI": self.url,
+            "MLFLOW_TRACKING_USERNAME": f"a-{role}",
+            "MLFLOW_TRACKING_PASSWORD": PASSWORD,
+            "MLFLOW_TRACKING_SERVER_CERT_PATH": self.certificate,
+        }
+
+    def champion_served(self) -> str | None:
+        answer = requests.post(
+            f"{self.url}/serving/predict",
+            encoded("River", "JPEG"),
+            timeout=30,
+            verify=self.certificate,
+            headers={
+                "Content-Type": "image/jpeg",
+                "Authorization": f"Bearer {self.secret('serving_key')}",
+            },
+        )
+        return str(answer.json()["model_version"]) if answer.ok else None
+
+
+@dataclass(frozen=True)
+class Containers(Stand):
+    """What bench-platform lays its load upon, in containers."""
+
+    stack: Stack
+
+    def administrator(self) -> users.Server:
+        return self.stack.administrator()
+
+    def connection(self) -> Any:
+        import psycopg2
+
+        made = psycopg2.connect(
+            host=address(self.stack, "postgres"),
+            user="mlflow",
+            dbname="mlflow",
+            password=self.stack.secret("postgres_password"),
+            connect_timeout=5,
+        )
+        made.autocommit = True
+        return made
+
+    def end(self, service: str) -> None:
+        if service == "postgres":
+            self.stack.compose("restart", service)
+            return
+        begun = self.stack.container(service)["State"]["StartedAt"]
+        # From within, as a crash is: what `docker kill` ends, Docker leaves as it is.
+        compose = ("docker", "compose", "-p", PROJECT, "exec", "-T")
+        subprocess.run(
+            [*compose, service, "sh", "-c", "kill -9 -1"],
+            cwd=self.stack.folder,
+            env={**os.environ, **self.stack.env},
+            capture_output=True,
+            timeout=60,
+        )
+        until(
+            lambda: self.stack.container(service)["State"]["StartedAt"] != begun,
+            WAIT_S,
+            f"{service} is started again",
+        )
+
+    @contextmanager
+    def cut(self, service: str) -> Iterator[None]:
+        self.stack.compose("pause", SERVICES[service])
+        try:
+            yield
+        finally:
+            self.stack.compose("unpause", SERVICES[service])
+
+    def memory_mb(self) -> dict[str, float]:
+        return {}  # a minute tells nothing of it: `make bench-platform` does
+
+
+def address(stack: Stack, service: str) -> str:
+    """Of its container, on a network of Docker's, to which this machine belongs too."""
+    networks = stack.container(service)["NetworkSettings"]["Networks"]
+    return str(next(iter(networks.values()))["IPAddress"])
+
+
+def run(
+    *command: str, at: "Stack | Path", timeout: float = 300, env: Mapping[str, str] = EMPTY
+) -> str:
+    folder = at if isinstance(at, Path) else at.folder
+    known = EMPTY if isinstance(at, Path) else at.env
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env={**os.environ, **known, **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    if shutil.which("docker") is None:
+        pytest.fail("no docker command on PATH: these tests need an engine with compose")
+    folder = tmp_path_factory.mktemp("repository")
+    for name in run("git", "ls-files", "-co", "--exclude-standard", at=ROOT).splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    run(sys.executable, "-m", "deploy.secrets", at=folder)
+    (folder / "alerts.yml").write_text(ALERTS)
+    port = free_port()
+    env = {"PLATFORM_PORT": str(port), "ALERTMANAGER_CONFIG": "./alerts.yml"}
+    compose = ("docker", "compose", "-p", PROJECT)
+    run(*compose, "down", "-v", "--remove-orphans", at=folder, env=env)
+    run(*compose, "--profile", "backup", "build", at=folder, timeout=BUILD_S, env=env)
+    begun = time.monotonic()
+    try:
+        run(*compose, "up", "--wait", at=folder, timeout=600, env=env)
+        stack = Stack(folder, port, env, time.monotonic() - begun)
+        run(
+            "docker",
+            "run",
+            "-d",
+            "--rm",
+            "--name",
+            f"{PROJECT}-listener",
+            "--network",
+            f"{PROJECT}_default",
+            "--network-alias",
+            "listener",
+            "python:3.11-slim",
+            "python",
+            "-uc",
+            LISTENER,
+            at=stack,
+        )
+        yield stack
+    finally:
+        subprocess.run(["docker", "rm", "-f", f"{PROJECT}-listener"], capture_output=True)
+        run(*compose, "down", "-v", "--remove-orphans", at=folder, env=env)
+
+
+def test_it_is_up_within_three_minutes(stack: Stack) -> None:
+    print(f"up after {stack.seconds:.0f} s")
+    assert stack.seconds < UP_S
+    states = {c["Name"]: c["State"] for c in stack.containers()}
+    assert len(states) == 8
+    for name, state in states.items():
+        assert state["Health"]["Status"] == "healthy", name
+        assert not state["Restarting"], name
+
+
+def test_the_containers_are_held_as_tight_as_the_file_says(stack: Stack) -> None:
+    for container in stack.containers():
+        name, host = container["Name"], container["HostConfig"]
+        assert container["Config"]["User"] not in ("", "0", "root"), f"{name} is root"
+        assert host["ReadonlyRootfs"], name
+        assert host["CapDrop"] == ["ALL"], name
+        assert not host["CapAdd"], name
+        assert "no-new-privileges:true" in host["SecurityOpt"], name
+        assert host["Memory"] > 0, name
+        published = [one for bound in host["PortBindings"].values() for one in bound]
+        if "proxy" in name:
+            assert [one["HostIp"] for one in published] == ["127.0.0.1"]
+        else:
+            assert not published, name
+
+
+def test_no_secret_stands_in_what_docker_tells_or_in_a_log(stack: Stack) -> None:
+    told = json.dumps(stack.containers())
+    told += stack.compose("logs", "--no-color") + stack.compose("config")
+    for file in (stack.folder / ".platform/secrets").iterdir():
+        value = file.read_text().strip()
+        if len(value) > 8 and file.name not in ("tls.crt", "serving_keys"):
+            assert value not in told, file.name
+
+
+def test_the_serving_image_is_small_and_knows_no_torch(stack: Stack) -> None:
+    (image,) = json.loads(run("docker", "image", "inspect", "eurosat-serving:0.1.0", at=stack))
+    print(f"the serving image has {image['Size'] / 1e6:.0f} MB")
+    assert image["Size"] < IMAGE_BYTES
+    found = stack.compose(
+        "exec",
+        "-T",
+        "serving",
+        "python",
+        "-c",
+        "import importlib.util as u; print([n for n in ('torch', 'ray') if u.find_spec(n)])",
+    )
+    assert found.strip() == "[]"
+
+
+def test_strangers_are_kept_out(stack: Stack) -> None:
+    def ask(path: str, method: str = "GET", **told: Any) -> int:
+        url, trusted = f"{stack.url}/{path}", stack.certificate
+        return requests.request(method, url, verify=trusted, timeout=30, **told).status_code
+
+    search = "api/2.0/mlflow/experiments/get?experiment_id=0"
+    assert ask(search) == 401
+    assert ask(search, auth=("admin", "wrong")) == 401
+    for place in ("prometheus/", "alertmanager/"):
+        assert ask(place) == 401
+    admin = ("admin", stack.secret("admin_password"))
+    assert ask(search, auth=admin) == 200
+    assert ask("prometheus/-/ready", auth=admin) == 200
+    assert ask("alertmanager/-/ready", auth=admin) == 200
+    assert ask(search, auth=admin, headers={"Host": "evil.example"}) == 403
+    assert ask("serving/predict", "POST", data=b"x") in (401, 403)
+    with pytest.raises(requests.exceptions.SSLError):
+        requests.get(stack.url, timeout=30)  # who does not know the certificate
+    unencrypted = requests.get(f"http://127.0.0.1:{stack.port}/", timeout=30)
+    assert unencrypted.status_code == 400
+
+
+def test_an_alert_says_that_there_is_no_champion(stack: Stack) -> None:
+    def told() -> bool:
+        logs = ["docker", "logs", f"{PROJECT}-listener"]
+        return b"NoChampion" in subprocess.run(logs, capture_output=True, check=True).stdout
+
+    until(told, WAIT_S, "the alert comes out of Alertmanager's webhook")
+
+
+def test_a_large_artifact_comes_back_as_it_went(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in stack.client("writer").items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "large.bin"
+    with file.open("wb") as opened:
+        for _ in range(LARGE_BYTES // 1_000_000):
+            opened.write(os.urandom(1_000_000))
+    client = MlflowClient()
+    run_id = client.create_run("0").info.run_id
+    client.log_artifact(run_id, str(file))
+    client.set_terminated(run_id)
+    back = Path(client.download_artifacts(run_id, file.name, str(tmp_path / "back")))
+    with file.open("rb") as sent, back.open("rb") as got:
+        digests = {hashlib.file_digest(one, "sha256").hexdigest() for one in (sent, got)}
+    assert len(digests) == 1
+
+
+def test_a_training_elsewhere_ends_as_an_answer_here(stack: Stack, tmp_path: Path) -> None:
+    """Training through TLS and a password, registration, webhook, promotion, hot swap, a tile."""
+    assert stack.champion_served() is None
+    told = stack.client("writer")
+    cache = {"EUROSAT_CACHE": str(tmp_path / "cache"), "EUROSAT_COMMIT": "c" * 40}
+    path = os.pathsep.join([str(stack.folder), os.environ.get("PYTHONPATH", "")])
+    environment = told | cache | {"PYTHONPATH": path}
+
+    def verb(*arguments: str) -> str:
+        return run(sys.executable, "-m", *arguments, at=stack.folder, timeout=900, env=environment)
+
+    verb("expectations.validate", *SMALL)
+    run_id = verb("eurosat.train", *SMALL).split()[-1]
+    number = verb("registry.register", run_id).split()[-1]
+    until(lambda: stack.champion_served() == number, WAIT_S, "serving answers with it")
+    seen = "served by http://serving:5001"
+    until(lambda: seen in stack.compose("logs", "promoter"), WAIT_S, "the promoter has seen it")
+
+
+def test_the_trainers_container_trains(stack: Stack) -> None:
+    """Entries of MLproject in the image of the profile ``trainer``, against the platform."""
+    stack.compose("--profile", "trainer", "build", "trainer", timeout=BUILD_S)
+
+    def entry(name: str, *params: str) -> str:
+        given = [word for param in params for word in ("-P", param)]
+        return stack.compose(
+            "--profile",
+            "trainer",
+            "run",
+            "--rm",
+            "-T",
+            "trainer",
+            "mlflow",
+            "run",
+            ".",
+            "--env-manager",
+            "local",
+            "-e",
+            name,
+            *given,
+            timeout=900,
+        )
+
+    few = "overrides=data.synthetic.tiles=300"
+    entry("validate", few)
+    said = entry("train", "recipe=demo", few)
+    run_id = re.findall(r"^run ([0-9a-f]{32})$", said, re.MULTILINE)[-1]
+    run = stack.administrator().ask("GET", "2.0/mlflow/runs/get", run_id=run_id)
+    assert run
+    assert run["run"]["info"]["status"] == "FINISHED"
+    assert "test_accuracy" in {metric["key"] for metric in run["run"]["data"]["metrics"]}
+
+
+def test_a_backup_is_whole(stack: Stack) -> None:
+    stack.compose("run", "--rm", "-T", "backup")
+    stored = stack.compose(
+        "run", "--rm", "-T", "--entrypoint", "sh", "backup", "-c", "ls /backups/*.tar"
+    )
+    (file,) = stored.split()
+    stack.compose("run", "--rm", "-T", "backup", "verify", file)
+
+
+def test_nothing_acknowledged_is_lost_though_containers_fall_over(
+    stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one-minute form of `make bench-platform`."""
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", stack.certificate)
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", stack.certificate)
+    store, stays = address(stack, "gcs"), sitecustomize.stays
+    # Docker's networks are on this machine.
+    monkeypatch.setattr(sitecustomize, "stays", lambda host: host == store or stays(host))
+    told = {
+        "MLFLOW_TRACKING_URI": stack.url,
+        "EUROSAT_ARTIFACTS": "gs://mlflow/artifacts",
+        "STORAGE_EMULATOR_HOST": f"http://{store}:4443",
+    }
+    outcome = load.run(
+        Containers(tmp_path, told, stack),
+        seconds=LOAD_S,
+        writers=WRITERS,
+        readers=READERS,
+        rate=RATE,
+    )
+    print(*(f"{row['what']}: {row['value']} {row['unit']}" for row in outcome.faults), sep="\n")
+    print(dict(outcome.found), f"{outcome.arrived_s:.0f} s until the last had arrived")
+    assert len(outcome.faults) == 4
+    assert min(outcome.found[name] for name in ("runs", "points", "params", "artifacts")) > 0
+    assert all(outcome.found[name] == 0 for name in ("lost", "stuck", "twice"))

@@ -1,0 +1,125 @@
+"""Recipes become frozen, self-validating dataclasses, and errors name every fault."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from eurosat.config import CONF, TrainConfig, build, compose
+from eurosat.errors import ConfigError
+from eurosat.runtime import cli, exit_codes
+from eurosat.tracking import flatten
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in (CONF / "recipe").glob("*.yaml")))
+def test_every_recipe_composes_under_its_own_name(recipe: str) -> None:
+    assert compose([f"recipe={recipe}"]).recipe == recipe
+
+
+def test_overrides_reach_groups_nested_keys_and_keys_that_no_recipe_writes() -> None:
+    config = compose(["data=eurosat", "data.root=/tiles", "optim.lr=1e-2", "model.drop_rate=0.1"])
+    assert (config.data.source, config.data.root) == ("eurosat", "/tiles")
+    assert (config.optim.lr, config.model.drop_rate) == (0.01, 0.1)
+
+
+def test_the_environment_names_the_root_and_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EUROSAT_ROOT", "/here")
+    monkeypatch.setenv("EUROSAT_CACHE", "/there")
+    config = compose(["data=eurosat"])
+    assert (config.data.root, config.data.cache) == ("/here", "/there")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.learning_rate=1", "unknown key optim.learning_rate"),
+        ("optim.warmpu=0.1", "did you mean warmup"),
+        ("trainer.epochs=many", "trainer.epochs must be int; got 'many'"),
+        ("trainer.epochs=0", "must be in [1, 10000]; got 0"),
+        ("trainer.epochs=true", "must be int; got True"),
+        ("optim.lr=-1", "optim.lr must be above 0"),
+        ("optim.lr=nan", "optim.lr must be above 0; got nan"),
+        ("optim.name=adam", "must be 'adamw' or 'sgd'; got 'adam'"),
+        ("data.protocol=50/50", "is not one of 60/20/20, 80/20"),
+        ("recipe=resnet19", "resnet19"),
+        ("data=moon", "moon"),
+        ("augment.cutmix=2", "augment.cutmix must be in [0, 1]"),
+        ("optim=5", "optim must be a mapping; got 5"),
+        ("seed=[1", "seed"),
+    ],
+)
+def test_a_fault_in_the_configuration_is_named_in_one_line(override: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose([override])
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"nonsense.*must be int"):
+        build(
+            TrainConfig,
+            {"recipe": "r", "data": {"source": "synthetic"}, "nonsense": 1, "seed": "x"},
+        )
+
+
+def test_a_missing_key_is_named() -> None:
+    with pytest.raises(ConfigError, match="missing key recipe"):
+        build(TrainConfig, {"data": {"source": "synthetic"}})
+
+
+def test_the_digest_follows_what_decides_the_result_and_no_place() -> None:
+    config = compose()
+    moved = dataclasses.replace(
+        config, experiment="other", data=dataclasses.replace(config.data, root="/x", cache="/y")
+    )
+    assert moved.digest == config.digest
+    assert compose(["seed=1"]).digest != config.digest
+
+
+def test_a_verb_prints_one_line_and_exits_2_on_bad_input(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def verb(argv: object) -> int:
+        raise ConfigError("seed is -1,\nthe least is 0: give another")
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run_command(verb, [])
+    assert caught.value.code == exit_codes.BAD_INPUT
+    assert capsys.readouterr().err == "error: seed is -1, the least is 0: give another\n"
+
+
+def test_an_interrupt_exits_130_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def verb(argv: object) -> int:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        cli.run_command(verb, [])
+    assert caught.value.code == exit_codes.INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_mlproject_passes_as_overrides_counts_as_its_parts() -> None:
+    given = ["seed=1", "overrides=optim.lr=0.1 'model.name=a b'", "overrides=", "log_level=error"]
+    assert cli.overrides(given, "usage") == ["seed=1", "optim.lr=0.1", "model.name=a b"]
+
+
+@pytest.mark.parametrize("argument", ["--seed", "seed", "--seed=1"])
+def test_an_argument_that_is_not_key_value_is_refused(argument: str) -> None:
+    with pytest.raises(ConfigError, match="key=value"):
+        cli.overrides([argument], "usage")
+
+
+def test_an_unknown_log_level_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'loud' is not one of debug"):
+        cli.overrides(["log_level=loud"], "usage")
+
+
+@pytest.mark.parametrize("recipe", sorted(f.stem for f in (CONF / "recipe").glob("*.yaml")))
+def test_what_a_recipe_says_is_what_is_trained(recipe: str) -> None:
+    """Hydra lets a later file of the defaults list win, whatever it says."""
+    said = yaml.safe_load((CONF / "recipe" / f"{recipe}.yaml").read_text())
+    said.pop("defaults", None)
+    composed = flatten(compose([f"recipe={recipe}"]).as_dict())
+    for key, value in flatten(said).items():
+        assert composed[key] == value, key

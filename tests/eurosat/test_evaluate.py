@@ -1,0 +1,188 @@
+"""Evaluation of a run: figures with error bars, trust, corruptions, comparisons."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from eurosat import evaluate, tracking, train
+from eurosat.config import compose
+from eurosat.data.arrays import Floats, Labels
+from eurosat.data.pack import Pack
+from eurosat.data.prepare import Prepared, prepare
+from eurosat.errors import DataError
+from eurosat.evaluation import calibration, corruptions, recorded, report, results
+from eurosat.evaluation.metrics import surprise
+from eurosat.runtime import exit_codes
+from tests.support.recipes import TINY
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_run_is_evaluated_told_and_kept(
+    tiny_data: Prepared, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with tracking.run("e", "one", system_metrics=False) as run:
+        tested = train.train(compose(TINY), tiny_data, run)
+    with tracking.run("e", "two", system_metrics=False) as other:
+        train.train(compose([*TINY, "seed=1", "trainer.epochs=1"]), tiny_data, other)
+
+    quiet = ["--log-level", "warning"]
+    flags = ["--against", other.run_id, "--corruptions", "--corruption-tiles", "20"]
+    assert evaluate.main([run.run_id, *flags, *quiet]) == exit_codes.OK
+    told = capsys.readouterr().out
+    for words in (
+        "macro_auroc",
+        "95 % interval",
+        "exact McNemar p",
+        "missing lines",
+        "Temperature",
+    ):
+        assert words in told
+    with tracking.artifact(run.run_id, "evaluation/test") as folder:
+        kept = json.loads((folder / "figures.json").read_text())
+        assert (folder / "report.md").read_text() in told
+        drawn = {file.name for file in folder.glob("*.png")}
+    assert drawn == {
+        "confusion.png",
+        "confusion-shares.png",
+        "reliability.png",
+        "worst.png",
+        "corruptions.png",
+    }
+    for name, one in kept["figures"].items():
+        assert one["value"] == pytest.approx(tested[f"test_{name}"], abs=1e-6)
+        assert one["low"] <= one["high"]
+    assert kept["against"]["run"] == other.run_id
+    assert len(kept["corruptions"]) == 1 + 5 * len(corruptions.KINDS)
+    losses = [one["loss"] for one in kept["worst"]]
+    assert losses == sorted(losses, reverse=True)
+    for one in kept["worst"]:
+        assert one["tile"] in set(tiny_data.pack.table["path"])
+        assert one["tile"].startswith(f"{one['expected']}/")
+    for label in tiny_data.pack.classes:
+        assert f"| {label} | " in told, "a line for each class"
+
+    assert evaluate.main([run.run_id, "--fold", "val", *quiet]) == exit_codes.OK
+    with tracking.artifact(run.run_id, "evaluation/val/figures.json") as file:
+        of_val = json.loads(file.read_text())["figures"]
+    best = tracking.get(run.run_id).metrics["best_val_accuracy"]
+    assert of_val["accuracy"]["value"] == pytest.approx(best, abs=1e-6)
+
+    again = results.evaluate(run.run_id, data=" ".join((*TINY[:3], "data.synthetic.seed=5")))
+    assert (again.fold, len(again.rows)) == ("all", 200)
+    same = results.evaluate(run.run_id, data=" ".join(TINY[:3]))
+    assert len(same.rows) == len(tiny_data.split.indices("test")), (
+        "what it learned from is left out"
+    )
+    with pytest.raises(
+        DataError, match=r"tiles of \(64, 64, 3\); the network knows .* \(32, 32, 3"
+    ):
+        results.evaluate(run.run_id, data="synthetic data.synthetic.tiles=100")
+
+
+def test_pairs_of_classes_are_counted_both_ways_and_the_most_confused_come_first() -> None:
+    counts = np.array([[5, 2, 0], [1, 5, 0], [0, 4, 5]])
+    assert report._confused(counts, ("a", "b", "c")) == [
+        {"classes": ["b", "c"], "tiles": 4},
+        {"classes": ["a", "b"], "tiles": 3},
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.usefixtures("tracking_store", "eurosat_root")
+def test_corruptions_of_real_tiles_cost_accuracy_and_more_the_worse_they_are() -> None:
+    config = compose(
+        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "model.views=1"]
+    )
+    data = prepare(config)
+    with tracking.run("e", "r", system_metrics=False) as run:
+        tested = train.train(config, data, run)
+    table = results.under_corruptions(results.evaluate(run.run_id), evaluate.CORRUPTED_TILES)
+    accuracy = {(row["kind"], row["severity"]): row["accuracy"] for row in table}
+    assert {row["tiles"] for row in table} == {evaluate.CORRUPTED_TILES}
+    assert accuracy["none", 0] == pytest.approx(tested["test_accuracy"], abs=0.03)
+    for kind in corruptions.KINDS:
+        assert accuracy[kind, 5] < accuracy["none", 0], kind
+        assert accuracy[kind, 5] <= accuracy[kind, 1] + 0.02, kind
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_evaluation_refuses_other_data(tiny_data: Prepared) -> None:
+    with tracking.run("e", "r", system_metrics=False) as run:
+        train.describe(compose(TINY), tiny_data, run)
+        run.set_tags({"data.fingerprint": "f" * 64})
+    with pytest.raises(DataError, match=r"data.fingerprint of run .* is fff.*trained on"):
+        recorded.recorded_fold(run.run_id, "test")
+
+
+def drawn(seed: int, tiles: int, sharpness: float, spread: float = 2) -> tuple[Floats, Labels]:
+    """Logits whose softmax at temperature ``sharpness`` is the truth about the labels."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, spread, (tiles, 5))
+    true = calibration.softmax(logits)
+    labels = (true.cumsum(axis=1) < rng.random((tiles, 1))).sum(axis=1)
+    return logits * sharpness, labels
+
+
+@pytest.mark.parametrize("sharpness", [0.4, 1.0, 2.5])
+def test_the_temperature_of_overconfidence_is_found(sharpness: float) -> None:
+    logits, labels = drawn(0, 20_000, sharpness)
+    found = calibration.fit(logits, labels)
+    assert found.temperature == pytest.approx(sharpness, rel=0.03)
+    best = surprise(labels, calibration.softmax(logits / found.temperature)).mean()
+    for other in (0.9, 1.1):
+        worse = calibration.softmax(logits / (found.temperature * other))
+        assert surprise(labels, worse).mean() > best
+
+
+def test_prediction_sets_hold_what_they_promise_for_every_class() -> None:
+    found = calibration.fit(*drawn(1, 20_000, 1.0))
+    told = calibration.judge(found, *drawn(2, 20_000, 1.0))
+    assert told["coverage"] == pytest.approx(calibration.COVERAGE, abs=0.01)
+    assert told["coverage_worst_class"] == pytest.approx(calibration.COVERAGE, abs=0.02)
+    assert told["unlike"] == pytest.approx(calibration.UNLIKE_SHARE, abs=0.005)
+    assert 0.95 <= told["set_size"] <= 5
+
+
+def test_prediction_sets_of_a_network_better_than_the_coverage_are_sometimes_empty() -> None:
+    found = calibration.fit(*drawn(1, 20_000, 1.0, spread=30))
+    logits, labels = drawn(2, 20_000, 1.0, spread=30)
+    told = calibration.judge(found, logits, labels)
+    assert (logits.argmax(axis=1) == labels).mean() > 0.97
+    assert told["coverage"] == pytest.approx(calibration.COVERAGE, abs=0.01)
+    assert told["set_size"] < 1
+
+
+def test_a_class_of_too_few_tiles_is_in_every_set() -> None:
+    probabilities = np.full((4, 2), 0.5)
+    assert calibration.conformal_thresholds(probabilities, np.zeros(4, np.int64), 0.95) == (1, 1)
+    inside = calibration.prediction_sets(np.array([[0.6, 0.4]]), (0.5, 0.5))
+    assert inside.tolist() == [[True, False]]
+
+
+def test_energy_tells_noise_from_what_was_learned() -> None:
+    sure, unsure = np.array([[9.0, 0, 0]]), np.array([[0.5, 0.4, 0.5]])
+    assert calibration.energy(sure) < calibration.energy(unsure)
+    assert calibration.energy(np.array([[1000.0, 0]])) == pytest.approx(-1000)
+
+
+@pytest.mark.parametrize("kind", corruptions.KINDS)
+def test_a_corruption_grows_with_its_severity_and_repeats(kind: str, tiny_pack: Pack) -> None:
+    tiles = tiny_pack.tiles_NHWC[:40]
+    before = tiles.copy()
+    changed = [corruptions.corrupt(tiles, kind, severity) for severity in corruptions.SEVERITIES]
+    change = [float(np.abs(one.astype(float) - tiles).mean()) for one in changed]
+    assert change == sorted(change)
+    assert change[0] > 0
+    np.testing.assert_array_equal(tiles, before)
+    np.testing.assert_array_equal(changed[2], corruptions.corrupt(tiles, kind, 3))
+    assert {(one.shape, one.dtype) for one in changed} == {(tiles.shape, tiles.dtype)}
+
+
+@pytest.mark.parametrize("bands", [1, 13])
+@pytest.mark.parametrize("kind", corruptions.KINDS)
+def test_corruptions_work_on_any_number_of_bands(kind: str, bands: int) -> None:
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 16, 16, bands)).astype(np.uint8)
+    assert corruptions.corrupt(tiles, kind, 3).shape == tiles.shape

@@ -1,0 +1,302 @@
+"""Trainings that are killed and continued: the same run, the same weights, bit for bit."""
+
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import mlflow
+import pytest
+import safetensors.torch
+import torch
+
+from eurosat import tracking, train
+from eurosat.config import TrainConfig, compose
+from eurosat.data.prepare import Prepared
+from eurosat.errors import ModelError
+from eurosat.models.pretrained import find
+from eurosat.runtime import cli, exit_codes
+from eurosat.training.callbacks import RunLogger
+from eurosat.training.checkpoints import Unfinished, claim
+from eurosat.training.fit import fit
+from tests.support.recipes import TINY
+
+PRELOAD = [
+    "eurosat.train",
+    "eurosat.training.resume",
+    "eurosat.models.pretrained",
+    "eurosat.models.export",
+    "mlflow",
+]
+"""Imported once for all the processes of a test: they cost more than what is tested."""
+FINGERPRINTS = {"data.fingerprint": "d", "split.fingerprint": "s"}
+
+
+def work(arguments: list[str], log: str) -> None:
+    """One training process with output of its own."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    cli.run_command(train.main, arguments)
+
+
+def start(arguments: Sequence[str], log: Path) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=work, args=(list(arguments), str(log)))
+    process.start()
+    return process
+
+
+def weights_of(run_id: str) -> dict[str, torch.Tensor]:
+    with tracking.artifact(run_id, "weights.safetensors") as file:
+        return safetensors.torch.load_file(file)
+
+
+def runs() -> list[str]:
+    client = mlflow.MlflowClient()
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    found = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
+    return [run.info.run_id for run in found]
+
+
+def said(log: Path, words: str) -> int:
+    return log.read_text().count(words) if log.exists() else 0
+
+
+def kill_until_done(arguments: Sequence[str], log: Path, kills: int, epoch_s: float) -> None:
+    """Kill the training at random moments, then let it end.
+
+    Every other time it gets on by an epoch first; from there, or from the start of training, a
+    random part of ``epoch_s``, which an epoch takes, goes by.
+    """
+    chosen = random.Random(3)
+    for number in range(kills):
+        begun, epochs = said(log, "training in") + 1, said(log, ": epoch ") + number % 2
+        process = start(arguments, log)
+        while said(log, "training in") < begun or said(log, ": epoch ") < epochs:
+            time.sleep(0.02)
+            assert process.is_alive(), log.read_text()[-2000:]
+        time.sleep(chosen.uniform(0, epoch_s))
+        assert process.is_alive(), "the training ended too soon to be killed"
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join()
+    process = start(arguments, log)
+    process.join()
+    assert process.exitcode == exit_codes.OK, log.read_text()[-2000:]
+
+
+def check_killed_training(
+    arguments: list[str], tmp_path: Path, epoch_s: float, kills: int = 5
+) -> None:
+    reference = start(arguments, tmp_path / "reference.log")
+    reference.join()
+    assert reference.exitcode == exit_codes.OK, (tmp_path / "reference.log").read_text()[-2000:]
+    kill_until_done(arguments, tmp_path / "killed.log", kills, epoch_s)
+    whole, resumed = runs()
+    assert tracking.get(resumed).status == "FINISHED"
+    for name, value in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(resumed)[name], value, rtol=0, atol=0)
+    client = mlflow.MlflowClient()
+    for metric in ("val_accuracy", "val_loss", "train_loss"):
+        one, other = (
+            {point.step: point.value for point in client.get_metric_history(run, metric)}
+            for run in (whole, resumed)
+        )
+        assert one == other, metric
+    assert said(tmp_path / "killed.log", "which was cut short") == kills
+    with tracking.artifact(resumed, "logs/train.log") as kept:
+        assert said(kept, "training in") >= 2, "what the killed processes said is there too"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    return compose([*TINY, f"data.cache={tmp_path}"])
+
+
+@contextmanager
+def no_room_beyond(size: int) -> Iterator[None]:
+    """Files cannot grow above ``size`` bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_full_disk_keeps_the_last_good_state(
+    config: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with claim(config, FINGERPRINTS) as place:
+        place.begin()
+        place.save({"epoch": 1, "weights": torch.ones(1000)})
+        with no_room_beyond(100_000):
+            place.save({"epoch": 2, "weights": torch.ones(1_000_000)})
+        assert "the state of epoch 2 could not be written" in caplog.text
+        assert (place.load() or {})["epoch"] == 1
+        place.save({"epoch": 3, "weights": torch.ones(1_000_000)})
+        assert (place.load() or {})["epoch"] == 3
+
+
+class Trap:
+    """What a stranger's file would run when it is read."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self._file,)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_nothing_in_a_state_or_in_weights_is_executed(config: TrainConfig, tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    with claim(config, FINGERPRINTS) as place:
+        place.begin()
+        place.save({"epoch": Trap(sprung)})
+        assert place.load() is None
+    torch.save({"weights": Trap(sprung)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ModelError, match="is not weights of ours"):
+        find(str(tmp_path / "weights.safetensors"), "resnet18")
+    assert not sprung.exists()
+
+
+@pytest.mark.usefixtures("tracking_store")
+@pytest.mark.parametrize(("here", "there", "goes_on"), [(2, 5, 5), (5, 2, 5), (0, 3, 3), (3, 0, 3)])
+def test_a_training_goes_on_from_whichever_machine_got_further(
+    tmp_path: Path, here: int, there: int, goes_on: int
+) -> None:
+    first = Unfinished(tmp_path / "near", FINGERPRINTS)
+    with pytest.raises(KeyboardInterrupt), tracking.run("e", "cut short", journal=first.begin()):
+        if here:
+            first.save({"epoch": here})
+        raise KeyboardInterrupt
+    shutil.copytree(first.directory, tmp_path / "far")
+    if there:
+        Unfinished(tmp_path / "far", FINGERPRINTS).save({"epoch": there})
+    else:
+        (tmp_path / "far" / "state.pt").unlink()
+    (tmp_path / "near" / ".state.pt.torn").touch()
+    again = Unfinished(tmp_path / "near", FINGERPRINTS)
+    again.adopt(tmp_path / "far")
+    again.begin()
+    assert not list((tmp_path / "near").glob(".*"))
+    assert (again.load() or {})["epoch"] == goes_on
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_an_epoch_that_is_trained_again_on_another_machine_keeps_its_one_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def log_epochs(place: Unfinished, epochs: range, loss: float) -> str:
+        resume = place.journal
+        with tracking.run(
+            "e", "r", journal=place.begin(), resume=resume, system_metrics=False
+        ) as run:
+            for epoch in epochs:
+                RunLogger(run).log_metrics({"epoch": epoch, "val_loss": loss, "lr_step": 1}, epoch)
+            run.log_metrics({"train_seconds": loss})
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "one"))
+    first = Unfinished(tmp_path / "one" / "place", FINGERPRINTS)
+    with pytest.raises(KeyboardInterrupt):
+        log_epochs(first, range(3), 0.5)
+    monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "two"))
+    for epochs in (range(2, 4), range(2, 5)):  # and once more, after a kill of its own
+        second = Unfinished(tmp_path / "two" / "place", FINGERPRINTS)
+        second.adopt(first.directory)
+        with pytest.raises(KeyboardInterrupt):
+            log_epochs(second, epochs, 0.25)
+    [run_id] = runs()
+    client = mlflow.MlflowClient()
+    for name, values in (("val_loss", [0.5] * 3 + [0.25] * 2), ("lr_step", [1] * 5)):
+        points = sorted((p.step, p.value) for p in client.get_metric_history(run_id, name))
+        assert points == list(enumerate(values))
+    seconds = [p.value for p in client.get_metric_history(run_id, "train_seconds")]
+    assert seconds == [0.5, 0.25], "what is told of the whole is told anew"
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_second_training_beside_a_living_one_has_a_place_of_its_own(
+    config: TrainConfig,
+) -> None:
+    with claim(config, FINGERPRINTS) as one:
+        one.begin()
+        one.save({"epoch": 1})
+        with claim(config, FINGERPRINTS) as other:
+            assert other.load() is None
+        assert (one.load() or {})["epoch"] == 1
+
+
+@pytest.mark.usefixtures("tracking_store")
+@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_training_that_is_killed_ends_as_if_it_never_was(tmp_path: Path, kills: int) -> None:
+    settings = ["trainer.epochs=16", "trainer.patience=15", "augment.cutmix=0.5", "optim.ema=0.9"]
+    check_killed_training([*TINY, *settings], tmp_path, epoch_s=0.5, kills=kills)
+
+
+class Cut(Exception):
+    """What ends a training in the middle."""
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["optim.name=adamw", "optim.lr=1e-3", "optim.layer_decay=0.7", "optim.freeze_epochs=1"],
+        ["trainer.precision=bf16", "augment.mixup=0.5", "augment.colour=0.2", "optim.ema=0"],
+        ["trainer.epochs=30", "trainer.patience=2", "model.drop_rate=0.3", "optim.ema=0"],
+        ["trainer.passes=2", "optim.clip_norm=1", "trainer.precision=bf16"],
+        ["distill.teacher=efficientnet-lite", "distill.share=0", "distill.features=5"],
+    ],
+)
+@pytest.mark.usefixtures("tracking_store")
+def test_whatever_the_settings_a_training_cut_after_an_epoch_ends_as_if_it_never_was(
+    tiny_data: Prepared, settings: list[str]
+) -> None:
+    """Optimisers, frozen stages, mixing, dropout, precision, early stopping, a teacher."""
+    config = compose([*TINY, "trainer.epochs=5", *settings])
+
+    def cut(epoch: int, _: object) -> None:
+        if epoch == 1:
+            raise Cut
+
+    with tracking.run("e", "whole", system_metrics=False) as run:
+        whole = fit(config, tiny_data, run)
+    with pytest.raises(Cut), claim(config, tiny_data.fingerprints) as saved:
+        journal = saved.begin()
+        with tracking.run("e", "cut", journal=journal, system_metrics=False) as run:
+            fit(config, tiny_data, run, cut, saved)
+    with (
+        claim(config, tiny_data.fingerprints) as saved,
+        tracking.run("e", "cut", resume=saved.journal, system_metrics=False) as run,
+    ):
+        continued = fit(config, tiny_data, run, None, saved)
+    assert 2 < len(whole.history) < 30, "those of thirty epochs stopped early"
+    assert [row["val_loss"] for row in continued.history] == [
+        row["val_loss"] for row in whole.history
+    ]
+    for name, value in whole.network.state_dict().items():
+        torch.testing.assert_close(continued.network.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.usefixtures("tracking_store", "eurosat_root")
+def test_a_training_on_real_tiles_killed_five_times_ends_as_if_it_never_was(
+    tmp_path: Path,
+) -> None:
+    check_killed_training(
+        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "model.views=1"],
+        tmp_path,
+        epoch_s=60,
+    )

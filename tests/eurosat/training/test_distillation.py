@@ -1,0 +1,207 @@
+"""Learning from a teacher: what it answers, which one it is, and which is refused."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+
+from eurosat import tracking, train
+from eurosat.config import TrainConfig, compose
+from eurosat.data import bands
+from eurosat.data.prepare import Prepared
+from eurosat.data.split import make_split
+from eurosat.errors import ConfigError, DataError, ModelError, TrackingError
+from eurosat.models.compute import Compute
+from eurosat.training import distillation, launch
+from tests.support.recipes import TINY
+
+PACKAGED_TEACHER = ("distill.teacher=efficientnet-lite", "distill.share=0")
+CPU = Compute(device="cpu", bf16=False, channels_last=True)
+
+
+def student(*more: str) -> TrainConfig:
+    return compose([*TINY, "trainer.epochs=1", *more])
+
+
+@pytest.fixture
+def teacher(tracking_store: str, tiny_data: Prepared) -> str:
+    """A finished run of the recipe `resnet18-quick`, whatever it has learned."""
+    config = compose([*TINY, "recipe=resnet18-quick", "trainer.epochs=1"])
+    with tracking.run("eurosat", "t", system_metrics=False, tags={"kind": "train"}) as run:
+        train.train(config, tiny_data, run)
+    return run.run_id
+
+
+def test_targets_are_the_teachers_answers_and_the_labels_in_their_shares(
+    teacher: str, tiny_data: Prepared
+) -> None:
+    rows = tiny_data.split.indices("train")
+    labels = np.eye(10)[tiny_data.pack.labels[rows]]
+    given = f"distill.teacher=runs:/{teacher}"
+
+    def told(*more: str) -> np.ndarray:
+        found = distillation.targets(student(given, *more), tiny_data, CPU)
+        assert found is not None
+        assert not found[tiny_data.split.indices("test")].any()
+        return found[rows]
+
+    alone, mixed = told("distill.share=1"), told("distill.share=0.5")
+    np.testing.assert_allclose(alone.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(mixed, (alone + labels) / 2, atol=1e-6)
+    softer = told("distill.share=1", "distill.temperature=10")
+    assert softer.max(axis=1).mean() < alone.max(axis=1).mean()
+    assert (softer.argmax(axis=1) == alone.argmax(axis=1)).all()
+    assert distillation.targets(student(), tiny_data, CPU) is None
+
+
+@pytest.mark.parametrize("damage", [b"", b"damaged"])
+def test_features_are_the_teachers_principal_axes_and_are_asked_for_once(
+    teacher: str, tiny_data: Prepared, caplog: pytest.LogCaptureFixture, damage: bytes
+) -> None:
+    rows = tiny_data.split.indices("train")
+    config = student(f"distill.teacher=runs:/{teacher}", "distill.features=5", "distill.share=0")
+    shutil.rmtree(config.data.cache_dir / "teachers", ignore_errors=True)
+    with caplog.at_level("INFO"):
+        one, again = (distillation.targets(config, tiny_data, CPU) for _ in range(2))
+    assert one is not None
+    assert again is not None
+    assert caplog.text.count("asking the teacher") == 1
+    np.testing.assert_array_equal(one, again)
+    labels = np.eye(10)[tiny_data.pack.labels[rows]]
+    np.testing.assert_array_equal(one[rows][:, :10], labels, "nothing of its answers is wanted")
+    told = one[rows][:, 10:]
+    assert told.shape[1] <= distillation.AXES
+    np.testing.assert_allclose(told.mean(axis=0), 0, atol=1e-4)
+    assert told.std() == pytest.approx(1, rel=1e-3)
+    spread = told.var(axis=0)
+    assert (np.diff(spread) <= 1e-6).all(), "the widest first"
+    covariance = np.cov(told, rowvar=False)
+    np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-3)
+    (kept,) = (config.data.cache_dir / "teachers").glob("*.npz")
+    kept.write_bytes(damage)
+    anew = distillation.targets(config, tiny_data, CPU)
+    assert anew is not None
+    np.testing.assert_allclose(anew, one, atol=1e-5)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_the_packaged_network_teaches_what_it_sees(tiny_data: Prepared) -> None:
+    losses = []
+    for weight in (1e-9, 20):
+        config = student(*PACKAGED_TEACHER, f"distill.features={weight}", "trainer.epochs=3")
+        with tracking.run("eurosat", "s", system_metrics=False) as run:
+            launch.fit(config, tiny_data, run)
+        metrics = tracking.get(run.run_id).metrics
+        losses.append(metrics["train_features_loss"])
+        assert 1 < metrics["train_loss"] < 3, "of the classes alone"
+    assert losses[1] < 0.97 * losses[0], losses
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_teacher_of_whom_nothing_is_wanted_is_not_asked(
+    tiny_data: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert distillation.targets(student(*PACKAGED_TEACHER), tiny_data, CPU) is None
+    assert "asking the teacher" not in caplog.text
+
+
+@pytest.mark.parametrize("settings", [["data.reflectance_max=5000"], ["data.dtype=uint16"]])
+@pytest.mark.usefixtures("tracking_store")
+def test_tiles_that_are_read_otherwise_are_shown_to_the_teacher_anew(
+    tiny_data: Prepared, caplog: pytest.LogCaptureFixture, settings: list[str]
+) -> None:
+    given = (*PACKAGED_TEACHER, "distill.features=1")
+    distillation.targets(student(*given), tiny_data, CPU)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        distillation.targets(student(*given, *settings), tiny_data, CPU)
+    assert "asking the teacher" in caplog.text
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_the_packaged_network_does_not_guess_which_of_four_bands_are_colours(
+    tiny_data: Prepared,
+) -> None:
+    four = np.asarray(tiny_data.pack.tiles_NHWC)[..., [0, 1, 2, 2]]
+    pack = dataclasses.replace(tiny_data.pack, tiles_NHWC=four, fingerprint="four")
+    with pytest.raises(ModelError, match="the data hold 4 bands: say distill.teacher=none"):
+        distillation.targets(
+            student(*PACKAGED_TEACHER, "distill.features=1"),
+            dataclasses.replace(tiny_data, pack=pack),
+            CPU,
+        )
+
+
+def test_the_packaged_network_has_no_answers_to_give() -> None:
+    with pytest.raises(ConfigError, match=r"distill.share=0.9, and efficientnet-lite knows no"):
+        student("distill.teacher=efficientnet-lite", "distill.features=5")
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_the_packaged_network_sees_the_colours_among_thirteen_bands(tiny_data: Prepared) -> None:
+    tiles_NHWC = np.asarray(tiny_data.pack.tiles_NHWC)
+    wide = np.zeros((*tiles_NHWC.shape[:3], 13), np.uint8)
+    wide[..., bands.colours()] = tiles_NHWC
+    pack = dataclasses.replace(tiny_data.pack, tiles_NHWC=wide, fingerprint="thirteen")
+    config = student(*PACKAGED_TEACHER, "distill.features=1")
+    of_thirteen = distillation.targets(config, dataclasses.replace(tiny_data, pack=pack), CPU)
+    of_three = distillation.targets(config, tiny_data, CPU)
+    assert of_thirteen is not None
+    assert of_three is not None
+    np.testing.assert_allclose(of_thirteen, of_three, atol=1e-3)
+
+
+def pretend(data: Prepared, recipe: str, **tags: str) -> None:
+    """A run that says of itself what a teacher says."""
+    with tracking.run(
+        "eurosat", "p", system_metrics=False, tags={"kind": "train", **data.fingerprints, **tags}
+    ) as run:
+        run.log_params({"recipe": recipe})
+
+
+def test_a_recipe_stands_for_its_latest_finished_run_and_a_continued_run_keeps_it(
+    tracking_store: str, teacher: str, tiny_data: Prepared
+) -> None:
+    config = student("distill.teacher=resnet18-quick")
+    pretend(tiny_data, "another")
+    pretend(tiny_data, "resnet18-quick", kind="trial")
+    pretend(tiny_data, "resnet18-quick", **{"split.fingerprint": "other"})
+    with pytest.raises(ZeroDivisionError), tracking.run("eurosat", "p") as failed:
+        failed.set_tags({"kind": "train", **tiny_data.fingerprints})
+        failed.log_params({"recipe": "resnet18-quick"})
+        raise ZeroDivisionError
+    with tracking.run("eurosat", "s", system_metrics=False) as run:
+        fitted = launch.fit(config, tiny_data, run)
+        assert fitted.history
+        assert run.tag(distillation.TEACHER) == teacher, "found among those that are none"
+        pretend(tiny_data, "resnet18-quick")
+        assert distillation.find(config, tiny_data) != teacher, "a later one"
+        settled = distillation.settled(config, tiny_data, run)
+    assert settled.distill.teacher == f"runs:/{teacher}", "as it began"
+
+
+def refused(config: TrainConfig, data: Prepared) -> None:
+    with tracking.run("eurosat", "s", system_metrics=False) as run:
+        launch.fit(config, data, run)
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_a_recipe_without_a_finished_run_is_refused(tiny_data: Prepared) -> None:
+    with pytest.raises(TrackingError, match="no finished run of that recipe .* train it first"):
+        refused(student("distill.teacher=efficientnet-lite0"), tiny_data)
+
+
+def test_a_teacher_of_another_split_is_refused(teacher: str, tiny_data: Prepared) -> None:
+    other = dataclasses.replace(tiny_data, split=make_split(tiny_data.pack.table, seed=1))
+    with pytest.raises(DataError, match="may have learned from tiles of this test fold"):
+        refused(student(f"distill.teacher=runs:/{teacher}"), other)
+
+
+def test_a_teacher_of_other_classes_is_refused(teacher: str, tiny_data: Prepared) -> None:
+    pack = dataclasses.replace(tiny_data.pack, classes=tuple("abcdefghij"))
+    with pytest.raises(ModelError, match="tells AnnualCrop, .* apart in 3 bands; .* a, b, c"):
+        refused(
+            student(f"distill.teacher=runs:/{teacher}"),
+            dataclasses.replace(tiny_data, pack=pack),
+        )

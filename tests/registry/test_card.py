@@ -1,0 +1,43 @@
+"""A version tells what it is for, from what it was made, and how well it does."""
+
+from pathlib import Path
+
+import pytest
+from mlflow.artifacts import load_text
+
+from eurosat.runtime import exit_codes
+from registry import card, versions
+from tests.support.registry import REGISTRY, TAGS, challenge, run_promote
+
+pytestmark = REGISTRY
+
+
+def test_a_card_is_written_at_registration_and_knows_the_verdict_later(store: Path) -> None:
+    number = challenge(store, "cards", wrong=30)
+    run_id = versions.run_of(versions.get("cards", number))
+    text = load_text(f"runs:/{run_id}/{card.FILE}")
+    for line in (
+        f"# cards version {number}",
+        "**0.9500** of 600 test tiles are right, and of the class that fares worst, ",
+        "**Verdict**: not judged yet",
+        f"- data.fingerprint: {TAGS['data.fingerprint']}",
+        f"- run: {run_id}",
+        "| Forest | 200 | ",
+        "| Forest | 190 | 10 | 0 |",
+        "- largest difference of a probability from the trained network: 1e-06",
+        "- model.onnx: 0.0 MB",
+    ):
+        assert line in text
+    low, high = text.partition("| accuracy | 0.9500 | ")[2].partition(" |")[0].split(" to ")
+    assert 0.92 < float(low) < 0.95 < float(high) < 0.98
+    assert run_promote("cards") == 0
+    description = str(versions.get("cards", number).description)
+    assert "**Verdict**: passed: data_validation passed; " in description
+    assert len(description) <= card.MOST_DESCRIPTION
+    assert description in load_text(f"runs:/{run_id}/{card.FILE}")
+
+
+def test_the_verb_prints_the_card(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    number = challenge(store, "printed", wrong=0)
+    assert card.main([number, "--model", "printed"]) == exit_codes.OK
+    assert capsys.readouterr().out.startswith(f"# printed version {number}\n")

@@ -1,0 +1,145 @@
+"""One trained network answers the same through every way in which it can be asked."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+import requests
+from PIL import Image
+
+from eurosat import tracking, train
+from eurosat.config import compose
+from eurosat.data.prepare import prepare
+from eurosat.models import onnx_session
+from registry import register, versions
+from serving import client
+from tests.support.images import saved
+from tests.support.mlflow_server import START_S, free_port
+from tests.support.paths import ROOT
+from tests.support.recipes import TINY
+from tests.support.registry import MLFLOW_WARNS
+
+pytestmark = MLFLOW_WARNS
+CLOSE = 1e-4
+"""Between torch and ONNX Runtime in float32, as `eurosat.models.export.TOLERANCE`."""
+SAME = 1e-6
+"""Between two ways to the same file: batches of other sizes are summed in another order."""
+INT8_MEAN = 0.01
+"""Mean difference of a probability, between float32 and INT8."""
+PER_REQUEST = 64
+Floats = npt.NDArray[np.float64]
+
+
+def matrix(answers: Sequence[Mapping[str, dict[str, float]]]) -> Floats:
+    return np.array([list(answer["probabilities"].values()) for answer in answers])
+
+
+def by_rest(url: str, path: str, tiles_NHWC: npt.NDArray[np.uint8]) -> Floats:
+    """As PNG files, which keep every pixel."""
+    answers: list[dict[str, dict[str, float]]] = []
+    for start in range(0, len(tiles_NHWC), PER_REQUEST):
+        files = [
+            saved(Image.fromarray(tile), "PNG") for tile in tiles_NHWC[start : start + PER_REQUEST]
+        ]
+        images = [base64.b64encode(file).decode() for file in files]
+        split = {"columns": ["image"], "data": [[image] for image in images]}
+        body = {"dataframe_split": split} if path == "/invocations" else {"images": images}
+        answer = requests.post(url + path, json=body, timeout=120)
+        assert answer.ok, answer.text
+        answers += answer.json()["predictions"]
+    return matrix(answers)
+
+
+def started(folder: Path, form: str, verb: str, *given: str) -> "subprocess.Popen[bytes]":
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
+    }
+    environment |= {
+        "SERVING_MODEL_CONFIG": json.dumps({"form": form})
+    }  # MLflow's own server reads it
+    with (folder / f"{verb}.log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", verb, *given],
+            cwd=folder,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+
+
+def ways(settings: Sequence[str], folder: Path, form: str) -> Iterator[tuple[str, Floats, Floats]]:
+    """Each way's name, what it answers of the test fold, and what torch did."""
+    import mlflow.pyfunc
+    from mlflow.artifacts import download_artifacts
+
+    config = compose(settings)
+    data = prepare(config)
+    with tracking.run(config.experiment, "parity", tags={"kind": "train"}) as run:
+        train.train(config, data, run)
+        run_id = run.run_id
+    versions.client().set_registered_model_alias(
+        "eurosat", "champion", register.register(run_id, "eurosat", "challenger")
+    )
+    model = "models:/eurosat@champion"
+    files = Path(download_artifacts(model))
+    told = pd.read_parquet(download_artifacts(f"runs:/{run_id}/predictions.parquet"))
+    torch_NK = told[[name for name in told if str(name).startswith("p/")]].to_numpy(np.float64)
+    tiles_NHWC = data.pack.tiles_NHWC[data.split.indices("test")]
+    name = "model.onnx" if form == "fp32" else "model.int8.onnx"
+    yield "ONNX", onnx_session.answers(files / "artifacts" / name, tiles_NHWC), torch_NK
+    loaded = mlflow.pyfunc.load_model(model, model_config={"form": form})
+    frame = pd.DataFrame({"image": [saved(Image.fromarray(tile), "PNG") for tile in tiles_NHWC]})
+    parts = [loaded.predict(frame[start : start + 1024]) for start in range(0, len(frame), 1024)]
+    yield "pyfunc", matrix([answer for part in parts for answer in part]), torch_NK
+    for verb, words, path in (
+        ("serving.mlflow_server", "--port {}", "/invocations"),
+        ("serving.server", f"--form {form} --port {{}}", "/invocations"),
+        ("serving.server", f"--form {form} --port {{}}", "/predict/batch"),
+        ("serving.ray_app", f"form={form} port={{}}", "/predict/batch"),
+    ):
+        port = free_port()
+        process = started(folder, form, verb, *words.format(port).split())
+        try:
+            url = f"http://127.0.0.1:{port}"
+            client.wait_ready(url, process, START_S)
+            yield f"{verb} {path}", by_rest(url, path, tiles_NHWC), torch_NK
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=30)
+
+
+def hold(settings: Sequence[str], folder: Path, form: str) -> None:
+    first: Floats | None = None
+    for way, answered, torch_NK in ways(settings, folder, form):
+        first = answered if first is None else first
+        apart = np.abs(answered - torch_NK)
+        print(f"{form}, {way}: {len(answered)} tiles, apart from torch {apart.max():.1e}")
+        assert np.abs(answered - first).max() < (SAME if form == "fp32" else CLOSE), way
+        if form == "fp32":
+            assert apart.max() < CLOSE, way
+        else:
+            assert apart.mean() < INT8_MEAN, way
+            same = (answered.argmax(axis=1) == torch_NK.argmax(axis=1)).mean()
+            assert same > 0.98, way
+
+
+def test_every_way_gives_the_same_answers(tracking_store: str, tmp_path: Path) -> None:
+    hold(TINY, tmp_path, "fp32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["fp32", "int8"])
+def test_every_way_gives_the_same_answers_on_the_real_test_fold(
+    form: str, tracking_store: str, tmp_path: Path, eurosat_root: Path
+) -> None:
+    real = ("data=eurosat", "data.allow_unvalidated=true", "model.name=resnet18", "model.views=1")
+    hold((*real, "distill.teacher=none", "trainer.epochs=1"), tmp_path, form)

@@ -1,0 +1,18 @@
+"""Configurations that train in seconds."""
+
+TINY = (
+    "data=synthetic",
+    "data.synthetic.tiles=200",
+    "data.synthetic.size=32",
+    "data.allow_unvalidated=true",
+    "model.name=test_resnet",
+    "optim.batch_size=20",
+    "trainer.epochs=2",
+    "trainer.precision=fp32",
+    "model.views=1",
+    "trainer.threads=1",
+    "distill.teacher=none",
+    "distill.features=0",
+    "distill.share=0.9",
+)
+"""A whole training run in seconds: timm's test network on small tiles."""

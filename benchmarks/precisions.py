@@ -20,7 +20,7 @@ import torch
 from benchmarks import reports
 from eurosat import tracking
 from eurosat.config import compose
-from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.prepare import PreparedData, prepare
 from eurosat.models import export, network, onnx_session, quantise
 from eurosat.runtime import cli, exit_codes, logs
 
@@ -44,7 +44,7 @@ class Form:
 
 
 def onnx_form(name: str, what: str, file: Path) -> Form:
-    session = onnx_session.opened(file)
+    session = onnx_session.open_session(file)
 
     def answer(tiles_NHWC: Tiles) -> npt.NDArray[np.float32]:
         given = {onnx_session.TILES: tiles_NHWC, "tta": np.array(False)}
@@ -62,7 +62,7 @@ def torch_form(name: str, what: str, net: network.Network, *, bf16: bool, compil
     def answer(tiles_NHWC: Tiles) -> npt.NDArray[np.float32]:
         tiles_NCHW = torch.from_numpy(tiles_NHWC).permute(0, 3, 1, 2)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = backbone(net.prepared(tiles_NCHW))
+            logits = backbone(net.preprocess(tiles_NCHW))
         told: npt.NDArray[np.float32] = (logits.float() / net.temperature).softmax(dim=1).numpy()
         return told
 
@@ -82,7 +82,7 @@ def pruned(net: network.Network) -> network.Network:
     return net
 
 
-def forms(net: network.Network, data: Prepared, folder: Path) -> list[Form]:
+def forms(net: network.Network, data: PreparedData, folder: Path) -> list[Form]:
     whole, int8, half = (folder / f"{name}.onnx" for name in ("fp32", "int8", "pruned"))
     export.export_onnx(net, whole)
     quantise.export_int8(net, quantise.calibration_tiles(data), int8)
@@ -115,7 +115,7 @@ def turn(form: Form, tiles_NHWC: Tiles) -> tuple[float, float]:
     return rate, statistics.median(took)
 
 
-def measure(net: network.Network, data: Prepared, rounds: int) -> list[dict[str, Any]]:
+def measure(net: network.Network, data: PreparedData, rounds: int) -> list[dict[str, Any]]:
     test = data.split.indices("test")
     tiles_NHWC, labels = data.pack.tiles_NHWC[test], data.pack.labels[test]
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eurosat.runtime.hardware import hardware
+from eurosat.runtime.hardware import describe_hardware
 from eurosat.tracking import code_commit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def write(
     """Print the tables and leave reports/bench-NAME.json."""
     show(name, n, goals, rows)
     file = REPORTS / f"bench-{name}.json"
-    report = {"commit": code_commit(), "hardware": hardware(), "started": started, "n": n}
+    report = {"commit": code_commit(), "hardware": describe_hardware(), "started": started, "n": n}
     report |= {"goals": list(goals), "rows": list(rows), **more}
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")

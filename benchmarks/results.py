@@ -63,7 +63,7 @@ def taught(recipe: str, protocol: str, seed: int) -> str:
     return trained(given)
 
 
-def check(run: tracking.FinishedRun) -> None:
+def check(run: tracking.RunRecord) -> None:
     """End where this run is not what the recipe says, on all of the real tiles."""
     recipe, split = run.params["recipe"], run.params["data.protocol"]
     given = arguments(recipe, split, int(run.params["seed"]))
@@ -75,9 +75,11 @@ def check(run: tracking.FinishedRun) -> None:
         sys.exit(f"error: run {run.run_id} has other settings than {' '.join(given)}")
 
 
-def of_seed(run: tracking.FinishedRun) -> dict[str, Any]:
+def of_seed(run: tracking.RunRecord) -> dict[str, Any]:
     """What one seed has reached."""
-    one_view = "test_one_view_accuracy" if int(run.params["model.views"]) > 1 else "test_accuracy"
+    one_view = (
+        "test_one_view_accuracy" if int(run.params["model.tta_views"]) > 1 else "test_accuracy"
+    )
     metrics = {name: f"test_{name}" for name in FIGURES} | {"one_view_accuracy": one_view}
     return {
         "seed": int(run.params["seed"]),
@@ -87,7 +89,7 @@ def of_seed(run: tracking.FinishedRun) -> dict[str, Any]:
     }
 
 
-def row(runs: Sequence[tracking.FinishedRun], held: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def row(runs: Sequence[tracking.RunRecord], held: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One line of the table, over runs of one recipe and split, and the seeds that it ``held``."""
     recipe, split = runs[0].params["recipe"], runs[0].params["data.protocol"]
     for run in runs:
@@ -108,7 +110,7 @@ def row(runs: Sequence[tracking.FinishedRun], held: Sequence[dict[str, Any]]) ->
         "n": len(each),
         "accuracy_mean": mean("accuracy"),
         "accuracy_std": round(statistics.stdev(accuracies), 4) if each[1:] else None,
-        "views": int(runs[0].params["model.views"]),
+        "views": int(runs[0].params["model.tta_views"]),
         **{f"{name}_mean": mean(name) for name in ("one_view_accuracy", *FIGURES[1:])},
         "epochs": int(max(run.metrics["epochs"] for run in runs)),
         "minutes": round(statistics.mean(one["minutes"] for one in each), 1),

@@ -31,7 +31,7 @@ def stepper(
         mean=(100.0,) * 3,
         std=(50.0,) * 3,
     )
-    net = network.untrained(spec).train()
+    net = network.build_untrained(spec).train()
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = make_optimizer(net, config.optim)
     tiles = torch.rand(config.optim.batch_size, 3, 64, 64) * 255

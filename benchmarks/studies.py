@@ -18,7 +18,7 @@ from benchmarks.reports import REPORTS, ROOT, now
 from benchmarks.results import said, trained, validate
 from eurosat import tracking
 from eurosat.runtime import logs
-from eurosat.runtime.hardware import hardware
+from eurosat.runtime.hardware import describe_hardware
 
 FILE = REPORTS / "results-extra.json"
 DOCS = ROOT / "docs"
@@ -35,8 +35,8 @@ def few_labels(further: Sequence[str]) -> Rows:
     rows = []
     for count, passes in PASSES.items():
         given = ["data=eurosat", "recipe=efficientnet-lite0-quick", f"data.per_class={count}"]
-        given += [f"trainer.passes={passes}", "trainer.epochs=4", "optim.batch_size=32"]
-        given += ["model.views=1", *further]
+        given += [f"trainer.repeats_per_epoch={passes}", "trainer.epochs=4", "optim.batch_size=32"]
+        given += ["model.tta_views=1", *further]
         rows.append({"per_class": count, **_merits(tracking.get(trained(given)))})
     _draw_few_labels(rows, DOCS / "few-labels.png")
     return rows
@@ -96,12 +96,12 @@ def bands(further: Sequence[str]) -> Rows:
         given = ["data=synthetic", "recipe=resnet18-quick", "data.synthetic.bands=13"]
         given += ["distill.teacher=none", "data.dtype=uint16", "trainer.epochs=12"]
         given += ["data.synthetic.difficulty=2"]
-        given += [f"data.bands={chosen}", "data.allow_unvalidated=true", "model.views=1"]
+        given += [f"data.bands={chosen}", "data.allow_unvalidated=true", "model.tta_views=1"]
         rows.append({"bands": chosen, **_merits(tracking.get(trained([*given, *further])))})
     return rows
 
 
-def _merits(run: tracking.FinishedRun) -> dict[str, Any]:
+def _merits(run: tracking.RunRecord) -> dict[str, Any]:
     names = ("test_accuracy", "test_macro_f1", "test_macro_auprc")
     merits: dict[str, Any] = {name: round(run.metrics[name], 4) for name in names}
     return merits | {
@@ -133,7 +133,7 @@ def main(argv: Sequence[str]) -> None:
     held[args.study] = {
         "started": started,
         "n": 1,
-        "hardware": hardware(),
+        "hardware": describe_hardware(),
         "command": " ".join(["python -m benchmarks.studies", args.study, *further]),
         "rows": rows,
     }

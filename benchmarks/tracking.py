@@ -56,7 +56,7 @@ def ours(uri: str, *, there: bool = True) -> Iterator[Arm]:
 
         def drain() -> None:
             deadline = time.monotonic() + DRAINED_S
-            while waiting := run.waiting():
+            while waiting := run.backlog():
                 if time.monotonic() > deadline:
                     raise TrackingError(f"{uri} did not take {waiting} within {DRAINED_S} s")
                 time.sleep(0.05)

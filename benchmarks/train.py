@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import reports
 from eurosat.config import compose
-from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.prepare import PreparedData, prepare
 from eurosat.data.sources import open_source
 from eurosat.models.compute import has_bf16
 from eurosat.runtime import logs
@@ -50,7 +50,7 @@ def write_tiles(folder: Path, *, geotiff: bool) -> int:
     return len(rows)
 
 
-def write_geotiffs(data: Prepared, folder: Path) -> None:
+def write_geotiffs(data: PreparedData, folder: Path) -> None:
     """The train fold as torchgeo looks for it, in each of its folds."""
     import rasterio
 

@@ -124,7 +124,7 @@ def ours(_: Path) -> None:
             "model.name=resnet18",
             "distill.teacher=none",
             f"trainer.epochs={EPOCHS}",
-            f"trainer.passes={PASSES}",
+            f"trainer.repeats_per_epoch={PASSES}",
             f"optim.batch_size={batch_size()}",
             "data.allow_unvalidated=true",
         ]
@@ -145,7 +145,7 @@ def ceiling(_: Path) -> None:
     from eurosat.runtime import hardware
     from eurosat.training.optimizers import make_optimizer
 
-    hardware.keep_freed_memory()
+    hardware.disable_malloc_trim()
     torch.set_num_threads(hardware.cores())
     spec = network.NetworkSpec(
         name="resnet18",
@@ -159,7 +159,7 @@ def ceiling(_: Path) -> None:
         std=(50.0,) * 3,
     )
     compute = choose_compute(spec, "auto", probe=False)
-    net = network.untrained(spec).train().to(compute.device)
+    net = network.build_untrained(spec).train().to(compute.device)
     net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
     optimizer = make_optimizer(net, compose(["recipe=resnet18-quick"]).optim)
     tiles = torch.rand(batch_size(), 3, SIZE, SIZE, device=compute.device) * 255

@@ -194,7 +194,7 @@ class Folder:
         file = self.root / key
         file.parent.mkdir(parents=True, exist_ok=True)
         kept: list[T] = []
-        atomic.replace(file, lambda out: kept.append(write(out)))
+        atomic.atomic_write(file, lambda out: kept.append(write(out)))
         folder = os.open(file.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the name too is on the disk

@@ -105,7 +105,7 @@ class Platform:
         password = secrets.read("postgres_password", self.secrets)
         _keep(self._passwords, f"*:*:*:mlflow:{password}\n")  # libpq wants it to be ours alone
         ini = (ROOT / "deploy/mlflow/auth.ini").read_text()
-        atomic.replace_text(
+        atomic.atomic_write_text(
             self.folder / "auth.ini", ini.replace(DATABASE_OF_COMPOSE, self.database)
         )
 
@@ -282,7 +282,7 @@ def _keep(file: Path, text: str) -> None:
     """A file that nobody else can read, not even while it is written."""
     before = os.umask(0o077)
     try:
-        atomic.replace_text(file, text)
+        atomic.atomic_write_text(file, text)
     finally:
         os.umask(before)
 
@@ -361,7 +361,7 @@ def _run(folder: Path, ports: dict[str, int], only: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=LOCK_S):
-            atomic.replace_text(folder / "process.json", json.dumps({"pid": os.getpid()}))
+            atomic.atomic_write_text(folder / "process.json", json.dumps({"pid": os.getpid()}))
             try:
                 return Platform(folder, ports, only).run()
             finally:

@@ -65,14 +65,16 @@ def make(folder: Path = FOLDER) -> list[str]:
         folder.chmod(0o700)
         made = [name for name in MADE if not (folder / name).exists()]
         for name in made:
-            atomic.replace(folder / name, lambda file, name=name: file.write(MADE[name]()))  # type: ignore[misc]
+            atomic.atomic_write(folder / name, lambda file, name=name: file.write(MADE[name]()))  # type: ignore[misc]
         if not ((folder / KEY).exists() and (folder / CERTIFICATE).exists()):
             key, certificate = self_signed()
-            atomic.replace(folder / KEY, lambda file: file.write(key))
-            atomic.replace(folder / CERTIFICATE, lambda file: file.write(certificate))
+            atomic.atomic_write(folder / KEY, lambda file: file.write(key))
+            atomic.atomic_write(folder / CERTIFICATE, lambda file: file.write(certificate))
             made += [KEY, CERTIFICATE]
         if not ((folder / API_KEY).exists() and (folder / API_KEYS).exists()):
-            atomic.replace(folder / API_KEY, lambda file: file.write(_api_key(folder / API_KEYS)))
+            atomic.atomic_write(
+                folder / API_KEY, lambda file: file.write(_api_key(folder / API_KEYS))
+            )
             made += [API_KEY, API_KEYS]
         for name in (*MADE, KEY, CERTIFICATE, API_KEY, API_KEYS):
             (folder / name).chmod(READABLE)

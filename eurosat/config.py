@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from eurosat.errors import ConfigError
-from eurosat.runtime.cache import usual_cache
+from eurosat.runtime.cache import cache_root
 
 CONF = Path(__file__).parent / "conf"
 PROTOCOLS = {"60/20/20": (0.6, 0.2, 0.2), "80/20": (0.7, 0.1, 0.2)}
@@ -80,18 +80,18 @@ class DataConfig:
             _within("data.per_class", self.per_class, 1, 1_000_000)
 
     @property
-    def reading(self) -> dict[str, Any]:
+    def decode_options(self) -> dict[str, Any]:
         """What `eurosat.data.decode.decode` takes beside the file."""
         return {"dtype": self.dtype, "reflectance_max": self.reflectance_max, "bands": self.bands}
 
     @property
-    def split(self) -> tuple[str, int, int | None]:
+    def split_options(self) -> tuple[str, int, int | None]:
         """What `eurosat.data.split.make_split` takes beside the table."""
         return self.protocol, self.split_seed, self.per_class
 
     @property
     def cache_dir(self) -> Path:
-        return Path(self.cache).expanduser() if self.cache else usual_cache()
+        return Path(self.cache).expanduser() if self.cache else cache_root()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,14 +100,14 @@ class ModelConfig:
     """Any name that ``timm.create_model`` takes."""
     input_size: int | None = None
     """Height and width the network sees, tiles resized in the graph; None leaves them."""
-    stem: Literal["stock", "gentle"] = "stock"
-    """gentle, for ResNets on small tiles: 3x3 of stride 2 and no pooling, so that the first block
+    stem: Literal["stock", "small"] = "stock"
+    """small, for ResNets on small tiles: 3x3 of stride 2 and no pooling, so that the first block
     sees four times the pixels that the stock stem leaves; nearly three times the work."""
     norm: Literal["batch", "group"] = "batch"
     """Group norm does not depend on the batch (Wu & He 2018); for ResNets."""
     drop_rate: float = 0.0
     """Dropout before the head, in [0, 1)."""
-    views: Literal[1, 8] = 1
+    tta_views: Literal[1, 8] = 1
     """Flips and turns of a tile that a trained network looks at for one answer, also when it is
     served: the mean of their logits. Four, not eight, where height and width differ."""
 
@@ -212,7 +212,7 @@ class TrainerConfig:
     """Stop after so many epochs without a better validation accuracy; 0 never stops early."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto probes this machine and takes what is faster."""
-    passes: int = 1
+    repeats_per_epoch: int = 1
     """Over the training tiles in an epoch, which ends with a validation: more for few tiles."""
     threads: int = 0
     """CPU threads of torch; 0 takes every core the process may use."""
@@ -221,7 +221,7 @@ class TrainerConfig:
         _within("trainer.epochs", self.epochs, 1, 10_000)
         _within("trainer.devices", self.devices, 1, 4096)
         _within("trainer.patience", self.patience, 0, 10_000)
-        _within("trainer.passes", self.passes, 1, 10_000)
+        _within("trainer.repeats_per_epoch", self.repeats_per_epoch, 1, 10_000)
         _within("trainer.threads", self.threads, 0, 1024)
 
 
@@ -249,10 +249,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _within("seed", self.seed, 0, 2**31)
-        if self.model.views > 1 and not self.augment.dihedral:
+        if self.model.tta_views > 1 and not self.augment.dihedral:
             raise ConfigError(
-                f"model.views={self.model.views} asks about flips and turns that "
-                "augment.dihedral=false never shows in training: set model.views=1"
+                f"model.tta_views={self.model.tta_views} asks about flips and turns that "
+                "augment.dihedral=false never shows in training: set model.tta_views=1"
             )
         if self.optim.batch_size % self.trainer.devices:
             raise ConfigError(
@@ -289,7 +289,8 @@ def compose(overrides: Sequence[str] = ()) -> TrainConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
-    adding = [  # "++" also takes keys that only the dataclasses know; `build` refuses the others
+    # "++" also takes keys that only the dataclasses know; `from_mapping` refuses unknown ones.
+    adding = [
         given if given.partition("=")[0] in groups or given[0] in "+~" else f"++{given}"
         for given in overrides
     ]
@@ -299,7 +300,7 @@ def compose(overrides: Sequence[str] = ()) -> TrainConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{_first_words(error)} (given: {' '.join(overrides)})") from error
     assert isinstance(composed, dict)
-    return build(TrainConfig, typing.cast("Mapping[str, Any]", composed))
+    return from_mapping(TrainConfig, typing.cast("Mapping[str, Any]", composed))
 
 
 def _first_words(error: BaseException) -> str:
@@ -309,7 +310,7 @@ def _first_words(error: BaseException) -> str:
     return " ".join(line.strip() for line in str(error).splitlines()[:3])
 
 
-def build(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
+def from_mapping(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Turn nested mappings into the dataclass ``cls``; YAML integers pass for floats.
 
     Raises:

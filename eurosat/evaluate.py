@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     from eurosat.evaluation import report
-    from eurosat.evaluation.results import compared, evaluate, under_corruptions
+    from eurosat.evaluation.results import compare, evaluate, under_corruptions
 
     judged = evaluate(tracking.resolve_run(args.run), args.fold, args.data)
     told = report.figures(judged)
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         told["data"] = args.data
     if args.against:
         other = evaluate(tracking.resolve_run(args.against), args.fold, args.data)
-        told["against"] = compared(judged, other)
+        told["against"] = compare(judged, other)
     if args.corruptions:
         told["corruptions"] = under_corruptions(judged, args.corruption_tiles)
     with tempfile.TemporaryDirectory() as temporary:
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         kept = f"evaluation/{judged.fold}"
         if args.data:
             kept += "-" + re.sub(r"[^\w.]+", "-", args.data).strip("-")
-        with tracking.attached(judged.run_id) as run:
+        with tracking.reopen(judged.run_id) as run:
             run.log_folder(folder, kept)
     print(report.markdown(told))
     print(f"in run {judged.run_id}: {kept}")

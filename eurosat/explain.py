@@ -46,7 +46,7 @@ def read_tiles(
                     f"give a path, or a name such as {source.paths[0]}"
                 )
             data = source.read(name)
-        pixels = decode(data, name, **config.reading)
+        pixels = decode(data, name, **config.decode_options)
         if pixels.shape != (*spec.tile_size, spec.bands):
             raise DataError(
                 f"{name} is {pixels.shape}, the network was trained on "
@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         draw(explained, title, folder / "explained.png")
         (folder / "explained.html").write_text(page(explained, title))
-        with tracking.attached(run_id) as run:
+        with tracking.reopen(run_id) as run:
             kept = f"explanations/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S-%f}"  # a page a call
             for file in (folder / "explained.png", folder / "explained.html"):
                 run.log_file(file, kept)

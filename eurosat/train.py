@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from eurosat import tracking
 from eurosat.config import TrainConfig, compose
-from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.prepare import PreparedData, prepare
 from eurosat.data.split import split_csv
 from eurosat.errors import ModelError
 from eurosat.runtime import cli, exit_codes, logs
-from eurosat.training.checkpoints import Unfinished, claim
+from eurosat.training.checkpoints import CheckpointSlot, acquire
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from eurosat.data.arrays import Floats, Labels
     from eurosat.models.network import Network
     from eurosat.training.callbacks import EpochHook
-    from eurosat.training.fit import Fitted
+    from eurosat.training.fit import FitResult
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +37,19 @@ usage: python -m eurosat.train [key=value ...]
 """
 
 
-def conclude(
-    config: TrainConfig, data: Prepared, fitted: "Fitted", run: tracking.Run
+def evaluate_and_log(
+    config: TrainConfig, data: PreparedData, fitted: "FitResult", run: tracking.Run
 ) -> dict[str, float]:
     """Calibrate on the val fold, judge on the test fold, once, and leave the files in the run."""
     import numpy as np
 
     from eurosat.data.decode import full_scale
-    from eurosat.data.loaders import TileData
+    from eurosat.data.loaders import TileDataModule
     from eurosat.evaluation import calibration, metrics, plots
     from eurosat.models import export, network, predict
 
     net, classes = fitted.network.float(), data.pack.classes
-    loaders = TileData(data.pack, data.split, batch_size=2, seed=0)
+    loaders = TileDataModule(data.pack, data.split, batch_size=2, seed=0)
     calibrated = calibration.fit(*predict.logits(net, loaders.val_dataloader()))
     net.temperature.fill_(calibrated.temperature)
     log.info("judging on the %d tiles of the test fold", len(data.split.indices("test")))
@@ -57,9 +57,9 @@ def conclude(
     probabilities = calibration.softmax(logits / calibrated.temperature)
     raw = metrics.evaluate(labels, calibration.softmax(logits), classes)
     merits = metrics.evaluate(labels, probabilities, classes)
-    merits |= calibration.judge(calibrated, logits, labels)
+    merits |= calibration.evaluate(calibrated, logits, labels)
     merits |= {f"uncalibrated_{name}": raw[name] for name in ("ece", "nll")}
-    if net.spec.views > 1:
+    if net.spec.tta_views > 1:
         merits["one_view_accuracy"] = float((once.argmax(axis=1) == labels).mean())
     tested = {f"test_{name}": value for name, value in merits.items()}
     run.log_metrics(tested)
@@ -85,7 +85,7 @@ def conclude(
             scale = full_scale(data.pack.bands, config.data.reflectance_max)
             told["full_scale"] = json.dumps(scale.tolist())
         log.info("exporting to ONNX")
-        alone = export.one_view(net)
+        alone = export.export_core(net)
         parity = export.export_onnx(net, folder / "model.onnx", told, alone)
         run.log_metrics({"onnx_difference": parity})
         run.log_file(folder / "model.onnx")
@@ -94,7 +94,7 @@ def conclude(
 
 
 def _log_int8(
-    data: Prepared,
+    data: PreparedData,
     net: "Network",
     labels: "Labels",
     probabilities: "Floats",
@@ -117,7 +117,9 @@ def _log_int8(
             # it does not know, after hours of training; FP32 is served
             log.warning("no INT8 form of %s: %s", net.spec.name, " ".join(str(error).split())[:200])
             return
-        answered = onnx_session.answers(file, data.pack.tiles_NHWC[data.split.indices("test")])
+        answered = onnx_session.probabilities(
+            file, data.pack.tiles_NHWC[data.split.indices("test")]
+        )
         accuracy = float((answered.argmax(axis=1) == labels).mean())
         lost = float((probabilities.argmax(axis=1) == labels).mean()) - accuracy
         difference = float(np.abs(answered - probabilities).mean())
@@ -133,7 +135,7 @@ def _log_int8(
 
 
 def _draw_gallery(
-    data: Prepared, network: "Network", labels: "Labels", probabilities: "Floats", file: Path
+    data: PreparedData, network: "Network", labels: "Labels", probabilities: "Floats", file: Path
 ) -> None:
     """The hardest test tiles, the surest of each class, and where the network looked."""
     from eurosat.evaluation import gradcam
@@ -149,7 +151,7 @@ def _draw_gallery(
 
 
 def predictions(
-    data: Prepared, labels: "npt.NDArray[np.int64]", probabilities: "npt.NDArray[np.float32]"
+    data: PreparedData, labels: "npt.NDArray[np.int64]", probabilities: "npt.NDArray[np.float32]"
 ) -> "pd.DataFrame":
     """One row a test tile: tile, sha256, label, and ``p/Class`` for each class."""
     rows = data.split.indices("test")
@@ -161,7 +163,7 @@ def predictions(
     return table
 
 
-def describe(config: TrainConfig, data: Prepared, run: tracking.Run) -> None:
+def describe(config: TrainConfig, data: PreparedData, run: tracking.Run) -> None:
     """Log what the run is about to compute: its configuration and its data's fingerprints."""
     import yaml
 
@@ -172,10 +174,10 @@ def describe(config: TrainConfig, data: Prepared, run: tracking.Run) -> None:
 
 def train(
     config: TrainConfig,
-    data: Prepared,
+    data: PreparedData,
     run: tracking.Run,
     on_epoch: "EpochHook | None" = None,
-    saved: Unfinished | None = None,
+    saved: CheckpointSlot | None = None,
 ) -> dict[str, float]:
     """Fit and conclude in ``run``; returns the test metrics.
 
@@ -194,7 +196,7 @@ def train(
             if saved:
                 saved.mark_described()
             fitted = launch.fit(config, data, run, on_epoch, saved)
-            return conclude(config, data, fitted, run)
+            return evaluate_and_log(config, data, fitted, run)
         finally:
             run.log_file(file, "logs")
 
@@ -212,11 +214,11 @@ def main(argv: Sequence[str]) -> int:
     data = prepare(config)
     name = f"{config.recipe} seed {config.seed}"
     with (
-        claim(config, data.fingerprints) as saved,
+        acquire(config, data.fingerprints) as saved,
         tracking.run(
             config.experiment,
             name,
-            journal=saved.begin(),
+            journal=saved.start_or_resume(),
             resume=saved.journal,
             tags={"kind": "train"},
         ) as run,

@@ -49,7 +49,7 @@ def textures_of_source(
             if fault is not None:
                 yield float("nan")
                 continue
-            pixels_HWC = decode(source.read(path), path, **data.reading)
+            pixels_HWC = decode(source.read(path), path, **data.decode_options)
             yield float(texture(pixels_HWC[None])[0])
 
     total = len(surveyed)

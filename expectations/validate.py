@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from eurosat import tracking
 from eurosat.config import DataConfig, TrainConfig, compose
 from eurosat.data import validation_record
-from eurosat.data.pack import Survey, survey_source
+from eurosat.data.pack import DatasetScan, scan_source
 from eurosat.data.sources import open_source
 from eurosat.errors import ConfigError
 from eurosat.runtime import atomic, cli, exit_codes, logs
@@ -89,7 +89,7 @@ def validate(
     ):
         folder = Path(kept)
         with logs.copied_to(folder / "log.txt"):
-            survey = survey_source(config.data)
+            survey = scan_source(config.data)
             expected = expect(config.data, survey.table, reference=reference, tolerance=tolerance)
             table = _table(survey, config.data, expected)
             verdict = _judge(
@@ -122,13 +122,13 @@ def validate(
         if report:
             with on_disk(report):
                 report.parent.mkdir(parents=True, exist_ok=True)
-                atomic.replace_text(report, told + "\n")
+                atomic.atomic_write_text(report, told + "\n")
         table.to_parquet(folder / "tiles.parquet", index=False)
         run.log_folder(folder)
         run.log_folder(docs, "data_docs")
         run.log_metrics(_metrics(verdict, survey) | {"seconds": time.monotonic() - started})
     validation_record.write(
-        validation_record.Receipt(
+        validation_record.ValidationRecord(
             fingerprint=survey.fingerprint,
             success=verdict.success,
             expectations=len(verdict.findings),
@@ -141,7 +141,7 @@ def validate(
     return verdict
 
 
-def _table(survey: Survey, data: DataConfig, expected: Expected) -> "pd.DataFrame":
+def _table(survey: DatasetScan, data: DataConfig, expected: Expected) -> "pd.DataFrame":
     surveyed = survey.table
     if survey.pack is not None:
         texture = textures_of_pack(survey.pack)
@@ -166,7 +166,7 @@ def _judge(table: "pd.DataFrame", expected: Expected, docs: Path, name: str) -> 
         return judge(table, expected, docs=docs, run_name=name)
 
 
-def _metrics(verdict: Verdict, survey: Survey) -> dict[str, float]:
+def _metrics(verdict: Verdict, survey: DatasetScan) -> dict[str, float]:
     metrics: dict[str, float] = {
         "expectations": len(verdict.findings),
         "failed": len(verdict.failed),
@@ -174,8 +174,8 @@ def _metrics(verdict: Verdict, survey: Survey) -> dict[str, float]:
     }
     if survey.pack is not None:
         return metrics | {
-            "duplicates_exact": survey.pack.exact,
-            "duplicates_near": survey.pack.near,
+            "duplicates_exact": survey.pack.num_exact_duplicates,
+            "duplicates_near": survey.pack.num_near_duplicates,
         }
     pixels = survey.table["pixels_sha256"].replace("", None).dropna()
     return metrics | {"duplicates_exact": int(pixels.duplicated().sum())}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from eurosat import tracking, train
-from eurosat.config import build, compose
+from eurosat.config import compose, from_mapping
 from eurosat.data.prepare import prepare
 from eurosat.errors import ConfigError, NonFiniteLoss
 from eurosat.runtime import cli, exit_codes
@@ -46,7 +46,7 @@ def load(name: str) -> Study:
         ConfigError: no such study, or one that does not fit.
     """
     values, _ = presets.read("study", STUDIES, name)
-    return build(Study, values, "study")
+    return from_mapping(Study, values, "study")
 
 
 def ask(study: Study, overrides: Sequence[str], parent: tracking.Run) -> Curves:

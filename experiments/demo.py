@@ -351,9 +351,7 @@ def ask(server: "subprocess.Popen[str]", url: str, files: Sequence[str]) -> list
     return said.splitlines()
 
 
-def context(
-    champion: tracking.FinishedRun, challenger: str | None, promoted: bool
-) -> dict[str, Any]:
+def context(champion: tracking.RunRecord, challenger: str | None, promoted: bool) -> dict[str, Any]:
     """What a reader needs to judge the figures, beyond the report's promised keys."""
     return {
         "challenger_version": challenger,
@@ -365,7 +363,7 @@ def context(
         "seed": int(champion.params["seed"]),
         "epochs": int(champion.metrics["epochs"]),
         "train_seconds": round(champion.metrics["train_seconds"], 1),
-        "views": int(champion.params["model.views"]),
+        "views": int(champion.params["model.tta_views"]),
         "hardware": champion.tags["compute.hardware"],
         "precision": champion.tags["compute.precision"],
         "commit": champion.tags["code.commit"],

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat import tracking, train
 from eurosat.config import TrainConfig, compose
-from eurosat.data.prepare import Prepared
+from eurosat.data.prepare import PreparedData
 from eurosat.errors import NonFiniteLoss
-from eurosat.training.checkpoints import Unfinished, claim
+from eurosat.training.checkpoints import CheckpointSlot, acquire
 from experiments.settings import SweepConfig
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class Stopped(Exception):
 def run(
     job: Job,
     task: Task,
-    data: Prepared,
+    data: PreparedData,
     report: Report,
-    begun: Callable[[tracking.Run, Unfinished], None],
+    begun: Callable[[tracking.Run, CheckpointSlot], None],
     left: Path | None = None,
     ended: Callable[[Outcome], None] = lambda _: None,
 ) -> Outcome:
@@ -88,9 +88,9 @@ def run(
         tags["trial.retries"] = task.retries
     run_id = ""
     try:
-        with claim(config, place, alone=True) as saved:
+        with acquire(config, place, alone=True) as saved:
             if left:
-                saved.adopt(left)
+                saved.import_from(left)
             if saved.concluded:  # and its process was killed before it could tell
                 told = saved.concluded
                 outcome = Outcome(
@@ -108,7 +108,7 @@ def run(
                     config.experiment,
                     label,
                     parent=job.parent,
-                    journal=saved.begin(task.journal),
+                    journal=saved.start_or_resume(task.journal),
                     resume=saved.journal,
                     tags=tags,
                     killed_by=(Stopped,),
@@ -117,7 +117,7 @@ def run(
                     begun(opened, saved)
                     values = _trained(job, config, data, opened, saved, report, label)
                     run_id = opened.run_id
-                    saved.conclude({"state": "complete", "values": values, "run_id": run_id})
+                    saved.record_outcome({"state": "complete", "values": values, "run_id": run_id})
                 outcome = Outcome(state="complete", values=values, run_id=run_id)
             except (Stopped, NonFiniteLoss) as error:
                 log.info("%s: %s", label, error)
@@ -135,9 +135,9 @@ def run(
 def _trained(
     job: Job,
     config: TrainConfig,
-    data: Prepared,
+    data: PreparedData,
     run: tracking.Run,
-    saved: Unfinished,
+    saved: CheckpointSlot,
     report: Report,
     label: str,
 ) -> tuple[float, ...]:
@@ -147,7 +147,7 @@ def _trained(
         why = report(epoch, metrics)
         if why and epoch + 1 < config.trainer.epochs:
             run.set_tags({"pruned": "true", "pruned.epoch": epoch + 1, "pruned.why": why})
-            saved.conclude({"state": "pruned", "values": (), "run_id": run.run_id})
+            saved.record_outcome({"state": "pruned", "values": (), "run_id": run.run_id})
             raise Stopped(f"{why} after epoch {epoch + 1}")
 
     if not saved.described and run.tag("config.digest") is None:  # nor where it was begun

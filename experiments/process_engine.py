@@ -13,11 +13,11 @@ from typing import Any, NoReturn
 
 from eurosat import tracking
 from eurosat.config import compose
-from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.prepare import PreparedData, prepare
 from eurosat.errors import EuroSATError
 from eurosat.runtime import cli, exit_codes, logs
 from eurosat.runtime.progress import STYLE
-from eurosat.training.checkpoints import Unfinished
+from eurosat.training.checkpoints import CheckpointSlot
 from experiments import objective
 from experiments.objective import Job, Outcome, Task
 from experiments.search import Search
@@ -33,7 +33,7 @@ LAST_WORDS_S = 30
 """A worker that is asked to end is given so long to send its run's status."""
 
 
-def run_here(search: Search, data: Prepared, view: View, *, wait_for_others: bool) -> None:
+def run_here(search: Search, data: PreparedData, view: View, *, wait_for_others: bool) -> None:
     """One trial after the other, in this process; then wait for those that other drivers have."""
     while True:
         if (task := search.next()) is None:
@@ -47,7 +47,7 @@ def run_here(search: Search, data: Prepared, view: View, *, wait_for_others: boo
             view.heard(task.number, metrics["val_accuracy"])
             return search.epoch(task.number, epoch, metrics)
 
-        def begun(run: tracking.Run, _: Unfinished, task: Task = task) -> None:
+        def begun(run: tracking.Run, _: CheckpointSlot, task: Task = task) -> None:
             search.begun(task.number, run.journal)
 
         def ended(outcome: Outcome, task: Task = task) -> None:
@@ -180,7 +180,7 @@ def _follow(told: threading.Event) -> None:
 
 
 def _take_tasks(job: Job, line: Connection, told: threading.Event) -> int:
-    data: Prepared | None = None
+    data: PreparedData | None = None
 
     def end(gone: BaseException) -> NoReturn:
         """The driver is gone: its trials are kept for another one."""

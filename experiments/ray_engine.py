@@ -31,8 +31,8 @@ from eurosat.config import compose
 from eurosat.data.prepare import prepare
 from eurosat.errors import TrackingError
 from eurosat.runtime import atomic, exit_codes, logs, ray_cluster
-from eurosat.runtime.cache import usual_cache
-from eurosat.training.checkpoints import Unfinished
+from eurosat.runtime.cache import cache_root
+from eurosat.training.checkpoints import CheckpointSlot
 from experiments import drivers, objective, search
 from experiments import space as spaces
 from experiments.objective import Job, Outcome, Task
@@ -76,7 +76,7 @@ def run(job: Job, study: optuna.Study) -> None:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")
     # an epoch tells no latency, nor one that failed
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-    ray_cluster.join(job.sweep.ray_address, tracking.server())
+    ray_cluster.join(job.sweep.ray_address, tracking.tracking_uri())
     began, before_s = time.monotonic(), float(study.user_attrs.get(drivers.SPENT, 0))
     Here.study, Here.view, Here.url = study, View(study, job), job.sweep.storage
     Here.over = lambda: search.is_over(study, job, before_s + time.monotonic() - began)
@@ -101,7 +101,7 @@ def run(job: Job, study: optuna.Study) -> None:
 
 def home(job: Job) -> Path:
     """What this machine keeps of the sweep; another storage may have a study of the same name."""
-    return usual_cache() / "ray" / f"{job.study}-{job.parent.removeprefix('journal:')[:8]}"
+    return cache_root() / "ray" / f"{job.study}-{job.parent.removeprefix('journal:')[:8]}"
 
 
 def tuner(job: Job, retries: Mapping[int, int]) -> Tuner:
@@ -331,7 +331,7 @@ def carry_out(job: Job, config: Mapping[str, Any], retries: Mapping[int, int]) -
         # the last epoch is told with the trial's values, when it has ended
         return tell(epoch + 1) if epoch + 1 < job.sweep.trial_epochs else None
 
-    def begun(opened: tracking.Run, saved: Unfinished) -> None:
+    def begun(opened: tracking.Run, saved: CheckpointSlot) -> None:
         nonlocal run, kept
         run, kept = opened.journal, saved.directory
 
@@ -339,7 +339,7 @@ def carry_out(job: Job, config: Mapping[str, Any], retries: Mapping[int, int]) -
 
     def ended(outcome: Outcome) -> None:
         done.parent.mkdir(parents=True, exist_ok=True)
-        atomic.replace_text(done, json.dumps(dataclasses.asdict(outcome)))
+        atomic.atomic_write_text(done, json.dumps(dataclasses.asdict(outcome)))
 
     if done.exists():  # a driver that was killed did not know
         outcome = Outcome(**json.loads(done.read_text()))

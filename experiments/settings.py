@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
-from eurosat.config import build
+from eurosat.config import from_mapping
 from eurosat.errors import ConfigError
 
 T = TypeVar("T")
@@ -73,4 +73,6 @@ def take(own: type[T], overrides: Sequence[str]) -> tuple[T, list[str]]:
         values = {key: yaml.safe_load(value) for key, value in given.items()}
     except yaml.YAMLError as error:
         raise ConfigError(f"{given} cannot be read: {error}") from error
-    return build(own, values), [one for one in overrides if one.split("=", 1)[0] not in names]
+    return from_mapping(own, values), [
+        one for one in overrides if one.split("=", 1)[0] not in names
+    ]

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from eurosat import tracking, train
 from eurosat.config import compose
-from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.prepare import PreparedData, prepare
 from eurosat.errors import ConfigError, EuroSATError, TrackingError
 from eurosat.runtime import cli, exit_codes, hardware, logs
-from eurosat.training.checkpoints import claim
+from eurosat.training.checkpoints import acquire
 from experiments import drivers, process_engine
 from experiments import search as searches
 from experiments import space as spaces
@@ -75,7 +75,7 @@ def sweep(settings: SweepConfig, overrides: tuple[str, ...], parent: tracking.Ru
     return carry_on(job, study, data, parent)
 
 
-def run_trials(job: Job, study: "optuna.Study", data: Prepared, *, owner: bool) -> None:
+def run_trials(job: Job, study: "optuna.Study", data: PreparedData, *, owner: bool) -> None:
     """All that are left; the owner also waits for those that other drivers have in hand."""
     if job.sweep.engine == "ray":
         from experiments import ray_engine
@@ -97,7 +97,9 @@ def run_trials(job: Job, study: "optuna.Study", data: Prepared, *, owner: bool) 
     return None
 
 
-def carry_on(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.Run) -> str | None:
+def carry_on(
+    job: Job, study: "optuna.Study", data: PreparedData, parent: tracking.Run
+) -> str | None:
     """What is left of a sweep: its trials, its figures, the refit of the best."""
     with drivers.owned(study):
         run_trials(job, study, data, owner=True)
@@ -105,7 +107,7 @@ def carry_on(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.R
         return _refitted(job, study, data, parent) if job.sweep.refit else None
 
 
-def _refitted(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.Run) -> str:
+def _refitted(job: Job, study: "optuna.Study", data: PreparedData, parent: tracking.Run) -> str:
     """The run of the best configuration, trained in full."""
     top = searches.best(study)
     assert top is not None
@@ -119,12 +121,12 @@ def _refitted(job: Job, study: "optuna.Study", data: Prepared, parent: tracking.
     tags = {"kind": "refit", "study": job.study, "trial.number": top.number}
     place = {**data.fingerprints, "study": job.study, "trial": "refit"}
     with (
-        claim(best, place, alone=True) as saved,
+        acquire(best, place, alone=True) as saved,
         tracking.run(
             best.experiment,
             "refit of the best",
             parent=job.parent,
-            journal=saved.begin(),
+            journal=saved.start_or_resume(),
             resume=saved.journal,
             tags=tags,
         ) as run,

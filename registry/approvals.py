@@ -42,6 +42,6 @@ def say(model: str, number: str, tag: str, word: str, why: str, by: str | None) 
     if len(why) > ledger.MAX_WHY:
         raise ConfigError(f"--why has {len(why)} characters, over {ledger.MAX_WHY}")
     said = Opinion(word=word, by=by or tracking.user(), why=why, time=ledger.now())
-    with tracking.explained(f"tag of version {number}"):
+    with tracking.translate_errors(f"tag of version {number}"):
         versions.client().set_model_version_tag(model, number, tag, json.dumps(asdict(said)))
     return said

@@ -49,7 +49,10 @@ def write(model: str, number: str) -> None:
     sections = told(version, run)
     text = "\n\n".join(sections) + "\n"
     head = "\n\n".join(sections[:4])
-    with tempfile.TemporaryDirectory() as folder, tracking.explained(f"card of version {number}"):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tracking.translate_errors(f"card of version {number}"),
+    ):
         file = Path(folder) / FILE
         file.write_text(text)
         client = versions.client()
@@ -61,7 +64,7 @@ def write(model: str, number: str) -> None:
                 raise
 
 
-def told(version: "ModelVersion", run: tracking.FinishedRun) -> list[str]:
+def told(version: "ModelVersion", run: tracking.RunRecord) -> list[str]:
     """The sections, in Markdown; those that a hurried reader needs come first."""
     predictions = evidence.read(run.run_id)
     figures = evidence.figures(predictions)
@@ -100,7 +103,7 @@ def _headline(predictions: evidence.Predictions, figures: Mapping[str, float]) -
     )
 
 
-def _data(run: tracking.FinishedRun) -> dict[str, str]:
+def _data(run: tracking.RunRecord) -> dict[str, str]:
     import pandas as pd
 
     with tracking.artifact(run.run_id, evidence.SPLIT) as file:
@@ -119,9 +122,9 @@ def _data(run: tracking.FinishedRun) -> dict[str, str]:
     }
 
 
-def _recipe(run: tracking.FinishedRun) -> dict[str, str]:
+def _recipe(run: tracking.RunRecord) -> dict[str, str]:
     weights = run.params.get("weights", "unknown")
-    names = ("recipe", "model.name", "model.views", "trainer.epochs", "distill.teacher", "seed")
+    names = ("recipe", "model.name", "model.tta_views", "trainer.epochs", "distill.teacher", "seed")
     return {
         **{name: run.params[name] for name in names if name in run.params},
         "first weights": f"{weights} ({WEIGHT_LICENCES.get(weights, ASK)})",
@@ -167,7 +170,7 @@ def _confusion(predictions: evidence.Predictions) -> str:
     return _table(("", *predictions.classes), rows)
 
 
-def _calibration(run: tracking.FinishedRun) -> dict[str, str]:
+def _calibration(run: tracking.RunRecord) -> dict[str, str]:
     names = {
         "test_ece": "calibration error",
         "test_uncalibrated_ece": "before calibration",
@@ -178,7 +181,7 @@ def _calibration(run: tracking.FinishedRun) -> dict[str, str]:
     return {said: f"{run.metrics[name]:.4f}" for name, said in names.items() if name in run.metrics}
 
 
-def _corruptions(run: tracking.FinishedRun) -> str:
+def _corruptions(run: tracking.RunRecord) -> str:
     asked = robustness.read(run.run_id)
     if asked.predictions is None:
         return f"Not known: {asked.fault}; {robustness.remedy(run.run_id)}."
@@ -192,7 +195,7 @@ def _corruptions(run: tracking.FinishedRun) -> str:
     )
 
 
-def _forms(version: "ModelVersion", run: tracking.FinishedRun) -> dict[str, str]:
+def _forms(version: "ModelVersion", run: tracking.RunRecord) -> dict[str, str]:
     sizes = {
         Path(name).name: f"{size / 1e6:.1f} MB"
         for name, (_, size) in versions.files_of(version).items()

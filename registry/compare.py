@@ -154,9 +154,9 @@ def _pictures(run_id: str, tiles: Sequence[str]) -> dict[str, str]:
             continue
         pixels = pack.tiles_NHWC[row]
         file = io.BytesIO()
-        Image.fromarray(pixels if pack.bands == len("RGB") else pixels[..., bands.colours()]).save(
-            file, "PNG"
-        )
+        Image.fromarray(
+            pixels if pack.bands == len("RGB") else pixels[..., bands.rgb_indices()]
+        ).save(file, "PNG")
         told[sha256] = (
             f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
         )

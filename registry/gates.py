@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from eurosat.config import build
+from eurosat.config import from_mapping
 from eurosat.errors import ConfigError
 
 FILE = Path(__file__).with_name("gates.toml")
@@ -207,7 +207,7 @@ def load(file: Path = FILE) -> Gates:
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {name} must be a table, such as [accuracy]")
     figures = [
-        build(Gate, {"metric": name} | table, name)
+        from_mapping(Gate, {"metric": name} | table, name)
         for name, table in tables.items()
         if name not in (*FACTS, "difference", "latency")
     ]
@@ -215,10 +215,11 @@ def load(file: Path = FILE) -> Gates:
         raise ConfigError(f"{file} holds no gate for a figure: nothing would be judged")
     return Gates(
         figures=tuple(figures),
-        difference=build(Difference, tables.get("difference", {}), "difference"),
-        latency=build(Latency, tables.get("latency", {}), "latency"),
+        difference=from_mapping(Difference, tables.get("difference", {}), "difference"),
+        latency=from_mapping(Latency, tables.get("latency", {}), "latency"),
         facts=tuple(
-            build(Fact, asdict(fact) | tables.get(fact.name, {}), fact.name) for fact in _facts()
+            from_mapping(Fact, asdict(fact) | tables.get(fact.name, {}), fact.name)
+            for fact in _facts()
         ),
     )
 

@@ -102,7 +102,7 @@ def judge(
     )
 
 
-def _stored(run: tracking.FinishedRun, version: "ModelVersion") -> dict[str, float]:
+def _stored(run: tracking.RunRecord, version: "ModelVersion") -> dict[str, float]:
     """Figures of the served forms: how far they are from the trained network, and how large."""
     found: dict[str, float] = {}
     if "onnx_difference" in run.metrics:
@@ -124,7 +124,7 @@ def _about(fact: Fact, value: str, refusal: str = "", bar: str = gates.NONE) -> 
     )
 
 
-def _validation(run: tracking.FinishedRun, fact: Fact) -> Finding:
+def _validation(run: tracking.RunRecord, fact: Fact) -> Finding:
     state = run.tags.get(register.VALIDATION)
     refusal = (
         ""
@@ -150,11 +150,11 @@ def _figure(value: float | None) -> dict[str, float]:
     return {} if value is None else {robustness.GATE: value}
 
 
-def _commit(run: tracking.FinishedRun) -> str:
+def _commit(run: tracking.RunRecord) -> str:
     return run.tags.get("code.commit", "")
 
 
-def _lineage(run: tracking.FinishedRun, fact: Fact, *, accepted: bool) -> Finding:
+def _lineage(run: tracking.RunRecord, fact: Fact, *, accepted: bool) -> Finding:
     lacking = [name for name in register.TAGS if not run.tags.get(name)]
     commit, refusal = _commit(run), ""
     if lacking:
@@ -167,7 +167,7 @@ def _lineage(run: tracking.FinishedRun, fact: Fact, *, accepted: bool) -> Findin
     return _about(fact, commit.removesuffix(DIRTY)[:12] or gates.NONE, refusal)
 
 
-def _committed(run: tracking.FinishedRun, fact: Fact, *, accepted: bool) -> Finding:
+def _committed(run: tracking.RunRecord, fact: Fact, *, accepted: bool) -> Finding:
     """Whether what the run has executed is what its commit holds."""
     commit = _commit(run)
     if not commit.endswith(DIRTY):
@@ -179,7 +179,7 @@ def _committed(run: tracking.FinishedRun, fact: Fact, *, accepted: bool) -> Find
     return _about(fact, "no", "" if accepted else refusal, bar="yes")
 
 
-def _accepted(run: tracking.FinishedRun, accepted: bool) -> tuple[str, ...]:
+def _accepted(run: tracking.RunRecord, accepted: bool) -> tuple[str, ...]:
     """A note of what only ``--accept-uncommitted`` let pass."""
     commit = _commit(run)
     if accepted and (commit == UNKNOWN or commit.endswith(DIRTY)):
@@ -212,7 +212,7 @@ def _signature(
 def _interface(version: "ModelVersion") -> dict[str, Any]:
     from mlflow.models import get_model_info
 
-    with tracking.explained(f"signature of version {version.version}"):
+    with tracking.translate_errors(f"signature of version {version.version}"):
         signature = get_model_info(f"models:/{version.name}/{version.version}").signature
     inputs = signature.inputs.to_dict() if signature and signature.inputs else []
     params = signature.params.to_dict() if signature and signature.params else []
@@ -259,7 +259,7 @@ def _files(version: "ModelVersion", fact: Fact) -> Finding:
         return _about(
             fact, gates.NONE, "files: their sha256 was not recorded: register its run anew"
         )
-    with tempfile.TemporaryDirectory() as folder, tracking.explained("files of the version"):
+    with tempfile.TemporaryDirectory() as folder, tracking.translate_errors("files of the version"):
         held = register.listed(
             Path(download_artifacts(f"models:/{version.name}/{version.version}", dst_path=folder))
         )
@@ -307,7 +307,7 @@ def show(verdict: Verdict) -> None:
 
 def tag(model: str, number: str, verdict: Verdict) -> None:
     """Leave the verdict with the version, and in its card."""
-    with tracking.explained(f"tag of version {number}"):
+    with tracking.translate_errors(f"tag of version {number}"):
         versions.client().set_model_version_tag(model, number, versions.VERDICT, str(verdict))
     card.write(model, number)
 

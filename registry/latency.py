@@ -118,7 +118,7 @@ def _opened(run_id: str, name: str) -> Ask:
     from eurosat.models import onnx_session
 
     with tracking.artifact(run_id, name) as file:
-        session = onnx_session.opened(file, threads=THREADS)
+        session = onnx_session.open_session(file, threads=THREADS)
     (_, *shape) = session.get_inputs()[0].shape
     tiles_NHWC = np.random.default_rng(0).integers(0, 256, (max(BATCHES), *shape), np.uint8)
 

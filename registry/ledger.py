@@ -182,7 +182,7 @@ def append(model: str, entry: Entry) -> None:
     else:  # the version before may have been deleted; MLflow wants a source that is there
         source = f"models:/{name}/{chain(records(model))[-1].number}"
     versions.ensure(name, f"Ledger of {model}: one version per entry, written by this project")
-    with tracking.explained(f"ledger {name}"):
+    with tracking.translate_errors(f"ledger {name}"):
         made = versions.client().create_model_version(
             name,
             source,
@@ -207,7 +207,7 @@ def append(model: str, entry: Entry) -> None:
 
 def settle(model: str, number: int) -> None:
     """Say that the aliases are as this entry wants them."""
-    with tracking.explained(f"ledger {name_of(model)}"):
+    with tracking.translate_errors(f"ledger {name_of(model)}"):
         versions.client().set_model_version_tag(name_of(model), str(number), SETTLED, now())
 
 

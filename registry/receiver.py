@@ -26,7 +26,7 @@ from starlette.routing import Route
 
 from eurosat.errors import ConfigError, EuroSATError
 from eurosat.runtime import cli, exit_codes, logs
-from eurosat.runtime.cache import usual_cache
+from eurosat.runtime.cache import cache_root
 from registry import gates, ledger, versions
 from registry.approvals import APPROVAL
 from registry.event_queue import Inbox, Job
@@ -159,7 +159,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--revive", action="store_true", help="let it be tried again, and end")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    file = args.inbox or usual_cache() / "inboxes" / f"{args.model}.db"
+    file = args.inbox or cache_root() / "inboxes" / f"{args.model}.db"
     inbox = Inbox(file)
     try:
         if args.dead or args.revive:

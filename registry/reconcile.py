@@ -166,7 +166,7 @@ def _point(model: str, alias: str, number: str | None) -> None:
     if number is not None and versions.find(model, number) is None:
         log.warning("version %s of %s was deleted: %s is not set to it", number, model, alias)
         return
-    with tracking.explained(f"alias {alias} of {model}"):
+    with tracking.translate_errors(f"alias {alias} of {model}"):
         if number is None:
             versions.client().delete_registered_model_alias(model, alias)
         else:

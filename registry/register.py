@@ -76,7 +76,7 @@ def _give(alias: str, model: str, number: str) -> None:
     """Unless it was judged meanwhile, by a webhook, or aliases are not for this user to give."""
     from mlflow.exceptions import MlflowException
 
-    with tracking.explained(f"alias {alias}"):
+    with tracking.translate_errors(f"alias {alias}"):
         if versions.VERDICT in versions.get(model, number).tags:
             return
         try:
@@ -124,7 +124,7 @@ def describe(network: Path) -> dict[str, Any]:
     from eurosat.models import onnx_session
 
     try:
-        session = onnx_session.opened(network)
+        session = onnx_session.open_session(network)
     except Exception as error:  # onnxruntime's errors share no base class but this
         first = str(error).splitlines()[0][:200]
         raise ModelError(f"{NETWORK} is no network that ONNX Runtime opens: {first}") from error
@@ -140,7 +140,7 @@ def describe(network: Path) -> dict[str, Any]:
         raise ModelError(f"{NETWORK} lacks or garbles its property {error}") from error
 
 
-def _check(run: tracking.FinishedRun) -> None:
+def _check(run: tracking.RunRecord) -> None:
     if run.status != "FINISHED":
         raise TrackingError(
             f"run {run.run_id} is {run.status}: only a FINISHED training run can be registered"
@@ -155,7 +155,7 @@ def _check(run: tracking.FinishedRun) -> None:
         )
 
 
-def _create(run: tracking.FinishedRun, model: str) -> str:
+def _create(run: tracking.RunRecord, model: str) -> str:
     with ExitStack() as stack:
         names = {"network": NETWORK}
         if NETWORK_INT8 in versions.held(run.run_id):
@@ -175,7 +175,7 @@ def _create(run: tracking.FinishedRun, model: str) -> str:
         folder = scratch / FOLDER
         _wrap(networks, described, lineage(run, described), folder)
         versions.ensure(model, "Land cover of satellite tiles")
-        with tracking.explained(f"run {run.run_id}"):
+        with tracking.translate_errors(f"run {run.run_id}"):
             client = versions.client()
             client.log_artifacts(run.run_id, str(folder), FOLDER)
             source = f"{client.get_run(run.run_id).info.artifact_uri}/{FOLDER}"
@@ -196,7 +196,7 @@ def listed(folder: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-def lineage(run: tracking.FinishedRun, described: Mapping[str, Any]) -> dict[str, Any]:
+def lineage(run: tracking.RunRecord, described: Mapping[str, Any]) -> dict[str, Any]:
     """Where the model is from, as it travels beside the network."""
     return {
         "run_id": run.run_id,
@@ -223,7 +223,7 @@ def _wrap(
     height, width = described["tile_size"]
     grey_HWC = np.full((height, width, described["bands"]), GREY, np.uint8)
     answers = {
-        name: onnx_session.answers(file, grey_HWC[None])[0].tolist()
+        name: onnx_session.probabilities(file, grey_HWC[None])[0].tolist()
         for name, file in networks.items()
     }
     written = folder.parent / "lineage.json"

@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
         )
     said = approvals.say(args.model, number, approvals.RETIRED, "retired", args.why, args.by)
     if versions.holds(args.model, versions.CHALLENGER, number):
-        with tracking.explained(f"alias {versions.CHALLENGER}"):
+        with tracking.translate_errors(f"alias {versions.CHALLENGER}"):
             versions.client().delete_registered_model_alias(args.model, versions.CHALLENGER)
     reconcile(args.model)  # the one to go back to may be another now
     print(f"{args.model} version {number} is retired by {said.by}")

@@ -69,7 +69,10 @@ def ensure(run_id: str) -> bool:
             remedy(run_id),
         )
         return False
-    with tempfile.TemporaryDirectory() as folder, tracking.explained(f"{FILE} of run {run_id}"):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tracking.translate_errors(f"{FILE} of run {run_id}"),
+    ):
         file = Path(folder) / FILE
         asked.to_parquet(file, index=False)
         versions.client().log_artifact(run_id, str(file))
@@ -98,7 +101,7 @@ def ask(run_id: str) -> "pd.DataFrame":
     seen = [corruptions.corrupt(tiles_NHWC, kind, SEVERITY) for kind in corruptions.KINDS]
     held, fast = versions.held(run_id), versions.NETWORK_INT8
     with tracking.artifact(run_id, fast if fast in held else versions.NETWORK) as file:
-        answers_NK = onnx_session.answers(file, np.concatenate(seen), one_view=True)
+        answers_NK = onnx_session.probabilities(file, np.concatenate(seen), one_view=True)
     kinds, of_tiles = len(corruptions.KINDS), pack.table.iloc[rows]
     frame = pd.DataFrame(
         {

@@ -33,11 +33,11 @@ def by_alias(model: str, alias: str) -> "ModelVersion | None":
     """The version behind an alias, or None where the alias or the model does not exist."""
     from mlflow.exceptions import MlflowException
 
-    with tracking.explained(f"{model}@{alias}"):
+    with tracking.translate_errors(f"{model}@{alias}"):
         try:
             return client().get_model_version_by_alias(model, alias)
         except MlflowException as error:
-            if error.error_code not in tracking.ABSENT:
+            if error.error_code not in tracking.NOT_FOUND_CODES:
                 raise
             return None
 
@@ -48,7 +48,7 @@ def get(model: str, number: str) -> "ModelVersion":
     Raises:
         TrackingError: there is no such version.
     """
-    with tracking.explained(f"models:/{model}/{number}"):
+    with tracking.translate_errors(f"models:/{model}/{number}"):
         return client().get_model_version(model, number)
 
 
@@ -74,11 +74,11 @@ def find(model: str, number: str) -> "ModelVersion | None":
     """As `get`, or None where there is no such version; one that was deleted is none."""
     from mlflow.exceptions import MlflowException
 
-    with tracking.explained(f"models:/{model}/{number}"):
+    with tracking.translate_errors(f"models:/{model}/{number}"):
         try:
             return client().get_model_version(model, number)
         except MlflowException as error:
-            if error.error_code not in tracking.ABSENT:
+            if error.error_code not in tracking.NOT_FOUND_CODES:
                 raise
             return None
 
@@ -95,7 +95,7 @@ def files_of(version: "ModelVersion") -> dict[str, tuple[str, int]]:
 def all_of(model: str) -> "list[ModelVersion]":
     """Every version, the oldest first; empty for an unknown model. Their aliases are empty."""
     found, token = [], None
-    with tracking.explained(f"versions of {model}"):
+    with tracking.translate_errors(f"versions of {model}"):
         while True:
             page = client().search_model_versions(
                 f"name = '{model}'", max_results=PAGE, page_token=token
@@ -122,7 +122,7 @@ def run_of(version: "ModelVersion") -> str:
 
 def held(run_id: str) -> set[str]:
     """Names of the files and folders that a run's artifacts begin with."""
-    with tracking.explained(f"artifacts of run {run_id}"):
+    with tracking.translate_errors(f"artifacts of run {run_id}"):
         return {file.path for file in client().list_artifacts(run_id)}
 
 
@@ -130,7 +130,7 @@ def ensure(model: str, description: str) -> None:
     """Create the registered model unless it is there."""
     from mlflow.exceptions import MlflowException
 
-    with tracking.explained(f"registered model {model}"):
+    with tracking.translate_errors(f"registered model {model}"):
         try:
             client().create_registered_model(model, description=description)
         except MlflowException as error:

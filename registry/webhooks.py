@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> int:
         verbs.add_parser(verb, help=said)
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    with tracking.explained("webhooks"):
+    with tracking.translate_errors("webhooks"):
         if args.verb == "install":
             return _install(args.url)
         return {"list": _list, "test": _test, "remove": _remove}[args.verb]()

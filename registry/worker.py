@@ -184,7 +184,7 @@ class Worker:
             promote(self._model, version, before, verdict, "it passed every gate", ACTOR)
             return f"promoted: {verdict}"
         judge.tag(self._model, number, verdict)
-        with tracking.explained(f"alias {versions.CHALLENGER}"):
+        with tracking.translate_errors(f"alias {versions.CHALLENGER}"):
             client = versions.client()
             if verdict.passed:
                 client.set_registered_model_alias(self._model, versions.CHALLENGER, number)

@@ -152,7 +152,7 @@ class Live:
             await self._idle.wait()
         await asyncio.to_thread(self.classifier.close)
         self.files.close()
-        await asyncio.to_thread(hardware.give_back_freed_memory)
+        await asyncio.to_thread(hardware.malloc_trim)
 
 
 def load(uri: str, settings: Mapping[str, Any]) -> Live:
@@ -168,7 +168,7 @@ def load(uri: str, settings: Mapping[str, Any]) -> Live:
 
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="eurosat-model-"))
-        with tracking.explained(uri):
+        with tracking.translate_errors(uri):
             files = download_artifacts(uri, dst_path=folder)
         try:
             model = mlflow.pyfunc.load_model(files, model_config=dict(settings))
@@ -278,7 +278,7 @@ class Follower:
         alias = ALIAS.fullmatch(self.reference)
         if alias is None:
             return self.reference
-        with tracking.explained(self.reference):
+        with tracking.translate_errors(self.reference):
             version = MlflowClient().get_model_version_by_alias(*alias.groups())
         return f"models:/{alias[1]}/{version.version}"
 

@@ -357,7 +357,7 @@ class TileClassifier(PythonModel):
 
         Both by thresholds that the training fitted on its validation fold.
         """
-        thresholds, above = self.calibration["thresholds"], self.calibration["unlike_above"]
+        thresholds, above = self.calibration["thresholds"], self.calibration["ood_threshold"]
         each = zip(self.classes, probabilities, thresholds, strict=True)
         return {
             "prediction_set": [name for name, p, threshold in each if 1 - p <= threshold],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat import tracking
-from eurosat.config import build as from_mapping
+from eurosat.config import from_mapping as from_mapping
 from eurosat.errors import ConfigError
 from eurosat.runtime import cli, exit_codes, logs, ray_cluster
 from serving.mlflow_server import CHAMPION
@@ -131,7 +131,7 @@ def replica(config: RayConfig) -> "App":
 def main(argv: Sequence[str]) -> int:
     given = (word.partition("=") for word in cli.overrides(argv, USAGE))
     config = read({name: value for name, _, value in given})
-    ray_cluster.join(config.ray_address, tracking.server())
+    ray_cluster.join(config.ray_address, tracking.tracking_uri())
     from ray import serve
 
     ended = threading.Event()

@@ -11,7 +11,7 @@ import pytest
 from deploy import postgresql
 from eurosat.config import TrainConfig, compose
 from eurosat.data.pack import Pack, open_pack
-from eurosat.data.prepare import Prepared
+from eurosat.data.prepare import PreparedData
 from eurosat.data.split import make_split
 from eurosat.runtime import telemetry
 from tests.support import platforms
@@ -109,8 +109,8 @@ def tiny_pack(tiny_config: TrainConfig) -> Pack:
 
 
 @pytest.fixture(scope="session")
-def tiny_data(tiny_pack: Pack) -> Prepared:
-    return Prepared(pack=tiny_pack, split=make_split(tiny_pack.table), validation="missing")
+def tiny_data(tiny_pack: Pack) -> PreparedData:
+    return PreparedData(pack=tiny_pack, split=make_split(tiny_pack.table), validation="missing")
 
 
 @pytest.fixture(scope="session")

@@ -18,14 +18,14 @@ from eurosat import tracking
 from eurosat.config import compose
 from eurosat.data.sources import open_source
 from eurosat.models.network import Network, load
-from eurosat.runtime.cache import usual_cache
+from eurosat.runtime.cache import cache_root
 from registry import versions
 
 CHAMPION = f"models:/{versions.MODEL}@{versions.CHAMPION}"
 TRAINING = (
     "recipe=resnet18-quick",
     "model.name=resnet18",
-    "model.views=1",
+    "model.tta_views=1",
     "distill.teacher=none",
     "trainer.epochs=1",
     "data.allow_unvalidated=true",
@@ -63,7 +63,7 @@ def onnx_file(model: Path) -> Path:
 def served(*, retrain: bool) -> Served:
     """Train and register it for one epoch, unless the cache holds it from another time."""
     data = "eurosat" if os.environ.get("EUROSAT_ROOT") else "synthetic"
-    store = usual_cache().absolute() / "bench-serving" / data
+    store = cache_root().absolute() / "bench-serving" / data
     uri, folder = f"sqlite:///{store}/mlflow.db", store / "served"
     os.environ["MLFLOW_TRACKING_URI"] = uri
     if retrain or not (folder / TILES_FILE).exists():

@@ -97,7 +97,8 @@ def audit(pack: Pack, split: Split) -> int:
             + ", ".join(pack.table["path"].iloc[rows])
         )
     print(
-        f"{len(pack.table)} tiles: {pack.exact} exact and {pack.near} near duplicates in "
+        f"{len(pack.table)} tiles: {pack.num_exact_duplicates} exact and "
+        f"{pack.num_near_duplicates} near duplicates in "
         f"{len(groups)} groups, {crossing} across folds"
     )
     return crossing
@@ -133,12 +134,12 @@ def write_pack(pack: Pack, folder: Path) -> None:
         "tiles": len(pack.table),
         "classes": {str(name): int(count) for name, count in counts.items()},
         "shape": list(pack.tiles_NHWC.shape[1:]),
-        "duplicates": {"exact": pack.exact, "near": pack.near},
+        "duplicates": {"exact": pack.num_exact_duplicates, "near": pack.num_near_duplicates},
     }
     with on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         pack.table.to_parquet(folder / TABLE, index=False)
-        atomic.replace_text(folder / "pack.json", json.dumps(summary, indent=1) + "\n")
+        atomic.atomic_write_text(folder / "pack.json", json.dumps(summary, indent=1) + "\n")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -158,13 +159,13 @@ def main(argv: Sequence[str]) -> int:
     if verb == "pack":
         write_pack(pack, Path(target or "data"))
         return exit_codes.OK
-    split = make_split(pack.table, *config.data.split)
+    split = make_split(pack.table, *config.data.split_options)
     print(f"split {split.fingerprint} ({split.protocol}, seed {split.seed})")
     if verb == "split":
         file = Path(target or "data/split.csv")
         with on_disk(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            atomic.replace_text(file, split_csv(pack.table, split))
+            atomic.atomic_write_text(file, split_csv(pack.table, split))
         return exit_codes.OK
     crossing = audit(pack, split)
     if verb == "audit":

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 NAMES = ("B01", "B02", "B03", "B04", "B05", "B06", "B07", "B08", "B09", "B10", "B11", "B12", "B8A")
 """In the order of the files: B8A last."""
-COLOURS = ("B04", "B03", "B02")
+RGB = ("B04", "B03", "B02")
 """Red, green and blue."""
 COLOUR_MAX = 2750.0
 """The value that EuroSAT's own JPEGs show as 255."""
@@ -40,13 +40,13 @@ def full_scale() -> npt.NDArray[np.float32]:
     would be noise from black to white.
     """
     wide = np.ceil((np.array(MEAN) + 3 * np.array(STD)) / 50) * 50
-    common = [name in (*COLOURS, CIRRUS) for name in NAMES]
+    common = [name in (*RGB, CIRRUS) for name in NAMES]
     return np.where(common, COLOUR_MAX, wide).astype(np.float32)
 
 
-def colours() -> list[int]:
+def rgb_indices() -> list[int]:
     """Positions of red, green and blue."""
-    return [NAMES.index(name) for name in COLOURS]
+    return [NAMES.index(name) for name in RGB]
 
 
 def from_colours(
@@ -81,7 +81,7 @@ def from_colours(
     stacked = np.stack([made[name] for name in NAMES], axis=-1)
     noise = rng.normal(0, 0.03, (1, 1, len(NAMES))) + rng.normal(0, 0.02, stacked.shape)
     told: npt.NDArray[np.uint16] = np.clip(stacked * (1 + noise), 0, 65535).astype(np.uint16)
-    told[..., colours()] = np.rint(np.stack([red, green, blue], axis=-1))
+    told[..., rgb_indices()] = np.rint(np.stack([red, green, blue], axis=-1))
     return told
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eurosat.data.bands import COLOUR_MAX, COLOURS, NAMES, colours
+from eurosat.data.bands import COLOUR_MAX, NAMES, RGB, rgb_indices
 from eurosat.data.bands import full_scale as of_thirteen_bands
 from eurosat.errors import DataError
 
@@ -48,13 +48,13 @@ def decode(
     if dtype == "uint16":
         scale = 255 / full_scale(pixels.shape[2], reflectance_max)
         pixels = np.rint(np.clip(pixels * scale, 0, 255))
-    if bands == "rgb" and pixels.shape[2] != len(COLOURS):
+    if bands == "rgb" and pixels.shape[2] != len(RGB):
         if pixels.shape[2] != len(NAMES):
             raise DataError(
                 f"{path} has {pixels.shape[2]} bands, its colours are known among "
                 f"{len(NAMES)} alone: say data.bands=all"
             )
-        pixels = pixels[:, :, colours()]
+        pixels = pixels[:, :, rgb_indices()]
     return np.asarray(pixels, dtype=np.uint8)
 
 

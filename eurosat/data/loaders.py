@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eurosat.data.pack import Pack
 from eurosat.data.split import Split
-from eurosat.runtime.distributed import ALONE, Ranks
+from eurosat.runtime.distributed import SINGLE_PROCESS, DistributedContext
 
 EVAL_BATCH = {"cpu": 32, "cuda": 1024}
 """Tiles a batch without gradients. In 256, what flows through EfficientNet-Lite0 no longer fits a
@@ -33,7 +33,7 @@ class Labelled(Protocol):
     def labels(self) -> npt.NDArray[np.int64]: ...
 
 
-class Batches:
+class TileLoader:
     """(N, C, H, W) uint8 tiles in channels-last memory, and (N,) labels.
 
     Given soft ``targets``, a row for each of the ``tiles``, it yields (N, K) of them for labels.
@@ -52,7 +52,7 @@ class Batches:
         indices: npt.NDArray[np.int64],
         batch_size: int | None = None,
         seed: int | None = None,
-        ranks: Ranks = ALONE,
+        ranks: DistributedContext = SINGLE_PROCESS,
         targets: Targets | None = None,
         passes: int = 1,
     ) -> None:
@@ -70,7 +70,7 @@ class Batches:
         """Of these tiles, uncompressed."""
         return len(self._indices) * int(np.prod(self._tiles_NHWC.shape[1:]))
 
-    def hold_on(self, device: torch.device) -> None:
+    def preload(self, device: torch.device) -> None:
         """Keep these tiles and labels on ``device``: batches are gathered there from now on."""
         shape = (len(self._indices), *self._tiles_NHWC.shape[1:])
         tiles_NHWC = torch.empty(shape, dtype=torch.uint8, device=device)
@@ -90,12 +90,12 @@ class Batches:
         if self._seed is not None:
             order = np.random.default_rng([self._seed, self.epoch]).permutation(order)
             order = order[: len(self) * self.batch_size]
-        if self._ranks.world > 1:
+        if self._ranks.world_size > 1:
             parts = np.array_split(order, len(self))  # no rank is left without a tile
         else:
             parts = np.split(order, np.arange(1, len(self)) * self.batch_size)
         for part in parts:
-            tiles_NHWC, labels = self._gather(part[self._ranks.rank :: self._ranks.world])
+            tiles_NHWC, labels = self._gather(part[self._ranks.rank :: self._ranks.world_size])
             yield tiles_NHWC.permute(0, 3, 1, 2), labels
 
     def _gather(self, rows: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -106,7 +106,7 @@ class Batches:
         return tiles_NHWC[places], labels[places]
 
 
-class TileData(lightning.LightningDataModule):
+class TileDataModule(lightning.LightningDataModule):
     """The folds of one split over one pack."""
 
     def __init__(
@@ -116,7 +116,7 @@ class TileData(lightning.LightningDataModule):
         *,
         batch_size: int,
         seed: int,
-        ranks: Ranks = ALONE,
+        ranks: DistributedContext = SINGLE_PROCESS,
         targets: Targets | None = None,
         passes: int = 1,
     ) -> None:
@@ -125,10 +125,10 @@ class TileData(lightning.LightningDataModule):
         self._pack, self._split, self._ranks = pack, split, ranks
         self._batch_size, self._seed = batch_size, seed
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self) -> TileLoader:
         rows = self._split.indices("train")
         return self._near(
-            Batches(
+            TileLoader(
                 self._pack,
                 rows,
                 self._batch_size,
@@ -139,20 +139,20 @@ class TileData(lightning.LightningDataModule):
             )
         )
 
-    def val_dataloader(self) -> Batches:
+    def val_dataloader(self) -> TileLoader:
         rows = self._split.indices("val")
-        return self._near(Batches(self._pack, rows, ranks=self._ranks))
+        return self._near(TileLoader(self._pack, rows, ranks=self._ranks))
 
-    def test_dataloader(self) -> Batches:
-        return Batches(self._pack, self._split.indices("test"))
+    def test_dataloader(self) -> TileLoader:
+        return TileLoader(self._pack, self._split.indices("test"))
 
-    def _near(self, batches: Batches) -> Batches:
+    def _near(self, batches: TileLoader) -> TileLoader:
         """On the GPU that trains, if there is one and it has the room."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if batches.nbytes < GPU_SHARE * free:
-                batches.hold_on(device)
+                batches.preload(device)
         return batches
 
 

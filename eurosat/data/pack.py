@@ -44,12 +44,12 @@ class Pack:
     tiles_NHWC: npt.NDArray[np.uint8]
     """Memory-mapped, read-only."""
     table: "pd.DataFrame"
-    """One row a tile: the columns of `Survey.table`, and ``group`` of `eurosat.data.duplicates`."""
+    """One row per tile: the columns of `DatasetScan.table`, and ``group``: its duplicates."""
     classes: tuple[str, ...]
     fingerprint: str
-    exact: int
+    num_exact_duplicates: int
     """Tiles whose pixels equal an earlier tile's."""
-    near: int
+    num_near_duplicates: int
     """Further tiles that look like another one."""
 
     @property
@@ -64,7 +64,7 @@ class Pack:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Survey:
+class DatasetScan:
     """What reading every tile of a source has shown."""
 
     table: "pd.DataFrame"
@@ -89,7 +89,7 @@ def open_pack(config: DataConfig, *, verify: bool = True) -> Pack:
     Raises:
         DataError: a tile has a fault, the pack is corrupt, or the disk is full.
     """
-    survey = survey_source(config, verify=verify)
+    survey = scan_source(config, verify=verify)
     if survey.pack is None:
         faults = survey.table["fault"].dropna()
         raise DataError(
@@ -99,12 +99,12 @@ def open_pack(config: DataConfig, *, verify: bool = True) -> Pack:
     return survey.pack
 
 
-def survey_source(config: DataConfig, *, verify: bool = True) -> Survey:
+def scan_source(config: DataConfig, *, verify: bool = True) -> DatasetScan:
     """Read every tile of the configured source, or the pack that an earlier survey left."""
     from filelock import FileLock
 
     source = open_source(config)
-    reading = f"{FORMAT} {config.reading} {source.identity}"
+    reading = f"{FORMAT} {config.decode_options} {source.identity}"
     name = f"{source.name}-{hashlib.sha256(reading.encode()).hexdigest()[:16]}"
     directory = config.cache_dir / "packs" / name
     if not directory.exists():
@@ -122,7 +122,7 @@ def survey_source(config: DataConfig, *, verify: bool = True) -> Survey:
                 "or set EUROSAT_CACHE to another folder"
             ) from error
     pack = load(directory, verify=verify)
-    return Survey(table=pack.table, fingerprint=pack.fingerprint, pack=pack)
+    return DatasetScan(table=pack.table, fingerprint=pack.fingerprint, pack=pack)
 
 
 def load(directory: Path, *, verify: bool = True) -> Pack:
@@ -158,13 +158,13 @@ def load(directory: Path, *, verify: bool = True) -> Pack:
         table=table,
         classes=tuple(meta["classes"]),
         fingerprint=meta["fingerprint"],
-        exact=meta["exact"],
-        near=meta["near"],
+        num_exact_duplicates=meta["exact"],
+        num_near_duplicates=meta["near"],
     )
 
 
-def _build(source: Source, config: DataConfig, directory: Path) -> Survey:
-    """Survey ``source``; where no tile has a fault, publish the pack by one rename."""
+def _build(source: Source, config: DataConfig, directory: Path) -> DatasetScan:
+    """Scan ``source``; where no tile has a fault, publish the pack by one rename."""
     import pandas as pd
 
     for left in directory.parent.glob(f".{directory.name}.*"):  # a killed build's
@@ -185,7 +185,7 @@ def _build(source: Source, config: DataConfig, directory: Path) -> Survey:
         table = pd.DataFrame(rows)
         fingerprint = dataset_fingerprint(list(table["path"]), list(table["sha256"]))
         if table["fault"].notna().any():
-            return Survey(table=table, fingerprint=fingerprint, pack=None)
+            return DatasetScan(table=table, fingerprint=fingerprint, pack=None)
         tiles_NHWC = np.load(building / TILES, mmap_mode="r")
         found = find_duplicates(
             tiles_NHWC, table["pixels_sha256"].to_numpy(), table["phash"].to_numpy(np.uint64)
@@ -211,7 +211,7 @@ def _build(source: Source, config: DataConfig, directory: Path) -> Survey:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     pack = load(directory, verify=False)
-    return Survey(table=pack.table, fingerprint=fingerprint, pack=pack)
+    return DatasetScan(table=pack.table, fingerprint=fingerprint, pack=pack)
 
 
 def _read_all(
@@ -252,7 +252,7 @@ def _read_chunk(
         try:
             data = source.read(path)
             row["sha256"] = hashlib.sha256(data).hexdigest()
-            pixels = decode(data, path, **config.reading)
+            pixels = decode(data, path, **config.decode_options)
             row["height"], row["width"], row["bands"] = pixels.shape
             row["pixels_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
             if pixels.shape != shape:
@@ -290,7 +290,7 @@ def _usual_shape(source: Source, config: DataConfig) -> tuple[int, int, int]:
     first_fault: DataError | None = None
     for path in source.paths[:: max(1, len(source.paths) // 64)]:
         try:
-            pixels = decode(source.read(path), path, **config.reading)
+            pixels = decode(source.read(path), path, **config.decode_options)
             height, width, bands = pixels.shape
             shapes[height, width, bands] += 1
         except DataError as error:

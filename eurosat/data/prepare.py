@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Prepared:
+class PreparedData:
     """Data that is packed, split, and validated or knowingly not."""
 
     pack: Pack
@@ -32,15 +32,15 @@ class Prepared:
         return self.fingerprints | {"data.validation": self.validation}
 
 
-def prepare(config: TrainConfig) -> Prepared:
+def prepare(config: TrainConfig) -> PreparedData:
     """Open or build the pack, ask for its receipt, and make the split.
 
     Raises:
         DataError: the tiles cannot be used, or were not validated.
     """
     pack = open_pack(config.data)
-    validation = validation_record.require(pack.fingerprint, config.data)
-    split = make_split(pack.table, *config.data.split)
+    validation = validation_record.require_passed(pack.fingerprint, config.data)
+    split = make_split(pack.table, *config.data.split_options)
     log.info(
         "%d tiles, %d classes, %d bands, data %s; %s split %s; %d exact, %d near duplicates kept "
         "together; validation %s",
@@ -50,8 +50,8 @@ def prepare(config: TrainConfig) -> Prepared:
         pack.fingerprint[:12],
         split.protocol,
         split.fingerprint[:12],
-        pack.exact,
-        pack.near,
+        pack.num_exact_duplicates,
+        pack.num_near_duplicates,
         validation,
     )
-    return Prepared(pack=pack, split=split, validation=validation)
+    return PreparedData(pack=pack, split=split, validation=validation)

@@ -52,14 +52,14 @@ def open_source(config: DataConfig) -> Source:
         case "synthetic":
             return SyntheticSource(config.synthetic)
         case "folder":
-            return open_place(here(config.root or "", config.cache_dir), "folder")
+            return open_place(localise(config.root or "", config.cache_dir), "folder")
         case "eurosat":
             if not config.root:
                 return open_place(download_eurosat(config.cache_dir / "download"), "eurosat")
-            return open_place(find_eurosat(here(config.root, config.cache_dir)), "eurosat")
+            return open_place(find_eurosat(localise(config.root, config.cache_dir)), "eurosat")
 
 
-def here(root: str, cache: Path) -> Path:
+def localise(root: str, cache: Path) -> Path:
     """``root`` as a folder or zip of this machine: what is in a bucket is mirrored in the cache.
 
     Only what changed there since is fetched. Tiles and zips are; other files are left alone.

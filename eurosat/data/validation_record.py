@@ -16,7 +16,7 @@ MISSING = "missing"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Receipt:
+class ValidationRecord:
     fingerprint: str
     """Of the data set that was validated."""
     success: bool
@@ -33,12 +33,12 @@ def path_of(fingerprint: str, cache: Path) -> Path:
     return cache / "receipts" / f"{fingerprint}.json"
 
 
-def write(receipt: Receipt, cache: Path) -> Path:
+def write(receipt: ValidationRecord, cache: Path) -> Path:
     """Replace the data set's receipt by one rename."""
     file = path_of(receipt.fingerprint, cache)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        atomic.replace_text(file, json.dumps(dataclasses.asdict(receipt), indent=1))
+        atomic.atomic_write_text(file, json.dumps(dataclasses.asdict(receipt), indent=1))
     except OSError as error:
         raise DataError(
             f"cannot write the receipt {file}: {error.strerror}; set EUROSAT_CACHE to a folder "
@@ -47,7 +47,7 @@ def write(receipt: Receipt, cache: Path) -> Path:
     return file
 
 
-def read(fingerprint: str, cache: Path) -> Receipt | None:
+def read(fingerprint: str, cache: Path) -> ValidationRecord | None:
     """The data set's receipt, or None where it was never validated.
 
     Raises:
@@ -56,7 +56,7 @@ def read(fingerprint: str, cache: Path) -> Receipt | None:
     file = path_of(fingerprint, cache)
     try:
         values = json.loads(file.read_text())
-        receipt = Receipt(**(values | {"failed": tuple(values["failed"])}))
+        receipt = ValidationRecord(**(values | {"failed": tuple(values["failed"])}))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -68,7 +68,7 @@ def read(fingerprint: str, cache: Path) -> Receipt | None:
     return receipt
 
 
-def require(fingerprint: str, config: DataConfig) -> str:
+def require_passed(fingerprint: str, config: DataConfig) -> str:
     """'passed', or, where ``data.allow_unvalidated=true`` was said, 'failed' or 'missing'.
 
     Raises:

@@ -17,7 +17,7 @@ from eurosat.doctor.checks import Failed, NotApplicable
 from eurosat.doctor.context import Visit
 from eurosat.errors import DataError
 from eurosat.runtime import env_file, hardware
-from eurosat.runtime.cache import usual_cache
+from eurosat.runtime.cache import cache_root
 from eurosat.storage.store import is_bucket
 
 PYTHON = (3, 11)
@@ -175,7 +175,7 @@ def tiles(visit: Visit) -> str:
 def disk(visit: Visit) -> str:
     """Room where packs, journals, runs and temporary files are written."""
     places = {
-        "EUROSAT_CACHE": usual_cache(),
+        "EUROSAT_CACHE": cache_root(),
         "here": visit.folder,
         "TMPDIR": Path(tempfile.gettempdir()),
     }

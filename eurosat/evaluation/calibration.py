@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eurosat.data.arrays import Floats, Labels
-from eurosat.evaluation.metrics import surprise
+from eurosat.evaluation.metrics import per_tile_nll
 
 COVERAGE = 0.95
 """Share of tiles, of every class, whose prediction set holds the true class."""
@@ -27,7 +27,7 @@ class Calibration:
     coverage: float
     thresholds: tuple[float, ...]
     """Per class k: it belongs to the prediction set where 1 - p_k is at most this."""
-    unlike_above: float
+    ood_threshold: float
     """Energy above which a tile is unlike the training data (Liu et al. 2020)."""
 
     def as_dict(self) -> dict[str, Any]:
@@ -35,7 +35,10 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        return cls(**(dict(values) | {"thresholds": tuple(values["thresholds"])}))
+        """Also as runs before version 0.2 wrote it."""
+        names = {"unlike_above": "ood_threshold"}
+        current = {names.get(name, name): value for name, value in values.items()}
+        return cls(**(current | {"thresholds": tuple(current["thresholds"])}))
 
 
 def fit(logits_NK: Floats, labels: Labels) -> Calibration:
@@ -45,7 +48,7 @@ def fit(logits_NK: Floats, labels: Labels) -> Calibration:
         temperature=temperature,
         coverage=COVERAGE,
         thresholds=conformal_thresholds(softmax(logits_NK / temperature), labels, COVERAGE),
-        unlike_above=float(np.quantile(energy(logits_NK), 1 - UNLIKE_SHARE)),
+        ood_threshold=float(np.quantile(energy(logits_NK), 1 - UNLIKE_SHARE)),
     )
 
 
@@ -54,7 +57,7 @@ def fit_temperature(logits_NK: Floats, labels: Labels) -> float:
     from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(
-        lambda log_t: surprise(labels, softmax(logits_NK / np.exp(log_t))).mean(),
+        lambda log_t: per_tile_nll(labels, softmax(logits_NK / np.exp(log_t))).mean(),
         bounds=LOG_TEMPERATURES,
         method="bounded",
     )
@@ -95,7 +98,7 @@ def softmax(logits_NK: Floats) -> Floats:
     return odds
 
 
-def judge(calibration: Calibration, logits_NK: Floats, labels: Labels) -> dict[str, float]:
+def evaluate(calibration: Calibration, logits_NK: Floats, labels: Labels) -> dict[str, float]:
     """What the promises are worth on another fold: coverage (of all, of the worst class), mean
     set size, and the share of tiles told to be unlike the training data.
     """
@@ -106,5 +109,5 @@ def judge(calibration: Calibration, logits_NK: Floats, labels: Labels) -> dict[s
         "coverage": float(held.mean()),
         "coverage_worst_class": min(float(held[labels == k].mean()) for k in np.unique(labels)),
         "set_size": float(inside.sum(axis=1).mean()),
-        "unlike": float((energy(logits_NK) > calibration.unlike_above).mean()),
+        "unlike": float((energy(logits_NK) > calibration.ood_threshold).mean()),
     }

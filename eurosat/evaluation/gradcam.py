@@ -19,7 +19,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 from eurosat.errors import ModelError
-from eurosat.evaluation.metrics import surprise
+from eurosat.evaluation.metrics import per_tile_nll
 from eurosat.evaluation.plots import DPI, visible
 from eurosat.models.network import Network
 
@@ -31,7 +31,7 @@ HARDEST = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Explained:
+class CamResult:
     tile: str
     pixels_HWC: Tiles
     expected: str | None
@@ -45,7 +45,7 @@ class Explained:
 
 def explain(
     network: "Network", tiles_NHWC: Tiles, names: Sequence[str], expected: Sequence[str | None]
-) -> list[Explained]:
+) -> list[CamResult]:
     """Label, confidence and heat maps of each tile.
 
     Raises:
@@ -64,7 +64,7 @@ def explain(
     asked = np.asarray([classes.index(str(expected[n])) for n in missed])
     heat_expected = dict(zip(missed, heat_maps(network, tiles_NCHW[missed], asked), strict=True))
     return [
-        Explained(
+        CamResult(
             tile=names[n],
             pixels_HWC=tiles_NHWC[n],
             expected=expected[n],
@@ -88,7 +88,7 @@ def heat_maps(
     if not len(classes):
         return np.empty((0, *tiles_NCHW.shape[2:]), np.float32)
     targets = [ClassifierOutputTarget(int(k)) for k in classes]
-    with network.in_one_view():
+    with network.single_view():
         layer, transform = _layer(network, tiles_NCHW[:1])
         with GradCAMPlusPlus(network, [layer], reshape_transform=transform) as cam:
             heat: npt.NDArray[np.float32] = cam(tiles_NCHW, targets)
@@ -143,9 +143,9 @@ def gallery(
     names: Sequence[str],
     labels: npt.NDArray[np.int64],
     probabilities: npt.NDArray[np.float64],
-) -> list[Explained]:
+) -> list[CamResult]:
     """The tiles of the highest loss, then of each class the right one of the lowest."""
-    loss = surprise(labels, probabilities)
+    loss = per_tile_nll(labels, probabilities)
     right = probabilities.argmax(axis=1) == labels
     hardest = np.argsort(-loss, kind="stable")[:HARDEST]
     surest = [
@@ -158,7 +158,7 @@ def gallery(
     return explain(network, tiles_NHWC[chosen], [names[n] for n in chosen], expected)
 
 
-def draw(explained: Sequence[Explained], title: str, file: Path) -> None:
+def draw(explained: Sequence[CamResult], title: str, file: Path) -> None:
     """A page as a picture: tile, heat of the label, heat of the true class where it differs."""
     columns = 2
     lines = -(-len(explained) // columns)
@@ -188,7 +188,7 @@ def _shortened(name: str) -> str:
     return Path(name).name[-28:]
 
 
-def page(explained: Sequence[Explained], title: str) -> str:
+def page(explained: Sequence[CamResult], title: str) -> str:
     """The same as HTML that needs no other file."""
     rows = "\n".join(
         f"<tr><td>{html.escape(one.tile)}</td><td>{html.escape(one.expected or '-')}</td>"
@@ -210,7 +210,7 @@ img {{ width: 128px; image-rendering: pixelated; margin-right: 4px }}</style>
 """
 
 
-def _pictures(one: Explained) -> str:
+def _pictures(one: CamResult) -> str:
     heats = [None, one.heat] + ([] if one.heat_expected is None else [one.heat_expected])
     return "".join(_picture(one.pixels_HWC, heat) for heat in heats)
 

@@ -90,7 +90,7 @@ def _figures(
     figures = {
         "accuracy": right_BK.sum(axis=1) / total,
         **{f"macro_{name}": values[:, present].mean(axis=1) for name, values in of_class.items()},
-        "nll": weights_BN @ surprise(labels, probabilities) / total,
+        "nll": weights_BN @ per_tile_nll(labels, probabilities) / total,
         "brier": weights_BN @ squares / total,
         "ece": np.abs(weights_BN @ _gaps(labels, probabilities)).sum(axis=1) / total,
     }
@@ -120,7 +120,7 @@ def _ranked(
     return _ratio(precision, hits[:, -1]), _ratio(below, hits[:, -1] * misses[:, -1])
 
 
-def surprise(labels: Labels, probabilities: Probabilities) -> Floats:
+def per_tile_nll(labels: Labels, probabilities: Probabilities) -> Floats:
     """(N,) -ln p of the true class, in nats; p is kept above 1e-12."""
     true = probabilities[np.arange(len(labels)), labels].astype(np.float64)
     return -np.log(np.clip(true, 1e-12, 1))
@@ -147,7 +147,7 @@ def confusion(labels: Labels, predicted: Labels, num_classes: int) -> npt.NDArra
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class PairedComparison:
     """Two models on the same tiles, the first against the second."""
 
     only_first: int
@@ -177,7 +177,7 @@ def compare(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Comparison:
+) -> PairedComparison:
     """Exact McNemar test (McNemar 1947) and paired bootstrap over tiles."""
     right = [p.argmax(axis=1) == labels for p in (first, second)]
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
@@ -191,7 +191,7 @@ def compare(
             drawn[name].append(one[name] - two[name])
     whole = [evaluate(labels, p, classes) for p in (first, second)]
     limits = {name: np.quantile(np.concatenate(drawn[name]), [0.025, 0.975]) for name in names}
-    return Comparison(
+    return PairedComparison(
         only_first=only_first,
         only_second=only_second,
         p_value=mcnemar(only_first, only_second),

@@ -146,7 +146,7 @@ def visible(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     Those are its first three bands, or Sentinel-2's own of its thirteen.
     """
     if tile.shape[-1] == len(bands.NAMES):
-        return tile[..., bands.colours()]
+        return tile[..., bands.rgb_indices()]
     return tile[..., :3] if tile.shape[-1] >= 3 else tile[..., 0]
 
 

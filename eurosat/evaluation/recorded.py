@@ -8,7 +8,7 @@ import numpy.typing as npt
 import yaml
 
 from eurosat import tracking
-from eurosat.config import DataConfig, build, compose
+from eurosat.config import DataConfig, compose, from_mapping
 from eurosat.data.pack import Pack, open_pack
 from eurosat.data.split import make_split
 from eurosat.errors import ConfigError, DataError
@@ -33,7 +33,7 @@ def recorded_data(run_id: str) -> DataConfig:
     values["cache"] = here.cache
     if values["source"] == "eurosat":
         values["root"] = here.root or values["root"]
-    return build(DataConfig, values, "data")
+    return from_mapping(DataConfig, values, "data")
 
 
 def recorded_network(run_id: str) -> tuple["Network", "Calibration"]:
@@ -52,7 +52,7 @@ def recorded_fold(run_id: str, fold: str) -> tuple["Pack", "npt.NDArray[np.int64
     """
     config, tags = recorded_data(run_id), tracking.get(run_id).tags
     pack = open_pack(config)
-    split = make_split(pack.table, *config.split)
+    split = make_split(pack.table, *config.split_options)
     for name, now in (
         ("data.fingerprint", pack.fingerprint),
         ("split.fingerprint", split.fingerprint),

@@ -7,13 +7,13 @@ import numpy as np
 
 from eurosat.evaluation import metrics
 from eurosat.evaluation import plots as pictures
-from eurosat.evaluation.calibration import judge
-from eurosat.evaluation.results import WORST, Judged
+from eurosat.evaluation.calibration import evaluate
+from eurosat.evaluation.results import WORST, EvaluationResult
 
 MOST_CONFUSED = 8
 
 
-def figures(judged: Judged) -> dict[str, Any]:
+def figures(judged: EvaluationResult) -> dict[str, Any]:
     """Everything that can be told as values, for JSON."""
     labels, probabilities, classes = judged.labels, judged.probabilities, judged.pack.classes
     limits = metrics.intervals(labels, probabilities, classes)
@@ -28,7 +28,7 @@ def figures(judged: Judged) -> dict[str, Any]:
             for name, value in metrics.evaluate(labels, probabilities, classes).items()
         },
         "calibration": {"temperature": judged.calibration.temperature}
-        | judge(judged.calibration, judged.logits, labels),
+        | evaluate(judged.calibration, judged.logits, labels),
         "confused": _confused(counts, classes),
         "confusion": counts.tolist(),
         "worst": _worst(judged),
@@ -46,10 +46,10 @@ def _confused(counts: Any, classes: tuple[str, ...]) -> list[dict[str, Any]]:
     ]
 
 
-def _worst(judged: Judged) -> list[dict[str, Any]]:
+def _worst(judged: EvaluationResult) -> list[dict[str, Any]]:
     """The tiles of the highest loss."""
     probabilities, classes = judged.probabilities, judged.pack.classes
-    loss = metrics.surprise(judged.labels, probabilities)
+    loss = metrics.per_tile_nll(judged.labels, probabilities)
     tiles = judged.tiles
     return [
         {
@@ -133,7 +133,7 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{row['accuracy']:.3f} / {row['confidence']:.3f} / {row['unlike']:.2f}"
 
 
-def draw(judged: Judged, told: dict[str, Any], folder: Path) -> None:
+def draw(judged: EvaluationResult, told: dict[str, Any], folder: Path) -> None:
     """confusion.png, confusion-shares.png, reliability.png, worst.png and corruptions.png."""
     classes, counts = judged.pack.classes, np.asarray(told["confusion"])
     title = f"{told['fold']} fold, accuracy {told['figures']['accuracy']['value']:.4f}"

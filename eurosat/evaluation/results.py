@@ -11,7 +11,7 @@ import pandas as pd
 from eurosat import tracking
 from eurosat.config import compose
 from eurosat.data.arrays import Floats, Labels
-from eurosat.data.loaders import Batches
+from eurosat.data.loaders import TileLoader
 from eurosat.data.pack import Pack, open_pack
 from eurosat.errors import DataError
 from eurosat.evaluation import calibration, corruptions, metrics
@@ -29,7 +29,7 @@ WORST = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
+class EvaluationResult:
     """A network's answers on a fold."""
 
     run_id: str
@@ -52,14 +52,14 @@ class Judged:
         return list(self.pack.table["path"].iloc[self.rows])
 
 
-class Seen(NamedTuple):
+class TileBatch(NamedTuple):
     """Tiles that are not in a pack."""
 
     tiles_NHWC: "npt.NDArray[np.uint8]"
     labels: "Labels"
 
 
-def other_tiles(run_id: str, network: "Network", data: str) -> tuple["Pack", Any]:
+def unseen_tiles(run_id: str, network: "Network", data: str) -> tuple["Pack", Any]:
     """The tiles of another data set that the run neither learned from nor was chosen by.
 
     Raises:
@@ -83,16 +83,16 @@ def other_tiles(run_id: str, network: "Network", data: str) -> tuple["Pack", Any
     return pack, rows
 
 
-def evaluate(run_id: str, fold: str = "test", data: str | None = None) -> Judged:
+def evaluate(run_id: str, fold: str = "test", data: str | None = None) -> EvaluationResult:
     """Answers of the run's weights on a fold of its own data, or on ``data``.
 
     Raises:
-        DataError: see `recorded_fold` and `other_tiles`.
+        DataError: see `recorded_fold` and `unseen_tiles`.
     """
     net, calibration = recorded_network(run_id)
-    pack, rows = other_tiles(run_id, net, data) if data else recorded_fold(run_id, fold)
-    logits, labels = predict.logits(net, Batches(pack, rows))
-    return Judged(
+    pack, rows = unseen_tiles(run_id, net, data) if data else recorded_fold(run_id, fold)
+    logits, labels = predict.logits(net, TileLoader(pack, rows))
+    return EvaluationResult(
         run_id=run_id,
         fold=ALL if data else fold,
         network=net,
@@ -104,7 +104,7 @@ def evaluate(run_id: str, fold: str = "test", data: str | None = None) -> Judged
     )
 
 
-def under_corruptions(judged: Judged, most: int) -> list[dict[str, Any]]:
+def under_corruptions(judged: EvaluationResult, most: int) -> list[dict[str, Any]]:
     """Accuracy, mean confidence and share told unlike, by kind and severity (0: untouched)."""
     rng = np.random.default_rng(0)
     rows = np.sort(rng.choice(judged.rows, min(most, len(judged.rows)), replace=False))
@@ -114,10 +114,10 @@ def under_corruptions(judged: Judged, most: int) -> list[dict[str, Any]]:
     table = []
     for kind, severity in track(steps, len(steps), "corruptions", "passes"):
         seen = corruptions.corrupt(tiles, kind, severity) if severity else tiles
-        batches = Batches(Seen(seen, labels), np.arange(len(seen)))
+        batches = TileLoader(TileBatch(seen, labels), np.arange(len(seen)))
         logits, _ = predict.logits(judged.network, batches)
         probabilities = calibration.softmax(logits / judged.calibration.temperature)
-        unlike = calibration.energy(logits) > judged.calibration.unlike_above
+        unlike = calibration.energy(logits) > judged.calibration.ood_threshold
         table.append(
             {
                 "kind": kind,
@@ -131,7 +131,7 @@ def under_corruptions(judged: Judged, most: int) -> list[dict[str, Any]]:
     return table
 
 
-def compared(judged: Judged, other: Judged) -> dict[str, Any]:
+def compare(judged: EvaluationResult, other: EvaluationResult) -> dict[str, Any]:
     """``judged`` against ``other`` on the same tiles.
 
     Raises:

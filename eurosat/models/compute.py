@@ -88,9 +88,9 @@ def _images_per_s(spec: "NetworkSpec", modes: list[Compute]) -> dict[Compute, fl
     import torch
 
     from eurosat.models import cpu_convolutions
-    from eurosat.models.network import untrained
+    from eurosat.models.network import build_untrained
 
-    network = untrained(spec).train()
+    network = build_untrained(spec).train()
     tiles = torch.randint(0, 256, (PROBE_BATCH, spec.bands, *spec.tile_size), dtype=torch.uint8)
     fastest = dict.fromkeys(modes, float("inf"))
     for _ in range(PROBE_ROUNDS):

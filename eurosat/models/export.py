@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from eurosat.errors import ModelError
 from eurosat.models.network import Network, NetworkSpec
-from eurosat.models.onnx_session import TILES, opened
+from eurosat.models.onnx_session import TILES, open_session
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
@@ -51,7 +51,7 @@ class _OneView(nn.Module):
 
     def features(self, views_NHWC: Tensor) -> Tensor:
         backbone: Any = self.network.backbone
-        prepared = self.network.prepared(views_NHWC.permute(0, 3, 1, 2))
+        prepared = self.network.preprocess(views_NHWC.permute(0, 3, 1, 2))
         features: Tensor = backbone.forward_features(prepared)
         return features
 
@@ -88,7 +88,7 @@ def export_onnx(
     Outputs ``probabilities`` (N, K), ``energy`` (N,) of the logits before calibration, and for a
     network whose head is an average and one layer ``activation`` (N, K, h, w), where each class was
     seen. The metadata carry ``classes``, ``tile_size``, ``bands`` and ``views`` as JSON.
-    ``alone`` is the network as `one_view` has made it, which takes seconds; None makes it here.
+    ``alone`` is the network as `export_core` has made it, which takes seconds; None makes it here.
 
     Raises:
         ModelError: the file answers otherwise than the network.
@@ -96,12 +96,12 @@ def export_onnx(
     import onnx
 
     network = network.eval().cpu()
-    model = onnx.load_from_string(alone or one_view(network))
-    onnx.save(served(model, network, metadata or {}), str(file))
+    model = onnx.load_from_string(alone or export_core(network))
+    onnx.save(wrap_with_tta(model, network, metadata or {}), str(file))
     return _check(network, file)
 
 
-def one_view(network: Network) -> bytes:
+def export_core(network: Network) -> bytes:
     """The network alone as an ONNX model: views of tiles to logits and maps."""
     module = _OneView(network.cpu()).eval()
     tiles_NHWC = torch.from_numpy(_random_tiles(network.spec))
@@ -133,8 +133,10 @@ def one_view(network: Network) -> bytes:
         return file.read_bytes()
 
 
-def served(model: "ModelProto", network: Network, metadata: Mapping[str, str]) -> "ModelProto":
-    """``model`` of `one_view` between the switch of views and the average of their answers."""
+def wrap_with_tta(
+    model: "ModelProto", network: Network, metadata: Mapping[str, str]
+) -> "ModelProto":
+    """``model`` of `export_core` between the switch of views and the average of their answers."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -170,7 +172,7 @@ def served(model: "ModelProto", network: Network, metadata: Mapping[str, str]) -
         "first_axis": np.array([0]),
         "last_axis": np.array([1]),
         "temperature": network.temperature.numpy().astype(np.float32),
-        "tta": np.array(spec.views > 1),
+        "tta": np.array(spec.tta_views > 1),
     }
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
     tiles: list[str | int | None] = ["N", *spec.tile_size, spec.bands]
@@ -189,7 +191,7 @@ def served(model: "ModelProto", network: Network, metadata: Mapping[str, str]) -
         "classes": spec.classes,
         "tile_size": spec.tile_size,
         "bands": spec.bands,
-        "views": spec.views,
+        "views": spec.tta_views,
     }
     told = {name: json.dumps(value) for name, value in described.items()} | dict(metadata)
     helper.set_model_props(made, told)
@@ -243,7 +245,7 @@ def _random_tiles(spec: NetworkSpec) -> Any:
 @torch.inference_mode()
 def _check(network: Network, file: Path) -> float:
     """In its own views, and looking once; a batch, and one tile."""
-    session = opened(file)
+    session = open_session(file)
     tiles_NHWC = _random_tiles(network.spec)
     worst = 0.0
     for given in ({TILES: tiles_NHWC}, {TILES: tiles_NHWC[:1]}):
@@ -251,7 +253,7 @@ def _check(network: Network, file: Path) -> float:
         (answered,) = session.run(["probabilities"], given)
         expected = network(tiles_NCHW).softmax(dim=1).numpy()
         (once,) = session.run(["probabilities"], given | {"tta": np.array(False)})
-        with network.in_one_view():
+        with network.single_view():
             alone = network(tiles_NCHW).softmax(dim=1).numpy()
         for one, other in ((answered, expected), (once, alone)):
             worst = max(worst, float(np.abs(one - other).max()))

@@ -36,10 +36,10 @@ class NetworkSpec:
     mean: tuple[float, ...]
     """Of each band, on the scale of the pixels: 0 to 255."""
     std: tuple[float, ...]
-    views: int = 1
+    tta_views: int = 1
     """Flips and turns of a tile that are looked at for one answer, outside training."""
     stem: str = "stock"
-    """'stock' or 'gentle', see `eurosat.config.ModelConfig`."""
+    """'stock' or 'small', see `eurosat.config.ModelConfig`."""
 
 
 class Network(nn.Module):
@@ -49,7 +49,7 @@ class Network(nn.Module):
         super().__init__()
         self.spec = spec
         self.backbone = backbone
-        self._views = spec.views
+        self._views = spec.tta_views
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, -1, 1, 1))
@@ -66,14 +66,14 @@ class Network(nn.Module):
         """(N, K), before calibration; outside training the mean over the views of a tile."""
         if self.training or self._views == 1:
             return self._of_one_view(tiles_NCHW)
-        return self.of_views(tiles_NCHW).mean(dim=0)
+        return self.logits_per_view(tiles_NCHW).mean(dim=0)
 
-    def of_views(self, tiles_NCHW: Tensor) -> Tensor:
+    def logits_per_view(self, tiles_NCHW: Tensor) -> Tensor:
         """(views, N, K), before calibration; the first view is the tile as it is."""
         views = dihedral_views(tiles_NCHW) if self._views > 1 else [tiles_NCHW]
         return torch.stack([self._of_one_view(view) for view in views])
 
-    def prepared(self, tiles_NCHW: Tensor) -> Tensor:
+    def preprocess(self, tiles_NCHW: Tensor) -> Tensor:
         """What the backbone is given: normalised, and as large as it takes them."""
         normal = (tiles_NCHW.float() - self.mean) / self.std
         if side := self.spec.input_size:
@@ -83,7 +83,7 @@ class Network(nn.Module):
         return normal
 
     def _of_one_view(self, tiles_NCHW: Tensor) -> Tensor:
-        logits: Tensor = self.backbone(self.prepared(tiles_NCHW))
+        logits: Tensor = self.backbone(self.preprocess(tiles_NCHW))
         return logits
 
     @property
@@ -103,7 +103,7 @@ class Network(nn.Module):
             "distill.features=0, or take another model"
         )
 
-    def seen(self, tiles_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    def forward_with_features(self, tiles_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         """(N, F), what the head is given of each tile, and `logits`; both means over the views."""
         given: list[Tensor] = []
         backbone: Any = self.backbone
@@ -114,16 +114,16 @@ class Network(nn.Module):
         return torch.stack(given).mean(dim=0).flatten(1), logits
 
     @contextmanager
-    def in_one_view(self) -> Iterator[None]:
+    def single_view(self) -> Iterator[None]:
         """While it is entered, a tile is looked at once, as in training."""
         self._views = 1
         try:
             yield
         finally:
-            self._views = self.spec.views
+            self._views = self.spec.tta_views
 
 
-def untrained(spec: NetworkSpec) -> Network:
+def build_untrained(spec: NetworkSpec) -> Network:
     """The network with random weights.
 
     Raises:
@@ -146,7 +146,7 @@ def load(file: Path) -> Network:
         ModelError: the file is missing, damaged, or of another network.
     """
     state, spec = read(file)
-    network = untrained(spec)
+    network = build_untrained(spec)
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
@@ -182,7 +182,7 @@ def _backbone(spec: NetworkSpec) -> nn.Module:
         backbone = timm.create_model(spec.name, **arguments)
     except Exception as error:
         raise ModelError(f"timm cannot build {spec.name} with {arguments}: {error}") from error
-    if spec.stem == "gentle":
+    if spec.stem == "small":
         _soften(backbone, spec)
     return backbone
 
@@ -192,7 +192,7 @@ def _soften(backbone: Any, spec: NetworkSpec) -> None:
     stock = getattr(backbone, "conv1", None)
     if not isinstance(stock, nn.Conv2d | nn.Sequential) or not hasattr(backbone, "maxpool"):
         raise ModelError(
-            f"model.stem=gentle is for ResNets, and {spec.name} is none: say model.stem=stock"
+            f"model.stem=small is for ResNets, and {spec.name} is none: say model.stem=stock"
         )
     backbone.maxpool = nn.Identity()
     if isinstance(stock, nn.Conv2d):
@@ -212,12 +212,21 @@ def read(file: Path) -> tuple[dict[str, Tensor], NetworkSpec]:
         with safetensors.safe_open(str(file), framework="pt") as opened:
             values = json.loads((opened.metadata() or {})["spec"])
         tuples = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-        return state, NetworkSpec(**(values | tuples))
+        return state, NetworkSpec(**_current_names(values | tuples))
     except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise ModelError(
             f"{file} is not weights of ours ({type(error).__name__}: {error}): "
             "give a weights.safetensors of a training run, or weights=none"
         ) from error
+
+
+def _current_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a spec, also as files before version 0.2 name them."""
+    if "views" in values:
+        values["tta_views"] = values.pop("views")
+    if values.get("stem") == "gentle":
+        values["stem"] = "small"
+    return values
 
 
 def dihedral_views(tiles_NCHW: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ ERRORS_ALONE = 3
 """ONNX Runtime's level of what it writes on stderr: it warns that ``tta`` is free to be given."""
 
 
-def opened(file: Path, threads: int = 0) -> Any:
+def open_session(file: Path, threads: int = 0) -> Any:
     """An ONNX Runtime session on the CPU; with 0 threads, it takes one for each core."""
     import onnxruntime
 
@@ -26,11 +26,11 @@ def opened(file: Path, threads: int = 0) -> Any:
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def answers(
+def probabilities(
     file: Path, tiles_NHWC: npt.NDArray[np.uint8], batch: int = 32, *, one_view: bool = False
 ) -> Any:
     """(N, K) probabilities, float32, of all the views that it takes or of ``one_view``."""
-    session = opened(file)
+    session = open_session(file)
     turns = any(node.name == TTA for node in session.get_overridable_initializers())
     given = {TTA: np.array(False)} if one_view and turns else {}
     told: list[Any] = []

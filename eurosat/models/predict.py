@@ -7,33 +7,33 @@ import torch
 from torch import Tensor
 
 from eurosat.data.arrays import Floats, Labels
-from eurosat.data.loaders import Batches
+from eurosat.data.loaders import TileLoader
 from eurosat.models import cpu_convolutions
 from eurosat.models.network import Network
 from eurosat.runtime.progress import track
 
 
-def logits(network: Network, batches: Batches) -> tuple[Floats, Labels]:
+def logits(network: Network, batches: TileLoader) -> tuple[Floats, Labels]:
     """(N, K) logits before calibration, and (N,) labels; on the GPU where there is one."""
-    (logits_NK,), labels = predicted(
+    (logits_NK,), labels = run_over(
         network, batches, lambda tiles_NCHW: (network.logits(tiles_NCHW),)
     )
     return logits_NK, labels
 
 
-def logits_and_first_view(network: Network, batches: Batches) -> tuple[Floats, Floats, Labels]:
+def logits_and_first_view(network: Network, batches: TileLoader) -> tuple[Floats, Floats, Labels]:
     """`logits`, those of the first view alone, and labels, in one look at the tiles."""
 
     def ask(tiles_NCHW: Tensor) -> tuple[Tensor, Tensor]:
-        views = network.of_views(tiles_NCHW)
+        views = network.logits_per_view(tiles_NCHW)
         return views.mean(dim=0), views[0]
 
-    (logits_NK, first_NK), labels = predicted(network, batches, ask)
+    (logits_NK, first_NK), labels = run_over(network, batches, ask)
     return logits_NK, first_NK, labels
 
 
-def predicted(
-    network: Network, batches: Batches, ask: Callable[[Tensor], tuple[Tensor, ...]]
+def run_over(
+    network: Network, batches: TileLoader, ask: Callable[[Tensor], tuple[Tensor, ...]]
 ) -> tuple[list[Floats], Labels]:
     """What ``ask`` tells of each tile, with the network in its evaluation mode; and labels."""
     each, labels = [], []

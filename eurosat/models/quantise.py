@@ -12,7 +12,7 @@ from eurosat.models import export
 from eurosat.runtime import logs
 
 if TYPE_CHECKING:
-    from eurosat.data.prepare import Prepared
+    from eurosat.data.prepare import PreparedData
     from eurosat.models.network import Network
 
 CALIBRATION_TILES = 512
@@ -35,7 +35,7 @@ class _Batches:
         return next(self._batches, None)
 
 
-def calibration_tiles(data: "Prepared") -> Tiles:
+def calibration_tiles(data: "PreparedData") -> Tiles:
     """A draw of the train fold, always the same."""
     drawn = np.random.default_rng(0).permutation(data.split.indices("train"))
     tiles_NHWC: Tiles = data.pack.tiles_NHWC[np.sort(drawn[:CALIBRATION_TILES])]
@@ -63,8 +63,8 @@ def export_int8(
         plain, folded, whole = (
             Path(folder) / f"{name}.onnx" for name in ("plain", "folded", "int8")
         )
-        plain.write_bytes(alone or export.one_view(network))
-        with logs.hushed():  # it advises what has just been done
+        plain.write_bytes(alone or export.export_core(network))
+        with logs.only_errors():  # it advises what has just been done
             quant_pre_process(str(plain), str(folded), skip_symbolic_shape=True)
             quantize_static(
                 str(folded),
@@ -75,5 +75,5 @@ def export_int8(
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
-        made = export.served(onnx.load(str(whole)), network, metadata or {})
+        made = export.wrap_with_tta(onnx.load(str(whole)), network, metadata or {})
         onnx.save(made, str(file))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 
-def replace(file: Path, write: Callable[[BinaryIO], object]) -> None:
+def atomic_write(file: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file beside, force it to the disk, and put it in place by one rename.
 
     A process that is killed, or whatever ``write`` raises, leaves ``file`` as it was.
@@ -26,5 +26,5 @@ def replace(file: Path, write: Callable[[BinaryIO], object]) -> None:
         raise
 
 
-def replace_text(file: Path, text: str) -> None:
-    replace(file, lambda opened: opened.write(text.encode()))
+def atomic_write_text(file: Path, text: str) -> None:
+    atomic_write(file, lambda opened: opened.write(text.encode()))

@@ -6,34 +6,34 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ranks:
+class DistributedContext:
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     """Processes in all."""
-    beside: int = 1
+    local_world_size: int = 1
     """Processes on this machine, this one among them."""
-    ours: bool = True
+    owns_process_group: bool = True
     """Whether the process group was made by this package, not by Ray."""
 
     @property
-    def first(self) -> bool:
+    def is_first(self) -> bool:
         return self.rank == 0
 
     @classmethod
-    def from_environment(cls, *, ours: bool) -> "Ranks":
+    def from_environment(cls, *, owns_process_group: bool) -> "DistributedContext":
         """As torch's launchers and Ray tell it: RANK, WORLD_SIZE, LOCAL_WORLD_SIZE."""
         return cls(
             rank=int(os.environ["RANK"]),
-            world=int(os.environ["WORLD_SIZE"]),
-            beside=int(os.environ["LOCAL_WORLD_SIZE"]),
-            ours=ours,
+            world_size=int(os.environ["WORLD_SIZE"]),
+            local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
+            owns_process_group=owns_process_group,
         )
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = DistributedContext()
 
 
-def environment(rank: int, world: int, port: int) -> Mapping[str, str]:
+def launcher_environment(rank: int, world: int, port: int) -> Mapping[str, str]:
     """What torch's launcher would set for a process of ``world`` on one machine."""
     return {
         "MASTER_ADDR": "127.0.0.1",

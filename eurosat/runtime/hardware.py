@@ -18,7 +18,7 @@ LARGEST_KEPT = 32 * 2**20
 """Bytes; glibc takes no more."""
 
 
-def keep_freed_memory() -> None:
+def disable_malloc_trim() -> None:
     """Let this process keep what it frees for its next training step.
 
     By itself glibc gives it back to the kernel, and each step of a ResNet18 faults in thousands of
@@ -30,7 +30,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def give_back_freed_memory() -> None:
+def malloc_trim() -> None:
     """Hand what this process has freed to the kernel, from the arenas of all its threads.
 
     By itself glibc keeps what lies between two blocks in use, so that a server grows with each
@@ -46,7 +46,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def hardware() -> str:
+def describe_hardware() -> str:
     """One line for reports: processor, cores, memory, GPU."""
     import psutil
     import torch

@@ -10,7 +10,7 @@ from eurosat.errors import ConfigError
 
 FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 LEVELS = ("debug", "info", "warning", "error")
-CHATTY = (
+NOISY_LOGGERS = (
     "alembic",
     "mlflow",
     "lightning.pytorch",
@@ -42,14 +42,14 @@ def setup(level: str = "info") -> None:
 def quiet_libraries() -> None:
     """Once more after importing one of them: some set their own level when they are imported."""
     level = logging.getLogger().level
-    for name in CHATTY:
+    for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(max(level, logging.WARNING) if level > 10 else level)
     if level > 10:  # it warns of each repetition; what comes of them is told by us
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def only_errors() -> Iterator[None]:
     """Nothing below an error until the block ends, from libraries that log as the root."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))

@@ -12,10 +12,10 @@ from eurosat.runtime import telemetry
 from eurosat.runtime.progress import STYLE
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_SHIPPED = [".venv*", ".git", "mlruns", "mlartifacts", "*.db", "reports", "docs", "data_docs"]
+EXCLUDED_FILES = [".venv*", ".git", "mlruns", "mlartifacts", "*.db", "reports", "docs", "data_docs"]
 SHIPPED_VARIABLES = ("MLFLOW_", "EUROSAT_", "OMP_", "GOOGLE_APPLICATION_CREDENTIALS")
 """Prefixes of what a process on another machine is told: the server, its credentials, the tiles."""
-NOT_TOLD = (
+EXCLUDED_VARIABLES = (
     "MLFLOW_RUN_ID",
     "MLFLOW_EXPERIMENT",
     "MLFLOW_WEBHOOK",
@@ -58,10 +58,10 @@ def _runtime_env(tracking_uri: str, *, to_other_machines: bool) -> dict[str, Any
     variables = {
         name: value for name, value in os.environ.items() if name.startswith(SHIPPED_VARIABLES)
     }
-    for name in [name for name in variables if name.startswith(NOT_TOLD)]:
+    for name in [name for name in variables if name.startswith(EXCLUDED_VARIABLES)]:
         del variables[name]
     variables |= telemetry.OFF | {"MLFLOW_TRACKING_URI": tracking_uri, STYLE: "lines"}
     if to_other_machines:
-        return {"working_dir": str(ROOT), "excludes": NOT_SHIPPED, "env_vars": variables}
+        return {"working_dir": str(ROOT), "excludes": EXCLUDED_FILES, "env_vars": variables}
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {"env_vars": variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}}

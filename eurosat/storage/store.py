@@ -213,7 +213,7 @@ class Folder:
                         file.write(piece)
                         advance(len(piece))
 
-                atomic.replace(target, write)
+                atomic.atomic_write(target, write)
 
 
 @contextmanager

@@ -23,9 +23,11 @@ def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
         if (journal := journal_index.opened(directory)) is None:
             continue
         alive = not journal.hold()
-        abandoned = not alive and not journal.about("status") and not journal.about("attached")
+        abandoned = (
+            not alive and not journal.get_meta("status") and not journal.get_meta("attached")
+        )
         names = {journal.reference, journal.id, PREFIX + journal.id}
-        held_back = abandoned or journal.waiting() or journal.refusals()
+        held_back = abandoned or journal.backlog() or journal.refusals()
         if held_back and (not references or names & {*references}):
             yield journal, alive
         journal.close()
@@ -36,14 +38,14 @@ def status() -> int:
     found = 0
     for journal, alive in unsent():
         found += 1
-        minutes = (now_ms() - int(journal.about("start_ms") or 0)) / 60e3
+        minutes = (now_ms() - int(journal.get_meta("start_ms") or 0)) / 60e3
         state = "a process writes it" if alive else "its process has ended"
         if refused := journal.refusals():
             state += f", {_refused(refused)}"
+        name = journal.get_meta("run_name") or "additions"
         print(
-            f"{journal.reference}\t{journal.about('run_name') or 'additions'}\t{minutes:.0f} min\t"
-            f"{journal.waiting()}\t{state}\t"
-            f"{mlflow_client.without_password(journal.about('server') or '')}"
+            f"{journal.reference}\t{name}\t{minutes:.0f} min\t{journal.backlog()}\t{state}\t"
+            f"{mlflow_client.without_password(journal.get_meta('server') or '')}"
         )
     if not found:
         print("the tracking server has everything")
@@ -59,16 +61,16 @@ def sync(references: Sequence[str]) -> int:
                 print(f"{journal.reference}: its process is alive and sends it itself")
                 skipped += 1
                 continue
-            if journal.about("status") is None and not journal.about("attached"):
+            if journal.get_meta("status") is None and not journal.get_meta("attached"):
                 _end(journal)
-            journal.offer_again()
-            waiting = journal.waiting()
+            journal.requeue_rejected()
+            waiting = journal.backlog()
             task = shown.add_task(
-                f"send {journal.about('run_name') or journal.id}", total=None, note=str(waiting)
+                f"send {journal.get_meta('run_name') or journal.id}", total=None, note=str(waiting)
             )
 
             def told(task: TaskID = task, journal: Journal = journal) -> None:
-                shown.update(task, note=f"{journal.waiting()} left")
+                shown.update(task, note=f"{journal.backlog()} left")
 
             why = _delivered(journal, told)
             shown.remove_task(task)
@@ -77,7 +79,7 @@ def sync(references: Sequence[str]) -> int:
             print(f"{journal.reference}: " + (f"not sent: {why}" if why else f"sent {waiting}"))
             if refused:
                 print(f"  {_refused(refused)}; delete {journal.directory} to give that up")
-            elif not why and journal.about("status") in ("FINISHED", None):
+            elif not why and journal.get_meta("status") in ("FINISHED", None):
                 journal.remove()
     if not left and not skipped:
         said = "nothing of these waits here" if references else "the tracking server has everything"
@@ -94,9 +96,9 @@ def _end(journal: Journal) -> None:
 
     Where the disk had no room for it, the server was told FAILED at least.
     """
-    if journal.run_id and journal.about("opened"):
+    if journal.run_id and journal.get_meta("opened"):
         with contextlib.suppress(Exception):  # whatever it is, `_delivered` tells it
-            heard = mlflow_client.client(journal.about("server")).get_run(journal.run_id)
+            heard = mlflow_client.client(journal.get_meta("server")).get_run(journal.run_id)
             if heard.info.status == "FAILED":
                 return journal.end("FAILED")
     journal.set_tags({"killed.why": "its process ended without a word"})
@@ -105,7 +107,7 @@ def _end(journal: Journal) -> None:
 
 def _delivered(journal: Journal, told: Callable[[], None]) -> str | None:
     try:
-        client = mlflow_client.client(journal.about("server"))
+        client = mlflow_client.client(journal.get_meta("server"))
     except Exception as error:  # noqa: BLE001 - MLflow raises many kinds for a bad address
         return mlflow_client.first_line(error)
     return deliver(journal, client, told)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat.errors import TrackingError
-from eurosat.runtime.cache import usual_cache
+from eurosat.runtime.cache import cache_root
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -69,7 +69,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KeptFile:
+class PendingFile:
     seq: int
     path: str
     """Where it belongs among the run's artifacts."""
@@ -79,7 +79,7 @@ class KeptFile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Waiting:
+class Backlog:
     """What the server does not have yet."""
 
     entries: int
@@ -99,7 +99,7 @@ class Waiting:
 
 def root() -> Path:
     """Where this machine's journals are."""
-    return usual_cache() / "journals"
+    return cache_root() / "journals"
 
 
 class Journal:
@@ -126,7 +126,7 @@ class Journal:
                 timeout=30,
                 check_same_thread=False,
             )
-            self._bring_up_to_date()
+            self._migrate()
             self._connection.execute("PRAGMA synchronous=NORMAL")
             self._connection.execute("PRAGMA wal_autocheckpoint=0")  # an fsync, left to `settle`
 
@@ -152,7 +152,7 @@ class Journal:
             making.rename(directory)  # so that there is no journal but a whole one, and held
         made = cls(directory)
         made._held = lock
-        made.note(**{"start_ms": str(now_ms()), **about})
+        made.set_meta(**{"start_ms": str(now_ms()), **about})
         return made
 
     def hold(self, wait_s: float = 0) -> bool:
@@ -234,7 +234,7 @@ class Journal:
     def tag(self, name: str) -> str | None:
         return self._named("tag").get(name)
 
-    def keep(self, source: Path | bytes, path: str) -> None:
+    def add_file(self, source: Path | bytes, path: str) -> None:
         """Copy a file, or write its content, to be sent as the artifact ``path``."""
         folder = uuid.uuid4().hex
         local = self._local(folder, path)
@@ -260,7 +260,7 @@ class Journal:
         self._full_until = min(self._full_until, 1e-9)
         self.log_metrics({}, 0, 0)
         full = bool(self._unwritten)
-        self.note(status="FAILED" if full else status, end_ms=str(now_ms()), status_sent=None)
+        self.set_meta(status="FAILED" if full else status, end_ms=str(now_ms()), status_sent=None)
         if full:
             raise TrackingError(
                 f"{len(self._unwritten)} metrics were lost: {self.directory} cannot be written; "
@@ -273,7 +273,7 @@ class Journal:
         for name in ENDED_WHY:
             if why := self.tag(name):
                 self.set_tags({name: f"{why}; then continued"})
-        self.note(status=None, end_ms=None, status_sent=None, opened=None)
+        self.set_meta(status=None, end_ms=None, status_sent=None, opened=None)
 
     def adopt(
         self,
@@ -295,7 +295,7 @@ class Journal:
             last = self._one("SELECT coalesce(max(seq), 0) FROM entries")
         self.delivered(last)
 
-    def settle(self, mode: Literal["FULL", "PASSIVE"] = "FULL") -> None:
+    def checkpoint_wal(self, mode: Literal["FULL", "PASSIVE"] = "FULL") -> None:
         """Force what is written onto the disk: it survives a power cut as well.
 
         FULL takes all and makes writers wait for it; PASSIVE takes what it can get beside them.
@@ -305,12 +305,12 @@ class Journal:
 
     # What was noted about it
 
-    def about(self, name: str) -> str | None:
+    def get_meta(self, name: str) -> str | None:
         with self._lock:
             found = self._one("SELECT value FROM about WHERE name = ?", name)
         return None if found is None else str(found)
 
-    def note(self, **values: str | None) -> None:
+    def set_meta(self, **values: str | None) -> None:
         """Replace what is noted under these names; None removes it."""
         with _explained(self.directory), self._lock, self._connection:
             for name, value in values.items():
@@ -321,7 +321,7 @@ class Journal:
     @property
     def run_id(self) -> str | None:
         """Of the server, once it has the run."""
-        return self.about("run_id")
+        return self.get_meta("run_id")
 
     @property
     def reference(self) -> str:
@@ -351,14 +351,14 @@ class Journal:
 
     def delivered(self, seq: int) -> None:
         """The server has all entries up to this one."""
-        self.note(sent=str(seq))
+        self.set_meta(sent=str(seq))
 
     def refused(self, seq: int, why: str) -> None:
         """The server will never take this entry; it is kept here with the reason."""
         with self._lock, self._connection:
             self._connection.execute("UPDATE entries SET refused = ? WHERE seq = ?", (why, seq))
 
-    def next_file(self) -> KeptFile | None:
+    def next_file(self) -> PendingFile | None:
         with self._lock:
             row = self._connection.execute(
                 "SELECT seq, path, folder, sha256, size FROM files "
@@ -367,7 +367,7 @@ class Journal:
         if row is None:
             return None
         seq, path, folder, sha256, size = row
-        return KeptFile(
+        return PendingFile(
             seq=seq, path=path, sha256=sha256, size=size, local=self._local(folder, path)
         )
 
@@ -380,13 +380,13 @@ class Journal:
         with self._lock, self._connection:
             self._connection.execute("UPDATE files SET refused = ? WHERE seq = ?", (why, seq))
 
-    def start_over(self) -> None:
+    def requeue_all(self) -> None:
         """The server has lost the run: all of it waits again."""
         with self._lock, self._connection:
             self._connection.execute("UPDATE files SET sent = 0")
-        self.note(run_id=None, opened=None, sent=None, status_sent=None)
+        self.set_meta(run_id=None, opened=None, sent=None, status_sent=None)
 
-    def waiting(self) -> Waiting:
+    def backlog(self) -> Backlog:
         with self._lock:
             count = "SELECT count(*) FROM entries WHERE seq > ? AND refused IS NULL"
             entries = self._connection.execute(count, (self._sent(),)).fetchone()[0]
@@ -394,8 +394,8 @@ class Journal:
                 "SELECT count(*), coalesce(sum(size), 0) FROM files "
                 "WHERE sent = 0 AND refused IS NULL"
             ).fetchone()
-        ended = self.about("status") is not None and self.about("status_sent") is None
-        return Waiting(entries=entries, files=files, bytes=size, status=ended)
+        ended = self.get_meta("status") is not None and self.get_meta("status_sent") is None
+        return Backlog(entries=entries, files=files, bytes=size, status=ended)
 
     def refusals(self) -> list[str]:
         with self._lock:
@@ -405,7 +405,7 @@ class Journal:
             ).fetchall()
         return [f"{kind} {name}: {why}" for kind, name, why in rows]
 
-    def offer_again(self) -> None:
+    def requeue_rejected(self) -> None:
         """What the server has refused waits again: it may have been mended, or made larger."""
         with _explained(self.directory), self._lock, self._connection:
             self._connection.execute("UPDATE files SET refused = NULL")
@@ -417,7 +417,7 @@ class Journal:
             )
             self._connection.execute("DELETE FROM entries WHERE refused IS NOT NULL")
 
-    def _bring_up_to_date(self) -> None:
+    def _migrate(self) -> None:
         """A journal from before files had folders by chance: each was in one named by its number.
 
         One without a sha256 was never copied in full.

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eurosat.errors import TrackingError
-from eurosat.runtime.cache import KEPT_DAYS
+from eurosat.runtime.cache import MAX_AGE_DAYS
 from eurosat.tracking.journal import DATABASE, PREFIX, Journal, root
 
 log = logging.getLogger(__name__)
@@ -28,12 +28,12 @@ def find(reference: str) -> Path | None:
         directory = root() / reference.removeprefix(PREFIX)
         return directory if (directory / DATABASE).is_file() else None
     for directory in all_journals():
-        if _glance(directory).get("run_id") == reference:
+        if _read_meta(directory).get("run_id") == reference:
             return directory
     return None
 
 
-def forget_old() -> None:
+def prune_old() -> None:
     """Remove the journals that wait for nothing and that nobody came back for.
 
     And what a process left that was killed while it made one.
@@ -46,8 +46,8 @@ def forget_old() -> None:
             continue
         if (old := opened(directory)) is None:
             continue
-        told = old.about("status") is not None or old.about("attached") is not None
-        if old.hold() and told and not old.waiting() and not old.refusals():
+        told = old.get_meta("status") is not None or old.get_meta("attached") is not None
+        if old.hold() and told and not old.backlog() and not old.refusals():
             old.remove()
         else:
             old.close()
@@ -57,7 +57,7 @@ def opened(directory: Path) -> Journal | None:
     """The journal there, or None where it was removed meanwhile or cannot be read."""
     try:
         journal = Journal(directory)
-        journal.about("server")
+        journal.get_meta("server")
     except (TrackingError, sqlite3.Error) as error:
         if directory.exists():
             log.warning("the journal %s cannot be read: %s", directory, error)
@@ -67,15 +67,15 @@ def opened(directory: Path) -> Journal | None:
 
 def _is_old(directory: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):  # another process was quicker
-        return time.time() - directory.stat().st_mtime > KEPT_DAYS * 86400
+        return time.time() - directory.stat().st_mtime > MAX_AGE_DAYS * 86400
     return False
 
 
 def _started(directory: Path) -> int:
-    return int(_glance(directory).get("start_ms") or 0)
+    return int(_read_meta(directory).get("start_ms") or 0)
 
 
-def _glance(directory: Path) -> dict[str, str]:
+def _read_meta(directory: Path) -> dict[str, str]:
     """What is noted in a journal, or nothing where it cannot be read."""
     with (
         contextlib.suppress(sqlite3.Error, TrackingError),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BEST_RUN = "sweep.best_run_id"
 """On a sweep's parent run: the run of the best configuration, refitted in full."""
 
-ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow answers an unknown alias of a known model with the second."""
 JOURNAL_ID = "journal.id"
 """Tag by which a run is found again that was made, but whose id did not arrive here."""
@@ -29,7 +29,7 @@ RETRIES = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinishedRun:
+class RunRecord:
     """What the server holds of a run."""
 
     run_id: str
@@ -42,15 +42,15 @@ class FinishedRun:
     """From its start to its end, or to now where it goes on."""
 
 
-def get(run_id: str) -> FinishedRun:
+def get(run_id: str) -> RunRecord:
     """Read a run.
 
     Raises:
         TrackingError: there is no such run.
     """
-    with explained(f"run {run_id}"):
-        found = client().get_run(known(run_id))
-    return FinishedRun(
+    with translate_errors(f"run {run_id}"):
+        found = client().get_run(to_run_id(run_id))
+    return RunRecord(
         run_id=found.info.run_id,
         experiment_id=found.info.experiment_id,
         status=found.info.status,
@@ -62,7 +62,7 @@ def get(run_id: str) -> FinishedRun:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
+class RunSnapshot:
     """What a run was told, as a journal takes it up."""
 
     start_ms: int
@@ -75,7 +75,7 @@ class Written:
     """But for those that say which run it is."""
 
 
-def written(run_id: str) -> Written:
+def snapshot(run_id: str) -> RunSnapshot:
     """All that the server has of a run but its files.
 
     Raises:
@@ -86,7 +86,7 @@ def written(run_id: str) -> Written:
     if parent := held.data.tags.get(PARENT):
         named = asked.get_run(parent).data.tags.get(JOURNAL_ID)
         parent = f"{PREFIX}{named}" if named else parent
-    return Written(
+    return RunSnapshot(
         start_ms=held.info.start_time,
         parent=parent,
         points=[
@@ -107,12 +107,12 @@ def artifact(run_id: str, path: str) -> Iterator[Path]:
         TrackingError: the run has no such artifact.
     """
     with tempfile.TemporaryDirectory() as folder:
-        with explained(f"artifact {path} of run {run_id}"):
-            copy = Path(client().download_artifacts(known(run_id), path, folder))
+        with translate_errors(f"artifact {path} of run {run_id}"):
+            copy = Path(client().download_artifacts(to_run_id(run_id), path, folder))
         yield copy
 
 
-def server() -> str:
+def tracking_uri() -> str:
     """URI of the tracking server; that of a local database holds wherever one stands."""
     from mlflow import get_tracking_uri
 
@@ -129,7 +129,7 @@ def resolve_run(reference: str) -> str:
     Raises:
         TrackingError: nothing stands behind the reference.
     """
-    with explained(reference):
+    with translate_errors(reference):
         if reference.startswith("models:/"):
             name, at, alias = reference.removeprefix("models:/").partition("@")
             if at:
@@ -165,7 +165,7 @@ def finished_runs(
 
 
 def _search(experiment: str, wanted: str, *, most: int) -> list[str]:
-    with explained(f"experiment {experiment}"):
+    with translate_errors(f"experiment {experiment}"):
         asked = client()
         found = asked.search_runs(
             [experiment_id(asked, experiment)],
@@ -180,16 +180,16 @@ def alias_version(model: str, alias: str) -> str | None:
     """The number of the version that carries the alias, or None where none does."""
     from mlflow.exceptions import MlflowException
 
-    with explained(f"{model}@{alias}"):
+    with translate_errors(f"{model}@{alias}"):
         try:
             return str(client().get_model_version_by_alias(model, alias).version)
         except MlflowException as error:
-            if error.error_code in ABSENT:
+            if error.error_code in NOT_FOUND_CODES:
                 return None
             raise
 
 
-def known(reference: str) -> str:
+def to_run_id(reference: str) -> str:
     """The id of a run, also where it is given as ``journal:ID``.
 
     Raises:
@@ -197,14 +197,14 @@ def known(reference: str) -> str:
     """
     if not reference.startswith(PREFIX):
         return reference
-    if found := tagged(client(), JOURNAL_ID, reference.removeprefix(PREFIX)):
+    if found := find_by_tag(client(), JOURNAL_ID, reference.removeprefix(PREFIX)):
         return found[0]
     raise TrackingError(
         f"{reference} is not on the tracking server yet: run `python -m eurosat.tracking sync`"
     )
 
 
-def tagged(asked: "MlflowClient", name: str, value: str) -> list[str]:
+def find_by_tag(asked: "MlflowClient", name: str, value: str) -> list[str]:
     """Ids of the runs of all experiments that carry the tag, the first made first."""
     found = asked.search_runs(
         [one.experiment_id for one in asked.search_experiments()],
@@ -236,7 +236,7 @@ class Credentials:
 def credentials() -> Credentials:
     from mlflow.utils.credentials import get_default_host_creds
 
-    taken = get_default_host_creds(server())
+    taken = get_default_host_creds(tracking_uri())
     verify = taken.server_cert_path or not taken.ignore_tls_verification
     return Credentials(
         username=taken.username, password=taken.password, token=taken.token, verify=verify
@@ -278,7 +278,7 @@ def without_password(text: str) -> str:
 
 
 @contextmanager
-def explained(what: str = "") -> Iterator[None]:
+def translate_errors(what: str = "") -> Iterator[None]:
     """Turn MLflow's errors into one line that names the server."""
     from mlflow.exceptions import MlflowException
 
@@ -287,5 +287,5 @@ def explained(what: str = "") -> Iterator[None]:
     except (MlflowException, OSError) as error:
         raise TrackingError(
             f"{what + ': ' if what else ''}{first_line(error)} (tracking server "
-            f"{without_password(server())}; MLFLOW_TRACKING_URI names another)"
+            f"{without_password(tracking_uri())}; MLFLOW_TRACKING_URI names another)"
         ) from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat.errors import TrackingError
 from eurosat.tracking import journal_index, mlflow_client
-from eurosat.tracking.journal import PREFIX, Journal, Status, Waiting, now_ms
+from eurosat.tracking.journal import PREFIX, Backlog, Journal, Status, now_ms
 from eurosat.tracking.system_metrics import SystemMetrics
 from eurosat.tracking.uploader import Sender
 
@@ -56,7 +56,7 @@ class Run:
     @property
     def age_s(self) -> float:
         """Since it was begun, by whichever process."""
-        return (now_ms() - int(self._journal.about("start_ms") or now_ms())) / 1000
+        return (now_ms() - int(self._journal.get_meta("start_ms") or now_ms())) / 1000
 
     def log_metrics(
         self, metrics: Mapping[str, float], step: int = 0, *, once: bool = False
@@ -84,27 +84,27 @@ class Run:
         return self._journal.tag(name)
 
     def log_file(self, file: Path, folder: str | None = None) -> None:
-        self._journal.keep(file, f"{folder}/{file.name}" if folder else file.name)
+        self._journal.add_file(file, f"{folder}/{file.name}" if folder else file.name)
 
     def log_folder(self, folder: Path, into: str | None = None) -> None:
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
             inside = file.relative_to(folder).as_posix()
-            self._journal.keep(file, f"{into}/{inside}" if into else inside)
+            self._journal.add_file(file, f"{into}/{inside}" if into else inside)
 
     def log_text(self, text: str, path: str) -> None:
-        self._journal.keep(text.encode(), path)
+        self._journal.add_file(text.encode(), path)
 
     def wait_for_start(self) -> None:
         """Until the server has the run, was seen to be away, or has let it wait for seconds."""
         self._sender.wait_for_start()
 
-    def waiting(self) -> Waiting:
+    def backlog(self) -> Backlog:
         """What the server does not have yet."""
-        return self._journal.waiting()
+        return self._journal.backlog()
 
-    def settle(self) -> None:
+    def checkpoint(self) -> None:
         """Force what was logged onto the disk: a power cut spares it too."""
-        self._journal.settle()
+        self._journal.checkpoint_wal()
 
     def finish(self, status: Status | None) -> None:
         """Send what is left, and the status; what cannot be sent is told in one line and kept.
@@ -122,7 +122,9 @@ class Run:
             delivered, journal = self._sender.finish(), self._journal
             self._last_id = journal.reference
             self._tell(delivered)
-            ended_well = status is None or (status == "FINISHED" and journal.about("status_sent"))
+            ended_well = status is None or (
+                status == "FINISHED" and journal.get_meta("status_sent")
+            )
             if delivered and not journal.refusals() and ended_well:
                 journal.remove()
             else:  # not sent, or to be continued
@@ -135,7 +137,7 @@ class Run:
                 "run %s: the tracking server does not have %s yet (%s); it is kept in %s, and "
                 "`python -m eurosat.tracking sync` sends it",
                 self.run_id,
-                journal.waiting(),
+                journal.backlog(),
                 self._sender.fault or "it does not answer",
                 journal.directory,
             )
@@ -149,7 +151,7 @@ class Run:
             )
 
 
-class Unlogged(Run):
+class NullRun(Run):
     """A run that keeps nothing: of the processes beside the one that logs."""
 
     def __init__(self) -> None: ...
@@ -170,8 +172,8 @@ class Unlogged(Run):
     def log_file(self, file: Path, folder: str | None = None) -> None: ...
     def log_folder(self, folder: Path, into: str | None = None) -> None: ...
     def log_text(self, text: str, path: str) -> None: ...
-    def waiting(self) -> Waiting:
-        return Waiting(entries=0, files=0, bytes=0, status=False)
+    def waiting(self) -> Backlog:
+        return Backlog(entries=0, files=0, bytes=0, status=False)
 
     def settle(self) -> None: ...
     def finish(self, status: Status | None) -> None: ...
@@ -205,9 +207,9 @@ def run(
         TrackingError: the server's address is not one that MLflow knows, or the journal cannot
             be written.
     """
-    with mlflow_client.explained():
+    with mlflow_client.translate_errors():
         client = mlflow_client.client()
-    journal_index.forget_old()
+    journal_index.prune_old()
     opened = Run(_journal(experiment, name, parent, journal, resume), client)
     status: Status = "FAILED"
     sampler: SystemMetrics | None = None
@@ -229,16 +231,16 @@ def run(
 
 
 @contextmanager
-def attached(reference: str) -> Iterator[Run]:
+def reopen(reference: str) -> Iterator[Run]:
     """Add to a run that another process has opened and ends, or has ended.
 
     Raises:
         TrackingError: the server's address is not one that MLflow knows, or the journal cannot
             be written.
     """
-    with mlflow_client.explained():
+    with mlflow_client.translate_errors():
         client = mlflow_client.client()
-    opened = Run(Journal.create(server=mlflow_client.server(), attached=reference), client)
+    opened = Run(Journal.create(server=mlflow_client.tracking_uri(), attached=reference), client)
     try:
         yield opened
     finally:
@@ -252,12 +254,12 @@ def fail(reference: str, why: str) -> None:
 
 def end(reference: str, status: Status, tags: Mapping[str, object] | None = None) -> None:
     """End a run whose process can no longer do it."""
-    with mlflow_client.explained():
+    with mlflow_client.translate_errors():
         client = mlflow_client.client()
     directory = journal_index.find(reference)
     journal = journal_index.opened(directory) if directory else None
     if journal is None or not journal.hold():
-        journal = Journal.create(server=mlflow_client.server(), attached=reference)
+        journal = Journal.create(server=mlflow_client.tracking_uri(), attached=reference)
     over = Run(journal, client)
     over.set_tags(tags or {})
     over.finish(status)
@@ -277,7 +279,7 @@ def can_continue(reference: str | None) -> bool:
     if journal is None:
         return False
     try:
-        run_id, status = journal.run_id, journal.about("status")
+        run_id, status = journal.run_id, journal.get_meta("status")
     finally:
         journal.close()
     if run_id is None or status == "FINISHED":
@@ -285,10 +287,10 @@ def can_continue(reference: str | None) -> bool:
     try:
         return bool(mlflow_client.client().get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
-        return error.error_code not in mlflow_client.ABSENT  # away: it may well have it
+        return error.error_code not in mlflow_client.NOT_FOUND_CODES  # away: it may well have it
 
 
-def known_as(journal: str) -> Literal["new", "open", "over"]:
+def journal_state(journal: str) -> Literal["new", "open", "over"]:
     """Whether a run of that journal was begun, here or on another machine, and whether it ended
     well; "new" where the server, which alone may know, is away.
     """
@@ -347,12 +349,12 @@ def _journal(
     made_by_mlflow_run = None if parent else os.environ.get("MLFLOW_RUN_ID")
     if resume:
         if (directory := journal_index.find(resume)) is None:
-            with mlflow_client.explained():
-                run_id = mlflow_client.known(resume)
-                held = mlflow_client.written(run_id)
+            with mlflow_client.translate_errors():
+                run_id = mlflow_client.to_run_id(resume)
+                held = mlflow_client.snapshot(run_id)
             made = Journal.create(  # by the same name: runs below it know it by that
                 resume.removeprefix(PREFIX),
-                server=mlflow_client.server(),
+                server=mlflow_client.tracking_uri(),
                 experiment=experiment,
                 run_name=name,
                 run_id=run_id,
@@ -368,12 +370,12 @@ def _journal(
             raise TrackingError(f"another process writes the journal {directory}")
         continued.reopen()
         if made_by_mlflow_run:
-            with attached(made_by_mlflow_run) as beside:
+            with reopen(made_by_mlflow_run) as beside:
                 beside.set_tags({"continued.run_id": continued.reference})
         return continued
     return Journal.create(
         journal.removeprefix(PREFIX) if journal else None,
-        server=mlflow_client.server(),
+        server=mlflow_client.tracking_uri(),
         experiment=experiment,
         run_name=name,
         parent=parent,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from eurosat.errors import TrackingError
 from eurosat.tracking import mlflow_client
-from eurosat.tracking.journal import PREFIX, Entry, Journal, KeptFile, sha256_of
+from eurosat.tracking.journal import PREFIX, Entry, Journal, PendingFile, sha256_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,7 +35,7 @@ SLOWEST = 250_000
 SHOWN_AFTER_S = 2.0
 
 
-class Delivery:
+class JournalUploader:
     """Carries one journal to its server, one request a step."""
 
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
@@ -57,18 +57,18 @@ class Delivery:
             if not self._is_lost(error):
                 raise
             log.warning("the server no longer has run %s: it is made anew", self._journal.run_id)
-            self._journal.start_over()
+            self._journal.requeue_all()
             return True
 
     def _step(self) -> bool:
-        if not self._journal.about("opened"):
+        if not self._journal.get_meta("opened"):
             self._open()
         elif entries := _batch(self._journal.entries(MOST_ENTRIES)):
             self._send(entries)
             self._journal.delivered(entries[-1].seq)
         elif file := self._journal.next_file():
             self._send_file(file)
-        elif self._journal.waiting().status:
+        elif self._journal.backlog().status:
             self._end()
         else:
             return False
@@ -76,7 +76,7 @@ class Delivery:
 
     def _open(self) -> None:
         """Find the run, or make it: by the journal's id it is made once."""
-        about = self._journal.about
+        about = self._journal.get_meta
         run_id = about("run_id") or self._found()
         if about("attached"):  # the run is another's to open and to end
             if not run_id:
@@ -86,10 +86,10 @@ class Delivery:
             self._client.set_tag(run_id, mlflow_client.JOURNAL_ID, self._journal.id)
         else:
             run_id = self._make()
-        self._journal.note(run_id=run_id, opened="yes")
+        self._journal.set_meta(run_id=run_id, opened="yes")
 
     def _make(self) -> str:
-        about = self._journal.about
+        about = self._journal.get_meta
         tags = {mlflow_client.JOURNAL_ID: self._journal.id}
         experiment = about("experiment") or "Default"
         if parent := about("parent"):
@@ -100,7 +100,7 @@ class Delivery:
         made = self._client.create_run(
             experiment_id, int(about("start_ms") or 0), tags, about("run_name")
         )
-        self._journal.note(run_id=made.info.run_id)
+        self._journal.set_meta(run_id=made.info.run_id)
         return self._found() or str(made.info.run_id)
 
     def _found(self) -> str | None:
@@ -112,11 +112,11 @@ class Delivery:
         Raises:
             TrackingError: there are several, and the journal of another process is to choose.
         """
-        reference = self._journal.about("attached") or PREFIX + self._journal.id
+        reference = self._journal.get_meta("attached") or PREFIX + self._journal.id
         if not reference.startswith(PREFIX):
             return reference
-        found = mlflow_client.tagged(self._client, mlflow_client.JOURNAL_ID, _id_in(reference))
-        if len(found) > 1 and self._journal.about("attached"):
+        found = mlflow_client.find_by_tag(self._client, mlflow_client.JOURNAL_ID, _id_in(reference))
+        if len(found) > 1 and self._journal.get_meta("attached"):
             raise TrackingError(f"the run {reference} is there {len(found)} times for the moment")
         kept = self._journal.run_id if self._journal.run_id in found else next(iter(found), None)
         for other in found:
@@ -128,7 +128,9 @@ class Delivery:
         """A run's id on the server, also where only its journal is known so far."""
         if not reference.startswith(PREFIX):
             return reference
-        if found := mlflow_client.tagged(self._client, mlflow_client.JOURNAL_ID, _id_in(reference)):
+        if found := mlflow_client.find_by_tag(
+            self._client, mlflow_client.JOURNAL_ID, _id_in(reference)
+        ):
             return found[0]
         raise TrackingError(f"the run {reference} above this one is not on the server yet")
 
@@ -161,7 +163,7 @@ class Delivery:
             log.warning("the server refuses %s %s: %s", entries[0].kind, entries[0].name, why)
             self._journal.refused(entries[0].seq, why)
 
-    def _send_file(self, file: KeptFile) -> None:
+    def _send_file(self, file: PendingFile) -> None:
         from mlflow.exceptions import MlflowException
 
         self.patient_until = time.monotonic() + file.size / SLOWEST
@@ -178,7 +180,7 @@ class Delivery:
         finally:
             self.patient_until = 0.0
 
-    def _upload(self, file: KeptFile) -> None:
+    def _upload(self, file: PendingFile) -> None:
         folder = str(Path(file.path).parent)
         self._client.log_artifact(self._run_id, str(file.local), None if folder == "." else folder)
         with tempfile.TemporaryDirectory() as temporary:
@@ -190,10 +192,10 @@ class Delivery:
                 )
 
     def _end(self) -> None:
-        about = self._journal.about
+        about = self._journal.get_meta
         self._found()  # the last word is said of one run: repeated requests have all arrived
         self._client.set_terminated(self._run_id, about("status"), int(about("end_ms") or 0))
-        self._journal.note(status_sent="yes")
+        self._journal.set_meta(status_sent="yes")
 
     def tell_failed(self) -> None:
         """The last word of a run whose journal has no room for it."""
@@ -211,28 +213,28 @@ class Delivery:
         from mlflow.exceptions import MlflowException
 
         run_id = self._journal.run_id
-        if run_id is None or self._journal.about("attached"):
+        if run_id is None or self._journal.get_meta("attached"):
             return False
         if not isinstance(error, MlflowException):
             return False
-        if error.error_code not in mlflow_client.ABSENT:
+        if error.error_code not in mlflow_client.NOT_FOUND_CODES:
             return False
         try:
             return bool(self._client.get_run(run_id).info.lifecycle_stage != "active")
         except MlflowException as answer:
-            return bool(answer.error_code in mlflow_client.ABSENT)
+            return bool(answer.error_code in mlflow_client.NOT_FOUND_CODES)
 
 
 class Sender:
     """Delivers a journal in a thread of its own, so that the server's moods are not ours."""
 
-    away: ClassVar[set[str | None]] = set()
+    unreachable_servers: ClassVar[set[str | None]] = set()
     """Servers for which a run of this process has waited in vain: until one answers, the next run
     does not wait so long for it again."""
 
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
         self._journal = Journal(journal.directory)  # a connection of its own
-        self._delivery = Delivery(self._journal, client)
+        self._delivery = JournalUploader(self._journal, client)
         self._hurry = threading.Event()
         self._tried = threading.Event()
         self._done = threading.Event()
@@ -240,7 +242,7 @@ class Sender:
         self._is_ours = False
         """Whether the fault is in what is here: in the journal, or in a run above that waits."""
         self._steps = 0
-        self._server = self._journal.about("server")
+        self._server = self._journal.get_meta("server")
         self.fault: str | None = None
         """Why the last attempt failed."""
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
@@ -248,7 +250,7 @@ class Sender:
 
     def wait_for_start(self) -> None:
         """Until the first attempt has ended, or START_S at most; tells of its failure."""
-        self._tried.wait(AWAY_S if self._server in self.away else START_S)
+        self._tried.wait(AWAY_S if self._server in self.unreachable_servers else START_S)
         if fault := self.fault or ("" if self._tried.is_set() else "it has not answered yet"):
             log.warning(
                 "the run is kept in %s until the tracking server takes it: %s",
@@ -270,11 +272,11 @@ class Sender:
                 steps, moved = self._steps, now
             if now - started > SHOWN_AFTER_S and not shown:
                 shown = True
-                log.info("sending to the tracking server: %s", self._journal.waiting())
-            patience_s = AWAY_S if self._server in self.away else PATIENCE_S
+                log.info("sending to the tracking server: %s", self._journal.backlog())
+            patience_s = AWAY_S if self._server in self.unreachable_servers else PATIENCE_S
             if now - moved > patience_s and now > self._delivery.patient_until:
                 if moved == started and not self._is_ours:
-                    self.away.add(self._server)
+                    self.unreachable_servers.add(self._server)
                 self._given_up = True
                 self._hurry.set()
                 self._thread.join(1)  # unless a request hangs
@@ -296,7 +298,7 @@ class Sender:
                     self._has_failed = False
                 while not self._given_up and self._delivery.step():
                     self._steps += 1
-                    self.away.discard(self._server)
+                    self.unreachable_servers.discard(self._server)
                 self.fault, failures = None, 0
                 if ending:
                     self._done.set()
@@ -308,10 +310,10 @@ class Sender:
                     isinstance(error, TrackingError),
                 )
                 log.debug("delivery of %s failed: %s", self._journal.reference, self.fault)
-                wait = pause_s(failures, BACKOFF_S if self._ending else MOST_BACKOFF_S)
+                wait = backoff_s(failures, BACKOFF_S if self._ending else MOST_BACKOFF_S)
                 failures += 1
             self._tried.set()
-            self._journal.settle("PASSIVE")  # beside the training, which writes on
+            self._journal.checkpoint_wal("PASSIVE")  # beside the training, which writes on
             self._hurry.wait(wait)
             self._hurry.clear()
         self._journal.close()
@@ -324,7 +326,7 @@ def deliver(
 
     ``told`` is called after each step.
     """
-    delivery, failing_since = Delivery(journal, client), None
+    delivery, failing_since = JournalUploader(journal, client), None
     while True:
         try:
             while delivery.step():
@@ -336,10 +338,10 @@ def deliver(
             failing_since = failing_since or time.monotonic()
             if time.monotonic() - failing_since > PATIENCE_S or mlflow_client.is_denied(error):
                 return mlflow_client.first_line(error)
-            time.sleep(pause_s(0, BACKOFF_S))
+            time.sleep(backoff_s(0, BACKOFF_S))
 
 
-def pause_s(failures: int, most: float) -> float:
+def backoff_s(failures: int, most: float) -> float:
     """Before a request is repeated that has failed so often before: doubled each time, up to
     ``most``, less a random half, so that many runs do not return to a server at once.
     """

@@ -67,7 +67,7 @@ class MovingAverage(WeightAveraging):
         torch._foreach_lerp_(averages, currents, 1 - decay)
 
 
-class HeadFirst(lightning.Callback):
+class FreezeBackbone(lightning.Callback):
     """For some epochs only the head learns: the backbone's weights and statistics stand still."""
 
     def __init__(self, epochs: int) -> None:
@@ -115,7 +115,7 @@ class RunLogger(Logger):
             self._run.log_metrics(of_epoch, epoch, once=True)
 
 
-class Interrupt(lightning.Callback):
+class GracefulInterrupt(lightning.Callback):
     """While it is entered, Ctrl-C ends training after the batch at hand; a second one, at once.
 
     An interrupt in the middle of a request to the tracking store would leave that store locked.
@@ -126,31 +126,31 @@ class Interrupt(lightning.Callback):
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            self._before = signal.signal(signal.SIGINT, self._request)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, self._before)
         if kind is None:  # asked after the last batch
-            self._obey()
+            self._raise_if_requested()
 
-    def _ask(self, *_: object) -> None:
+    def _request(self, *_: object) -> None:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
 
-    def _obey(self) -> None:
+    def _raise_if_requested(self) -> None:
         if self._asked:
             raise KeyboardInterrupt
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self._obey()
+        self._raise_if_requested()
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        self._obey()
+        self._raise_if_requested()
 
 
-class Watch(lightning.Callback):
+class ProgressLogger(lightning.Callback):
     """A progress bar with images/s and time left, one log line an epoch, and the history."""
 
     def __init__(self, label: str, on_epoch: EpochHook | None = None) -> None:
@@ -231,7 +231,7 @@ class Watch(lightning.Callback):
         self._bar.stop()
 
 
-class KeepBest(lightning.Callback):
+class BestWeights(lightning.Callback):
     """Holds the weights of the best validated epoch, the later one of equals.
 
     Stands before the moving average among the callbacks: at the end of a validation the
@@ -246,7 +246,7 @@ class KeepBest(lightning.Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule
     ) -> None:
         accuracy = float(trainer.callback_metrics["val_accuracy"])
-        if accuracy >= self._accuracy and is_sound(trainer):
+        if accuracy >= self._accuracy and has_finite_loss(trainer):
             self._accuracy = accuracy
             state = module.get_submodule("network").state_dict()
             self._weights = {name: value.detach().clone() for name, value in state.items()}
@@ -275,7 +275,7 @@ class KeepBest(lightning.Callback):
         self._accuracy, self._weights = state_dict["accuracy"], state_dict["weights"]
 
 
-def is_sound(trainer: lightning.Trainer) -> bool:
+def has_finite_loss(trainer: lightning.Trainer) -> bool:
     """Whether the last validation had a loss: weights that are not finite may guess a class."""
     return math.isfinite(float(trainer.callback_metrics["val_loss"]))
 

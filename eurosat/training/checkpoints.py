@@ -26,7 +26,7 @@ DAMAGED = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
 """What reading a state raises that was torn or tampered with."""
 
 
-class Unfinished:
+class CheckpointSlot:
     """The state of one training on this machine; held by one process at a time."""
 
     def __init__(self, directory: Path, about: Mapping[str, str]) -> None:
@@ -59,7 +59,7 @@ class Unfinished:
         """What `adopt` takes over on another machine."""
         return self._directory
 
-    def adopt(self, folder: Path) -> None:
+    def import_from(self, folder: Path) -> None:
         """Take over what the same training left on another machine, where it got further there."""
         if not (folder / ABOUT).exists():
             return
@@ -72,7 +72,7 @@ class Unfinished:
             held = str(json.loads((self._directory / ABOUT).read_text())["journal"])
             self._take_up(held, held)
 
-    def begin(self, name: str | None = None) -> str:
+    def start_or_resume(self, name: str | None = None) -> str:
         """The journal of the run: the one that goes on, or a new one, by the name that is given.
 
         A run of that name that was begun, and whose state is lost, goes on from its first epoch.
@@ -85,19 +85,19 @@ class Unfinished:
             for torn in self._directory.glob(".*"):  # what a killed process was writing
                 torn.unlink()
             return self.journal
-        known = tracking.known_as(name) if name else "over"
+        known = tracking.journal_state(name) if name else "over"
         if name is None or known == "over":
             name = tracking.new_journal()
         self.journal = name if known == "open" else None
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
         about = json.dumps(self._about | {"journal": name})
-        atomic.replace_text(self._directory / ABOUT, about)
+        atomic.atomic_write_text(self._directory / ABOUT, about)
         return name
 
-    def conclude(self, told: Mapping[str, Any]) -> None:
+    def record_outcome(self, told: Mapping[str, Any]) -> None:
         """Keep what came of it, before its run is ended: it is not trained again for that."""
-        atomic.replace_text(self._directory / CONCLUDED, json.dumps(dict(told)))
+        atomic.atomic_write_text(self._directory / CONCLUDED, json.dumps(dict(told)))
 
     @property
     def described(self) -> bool:
@@ -112,7 +112,9 @@ class Unfinished:
         import torch
 
         try:
-            atomic.replace(self._directory / STATE, lambda opened: torch.save(dict(state), opened))
+            atomic.atomic_write(
+                self._directory / STATE, lambda opened: torch.save(dict(state), opened)
+            )
         except (OSError, RuntimeError) as error:  # torch wraps what the disk says
             reason = str(error).splitlines()[0]
             log.warning(
@@ -137,9 +139,9 @@ class Unfinished:
 
 
 @contextmanager
-def claim(
+def acquire(
     config: TrainConfig, fingerprints: Mapping[str, str], *, alone: bool = False
-) -> Iterator[Unfinished]:
+) -> Iterator[CheckpointSlot]:
     """The state that a dead process left of the same training, or a place for a new one.
 
     A process holds its place by a lock that ends with it, however it ends: a second training of
@@ -151,8 +153,8 @@ def claim(
 
     root = config.data.cache_dir / "unfinished"
     root.mkdir(parents=True, exist_ok=True)
-    cache.forget(root)
-    about = {**fingerprints, "tracking": tracking.server()}
+    cache.prune_expired(root)
+    about = {**fingerprints, "tracking": tracking.tracking_uri()}
     name = hashlib.sha256(json.dumps([config.digest, about], sort_keys=True).encode()).hexdigest()
     for number in itertools.count():
         directory = root / f"{name[:16]}-{number}"
@@ -161,7 +163,7 @@ def claim(
             lock.acquire()
             break
     try:
-        place = Unfinished(directory, about)
+        place = CheckpointSlot(directory, about)
         yield place
         place.remove()
     finally:

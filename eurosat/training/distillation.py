@@ -14,7 +14,7 @@ import numpy as np
 from eurosat import tracking
 from eurosat.config import PACKAGED, ModelConfig, TrainConfig
 from eurosat.data import bands
-from eurosat.data.prepare import Prepared
+from eurosat.data.prepare import PreparedData
 from eurosat.errors import DataError, ModelError, TrackingError
 from eurosat.runtime import atomic, cache
 
@@ -36,7 +36,7 @@ PACKAGED_SIZE = 128
 """Side to which the packaged teacher's tiles are scaled, as in the recipe efficientnet-lite0."""
 
 
-def settled(config: TrainConfig, data: Prepared, run: tracking.Run) -> TrainConfig:
+def resolve_teacher(config: TrainConfig, data: PreparedData, run: tracking.Run) -> TrainConfig:
     """The configuration with the one run that teaches, the same whenever ``run`` is continued.
 
     Raises:
@@ -57,11 +57,11 @@ def settled(config: TrainConfig, data: Prepared, run: tracking.Run) -> TrainConf
     return replace(config, distill=replace(config.distill, teacher=f"runs:/{run_id}"))
 
 
-def targets(config: TrainConfig, data: Prepared, compute: "Compute") -> "Targets | None":
+def targets(config: TrainConfig, data: PreparedData, compute: "Compute") -> "Targets | None":
     """A row for each tile of the pack, those of the train fold filled; None without a teacher.
 
     (N, K) shares of the classes and, where features are asked for, their principal axes behind
-    them. ``config`` is `settled`. What a teacher has told is kept in the cache.
+    them. ``config`` is `resolve_teacher`. What a teacher has told is kept in the cache.
 
     Raises:
         ModelError: the teacher tells other classes apart, or reads other bands.
@@ -72,7 +72,7 @@ def targets(config: TrainConfig, data: Prepared, compute: "Compute") -> "Targets
     teaching = config.distill
     if teaching.teacher == "none" or not (teaching.share or teaching.features):
         return None
-    axes, logits = _remembered(config, data, compute)
+    axes, logits = _cached_outputs(config, data, compute)
     rows = data.split.indices("train")
     labels = np.eye(len(data.pack.classes))[data.pack.labels[rows]]
     answers = calibration.softmax(logits / teaching.temperature) if teaching.share else 0
@@ -101,7 +101,9 @@ def principal_axes(features_NF: "Floats") -> "Floats":
     return scaled
 
 
-def _remembered(config: TrainConfig, data: Prepared, compute: "Compute") -> "tuple[Floats, Floats]":
+def _cached_outputs(
+    config: TrainConfig, data: PreparedData, compute: "Compute"
+) -> "tuple[Floats, Floats]":
     """Principal axes and logits of the train fold, asked for once on this machine."""
     from filelock import FileLock
 
@@ -110,8 +112,16 @@ def _remembered(config: TrainConfig, data: Prepared, compute: "Compute") -> "tup
         teacher = tracking.resolve_run(teacher)
     root = config.data.cache_dir / "teachers"
     root.mkdir(parents=True, exist_ok=True)
-    cache.forget(root)
-    asked = [FORMAT, AXES, PACKAGED_SIZE, teacher, features, data.fingerprints, config.data.reading]
+    cache.prune_expired(root)
+    asked = [
+        FORMAT,
+        AXES,
+        PACKAGED_SIZE,
+        teacher,
+        features,
+        data.fingerprints,
+        config.data.decode_options,
+    ]
     key = json.dumps([*asked, dataclasses.asdict(compute)], sort_keys=True, default=str)
     file = root / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     with FileLock(f"{file}.lock"):  # several trials or ranks need one answer
@@ -121,34 +131,34 @@ def _remembered(config: TrainConfig, data: Prepared, compute: "Compute") -> "tup
             with contextlib.suppress(OSError):  # another user's
                 file.touch()
             return told
-        axes, logits = _ask(teacher, data, compute, features=features)
+        axes, logits = _run_teacher(teacher, data, compute, features=features)
         with contextlib.suppress(OSError):  # the next one asks again
-            atomic.replace(file, lambda opened: np.savez(opened, axes=axes, logits=logits))
+            atomic.atomic_write(file, lambda opened: np.savez(opened, axes=axes, logits=logits))
     return axes, logits
 
 
-def _ask(
-    teacher: str, data: Prepared, compute: "Compute", *, features: bool
+def _run_teacher(
+    teacher: str, data: PreparedData, compute: "Compute", *, features: bool
 ) -> "tuple[Floats, Floats]":
-    from eurosat.data.loaders import Batches
+    from eurosat.data.loaders import TileLoader
     from eurosat.models import predict
 
     net = _packaged(data) if teacher == PACKAGED else _load(teacher, data)
     net.to(compute.device, memory_format=compute.memory_format)  # type: ignore[call-overload]
-    batches = Batches(data.pack, data.split.indices("train"))
+    batches = TileLoader(data.pack, data.split.indices("train"))
     log.info("asking the teacher, %s, about %d tiles", teacher, len(data.split.indices("train")))
     with compute.autocast():
         if not features:
             logits, _ = predict.logits(net, batches)
             return np.empty((len(logits), 0), np.float32), logits
-        colours = bands.colours() if net.spec.bands < data.pack.bands else slice(None)
-        (seen, logits), _ = predict.predicted(
-            net, batches, lambda tiles_NCHW: net.seen(tiles_NCHW[:, colours])
+        colours = bands.rgb_indices() if net.spec.bands < data.pack.bands else slice(None)
+        (seen, logits), _ = predict.run_over(
+            net, batches, lambda tiles_NCHW: net.forward_with_features(tiles_NCHW[:, colours])
         )
     return principal_axes(seen).astype(np.float32), logits
 
 
-def find(config: TrainConfig, data: Prepared) -> str:
+def find(config: TrainConfig, data: PreparedData) -> str:
     """The run that ``distill.teacher`` stands for.
 
     Raises:
@@ -167,7 +177,7 @@ def find(config: TrainConfig, data: Prepared) -> str:
     )
 
 
-def _load(run_id: str, data: Prepared) -> "Network":
+def _load(run_id: str, data: PreparedData) -> "Network":
     from eurosat.models import network
 
     with tracking.artifact(run_id, "weights.safetensors") as file:
@@ -181,7 +191,7 @@ def _load(run_id: str, data: Prepared) -> "Network":
     return teacher
 
 
-def _packaged(data: Prepared) -> "Network":
+def _packaged(data: PreparedData) -> "Network":
     """EfficientNet-Lite0 as it came from ImageNet; it sees the colours of a tile."""
     from eurosat.models import pretrained
 

@@ -16,22 +16,22 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from eurosat import tracking
 from eurosat.config import TrainConfig
-from eurosat.data.loaders import TileData, band_statistics
-from eurosat.data.prepare import Prepared
+from eurosat.data.loaders import TileDataModule, band_statistics
+from eurosat.data.prepare import PreparedData
 from eurosat.errors import NonFiniteLoss
 from eurosat.models import network, pretrained
 from eurosat.models.compute import Compute, choose_compute
 from eurosat.runtime import exit_codes, hardware, logs
-from eurosat.runtime.distributed import ALONE, Ranks
+from eurosat.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from eurosat.training import callbacks, distillation
 from eurosat.training.callbacks import EpochHook
-from eurosat.training.checkpoints import Unfinished
+from eurosat.training.checkpoints import CheckpointSlot
 from eurosat.training.module import LOG_EVERY_STEPS, Classifier
-from eurosat.training.resume import Resume
+from eurosat.training.resume import CheckpointCallback
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fitted:
+class FitResult:
     network: network.Network
     """With the weights of the best epoch."""
     history: list[dict[str, float]]
@@ -46,27 +46,29 @@ class Fitted:
 
 def fit(
     config: TrainConfig,
-    data: Prepared,
+    data: PreparedData,
     run: tracking.Run,
     on_epoch: EpochHook | None = None,
-    saved: Unfinished | None = None,
-    ranks: Ranks = ALONE,
+    saved: CheckpointSlot | None = None,
+    ranks: DistributedContext = SINGLE_PROCESS,
     further: Sequence[lightning.Callback] = (),
-) -> Fitted:
+) -> FitResult:
     """Train on the train fold, choosing by the val fold alone; logs metrics as they come.
 
     With ``saved`` the state is kept there after each epoch, and taken up from there. As one of
     several ``ranks`` it trains on its share of every batch; only the first logs and saves.
     ``further`` callbacks watch it. A teacher is named by its run: see
-    `eurosat.training.distillation.settled`.
+    `eurosat.training.distillation.resolve_teacher`.
 
     Raises:
         NonFiniteLoss: training diverged.
         ModelError: the network, its weights or its teacher cannot be had.
     """
     logs.quiet_libraries()
-    hardware.keep_freed_memory()
-    torch.set_num_threads(config.trainer.threads or max(1, hardware.cores() // ranks.beside))
+    hardware.disable_malloc_trim()
+    torch.set_num_threads(
+        config.trainer.threads or max(1, hardware.cores() // ranks.local_world_size)
+    )
     lightning.seed_everything(config.seed, verbose=False)
     pack, size = data.pack, data.pack.tiles_NHWC.shape[1:3]
     mean, std = band_statistics(pack, data.split.indices("train"))
@@ -80,7 +82,7 @@ def fit(
         std=std,
     )
     state = saved.load() if saved else None
-    compute = choose_compute(net.spec, config.trainer.precision, probe=ranks.world == 1)
+    compute = choose_compute(net.spec, config.trainer.precision, probe=ranks.world_size == 1)
     if state and state["compute"]["device"] == compute.device:
         compute = Compute(**state["compute"])  # another probe may choose otherwise
     net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
@@ -89,41 +91,41 @@ def fit(
             "compute.device": compute.device,
             "compute.precision": "bf16" if compute.bf16 else "fp32",
             "compute.channels_last": compute.channels_last,
-            "compute.hardware": hardware.hardware(),
+            "compute.hardware": hardware.describe_hardware(),
         }
     )
     targets = distillation.targets(config, data, compute)
-    loaders = TileData(
+    loaders = TileDataModule(
         pack,
         data.split,
         batch_size=config.optim.batch_size,
         seed=config.seed,
         ranks=ranks,
         targets=targets,
-        passes=config.trainer.passes,
+        passes=config.trainer.repeats_per_epoch,
     )
-    watch = callbacks.Watch(f"train {config.recipe}", on_epoch)
-    kept = callbacks.KeepBest()
+    watch = callbacks.ProgressLogger(f"train {config.recipe}", on_epoch)
+    kept = callbacks.BestWeights()
     extra: list[lightning.Callback] = [kept]  # before the average, which swaps its weights out
     if config.optim.freeze_epochs:
-        extra.append(callbacks.HeadFirst(config.optim.freeze_epochs))
+        extra.append(callbacks.FreezeBackbone(config.optim.freeze_epochs))
     if config.optim.ema:
         extra.append(callbacks.MovingAverage(config.optim.ema, compute.device))
     if config.trainer.patience:
         extra.append(EarlyStopping("val_accuracy", mode="max", patience=config.trainer.patience))
-    if config.profile and ranks.first:
+    if config.profile and ranks.is_first:
         extra.append(callbacks.Profile(run))
-    interrupt = callbacks.Interrupt()
-    resume = [Resume(saved if ranks.first else None, run, compute, state)]
+    interrupt = callbacks.GracefulInterrupt()
+    resume = [CheckpointCallback(saved if ranks.is_first else None, run, compute, state)]
     trainer = lightning.Trainer(
         accelerator="gpu" if compute.device == "cuda" else "cpu",
-        devices=ranks.beside,
-        num_nodes=ranks.world // ranks.beside,
+        devices=ranks.local_world_size,
+        num_nodes=ranks.world_size // ranks.local_world_size,
         strategy=_strategy(config, compute, ranks),
         precision="bf16-mixed" if compute.bf16 else "32-true",
         max_epochs=config.trainer.epochs,
         callbacks=[*extra, watch, interrupt, *further, *(resume if saved else [])],
-        logger=callbacks.RunLogger(run) if ranks.first else False,
+        logger=callbacks.RunLogger(run) if ranks.is_first else False,
         log_every_n_steps=min(LOG_EVERY_STEPS, len(loaders.train_dataloader())),
         gradient_clip_val=config.optim.clip_norm or None,
         num_sanity_val_steps=0,
@@ -136,7 +138,7 @@ def fit(
     lightning.seed_everything(config.seed + ranks.rank, verbose=False)
     module = Classifier(net, config.optim, config.augment, axes, config.distill.features)
     started = time.monotonic()
-    with interrupt, net.in_one_view(), warnings.catch_warnings():
+    with interrupt, net.single_view(), warnings.catch_warnings():
         # Lightning 2.6 calls what torch 2.13 deprecated
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
         try:
@@ -153,11 +155,11 @@ def fit(
                 raise
             raise KeyboardInterrupt from stopped  # what Lightning makes of Ctrl-C
         finally:
-            if torch.distributed.is_initialized() and ranks.ours:
+            if torch.distributed.is_initialized() and ranks.owns_process_group:
                 torch.distributed.destroy_process_group()
     kept.restore(net)
     seconds = watch.seconds + time.monotonic() - started
-    fitted = Fitted(network=net.cpu(), history=watch.history, seconds=seconds)
+    fitted = FitResult(network=net.cpu(), history=watch.history, seconds=seconds)
     run.log_metrics({f"best_{key}": value for key, value in fitted.best.items()})
     run.log_metrics({"train_seconds": fitted.seconds, "epochs": len(fitted.history)})
     return fitted
@@ -170,8 +172,8 @@ def _keep_last_good(net: network.Network, run: tracking.Run) -> None:
         run.log_file(Path(folder) / "weights.safetensors", "last_good")
 
 
-def _strategy(config: TrainConfig, compute: Compute, ranks: Ranks) -> Strategy | str:
-    if ranks.world == 1:
+def _strategy(config: TrainConfig, compute: Compute, ranks: DistributedContext) -> Strategy | str:
+    if ranks.world_size == 1:
         return "auto"
     return DDPStrategy(
         process_group_backend="nccl" if compute.device == "cuda" else "gloo",

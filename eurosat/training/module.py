@@ -56,7 +56,7 @@ class Classifier(lightning.LightningModule):
             if self.retold is None:
                 logits = self.network(tiles_NCHW)
             else:
-                seen_NF, logits = self.network.seen(tiles_NCHW)
+                seen_NF, logits = self.network.forward_with_features(tiles_NCHW)
                 retold_ND = self.retold(seen_NF)
         loss = functional.cross_entropy(
             logits.float(), targets_NK, label_smoothing=self._optim.label_smoothing

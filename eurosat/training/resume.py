@@ -10,11 +10,11 @@ from torch import Tensor
 
 from eurosat.models.compute import Compute
 from eurosat.tracking import Run
-from eurosat.training.callbacks import is_sound
-from eurosat.training.checkpoints import Unfinished
+from eurosat.training.callbacks import has_finite_loss
+from eurosat.training.checkpoints import CheckpointSlot
 
 
-class Resume(lightning.Callback):
+class CheckpointCallback(lightning.Callback):
     """Saves after each epoch all that the rest of a training depends on, and restores it.
 
     Between two epochs there is little of it; Lightning's own checkpoints restart inside its
@@ -23,7 +23,11 @@ class Resume(lightning.Callback):
     """
 
     def __init__(
-        self, saved: Unfinished | None, run: Run, compute: Compute, state: Mapping[str, Any] | None
+        self,
+        saved: CheckpointSlot | None,
+        run: Run,
+        compute: Compute,
+        state: Mapping[str, Any] | None,
     ) -> None:
         """``saved`` is None for all of several processes but the first, which writes for all."""
         self._saved, self._run, self._compute, self._state = saved, run, compute, state
@@ -61,13 +65,13 @@ class Resume(lightning.Callback):
         self._keep(trainer, module)
 
     def _keep(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        if trainer.current_epoch == self._kept or not is_sound(trainer):
+        if trainer.current_epoch == self._kept or not has_finite_loss(trainer):
             return
         self._kept = trainer.current_epoch
         random = _random_states(trainer)
         if self._saved is None:
             return
-        self._run.settle()  # what is not trained again is not logged again
+        self._run.checkpoint()  # what is not trained again is not logged again
         self._saved.save(
             {
                 "epoch": self._kept,

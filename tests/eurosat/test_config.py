@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
-from eurosat.config import CONF, TrainConfig, build, compose
+from eurosat.config import CONF, TrainConfig, compose, from_mapping
 from eurosat.errors import ConfigError
 from eurosat.runtime import cli, exit_codes
 from eurosat.tracking import flatten
@@ -57,7 +57,7 @@ def test_a_fault_in_the_configuration_is_named_in_one_line(override: str, words:
 
 def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ConfigError, match=r"nonsense.*must be int"):
-        build(
+        from_mapping(
             TrainConfig,
             {"recipe": "r", "data": {"source": "synthetic"}, "nonsense": 1, "seed": "x"},
         )
@@ -65,7 +65,7 @@ def test_all_faults_are_told_at_once() -> None:
 
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match="missing key recipe"):
-        build(TrainConfig, {"data": {"source": "synthetic"}})
+        from_mapping(TrainConfig, {"data": {"source": "synthetic"}})
 
 
 def test_the_digest_follows_what_decides_the_result_and_no_place() -> None:

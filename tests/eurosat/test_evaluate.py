@@ -10,17 +10,17 @@ from eurosat import evaluate, tracking, train
 from eurosat.config import compose
 from eurosat.data.arrays import Floats, Labels
 from eurosat.data.pack import Pack
-from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.prepare import PreparedData, prepare
 from eurosat.errors import DataError
 from eurosat.evaluation import calibration, corruptions, recorded, report, results
-from eurosat.evaluation.metrics import surprise
+from eurosat.evaluation.metrics import per_tile_nll
 from eurosat.runtime import exit_codes
 from tests.support.recipes import TINY
 
 
 @pytest.mark.usefixtures("tracking_store")
 def test_a_run_is_evaluated_told_and_kept(
-    tiny_data: Prepared, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    tiny_data: PreparedData, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with tracking.run("e", "one", system_metrics=False) as run:
         tested = train.train(compose(TINY), tiny_data, run)
@@ -94,7 +94,7 @@ def test_pairs_of_classes_are_counted_both_ways_and_the_most_confused_come_first
 @pytest.mark.usefixtures("tracking_store", "eurosat_root")
 def test_corruptions_of_real_tiles_cost_accuracy_and_more_the_worse_they_are() -> None:
     config = compose(
-        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "model.views=1"]
+        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "model.tta_views=1"]
     )
     data = prepare(config)
     with tracking.run("e", "r", system_metrics=False) as run:
@@ -109,7 +109,7 @@ def test_corruptions_of_real_tiles_cost_accuracy_and_more_the_worse_they_are() -
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_evaluation_refuses_other_data(tiny_data: Prepared) -> None:
+def test_evaluation_refuses_other_data(tiny_data: PreparedData) -> None:
     with tracking.run("e", "r", system_metrics=False) as run:
         train.describe(compose(TINY), tiny_data, run)
         run.set_tags({"data.fingerprint": "f" * 64})
@@ -131,15 +131,15 @@ def test_the_temperature_of_overconfidence_is_found(sharpness: float) -> None:
     logits, labels = drawn(0, 20_000, sharpness)
     found = calibration.fit(logits, labels)
     assert found.temperature == pytest.approx(sharpness, rel=0.03)
-    best = surprise(labels, calibration.softmax(logits / found.temperature)).mean()
+    best = per_tile_nll(labels, calibration.softmax(logits / found.temperature)).mean()
     for other in (0.9, 1.1):
         worse = calibration.softmax(logits / (found.temperature * other))
-        assert surprise(labels, worse).mean() > best
+        assert per_tile_nll(labels, worse).mean() > best
 
 
 def test_prediction_sets_hold_what_they_promise_for_every_class() -> None:
     found = calibration.fit(*drawn(1, 20_000, 1.0))
-    told = calibration.judge(found, *drawn(2, 20_000, 1.0))
+    told = calibration.evaluate(found, *drawn(2, 20_000, 1.0))
     assert told["coverage"] == pytest.approx(calibration.COVERAGE, abs=0.01)
     assert told["coverage_worst_class"] == pytest.approx(calibration.COVERAGE, abs=0.02)
     assert told["unlike"] == pytest.approx(calibration.UNLIKE_SHARE, abs=0.005)
@@ -149,7 +149,7 @@ def test_prediction_sets_hold_what_they_promise_for_every_class() -> None:
 def test_prediction_sets_of_a_network_better_than_the_coverage_are_sometimes_empty() -> None:
     found = calibration.fit(*drawn(1, 20_000, 1.0, spread=30))
     logits, labels = drawn(2, 20_000, 1.0, spread=30)
-    told = calibration.judge(found, logits, labels)
+    told = calibration.evaluate(found, logits, labels)
     assert (logits.argmax(axis=1) == labels).mean() > 0.97
     assert told["coverage"] == pytest.approx(calibration.COVERAGE, abs=0.01)
     assert told["set_size"] < 1

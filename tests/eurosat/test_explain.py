@@ -10,7 +10,7 @@ from PIL import Image
 
 from eurosat import explain, tracking, train
 from eurosat.config import ModelConfig, compose
-from eurosat.data.prepare import Prepared
+from eurosat.data.prepare import PreparedData
 from eurosat.errors import DataError
 from eurosat.evaluation import gradcam
 from eurosat.models.network import Network
@@ -90,7 +90,7 @@ def test_convolutions_and_transformers_can_be_explained(name: str, size: int | N
 
 @pytest.mark.usefixtures("tracking_store")
 def test_a_page_is_written_and_kept_with_the_run(
-    tiny_data: Prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = compose([*TINY, "trainer.epochs=1"])
     with tracking.run("e", "r", system_metrics=False) as run:

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 from eurosat import tracking, train
-from eurosat.config import OptimConfig, TrainConfig, build, compose
+from eurosat.config import OptimConfig, TrainConfig, compose, from_mapping
 from eurosat.data import validation_record
-from eurosat.data.loaders import Batches, TileData, band_statistics
+from eurosat.data.loaders import TileDataModule, TileLoader, band_statistics
 from eurosat.data.pack import Pack
-from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.prepare import PreparedData, prepare
 from eurosat.data.split import make_split
 from eurosat.errors import DataError, NonFiniteLoss
 from eurosat.evaluation.calibration import softmax
@@ -27,7 +27,7 @@ from eurosat.models.network import load, save
 from eurosat.models.predict import logits as logits_of
 from eurosat.models.predict import logits_and_first_view
 from eurosat.runtime import exit_codes, hardware
-from eurosat.training.fit import Fitted, fit
+from eurosat.training.fit import FitResult, fit
 from eurosat.training.optimizers import make_optimizer, one_cycle
 from tests.support.networks import build as build_network
 from tests.support.recipes import TINY
@@ -60,7 +60,7 @@ def test_a_run_carries_all_that_judges_and_serves_it(
         assert held - {"model.int8.onnx"} == ARTIFACTS
         lost = run.metrics["test_accuracy"] - run.metrics["int8_accuracy"]
         assert ("model.int8.onnx" in held) == (lost <= quantise.MAX_LOSS), "kept if as accurate"
-        config = build(TrainConfig, yaml.safe_load((folder / "config.yaml").read_text()))
+        config = from_mapping(TrainConfig, yaml.safe_load((folder / "config.yaml").read_text()))
         split = pd.read_csv(folder / "split.csv")
         predicted = pd.read_parquet(folder / "predictions.parquet")
         session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
@@ -86,14 +86,14 @@ def test_a_run_carries_all_that_judges_and_serves_it(
     np.testing.assert_allclose(served, probabilities, atol=1e-4)
 
 
-def quick_fit(config: TrainConfig, data: Prepared) -> Fitted:
+def quick_fit(config: TrainConfig, data: PreparedData) -> FitResult:
     with tracking.run("e", "r", system_metrics=False) as run:
         return fit(config, data, run)
 
 
 @pytest.mark.usefixtures("tracking_store")
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
-    tiny_config: TrainConfig, tiny_data: Prepared
+    tiny_config: TrainConfig, tiny_data: PreparedData
 ) -> None:
     one, two = (quick_fit(tiny_config, tiny_data).network.state_dict() for _ in range(2))
     for name, value in one.items():
@@ -108,34 +108,36 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     [
         ["optim.name=adamw", "optim.lr=1e-3", "optim.ema=0", "optim.clip_norm=1"],
         ["trainer.precision=bf16", "augment.brightness=0.2", "augment.contrast=0.2"],
-        ["trainer.precision=auto", "model.input_size=48", "model.views=8"],
+        ["trainer.precision=auto", "model.input_size=48", "model.tta_views=8"],
     ],
 )
-def test_every_setting_trains(tiny_data: Prepared, changes: list[str]) -> None:
+def test_every_setting_trains(tiny_data: PreparedData, changes: list[str]) -> None:
     config = compose([*TINY, "trainer.epochs=1", *changes])
     with tracking.run("e", "r", system_metrics=False) as run:
         tested = train.train(config, tiny_data, run)
     assert 0 <= tested["test_accuracy"] <= 1
-    assert ("test_one_view_accuracy" in tested) == (config.model.views == 8)
-    if config.model.views == 8:
+    assert ("test_one_view_accuracy" in tested) == (config.model.tta_views == 8)
+    if config.model.tta_views == 8:
         with tracking.artifact(run.run_id, "weights.safetensors") as file:
             net = load(file)
-        with net.in_one_view():
-            once, labels = logits_of(net, Batches(tiny_data.pack, tiny_data.split.indices("test")))
+        with net.single_view():
+            once, labels = logits_of(
+                net, TileLoader(tiny_data.pack, tiny_data.split.indices("test"))
+            )
         assert tested["test_one_view_accuracy"] == (once.argmax(axis=1) == labels).mean()
 
 
 def test_one_look_at_the_tiles_tells_what_all_views_answer_and_what_the_first_does(
-    tiny_data: Prepared,
+    tiny_data: PreparedData,
 ) -> None:
     net = build_network(classes=10, views=8)
-    batches = Batches(tiny_data.pack, tiny_data.split.indices("test"))
+    batches = TileLoader(tiny_data.pack, tiny_data.split.indices("test"))
     passes: list[int] = []
     net.backbone.register_forward_hook(lambda *seen: passes.append(len(seen[2])))
     mean, first, labels = logits_and_first_view(net, batches)
     assert len(passes) == 8 * len(batches), "the first view is not looked at again"
     expected, expected_labels = logits_of(net, batches)
-    with net.in_one_view():
+    with net.single_view():
         alone, _ = logits_of(net, batches)
     np.testing.assert_array_equal(mean, expected)
     np.testing.assert_array_equal(first, alone)
@@ -144,7 +146,7 @@ def test_one_look_at_the_tiles_tells_what_all_views_answer_and_what_the_first_do
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_profile_is_one_flag(tiny_data: Prepared) -> None:
+def test_a_profile_is_one_flag(tiny_data: PreparedData) -> None:
     config = compose([*TINY, "profile=true"])
     assert config.digest == compose(TINY).digest
     with tracking.run("e", "r", system_metrics=False) as run:
@@ -157,7 +159,7 @@ def test_a_profile_is_one_flag(tiny_data: Prepared) -> None:
 @pytest.mark.usefixtures("tracking_store")
 @pytest.mark.parametrize("changes", [["optim.freeze_epochs=1"], ["optim.layer_decay=0.5"]])
 def test_trained_weights_beat_a_start_from_scratch_at_an_equal_budget(
-    tiny_data: Prepared, tmp_path: Path, changes: list[str]
+    tiny_data: PreparedData, tmp_path: Path, changes: list[str]
 ) -> None:
     """The weights come from other synthetic tiles of the same classes."""
     elsewhere = prepare(compose([*TINY, "data.synthetic.seed=9", "data.synthetic.tiles=1000"]))
@@ -173,7 +175,7 @@ def test_trained_weights_beat_a_start_from_scratch_at_an_equal_budget(
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_the_head_learns_first_and_the_backbone_stands_still(tiny_data: Prepared) -> None:
+def test_the_head_learns_first_and_the_backbone_stands_still(tiny_data: PreparedData) -> None:
     config = compose([*TINY, "trainer.epochs=1", "optim.freeze_epochs=1", "optim.ema=0"])
     torch.manual_seed(0)
     before = pretrained.create(
@@ -193,13 +195,13 @@ def test_the_head_learns_first_and_the_backbone_stands_still(tiny_data: Prepared
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_training_learns(tiny_data: Prepared) -> None:
+def test_training_learns(tiny_data: PreparedData) -> None:
     config = compose([*TINY, "trainer.epochs=12", "augment.cutmix=0"])
     fitted = quick_fit(config, tiny_data)
     assert fitted.history[-1]["train_loss"] < 0.7 * fitted.history[0]["train_loss"]
     assert fitted.best["val_accuracy"] > 0.3, "ten classes: chance is 0.1"
     assert fitted.best["val_accuracy"] == max(row["val_accuracy"] for row in fitted.history)
-    loader = TileData(tiny_data.pack, tiny_data.split, batch_size=2, seed=0).val_dataloader()
+    loader = TileDataModule(tiny_data.pack, tiny_data.split, batch_size=2, seed=0).val_dataloader()
     logits, labels = logits_of(fitted.network, loader)
     judged = judge(labels, softmax(logits), tiny_data.pack.classes)
     assert fitted.best["val_accuracy"] == pytest.approx(judged["accuracy"], abs=1e-6)
@@ -207,13 +209,15 @@ def test_training_learns(tiny_data: Prepared) -> None:
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_early_stopping_ends_a_training_that_stands_still(tiny_data: Prepared) -> None:
+def test_early_stopping_ends_a_training_that_stands_still(tiny_data: PreparedData) -> None:
     config = compose([*TINY, "trainer.epochs=30", "trainer.patience=2", "optim.lr=1e-9"])
     assert len(quick_fit(config, tiny_data).history) < 30
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_rate(tiny_data: Prepared) -> None:
+def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_rate(
+    tiny_data: PreparedData,
+) -> None:
     config = compose([*TINY, "optim.lr=1e30", "optim.warmup=0"])
     with (
         pytest.raises(NonFiniteLoss, match=r"optim.lr=1e\+30: lower it"),
@@ -237,7 +241,7 @@ class Poison(lightning.Callback):
 
 @pytest.mark.usefixtures("tracking_store")
 def test_a_training_that_diverges_leaves_its_best_weights(
-    tiny_config: TrainConfig, tiny_data: Prepared
+    tiny_config: TrainConfig, tiny_data: PreparedData
 ) -> None:
     with (
         pytest.raises(NonFiniteLoss),
@@ -246,7 +250,7 @@ def test_a_training_that_diverges_leaves_its_best_weights(
         fit(tiny_config, tiny_data, run, further=[Poison()])
     with tracking.artifact(run.run_id, "last_good/weights.safetensors") as file:
         kept = load(file)
-    loader = TileData(tiny_data.pack, tiny_data.split, batch_size=2, seed=0).val_dataloader()
+    loader = TileDataModule(tiny_data.pack, tiny_data.split, batch_size=2, seed=0).val_dataloader()
     logits, labels = logits_of(kept, loader)
     reached = tracking.get(run.run_id).metrics["val_accuracy"]
     assert (logits.argmax(axis=1) == labels).mean() == pytest.approx(reached, abs=1e-6)
@@ -262,7 +266,7 @@ def test_training_asks_for_the_receipt(tmp_path: Path, caplog: pytest.LogCapture
     assert "training all the same" in caplog.text
     for success, state in ((False, "failed"), (True, "passed")):
         validation_record.write(
-            validation_record.Receipt(
+            validation_record.ValidationRecord(
                 fingerprint=prepared.pack.fingerprint,
                 success=success,
                 expectations=2,
@@ -309,7 +313,7 @@ def test_weight_decay_leaves_biases_and_norms_alone() -> None:
 
 def test_every_epoch_sees_each_tile_once_in_an_order_of_its_own(tiny_pack: Pack) -> None:
     rows = np.arange(100)
-    first, second, again = (Batches(tiny_pack, rows, 20, seed) for seed in (1, 2, 1))
+    first, second, again = (TileLoader(tiny_pack, rows, 20, seed) for seed in (1, 2, 1))
     orders = [
         [int(t) for _, labels in batches for t in labels] for batches in (first, second, again)
     ]
@@ -321,10 +325,10 @@ def test_every_epoch_sees_each_tile_once_in_an_order_of_its_own(tiny_pack: Pack)
 
 def test_evaluation_leaves_no_tile_out_and_training_no_half_batch(tiny_pack: Pack) -> None:
     rows = np.arange(50)
-    assert [len(labels) for _, labels in Batches(tiny_pack, rows, 20)] == [20, 20, 10]
-    assert [len(labels) for _, labels in Batches(tiny_pack, rows, 20, seed=0)] == [20, 20]
-    assert [len(labels) for _, labels in Batches(tiny_pack, rows, 64, seed=0)] == [50]
-    passes = [labels for _, labels in Batches(tiny_pack, rows[:6], 4, seed=0, passes=4)]
+    assert [len(labels) for _, labels in TileLoader(tiny_pack, rows, 20)] == [20, 20, 10]
+    assert [len(labels) for _, labels in TileLoader(tiny_pack, rows, 20, seed=0)] == [20, 20]
+    assert [len(labels) for _, labels in TileLoader(tiny_pack, rows, 64, seed=0)] == [50]
+    passes = [labels for _, labels in TileLoader(tiny_pack, rows[:6], 4, seed=0, passes=4)]
     assert [len(labels) for labels in passes] == [4] * 6
     seen = np.sort(np.concatenate(passes))
     np.testing.assert_array_equal(seen, np.sort(np.repeat(tiny_pack.labels[rows[:6]], 4)))
@@ -332,8 +336,11 @@ def test_evaluation_leaves_no_tile_out_and_training_no_half_batch(tiny_pack: Pac
 
 def test_batches_held_on_a_device_are_those_of_the_pack(tiny_pack: Pack) -> None:
     rows = np.arange(30, 90)
-    streamed, held = Batches(tiny_pack, rows, 20, seed=1), Batches(tiny_pack, rows, 20, seed=1)
-    held.hold_on(torch.device("cpu"))
+    streamed, held = (
+        TileLoader(tiny_pack, rows, 20, seed=1),
+        TileLoader(tiny_pack, rows, 20, seed=1),
+    )
+    held.preload(torch.device("cpu"))
     assert held.nbytes == 60 * 32 * 32 * 3
     for (one, its), (other, others) in zip(streamed, held, strict=True):
         assert torch.equal(one, other)
@@ -342,7 +349,7 @@ def test_batches_held_on_a_device_are_those_of_the_pack(tiny_pack: Pack) -> None
 
 
 def test_batches_are_channels_last_views_of_the_pack(tiny_pack: Pack) -> None:
-    tiles, labels = next(iter(Batches(tiny_pack, np.arange(8), 8)))
+    tiles, labels = next(iter(TileLoader(tiny_pack, np.arange(8), 8)))
     assert tiles.shape == (8, 3, 32, 32)
     assert tiles.is_contiguous(memory_format=torch.channels_last)
     np.testing.assert_array_equal(tiles.permute(0, 2, 3, 1).numpy(), tiny_pack.tiles_NHWC[:8])
@@ -375,11 +382,11 @@ def test_the_probe_is_made_once_a_process(caplog: pytest.LogCaptureFixture) -> N
 @pytest.mark.usefixtures("tracking_store")
 def test_one_epoch_on_the_real_tiles_learns(real_pack: Pack) -> None:
     config = compose([*TINY, "data=eurosat", "trainer.epochs=1", "optim.batch_size=64"])
-    data = Prepared(pack=real_pack, split=make_split(real_pack.table), validation="missing")
+    data = PreparedData(pack=real_pack, split=make_split(real_pack.table), validation="missing")
     assert quick_fit(config, data).best["val_accuracy"] > 0.4, "ten classes: chance is 0.1"
 
 
 def test_the_hardware_is_told_in_one_line() -> None:
-    line = hardware.hardware()
+    line = hardware.describe_hardware()
     assert f"{hardware.cores()} cores" in line
     assert "\n" not in line

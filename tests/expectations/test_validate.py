@@ -18,7 +18,7 @@ from PIL import Image
 
 from eurosat.config import DataConfig, compose
 from eurosat.data import validation_record
-from eurosat.data.pack import survey_source
+from eurosat.data.pack import scan_source
 from eurosat.data.synthetic import CLASSES, render
 from eurosat.errors import ConfigError, DataError
 from eurosat.runtime import cli, exit_codes
@@ -59,7 +59,7 @@ class Outcome:
 
     @property
     def fingerprint(self) -> str:
-        return survey_source(self.data).fingerprint
+        return scan_source(self.data).fingerprint
 
 
 def run_verb(folder: Path, *overrides: str) -> Outcome:
@@ -154,7 +154,7 @@ def test_the_synthetic_tiles_pass_and_leave_a_receipt_that_training_accepts(
     assert found.success
     assert found.failed == ()
     assert f"all {found.expectations} expectations passed" in passed.printed
-    assert validation_record.require(passed.fingerprint, passed.data) == "passed"
+    assert validation_record.require_passed(passed.fingerprint, passed.data) == "passed"
 
 
 def test_a_passed_validation_is_a_finished_run_with_its_numbers_and_artifacts(
@@ -223,9 +223,9 @@ def test_what_was_not_looked_for_is_not_said_to_have_passed(
 
 def test_training_refuses_a_data_set_that_failed_unless_told_otherwise(failed: Outcome) -> None:
     with pytest.raises(DataError, match=r"failed readable, height.*allow_unvalidated=true"):
-        validation_record.require(failed.fingerprint, failed.data)
+        validation_record.require_passed(failed.fingerprint, failed.data)
     allowed = replace(failed.data, allow_unvalidated=True)
-    assert validation_record.require(failed.fingerprint, allowed) == "failed"
+    assert validation_record.require_passed(failed.fingerprint, allowed) == "failed"
 
 
 def test_the_data_docs_name_the_faulty_tiles_and_load_nothing_from_elsewhere(

@@ -26,10 +26,10 @@ from mlflow.entities import Run
 
 from eurosat import tracking
 from eurosat.config import CONF, TrainConfig, compose
-from eurosat.data.prepare import Prepared
+from eurosat.data.prepare import PreparedData
 from eurosat.errors import ConfigError, EuroSATError, NonFiniteLoss
 from eurosat.runtime import exit_codes
-from eurosat.training.checkpoints import Unfinished, claim
+from eurosat.training.checkpoints import CheckpointSlot, acquire
 from experiments import drivers, objective, search, space, sweep
 from experiments.objective import Job, Outcome, Task
 from experiments.search import Search, create
@@ -291,7 +291,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_trial_taken_up(tmp_path: Pa
 @pytest.mark.usefixtures("tracking_store", "tiny_pack")
 def test_workers_end_after_their_driver_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     given = ["study=s", f"storage=sqlite:///{tmp_path}/study.db", "workers=2", "trials=2"]
-    driver = saying(tmp_path, *SWEEP, *given, "refit=false", "trainer.passes=10000")
+    driver = saying(tmp_path, *SWEEP, *given, "refit=false", "trainer.repeats_per_epoch=10000")
     client = MlflowClient()
 
     def runs() -> list[Run]:
@@ -606,7 +606,7 @@ def test_a_search_that_cannot_be_is_named(given: str, words: str, tmp_path: Path
 @pytest.mark.parametrize("when", ["before it was told", "before its state was dropped"])
 @pytest.mark.usefixtures("tracking_store")
 def test_a_trial_that_was_killed_after_its_end_is_not_trained_again(
-    tiny_data: Prepared, monkeypatch: pytest.MonkeyPatch, when: str
+    tiny_data: PreparedData, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     settings = SweepConfig(trials=1, trial_epochs=1, study="s")
     with tracking.run("eurosat", "parent", system_metrics=False) as parent:
@@ -629,7 +629,7 @@ def test_a_trial_that_was_killed_after_its_end_is_not_trained_again(
         with monkeypatch.context() as dying, pytest.raises(SystemExit):
             if when == "before it was told":
                 trial(ended=killed)
-            dying.setattr(Unfinished, "remove", killed)
+            dying.setattr(CheckpointSlot, "remove", killed)
             trial()
         told: list[Outcome] = []
         outcome = trial(ended=told.append)
@@ -643,7 +643,7 @@ def test_a_trial_that_was_killed_after_its_end_is_not_trained_again(
 
 @pytest.mark.usefixtures("tracking_store")
 def test_a_pruned_trial_that_was_killed_before_it_could_tell_stays_pruned(
-    tiny_data: Prepared,
+    tiny_data: PreparedData,
 ) -> None:
     settings = SweepConfig(trials=1, trial_epochs=2, study="s")
     with tracking.run("eurosat", "parent", system_metrics=False) as parent:
@@ -674,11 +674,11 @@ def test_a_pruned_trial_that_was_killed_before_it_could_tell_stays_pruned(
 
 @pytest.mark.usefixtures("tracking_store")
 def test_a_training_killed_before_its_run_was_made_has_one(tiny_config: TrainConfig) -> None:
-    with pytest.raises(SystemExit), claim(tiny_config, {"a": "b"}) as place:
-        place.begin()
+    with pytest.raises(SystemExit), acquire(tiny_config, {"a": "b"}) as place:
+        place.start_or_resume()
         raise SystemExit  # before there is a journal of that name
-    with claim(tiny_config, {"a": "b"}) as place:
+    with acquire(tiny_config, {"a": "b"}) as place:
         assert place.journal is None
-        with tracking.run("e", "r", journal=place.begin(), system_metrics=False) as run:
+        with tracking.run("e", "r", journal=place.start_or_resume(), system_metrics=False) as run:
             pass
     assert tracking.get(run.journal).run_id == run.run_id

@@ -11,7 +11,7 @@ from mlflow.artifacts import load_text
 
 from eurosat import tracking, train
 from eurosat.config import compose
-from eurosat.data.prepare import Prepared
+from eurosat.data.prepare import PreparedData
 from eurosat.evaluation import corruptions
 from eurosat.models import onnx_session
 from eurosat.runtime import exit_codes
@@ -50,7 +50,7 @@ def kept(store: Path, run_id: str, frame: pd.DataFrame) -> None:
 
 @pytest.mark.usefixtures("tracking_store")
 def test_registration_asks_the_network_about_corrupted_tiles_once(
-    tiny_data: Prepared, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    tiny_data: PreparedData, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with tracking.run("e", "r", system_metrics=False) as run:
         train.train(compose(TINY), tiny_data, run)
@@ -69,7 +69,7 @@ def test_registration_asks_the_network_about_corrupted_tiles_once(
     held = versions.held(run.run_id)
     name = versions.NETWORK_INT8 if versions.NETWORK_INT8 in held else versions.NETWORK
     with tracking.artifact(run.run_id, name) as file:
-        expected_NK = onnx_session.answers(file, hazy)
+        expected_NK = onnx_session.probabilities(file, hazy)
     told_NK = frame[frame["kind"] == "haze"][[f"p/{name}" for name in asked.classes]].to_numpy()
     np.testing.assert_allclose(told_NK, expected_NK, atol=1e-6)
     assert f"{len(test)} test tiles in one view" in load_text(f"runs:/{run.run_id}/{card.FILE}")

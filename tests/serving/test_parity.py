@@ -95,7 +95,7 @@ def ways(settings: Sequence[str], folder: Path, form: str) -> Iterator[tuple[str
     torch_NK = told[[name for name in told if str(name).startswith("p/")]].to_numpy(np.float64)
     tiles_NHWC = data.pack.tiles_NHWC[data.split.indices("test")]
     name = "model.onnx" if form == "fp32" else "model.int8.onnx"
-    yield "ONNX", onnx_session.answers(files / "artifacts" / name, tiles_NHWC), torch_NK
+    yield "ONNX", onnx_session.probabilities(files / "artifacts" / name, tiles_NHWC), torch_NK
     loaded = mlflow.pyfunc.load_model(model, model_config={"form": form})
     frame = pd.DataFrame({"image": [saved(Image.fromarray(tile), "PNG") for tile in tiles_NHWC]})
     parts = [loaded.predict(frame[start : start + 1024]) for start in range(0, len(frame), 1024)]
@@ -141,5 +141,10 @@ def test_every_way_gives_the_same_answers(tracking_store: str, tmp_path: Path) -
 def test_every_way_gives_the_same_answers_on_the_real_test_fold(
     form: str, tracking_store: str, tmp_path: Path, eurosat_root: Path
 ) -> None:
-    real = ("data=eurosat", "data.allow_unvalidated=true", "model.name=resnet18", "model.views=1")
+    real = (
+        "data=eurosat",
+        "data.allow_unvalidated=true",
+        "model.name=resnet18",
+        "model.tta_views=1",
+    )
     hold((*real, "distill.teacher=none", "trainer.epochs=1"), tmp_path, form)

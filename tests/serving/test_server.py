@@ -173,7 +173,7 @@ def test_every_way_answers_what_onnx_runtime_does(
         assert answer["label"] == label
         assert answer["confidence"] == answer["probabilities"][label]
         assert answer["prediction_set"] == [label], "the only one above 0.1"
-        score = energy - float(str(CALIBRATION["unlike_above"]))
+        score = energy - float(str(CALIBRATION["ood_threshold"]))
         assert answer["unlike_score"] == pytest.approx(score, abs=1e-5)
         assert answer["unlike_training"] == (score > 0)
         assert answer["model_version"] == version

@@ -8,7 +8,7 @@ from eurosat.config import ModelConfig
 from eurosat.models.network import Network
 from eurosat.models.pretrained import create
 
-STEMS: tuple[Literal["stock", "gentle"], ...] = ("stock", "gentle")
+STEMS: tuple[Literal["stock", "small"], ...] = ("stock", "small")
 
 
 def build(
@@ -18,11 +18,11 @@ def build(
     bands: int = 3,
     input_size: int | None = None,
     views: Literal[1, 8] = 1,
-    stem: Literal["stock", "gentle"] = "stock",
+    stem: Literal["stock", "small"] = "stock",
 ) -> Network:
     torch.manual_seed(0)
     return create(
-        ModelConfig(name=name, input_size=input_size, views=views, stem=stem),
+        ModelConfig(name=name, input_size=input_size, tta_views=views, stem=stem),
         weights,
         classes=[f"c{k}" for k in range(classes)],
         bands=bands,

@@ -25,7 +25,7 @@ from tests.support.registry import CLASSES, make_run
 
 START_S = 120.0
 STOP_S = 30.0
-CALIBRATION = {"thresholds": [0.9, 0.9, 0.9], "unlike_above": -2.0}
+CALIBRATION = {"thresholds": [0.9, 0.9, 0.9], "ood_threshold": -2.0}
 
 
 def until(holds: Callable[[], bool], seconds: float, what: str) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from eurosat.config import DataConfig, SyntheticConfig
 from eurosat.data import pack as packs
-from eurosat.data.pack import Pack, open_pack, survey_source
+from eurosat.data.pack import Pack, open_pack, scan_source
 from eurosat.data.sources import find_eurosat, open_source
 from eurosat.errors import DataError
 from tests.support.paths import ROOT
@@ -132,7 +132,7 @@ def test_a_bad_tile_is_named_with_a_remedy_and_leaves_no_pack(
 def test_a_survey_tells_all_faults_at_once(config: DataConfig, tiles: Path) -> None:
     for index in (1, 4):
         (tiles / "Forest" / f"Forest_{index}.png").write_bytes(b"junk")
-    survey = survey_source(config)
+    survey = scan_source(config)
     assert survey.pack is None
     faulty = survey.table[survey.table["fault"].notna()]
     assert list(faulty["path"]) == ["Forest/Forest_1.png", "Forest/Forest_4.png"]
@@ -378,6 +378,6 @@ def test_the_real_tiles_are_all_there_and_seven_places_stand_twice(real_pack: Pa
     counts = real_pack.table["class"].value_counts()
     assert counts["Pasture"] == 2000
     assert counts["SeaLake"] == 3000
-    assert (real_pack.exact, real_pack.near) == (0, 7)
+    assert (real_pack.num_exact_duplicates, real_pack.num_near_duplicates) == (0, 7)
     fingerprint = "8c2d76c5506ab263f3fff7333cc7c84fa844266b697e4da0b711ddc8cf39675f"
     assert real_pack.fingerprint == fingerprint

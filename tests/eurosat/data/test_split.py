@@ -146,4 +146,4 @@ def test_no_place_of_the_real_tiles_stands_in_two_folds(real_pack: Pack) -> None
 
 
 def test_synthetic_tiles_hold_no_duplicates(tiny_pack: Pack) -> None:
-    assert (tiny_pack.exact, tiny_pack.near) == (0, 0)
+    assert (tiny_pack.num_exact_duplicates, tiny_pack.num_near_duplicates) == (0, 0)

@@ -132,7 +132,7 @@ def test_the_mcnemar_test_is_exact_and_the_difference_is_paired() -> None:
 
 
 def test_certainty_that_is_wrong_has_a_finite_surprise() -> None:
-    assert np.isfinite(metrics.surprise(np.array([1]), np.array([[1.0, 0.0]]))).all()
+    assert np.isfinite(metrics.per_tile_nll(np.array([1]), np.array([[1.0, 0.0]]))).all()
 
 
 def test_perfect_answers_get_perfect_figures() -> None:

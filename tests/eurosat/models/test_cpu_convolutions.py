@@ -178,7 +178,7 @@ def test_a_bias_is_added_and_learns() -> None:
 @pytest.mark.parametrize("low", [True, False])
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18"])
 def test_a_network_under_it_learns_the_same(name: str, low: bool) -> None:
-    from eurosat.models.network import NetworkSpec, untrained
+    from eurosat.models.network import NetworkSpec, build_untrained
 
     spec = NetworkSpec(
         name=name,
@@ -192,7 +192,7 @@ def test_a_network_under_it_learns_the_same(name: str, low: bool) -> None:
         std=(255.0,) * 3,
     )
     torch.manual_seed(0)
-    network = untrained(spec).train()
+    network = build_untrained(spec).train()
     tiles = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
     found = []
     for fast in (False, True):

@@ -31,7 +31,7 @@ def logits(net: Network, tiles_NHWC: Tiles) -> npt.NDArray[np.float64]:
 
 
 def ask(file: Path, tiles_NHWC: Tiles, **more: Any) -> dict[str, npt.NDArray[np.float32]]:
-    session = onnx_session.opened(file)
+    session = onnx_session.open_session(file)
     names = [node.name for node in session.get_outputs()]
     given = {"tiles_NHWC": tiles_NHWC} | {name: np.array(value) for name, value in more.items()}
     return dict(zip(names, session.run(names, given), strict=True))
@@ -46,10 +46,10 @@ def test_the_switch_of_views_may_be_left_as_the_network_was_judged(
     file = tmp_path / "m.onnx"
     export_onnx(net, file)
     some = tiles(5)
-    with net.in_one_view():
+    with net.single_view():
         alone = calibration.softmax(logits(net, some) / 1.7)
     tiles_NCHW = torch.from_numpy(some).permute(0, 3, 1, 2)
-    with net.in_one_view(), torch.inference_mode():
+    with net.single_view(), torch.inference_mode():
         each = [net.eval().logits(view).double().numpy() for view in dihedral_views(tiles_NCHW)]
     together = calibration.softmax(np.mean(each, axis=0) / 1.7)
     told = {tta: ask(file, some, tta=tta)["probabilities"] for tta in (True, False)}
@@ -72,7 +72,7 @@ def test_a_class_is_as_likely_as_its_map_is_bright(tmp_path: Path) -> None:
     net = build(input_size=96, views=8)
     export_onnx(net, tmp_path / "m.onnx")
     some = tiles(3)
-    with net.in_one_view():
+    with net.single_view():
         alone = logits(net, some)
     maps = ask(tmp_path / "m.onnx", some)["activation"]
     assert maps.shape[:2] == (3, 4)
@@ -99,5 +99,5 @@ def test_whole_numbers_answer_nearly_as_the_network_does_from_a_smaller_file(
         spread = float(values.max() - values.min())
         assert np.abs(rounded[name] - values).max() < 0.1 * max(spread, 0.1), name
     assert int8.stat().st_size < 0.3 * whole.stat().st_size
-    described = onnx_session.opened(int8).get_modelmeta().custom_metadata_map
+    described = onnx_session.open_session(int8).get_modelmeta().custom_metadata_map
     assert described["run_id"] == "r"

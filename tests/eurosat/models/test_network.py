@@ -43,7 +43,7 @@ def test_eight_views_answer_alike_however_a_tile_is_turned(tmp_path: Path) -> No
         turned = net(tiles.rot90(1, (2, 3)).flip(3))
         torch.testing.assert_close(turned, net(tiles), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(network.load(tmp_path / "w.safetensors")(tiles), net(tiles))
-        with net.in_one_view():
+        with net.single_view():
             of_views = [net(view) for view in dihedral_views(tiles)]
         torch.testing.assert_close(torch.stack(of_views).mean(0), net(tiles), rtol=1e-4, atol=1e-4)
         assert (of_views[0] - of_views[1]).abs().max() > 1e-3, "one view is not another"
@@ -62,7 +62,7 @@ def test_views_are_in_the_exported_graph_and_the_backbone_is_there_once(tmp_path
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18d"])
-def test_a_gentle_stem_leaves_four_times_the_pixels_and_is_kept_with_the_weights(
+def test_a_small_stem_leaves_four_times_the_pixels_and_is_kept_with_the_weights(
     tmp_path: Path, name: str
 ) -> None:
     sizes = []
@@ -73,8 +73,8 @@ def test_a_gentle_stem_leaves_four_times_the_pixels_and_is_kept_with_the_weights
         network.save(net, tmp_path / "w.safetensors")
         torch.testing.assert_close(answer(network.load(tmp_path / "w.safetensors")), answer(net))
     assert sizes == [(8, 8), (16, 16)]
-    with pytest.raises(ModelError, match="gentle is for ResNets, and test_vit is none"):
-        build("test_vit", stem="gentle", input_size=160)
+    with pytest.raises(ModelError, match="small is for ResNets, and test_vit is none"):
+        build("test_vit", stem="small", input_size=160)
 
 
 @pytest.mark.parametrize("name", ["resnet18d", "tf_efficientnet_lite0", "mobilenetv3_small_050"])
@@ -82,8 +82,8 @@ def test_what_the_head_is_given_is_seen_in_every_view_and_answered_as_ever(name:
     net = build(name, views=8).eval()
     tiles = torch.rand(2, 3, 32, 32) * 255
     with torch.no_grad():
-        seen, logits = net.seen(tiles)
-        turned, _ = net.seen(tiles.flip(-1))
+        seen, logits = net.forward_with_features(tiles)
+        turned, _ = net.forward_with_features(tiles.flip(-1))
         torch.testing.assert_close(logits, net.logits(tiles))
         head: Any = net.backbone
         torch.testing.assert_close(head.get_classifier()(seen), logits)

@@ -9,24 +9,24 @@ import torch
 
 from eurosat import tracking, train
 from eurosat.config import TrainConfig, compose
-from eurosat.data.prepare import Prepared
+from eurosat.data.prepare import PreparedData
 from eurosat.data.split import make_split
 from eurosat.errors import DataError, TrackingError
 from eurosat.models import pretrained
 from eurosat.training import launch
-from eurosat.training.fit import Fitted
+from eurosat.training.fit import FitResult
 from tests.support.recipes import TINY
 
 
 @pytest.fixture
-def earlier(tracking_store: str, tiny_data: Prepared) -> str:
+def earlier(tracking_store: str, tiny_data: PreparedData) -> str:
     """A finished run on the tiny tiles."""
     with tracking.run("e", "earlier", system_metrics=False) as run:
         train.train(compose([*TINY, "trainer.epochs=1"]), tiny_data, run)
     return run.run_id
 
 
-def fitted(config: TrainConfig, data: Prepared) -> tuple[Fitted, str]:
+def fitted(config: TrainConfig, data: PreparedData) -> tuple[FitResult, str]:
     with tracking.run("e", "later", system_metrics=False) as run:
         return launch.fit(config, data, run), run.run_id
 
@@ -36,7 +36,7 @@ def from_there(reference: str, *more: str) -> TrainConfig:
 
 
 def test_a_run_is_where_another_starts_and_is_named_by_it(
-    earlier: str, tiny_data: Prepared
+    earlier: str, tiny_data: PreparedData
 ) -> None:
     result, run_id = fitted(from_there(f"runs:/{earlier}", "optim.ema=0"), tiny_data)
     assert tracking.get(run_id).tags[pretrained.START] == earlier
@@ -48,7 +48,7 @@ def test_a_run_is_where_another_starts_and_is_named_by_it(
 
 
 def test_a_continued_run_starts_where_it_began_though_the_alias_has_moved(
-    earlier: str, tiny_data: Prepared
+    earlier: str, tiny_data: PreparedData
 ) -> None:
     client = mlflow.MlflowClient()
     client.create_registered_model("m")
@@ -57,14 +57,14 @@ def test_a_continued_run_starts_where_it_began_though_the_alias_has_moved(
     client.set_registered_model_alias("m", "champion", "1")
     config = from_there("models:/m@champion")
     with tracking.run("e", "later", system_metrics=False) as run:
-        assert pretrained.settled(config, tiny_data, run).weights == f"runs:/{earlier}"
+        assert pretrained.resolve_initial_run(config, tiny_data, run).weights == f"runs:/{earlier}"
         client.create_model_version("m", source, run.run_id)
         client.set_registered_model_alias("m", "champion", "2")
-        assert pretrained.settled(config, tiny_data, run).weights == f"runs:/{earlier}"
+        assert pretrained.resolve_initial_run(config, tiny_data, run).weights == f"runs:/{earlier}"
 
 
 def test_a_run_that_has_learned_from_tiles_of_this_test_fold_is_refused(
-    earlier: str, tiny_data: Prepared
+    earlier: str, tiny_data: PreparedData
 ) -> None:
     other = dataclasses.replace(tiny_data, split=make_split(tiny_data.pack.table, seed=1))
     with pytest.raises(DataError, match=r"has learned from \d+ of the 40 tiles of this test fold"):
@@ -73,7 +73,7 @@ def test_a_run_that_has_learned_from_tiles_of_this_test_fold_is_refused(
 
 @pytest.mark.usefixtures("tracking_store")
 def test_a_run_that_does_not_say_what_it_has_learned_from_is_refused(
-    tiny_data: Prepared, tmp_path: Path
+    tiny_data: PreparedData, tmp_path: Path
 ) -> None:
     with tracking.run("e", "bare", system_metrics=False) as bare:
         bare.log_text("", "weights.safetensors")

@@ -12,7 +12,7 @@ from eurosat.runtime import hardware
 if not hasattr(ctypes.CDLL(None), "mallopt"):
     raise SystemExit(3)
 if "keep" in sys.argv:
-    hardware.keep_freed_memory()
+    hardware.disable_malloc_trim()
 def step():
     return [np.ones(16_000_000, np.uint8) for _ in range(8)]
 for _ in range(3):
@@ -35,7 +35,7 @@ blocks = [np.ones(100_000, np.uint8) for _ in range(2000)]
 kept = blocks[::10]  # so that nothing can be cut off at an end
 del blocks
 held = psutil.Process().memory_info().rss
-hardware.give_back_freed_memory()
+hardware.malloc_trim()
 print((held - psutil.Process().memory_info().rss) // 10**6)
 """
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eurosat.config import DataConfig, build, compose
+from eurosat.config import DataConfig, compose, from_mapping
 from eurosat.data.pack import open_pack
 from eurosat.data.sources import open_source
 from eurosat.errors import DataError, StorageError
@@ -380,7 +380,7 @@ def test_a_place_that_cannot_be_written_is_named(bucket: Bucket, tmp_path: Path)
 
 
 def dataset(root: str, cache: Path, source: str = "folder") -> DataConfig:
-    return build(DataConfig, {"source": source, "root": root, "cache": str(cache)}, "data")
+    return from_mapping(DataConfig, {"source": source, "root": root, "cache": str(cache)}, "data")
 
 
 def test_tiles_of_a_bucket_are_those_of_the_folder_they_came_from(

@@ -218,7 +218,7 @@ def test_a_server_restarted_with_an_empty_disk_gets_the_run_anew(
 ) -> None:
     with tracking.run(experiment, "r", system_metrics=False) as run:
         log_all(run, tmp_path, range(STEPS // 2))
-        until(lambda: not run._journal.waiting())
+        until(lambda: not run._journal.backlog())
         first = run.run_id
         server.upstream = ports[1]
         for step in range(STEPS // 2, STEPS):
@@ -403,12 +403,14 @@ def test_a_file_that_the_server_refuses_is_kept_until_it_takes_it(
 def test_what_was_refused_comes_after_nothing_that_was_said_later(
     server: Proxy, experiment: str
 ) -> None:
-    journal = Journal.create(server=mlflow_client.server(), experiment=experiment, run_name="r")
+    journal = Journal.create(
+        server=mlflow_client.tracking_uri(), experiment=experiment, run_name="r"
+    )
     journal.set_tags({"kind": "refused", "other": "refused"})
     for entry in journal.entries(2):
         journal.refused(entry.seq, "too long")
     journal.set_tags({"kind": "taken"})
-    journal.offer_again()
+    journal.requeue_rejected()
     assert [(one.name, one.value) for one in journal.entries(9)] == [
         ("kind", "taken"),
         ("other", "refused"),
@@ -458,14 +460,14 @@ def test_a_run_that_goes_on_on_another_machine_knows_what_it_was_told(
         shutil.rmtree(root() / run.journal.removeprefix("journal:"))
         with tracking.run(experiment, "r", resume=run.journal, system_metrics=False) as again:
             assert again.tag("kind") == "trial"
-            assert again._journal.about("start_ms") == str(before.info.start_time)
+            assert again._journal.get_meta("start_ms") == str(before.info.start_time)
             again.log_params({"lr": 0.1})
             again.log_metrics({"loss": 0.25}, 1)
-            until(lambda: not again._journal.waiting())
+            until(lambda: not again._journal.backlog())
             server.upstream = ports[1]  # and now the server loses its disk
             again.log_metrics({"loss": 0.125}, 2)
             parent.log_metrics({"a": 1})
-            until(lambda: not (parent._journal.waiting() or again._journal.waiting()))
+            until(lambda: not (parent._journal.backlog() or again._journal.backlog()))
     by_name = {one.info.run_name: one for one in runs(server, experiment)}
     held = by_name["r"]
     assert held.data.tags[tracking.PARENT] == by_name["parent"].info.run_id
@@ -481,7 +483,7 @@ def test_of_runs_made_twice_the_one_that_was_written_to_is_kept(
 ) -> None:
     with tracking.run(experiment, "r", system_metrics=False) as run:
         log_all(run, tmp_path)
-        until(lambda: not run._journal.waiting())
+        until(lambda: not run._journal.backlog())
         first = run.run_id
         late = MlflowClient().create_run(
             only(server, experiment).info.experiment_id,
@@ -509,20 +511,22 @@ def test_a_server_that_was_waited_for_in_vain_holds_up_no_later_run(
     with tracking.run(experiment, "third", system_metrics=False):
         pass
     assert only(server, experiment).info.run_name == "third"
-    assert mlflow_client.server() not in uploader.Sender.away, "it is waited for again"
+    assert mlflow_client.tracking_uri() not in uploader.Sender.unreachable_servers, (
+        "it is waited for again"
+    )
     assert verbs.main(["sync"]) == exit_codes.OK
     assert len(runs(server, experiment)) == 3
 
 
 def test_logging_waits_for_no_answer(server: Proxy, experiment: str, tmp_path: Path) -> None:
     with tracking.run(experiment, "r", system_metrics=False) as run:
-        until(lambda: not run._journal.waiting())
+        until(lambda: not run._journal.backlog())
         asked = len(server.requests)
         server.delay_s = 30.0
         run.log_metrics({"first": 1})
         until(lambda: len(server.requests) > asked)
         log_all(run, tmp_path)
-        assert run.waiting().entries > STEPS, "no request was answered since"
+        assert run.backlog().entries > STEPS, "no request was answered since"
         server.delay_s = 0.0
     until(lambda: verbs.main(["sync"]) == exit_codes.OK)
     check_all(server, only(server, experiment), tmp_path)
@@ -531,10 +535,10 @@ def test_logging_waits_for_no_answer(server: Proxy, experiment: str, tmp_path: P
 def test_pauses_between_repetitions_grow_up_to_a_cap_and_differ() -> None:
     for failures in range(12):
         whole = min(uploader.BACKOFF_S * 2**failures, uploader.MOST_BACKOFF_S)
-        drawn = [uploader.pause_s(failures, uploader.MOST_BACKOFF_S) for _ in range(50)]
+        drawn = [uploader.backoff_s(failures, uploader.MOST_BACKOFF_S) for _ in range(50)]
         assert all(whole / 2 <= pause <= whole for pause in drawn)
         assert len(set(drawn)) > 1
-    assert uploader.pause_s(10**6, uploader.MOST_BACKOFF_S) <= uploader.MOST_BACKOFF_S
+    assert uploader.backoff_s(10**6, uploader.MOST_BACKOFF_S) <= uploader.MOST_BACKOFF_S
 
 
 def test_what_a_living_process_sends_is_not_claimed(
@@ -573,7 +577,7 @@ def test_a_delivery_cut_before_the_journal_hears_of_it_sends_nothing_twice(
     monkeypatch.setattr(Journal, word, cut)
     journal, whole = Journal(directory), False
     while not whole:
-        carried = uploader.Delivery(journal, mlflow_client.client())
+        carried = uploader.JournalUploader(journal, mlflow_client.client())
         with contextlib.suppress(Killed):
             while carried.step():
                 pass
@@ -593,10 +597,10 @@ def test_a_journal_that_is_not_made_yet_is_none(
     unmade = directory.rename(directory.with_name(f".{directory.name}-1"))
     assert not list(journal_index.all_journals())
     assert verbs.main(["status"]) == exit_codes.OK
-    journal_index.forget_old()
+    journal_index.prune_old()
     assert unmade.exists(), "its process may be at it"
     os.utime(unmade, (0, 0))
-    journal_index.forget_old()
+    journal_index.prune_old()
     assert not unmade.exists()
 
 
@@ -622,7 +626,7 @@ def test_a_journal_from_before_its_files_had_folders_arrives_in_full(
         "start_ms": str(now_ms()),
         "end_ms": str(now_ms()),
         "status": "FINISHED",
-        "server": mlflow_client.server(),
+        "server": mlflow_client.tracking_uri(),
         "experiment": experiment,
         "run_name": "r",
     }
@@ -637,8 +641,8 @@ def test_a_journal_from_before_its_files_had_folders_arrives_in_full(
             old.execute(file, (seq, path, hashlib.sha256(content).hexdigest(), len(content), 0))
     for _ in range(2):  # it is brought up to date once
         journal = Journal(directory)
-        assert journal.waiting().files == 2
-        journal.keep(b"later", "b/note.txt")
+        assert journal.backlog().files == 2
+        journal.add_file(b"later", "b/note.txt")
         journal.close()
     assert not (directory / "files" / "3").exists(), "what was replaced is gone"
     assert verbs.main(["sync"]) == exit_codes.OK
@@ -714,7 +718,7 @@ def test_files_are_added_to_a_run_that_has_ended(
 ) -> None:
     with tracking.run(experiment, "r", system_metrics=False) as run:
         pass
-    with tracking.attached(run.run_id) as again:
+    with tracking.reopen(run.run_id) as again:
         again.log_text("later", "evaluation/report.md")
     assert only(server, experiment).info.status == "FINISHED"
     with tracking.artifact(run.run_id, "evaluation/report.md") as file:
@@ -747,7 +751,7 @@ def test_a_disk_that_stays_full_fails_the_run_and_the_server_hears_it(
             pytest.raises(TrackingError, match="make room there"),
             tracking.run(experiment, "r", system_metrics=False) as run,
         ):
-            until(lambda: not run._journal.waiting())
+            until(lambda: not run._journal.backlog())
             resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
             for step in range(STEPS * 10):
                 run.log_metrics({"loss": 1.0, "accuracy": 0.5}, step)
@@ -844,7 +848,7 @@ def test_a_whole_training_behind_a_server_with_a_fault(
             assert training.poll() is None, "the minute was in the middle of it"
             FAULTS[fault](way, False)
         assert training.wait(timeout=600) == exit_codes.OK, (tmp_path / "said").read_text()[-3000:]
-        unsent = any(journal.about("server") == way.uri for journal, _ in verbs.unsent())
+        unsent = any(journal.get_meta("server") == way.uri for journal, _ in verbs.unsent())
         told = (tmp_path / "said").read_text().count("`python -m eurosat.tracking sync` sends it")
         assert told == unsent, "one line says what the server does not have"
         if when == ALWAYS:

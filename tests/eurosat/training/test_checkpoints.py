@@ -19,12 +19,12 @@ import torch
 
 from eurosat import tracking, train
 from eurosat.config import TrainConfig, compose
-from eurosat.data.prepare import Prepared
+from eurosat.data.prepare import PreparedData
 from eurosat.errors import ModelError
 from eurosat.models.pretrained import find
 from eurosat.runtime import cli, exit_codes
 from eurosat.training.callbacks import RunLogger
-from eurosat.training.checkpoints import Unfinished, claim
+from eurosat.training.checkpoints import CheckpointSlot, acquire
 from eurosat.training.fit import fit
 from tests.support.recipes import TINY
 
@@ -136,8 +136,8 @@ def no_room_beyond(size: int) -> Iterator[None]:
 def test_a_full_disk_keeps_the_last_good_state(
     config: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with claim(config, FINGERPRINTS) as place:
-        place.begin()
+    with acquire(config, FINGERPRINTS) as place:
+        place.start_or_resume()
         place.save({"epoch": 1, "weights": torch.ones(1000)})
         with no_room_beyond(100_000):
             place.save({"epoch": 2, "weights": torch.ones(1_000_000)})
@@ -160,8 +160,8 @@ class Trap:
 @pytest.mark.usefixtures("tracking_store")
 def test_nothing_in_a_state_or_in_weights_is_executed(config: TrainConfig, tmp_path: Path) -> None:
     sprung = tmp_path / "sprung"
-    with claim(config, FINGERPRINTS) as place:
-        place.begin()
+    with acquire(config, FINGERPRINTS) as place:
+        place.start_or_resume()
         place.save({"epoch": Trap(sprung)})
         assert place.load() is None
     torch.save({"weights": Trap(sprung)}, tmp_path / "weights.safetensors")
@@ -175,20 +175,23 @@ def test_nothing_in_a_state_or_in_weights_is_executed(config: TrainConfig, tmp_p
 def test_a_training_goes_on_from_whichever_machine_got_further(
     tmp_path: Path, here: int, there: int, goes_on: int
 ) -> None:
-    first = Unfinished(tmp_path / "near", FINGERPRINTS)
-    with pytest.raises(KeyboardInterrupt), tracking.run("e", "cut short", journal=first.begin()):
+    first = CheckpointSlot(tmp_path / "near", FINGERPRINTS)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tracking.run("e", "cut short", journal=first.start_or_resume()),
+    ):
         if here:
             first.save({"epoch": here})
         raise KeyboardInterrupt
     shutil.copytree(first.directory, tmp_path / "far")
     if there:
-        Unfinished(tmp_path / "far", FINGERPRINTS).save({"epoch": there})
+        CheckpointSlot(tmp_path / "far", FINGERPRINTS).save({"epoch": there})
     else:
         (tmp_path / "far" / "state.pt").unlink()
     (tmp_path / "near" / ".state.pt.torn").touch()
-    again = Unfinished(tmp_path / "near", FINGERPRINTS)
-    again.adopt(tmp_path / "far")
-    again.begin()
+    again = CheckpointSlot(tmp_path / "near", FINGERPRINTS)
+    again.import_from(tmp_path / "far")
+    again.start_or_resume()
     assert not list((tmp_path / "near").glob(".*"))
     assert (again.load() or {})["epoch"] == goes_on
 
@@ -197,10 +200,10 @@ def test_a_training_goes_on_from_whichever_machine_got_further(
 def test_an_epoch_that_is_trained_again_on_another_machine_keeps_its_one_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def log_epochs(place: Unfinished, epochs: range, loss: float) -> str:
+    def log_epochs(place: CheckpointSlot, epochs: range, loss: float) -> str:
         resume = place.journal
         with tracking.run(
-            "e", "r", journal=place.begin(), resume=resume, system_metrics=False
+            "e", "r", journal=place.start_or_resume(), resume=resume, system_metrics=False
         ) as run:
             for epoch in epochs:
                 RunLogger(run).log_metrics({"epoch": epoch, "val_loss": loss, "lr_step": 1}, epoch)
@@ -208,13 +211,13 @@ def test_an_epoch_that_is_trained_again_on_another_machine_keeps_its_one_point(
             raise KeyboardInterrupt
 
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "one"))
-    first = Unfinished(tmp_path / "one" / "place", FINGERPRINTS)
+    first = CheckpointSlot(tmp_path / "one" / "place", FINGERPRINTS)
     with pytest.raises(KeyboardInterrupt):
         log_epochs(first, range(3), 0.5)
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "two"))
     for epochs in (range(2, 4), range(2, 5)):  # and once more, after a kill of its own
-        second = Unfinished(tmp_path / "two" / "place", FINGERPRINTS)
-        second.adopt(first.directory)
+        second = CheckpointSlot(tmp_path / "two" / "place", FINGERPRINTS)
+        second.import_from(first.directory)
         with pytest.raises(KeyboardInterrupt):
             log_epochs(second, epochs, 0.25)
     [run_id] = runs()
@@ -230,10 +233,10 @@ def test_an_epoch_that_is_trained_again_on_another_machine_keeps_its_one_point(
 def test_a_second_training_beside_a_living_one_has_a_place_of_its_own(
     config: TrainConfig,
 ) -> None:
-    with claim(config, FINGERPRINTS) as one:
-        one.begin()
+    with acquire(config, FINGERPRINTS) as one:
+        one.start_or_resume()
         one.save({"epoch": 1})
-        with claim(config, FINGERPRINTS) as other:
+        with acquire(config, FINGERPRINTS) as other:
             assert other.load() is None
         assert (one.load() or {})["epoch"] == 1
 
@@ -255,13 +258,13 @@ class Cut(Exception):
         ["optim.name=adamw", "optim.lr=1e-3", "optim.layer_decay=0.7", "optim.freeze_epochs=1"],
         ["trainer.precision=bf16", "augment.mixup=0.5", "augment.colour=0.2", "optim.ema=0"],
         ["trainer.epochs=30", "trainer.patience=2", "model.drop_rate=0.3", "optim.ema=0"],
-        ["trainer.passes=2", "optim.clip_norm=1", "trainer.precision=bf16"],
+        ["trainer.repeats_per_epoch=2", "optim.clip_norm=1", "trainer.precision=bf16"],
         ["distill.teacher=efficientnet-lite", "distill.share=0", "distill.features=5"],
     ],
 )
 @pytest.mark.usefixtures("tracking_store")
 def test_whatever_the_settings_a_training_cut_after_an_epoch_ends_as_if_it_never_was(
-    tiny_data: Prepared, settings: list[str]
+    tiny_data: PreparedData, settings: list[str]
 ) -> None:
     """Optimisers, frozen stages, mixing, dropout, precision, early stopping, a teacher."""
     config = compose([*TINY, "trainer.epochs=5", *settings])
@@ -272,12 +275,12 @@ def test_whatever_the_settings_a_training_cut_after_an_epoch_ends_as_if_it_never
 
     with tracking.run("e", "whole", system_metrics=False) as run:
         whole = fit(config, tiny_data, run)
-    with pytest.raises(Cut), claim(config, tiny_data.fingerprints) as saved:
-        journal = saved.begin()
+    with pytest.raises(Cut), acquire(config, tiny_data.fingerprints) as saved:
+        journal = saved.start_or_resume()
         with tracking.run("e", "cut", journal=journal, system_metrics=False) as run:
             fit(config, tiny_data, run, cut, saved)
     with (
-        claim(config, tiny_data.fingerprints) as saved,
+        acquire(config, tiny_data.fingerprints) as saved,
         tracking.run("e", "cut", resume=saved.journal, system_metrics=False) as run,
     ):
         continued = fit(config, tiny_data, run, None, saved)
@@ -296,7 +299,7 @@ def test_a_training_on_real_tiles_killed_five_times_ends_as_if_it_never_was(
     tmp_path: Path,
 ) -> None:
     check_killed_training(
-        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "model.views=1"],
+        ["data=eurosat", "data.allow_unvalidated=true", "trainer.epochs=3", "model.tta_views=1"],
         tmp_path,
         epoch_s=60,
     )

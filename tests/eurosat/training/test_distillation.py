@@ -9,7 +9,7 @@ import pytest
 from eurosat import tracking, train
 from eurosat.config import TrainConfig, compose
 from eurosat.data import bands
-from eurosat.data.prepare import Prepared
+from eurosat.data.prepare import PreparedData
 from eurosat.data.split import make_split
 from eurosat.errors import ConfigError, DataError, ModelError, TrackingError
 from eurosat.models.compute import Compute
@@ -25,7 +25,7 @@ def student(*more: str) -> TrainConfig:
 
 
 @pytest.fixture
-def teacher(tracking_store: str, tiny_data: Prepared) -> str:
+def teacher(tracking_store: str, tiny_data: PreparedData) -> str:
     """A finished run of the recipe `resnet18-quick`, whatever it has learned."""
     config = compose([*TINY, "recipe=resnet18-quick", "trainer.epochs=1"])
     with tracking.run("eurosat", "t", system_metrics=False, tags={"kind": "train"}) as run:
@@ -34,7 +34,7 @@ def teacher(tracking_store: str, tiny_data: Prepared) -> str:
 
 
 def test_targets_are_the_teachers_answers_and_the_labels_in_their_shares(
-    teacher: str, tiny_data: Prepared
+    teacher: str, tiny_data: PreparedData
 ) -> None:
     rows = tiny_data.split.indices("train")
     labels = np.eye(10)[tiny_data.pack.labels[rows]]
@@ -57,7 +57,7 @@ def test_targets_are_the_teachers_answers_and_the_labels_in_their_shares(
 
 @pytest.mark.parametrize("damage", [b"", b"damaged"])
 def test_features_are_the_teachers_principal_axes_and_are_asked_for_once(
-    teacher: str, tiny_data: Prepared, caplog: pytest.LogCaptureFixture, damage: bytes
+    teacher: str, tiny_data: PreparedData, caplog: pytest.LogCaptureFixture, damage: bytes
 ) -> None:
     rows = tiny_data.split.indices("train")
     config = student(f"distill.teacher=runs:/{teacher}", "distill.features=5", "distill.share=0")
@@ -86,7 +86,7 @@ def test_features_are_the_teachers_principal_axes_and_are_asked_for_once(
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_the_packaged_network_teaches_what_it_sees(tiny_data: Prepared) -> None:
+def test_the_packaged_network_teaches_what_it_sees(tiny_data: PreparedData) -> None:
     losses = []
     for weight in (1e-9, 20):
         config = student(*PACKAGED_TEACHER, f"distill.features={weight}", "trainer.epochs=3")
@@ -100,7 +100,7 @@ def test_the_packaged_network_teaches_what_it_sees(tiny_data: Prepared) -> None:
 
 @pytest.mark.usefixtures("tracking_store")
 def test_a_teacher_of_whom_nothing_is_wanted_is_not_asked(
-    tiny_data: Prepared, caplog: pytest.LogCaptureFixture
+    tiny_data: PreparedData, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert distillation.targets(student(*PACKAGED_TEACHER), tiny_data, CPU) is None
     assert "asking the teacher" not in caplog.text
@@ -109,7 +109,7 @@ def test_a_teacher_of_whom_nothing_is_wanted_is_not_asked(
 @pytest.mark.parametrize("settings", [["data.reflectance_max=5000"], ["data.dtype=uint16"]])
 @pytest.mark.usefixtures("tracking_store")
 def test_tiles_that_are_read_otherwise_are_shown_to_the_teacher_anew(
-    tiny_data: Prepared, caplog: pytest.LogCaptureFixture, settings: list[str]
+    tiny_data: PreparedData, caplog: pytest.LogCaptureFixture, settings: list[str]
 ) -> None:
     given = (*PACKAGED_TEACHER, "distill.features=1")
     distillation.targets(student(*given), tiny_data, CPU)
@@ -121,7 +121,7 @@ def test_tiles_that_are_read_otherwise_are_shown_to_the_teacher_anew(
 
 @pytest.mark.usefixtures("tracking_store")
 def test_the_packaged_network_does_not_guess_which_of_four_bands_are_colours(
-    tiny_data: Prepared,
+    tiny_data: PreparedData,
 ) -> None:
     four = np.asarray(tiny_data.pack.tiles_NHWC)[..., [0, 1, 2, 2]]
     pack = dataclasses.replace(tiny_data.pack, tiles_NHWC=four, fingerprint="four")
@@ -139,10 +139,12 @@ def test_the_packaged_network_has_no_answers_to_give() -> None:
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_the_packaged_network_sees_the_colours_among_thirteen_bands(tiny_data: Prepared) -> None:
+def test_the_packaged_network_sees_the_colours_among_thirteen_bands(
+    tiny_data: PreparedData,
+) -> None:
     tiles_NHWC = np.asarray(tiny_data.pack.tiles_NHWC)
     wide = np.zeros((*tiles_NHWC.shape[:3], 13), np.uint8)
-    wide[..., bands.colours()] = tiles_NHWC
+    wide[..., bands.rgb_indices()] = tiles_NHWC
     pack = dataclasses.replace(tiny_data.pack, tiles_NHWC=wide, fingerprint="thirteen")
     config = student(*PACKAGED_TEACHER, "distill.features=1")
     of_thirteen = distillation.targets(config, dataclasses.replace(tiny_data, pack=pack), CPU)
@@ -152,7 +154,7 @@ def test_the_packaged_network_sees_the_colours_among_thirteen_bands(tiny_data: P
     np.testing.assert_allclose(of_thirteen, of_three, atol=1e-3)
 
 
-def pretend(data: Prepared, recipe: str, **tags: str) -> None:
+def pretend(data: PreparedData, recipe: str, **tags: str) -> None:
     """A run that says of itself what a teacher says."""
     with tracking.run(
         "eurosat", "p", system_metrics=False, tags={"kind": "train", **data.fingerprints, **tags}
@@ -161,7 +163,7 @@ def pretend(data: Prepared, recipe: str, **tags: str) -> None:
 
 
 def test_a_recipe_stands_for_its_latest_finished_run_and_a_continued_run_keeps_it(
-    tracking_store: str, teacher: str, tiny_data: Prepared
+    tracking_store: str, teacher: str, tiny_data: PreparedData
 ) -> None:
     config = student("distill.teacher=resnet18-quick")
     pretend(tiny_data, "another")
@@ -177,28 +179,28 @@ def test_a_recipe_stands_for_its_latest_finished_run_and_a_continued_run_keeps_i
         assert run.tag(distillation.TEACHER) == teacher, "found among those that are none"
         pretend(tiny_data, "resnet18-quick")
         assert distillation.find(config, tiny_data) != teacher, "a later one"
-        settled = distillation.settled(config, tiny_data, run)
+        settled = distillation.resolve_teacher(config, tiny_data, run)
     assert settled.distill.teacher == f"runs:/{teacher}", "as it began"
 
 
-def refused(config: TrainConfig, data: Prepared) -> None:
+def refused(config: TrainConfig, data: PreparedData) -> None:
     with tracking.run("eurosat", "s", system_metrics=False) as run:
         launch.fit(config, data, run)
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_recipe_without_a_finished_run_is_refused(tiny_data: Prepared) -> None:
+def test_a_recipe_without_a_finished_run_is_refused(tiny_data: PreparedData) -> None:
     with pytest.raises(TrackingError, match="no finished run of that recipe .* train it first"):
         refused(student("distill.teacher=efficientnet-lite0"), tiny_data)
 
 
-def test_a_teacher_of_another_split_is_refused(teacher: str, tiny_data: Prepared) -> None:
+def test_a_teacher_of_another_split_is_refused(teacher: str, tiny_data: PreparedData) -> None:
     other = dataclasses.replace(tiny_data, split=make_split(tiny_data.pack.table, seed=1))
     with pytest.raises(DataError, match="may have learned from tiles of this test fold"):
         refused(student(f"distill.teacher=runs:/{teacher}"), other)
 
 
-def test_a_teacher_of_other_classes_is_refused(teacher: str, tiny_data: Prepared) -> None:
+def test_a_teacher_of_other_classes_is_refused(teacher: str, tiny_data: PreparedData) -> None:
     pack = dataclasses.replace(tiny_data.pack, classes=tuple("abcdefghij"))
     with pytest.raises(ModelError, match="tells AnnualCrop, .* apart in 3 bands; .* a, b, c"):
         refused(

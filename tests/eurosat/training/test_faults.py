@@ -15,7 +15,7 @@ from eurosat import tracking
 from eurosat.config import compose
 from eurosat.errors import TrackingError
 from eurosat.runtime import cli, exit_codes
-from eurosat.training.callbacks import Interrupt
+from eurosat.training.callbacks import GracefulInterrupt
 from tests.support.paths import ROOT
 from tests.support.recipes import TINY
 
@@ -57,16 +57,16 @@ def test_a_signal_in_training_ends_the_run_as_killed(
 
 def test_ctrl_c_waits_for_a_batch_and_is_never_lost() -> None:
     before = signal.getsignal(signal.SIGINT)  # which a shell may have told to ignore it
-    interrupt, reached = Interrupt(), []
+    interrupt, reached = GracefulInterrupt(), []
     with pytest.raises(KeyboardInterrupt), interrupt:
         signal.raise_signal(signal.SIGINT)
         reached.append("the end of the request at hand")
         interrupt.on_train_batch_end()
         reached.append("the next batch")
     assert reached == ["the end of the request at hand"]
-    with pytest.raises(KeyboardInterrupt), Interrupt():
+    with pytest.raises(KeyboardInterrupt), GracefulInterrupt():
         signal.raise_signal(signal.SIGINT)  # after the last batch
-    with pytest.raises(KeyboardInterrupt), Interrupt():
+    with pytest.raises(KeyboardInterrupt), GracefulInterrupt():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         reached.append("beyond the second")

@@ -13,15 +13,15 @@ import torch
 
 from eurosat import tracking
 from eurosat.config import compose
-from eurosat.data.loaders import Batches, TileData
+from eurosat.data.loaders import TileDataModule, TileLoader
 from eurosat.data.pack import Pack
-from eurosat.data.prepare import Prepared, prepare
+from eurosat.data.prepare import PreparedData, prepare
 from eurosat.errors import ConfigError, NonFiniteLoss
 from eurosat.models import predict
-from eurosat.runtime.distributed import Ranks
+from eurosat.runtime.distributed import DistributedContext
 from eurosat.training import launch
-from eurosat.training.checkpoints import claim
-from eurosat.training.fit import Fitted
+from eurosat.training.checkpoints import acquire
+from eurosat.training.fit import FitResult
 from tests.support import paths
 from tests.support.recipes import TINY
 
@@ -32,7 +32,7 @@ ROOT = str(paths.ROOT)
 TWO = ("trainer.devices=2",)
 
 
-def fitted(data: Prepared, *changes: str) -> tuple[Fitted, list[float]]:
+def fitted(data: PreparedData, *changes: str) -> tuple[FitResult, list[float]]:
     """The result, and the training loss by logged step."""
     config = compose([*TINY, *changes])
     with tracking.run("e", "r", system_metrics=False) as run:
@@ -48,7 +48,7 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tracking_store")
 def test_two_processes_follow_the_curve_of_one_where_norms_do_not_see_the_batch(
-    tiny_data: Prepared,
+    tiny_data: PreparedData,
 ) -> None:
     changes = (*GROUP_NORM, *PLAIN)
     alone, loss_alone = fitted(tiny_data, *changes)
@@ -81,7 +81,7 @@ def test_two_processes_with_batch_norm_are_as_accurate_as_one() -> None:
         trained = replace(config, trainer=replace(config.trainer, devices=devices))
         with tracking.run("e", "r", system_metrics=False) as run:
             result = launch.fit(trained, data, run)
-        loader = TileData(data.pack, data.split, batch_size=2, seed=0).test_dataloader()
+        loader = TileDataModule(data.pack, data.split, batch_size=2, seed=0).test_dataloader()
         logits, labels = predict.logits(result.network, loader)
         accuracy.append((logits.argmax(axis=1) == labels).mean())
     assert accuracy[0] > 0.95
@@ -94,7 +94,9 @@ class Cut(Exception):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tracking_store")
-def test_two_processes_that_were_cut_short_end_as_if_they_never_were(tiny_data: Prepared) -> None:
+def test_two_processes_that_were_cut_short_end_as_if_they_never_were(
+    tiny_data: PreparedData,
+) -> None:
     """Each rank goes on with its own random state."""
     changes = ("trainer.epochs=4", "augment.cutmix=0.5", "optim.name=adamw", "optim.lr=1e-3")
     config = compose([*TINY, *changes, *TWO])
@@ -104,12 +106,12 @@ def test_two_processes_that_were_cut_short_end_as_if_they_never_were(tiny_data: 
             raise Cut
 
     whole, _ = fitted(tiny_data, *changes, *TWO)
-    with pytest.raises(Cut), claim(config, tiny_data.fingerprints) as saved:
-        journal = saved.begin()
+    with pytest.raises(Cut), acquire(config, tiny_data.fingerprints) as saved:
+        journal = saved.start_or_resume()
         with tracking.run("e", "r", journal=journal, system_metrics=False) as run:
             launch.fit(config, tiny_data, run, cut, saved)
-    with claim(config, tiny_data.fingerprints) as saved:
-        assert saved.begin() == journal
+    with acquire(config, tiny_data.fingerprints) as saved:
+        assert saved.start_or_resume() == journal
         with tracking.run("e", "r", resume=journal, system_metrics=False) as run:
             continued = launch.fit(config, tiny_data, run, None, saved)
     assert [row["val_loss"] for row in continued.history] == [
@@ -120,13 +122,13 @@ def test_two_processes_that_were_cut_short_end_as_if_they_never_were(tiny_data: 
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_loss_that_is_not_finite_ends_all_processes(tiny_data: Prepared) -> None:
+def test_a_loss_that_is_not_finite_ends_all_processes(tiny_data: PreparedData) -> None:
     with pytest.raises(NonFiniteLoss, match="lower it"):
         fitted(tiny_data, "optim.lr=1e30", "optim.warmup=0", *TWO)
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_ray_workers_train_and_hand_their_weights_back(tiny_data: Prepared) -> None:
+def test_ray_workers_train_and_hand_their_weights_back(tiny_data: PreparedData) -> None:
     """In a process of its own, as a user would: Ray leaves daemons to the one that started it."""
     changes = (*GROUP_NORM, *PLAIN)
     alone, _ = fitted(tiny_data, *changes)
@@ -152,10 +154,13 @@ def test_ranks_share_every_batch_and_none_is_left_without_tiles(
 ) -> None:
     rows = np.arange(tiles)
     for seed in (None, 3):
-        whole = [sorted(map(int, labels)) for _, labels in Batches(tiny_pack, rows, 20, seed)]
+        whole = [sorted(map(int, labels)) for _, labels in TileLoader(tiny_pack, rows, 20, seed)]
         shares = [
-            [labels.tolist() for _, labels in Batches(tiny_pack, rows, 20, seed, ranks)]
-            for ranks in (Ranks(rank=0, world=2), Ranks(rank=1, world=2))
+            [labels.tolist() for _, labels in TileLoader(tiny_pack, rows, 20, seed, ranks)]
+            for ranks in (
+                DistributedContext(rank=0, world_size=2),
+                DistributedContext(rank=1, world_size=2),
+            )
         ]
         assert len(shares[0]) == len(shares[1]) == len(whole)
         assert all(all(share) for share in shares)

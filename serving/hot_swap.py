@@ -20,7 +20,7 @@ import numpy as np
 from eurosat import tracking
 from eurosat.errors import ModelError
 from eurosat.runtime import hardware
-from serving.metrics import Metrics
+from serving.metrics import Metrics, VersionLabels
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,11 @@ class Live:
     def at_once(self) -> int:
         """Tiles that one pass of the network takes."""
         return int(self.classifier.most(self.classifier.wish({})))
+
+    @cached_property
+    def labels(self) -> VersionLabels:
+        run_id = self.classifier.provenance["run_id"]
+        return VersionLabels(str(self.version), run_id, self.classifier.form)
 
     def is_full(self, most: int, arrived: int) -> bool:
         """Whether a request must be refused where ``most`` tiles may wait, and so many requests
@@ -260,7 +265,7 @@ class Follower:
 
     def _swap(self, new: Live) -> None:
         old, self.live = self.live, new
-        self._metrics.swapped(old, new)
+        self._metrics.swapped(old.labels if old else None, new.labels)
         form = new.classifier.form
         if old is None:
             log.info("%s answers (%s)", new.uri, form)

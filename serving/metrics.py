@@ -2,22 +2,29 @@
 
 import os
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from serving.processes import METRICS
 
-if TYPE_CHECKING:
-    from serving.hot_swap import Live
-
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 """Bounds of the histogram."""
 
 
+class VersionLabels(NamedTuple):
+    """Labels of the gauge that counts the processes serving a version."""
+
+    version: str
+    run_id: str
+    precision: str
+
+
 class Metrics:
+    """Counters and gauges of this process, and the text of all processes together."""
+
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         made: dict[str, Any] = {"registry": self._registry}
@@ -39,7 +46,7 @@ class Metrics:
         self._live = Gauge(
             "eurosat_model",
             "Processes that answer by a version",
-            ("version", "run_id", "form"),
+            VersionLabels._fields,
             **summed,
         )
         self._swaps = Counter("eurosat_swaps", "Versions swapped in by a process", **made)
@@ -58,11 +65,11 @@ class Metrics:
     def tile(self, version: str | None, label: str) -> None:
         self._tiles(version, label).inc()
 
-    def swapped(self, old: "Live | None", new: "Live") -> None:
+    def swapped(self, old: VersionLabels | None, new: VersionLabels) -> None:
         if old is not None:
             self._swaps.inc()
-            self._live.labels(*_named(old)).set(0)
-        self._live.labels(*_named(new)).set(1)
+            self._live.labels(*old).set(0)
+        self._live.labels(*new).set(1)
 
     def refused(self) -> None:
         self._refused.inc()
@@ -77,8 +84,3 @@ class Metrics:
         together = CollectorRegistry()
         multiprocess.MultiProcessCollector(together)  # type: ignore[no-untyped-call]
         return generate_latest(together)
-
-
-def _named(live: "Live") -> tuple[str, str, str]:
-    classifier = live.classifier
-    return str(live.version), classifier.provenance["run_id"], classifier.form

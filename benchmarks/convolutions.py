@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     goals = [
         reports.goal(
             f"convolutions.{recipe}_vs_native",
-            reports.ratio(speeds[recipe, "ours"], speeds[recipe, "native"]),
+            reports.median_ratio(speeds[recipe, "ours"], speeds[recipe, "native"]),
             wanted,
         )
         for recipe, wanted in GOALS.items()

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,16 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 REPORTS = ROOT / "reports"
 
+Report = dict[str, Any]
 
-def main_job(report: dict[str, Any]) -> str:
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+
+
+def main_job(report: Report) -> str:
     """The champion of one main job on the real tiles."""
     rows = {
         "data": f"EuroSAT RGB, {report['split']} split, seed {report['seed']}",
@@ -24,157 +32,154 @@ def main_job(report: dict[str, Any]) -> str:
         "of which training the champion": f"{report['train_seconds'] / 60:.0f} min",
         "hardware": f"{report['hardware']}, {report['precision']}",
     }
-    lines = ["| `make main-job` | |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value} |" for name, value in rows.items()])
+    return _table(["`make main-job`", ""], list(rows.items()))
 
 
-def results(report: list[dict[str, Any]]) -> str:
-    """One line a recipe and split, the best first."""
+def results(report: list[Report]) -> str:
+    """One row per recipe and split, the most accurate first; below it the commands."""
     columns = ["recipe", "split", "seeds", "views", "test accuracy", "in one view", "macro F1"]
-    columns += ["macro AUPRC", "epochs", "minutes a seed", "hardware"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for one in report:
-        spread = "" if one["accuracy_std"] is None else f" ± {one['accuracy_std']:.4f}"
-        cells = [
-            f"`{one['recipe']}`",
-            one["split"],
-            one["n"],
-            one["views"],
-            f"**{one['accuracy_mean']:.4f}**{spread}",
-            f"{one['one_view_accuracy_mean']:.4f}",
-            f"{one['macro_f1_mean']:.4f}",
-            f"{one['macro_auprc_mean']:.4f}",
-            one["epochs"],
-            f"{one['minutes']:.0f}",
-            f"{one['hardware']}, {one['precision']}",
+    columns += ["macro AUPRC", "epochs", "minutes per seed", "hardware"]
+    rows = []
+    for row in report:
+        spread = "" if row["accuracy_std"] is None else f" ± {row['accuracy_std']:.4f}"
+        rows.append(
+            [
+                f"`{row['recipe']}`",
+                row["split"],
+                row["n"],
+                row["views"],
+                f"**{row['accuracy_mean']:.4f}**{spread}",
+                f"{row['one_view_accuracy_mean']:.4f}",
+                f"{row['macro_f1_mean']:.4f}",
+                f"{row['macro_auprc_mean']:.4f}",
+                row["epochs"],
+                f"{row['minutes']:.0f}",
+                f"{row['hardware']}, {row['precision']}",
+            ]
+        )
+    commands = "\n".join(f"- `{row['command']}`" for row in report)
+    return f"{_table(columns, rows)}\n\n{commands}"
+
+
+def bench_train(report: Report) -> str:
+    """Images per second of each arm, and how many times faster this project is."""
+    columns = ["ResNet18, 64 px, batch 64", "images/s", "speed of this project, as a multiple"]
+    rows = [
+        [
+            row["what"],
+            f"{row['images_per_s']:.0f}",
+            f"{row['ours_is_times']:.2f}",
+            f"{row['private_gb']:.2f} GB",
         ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", *(f"- `{one['command']}`" for one in report)]
-    return "\n".join(lines)
-
-
-def bench_train(report: dict[str, Any]) -> str:
-    """Images a second of each arm, and this project's speed as a multiple of it."""
-    lines = [
-        "| ResNet18, 64 px, batch 64 | images/s | speed of this project ÷ this | private memory |"
+        for row in report["rows"]
     ]
-    lines.append("|---|---|---|---|")
-    for one in report["rows"]:
-        lines.append(
-            f"| {one['what']} | {one['images_per_s']:.0f} | {one['ours_is_times']:.2f} "
-            f"| {one['private_gb']:.2f} GB |"
-        )
     unmet = [f"`{g['name']}` {g['value']} of {g['goal']}" for g in report["goals"] if not g["met"]]
-    told = "All goals met." if not unmet else f"Goals not met: {', '.join(unmet)}."
-    hardware = f"{report['hardware']}; median of {report['n']} interleaved rounds."
-    return "\n".join([*lines, "", f"{told} {hardware}"])
+    verdict = f"Goals not met: {', '.join(unmet)}." if unmet else "All goals met."
+    rounds = f"{report['hardware']}; median of {report['n']} interleaved rounds."
+    return f"{_table([*columns, 'private memory'], rows)}\n\n{verdict} {rounds}"
 
 
-def bench_tracking(report: dict[str, Any]) -> str:
-    """What a training step costs with each way of logging."""
-    lines = ["| one metric set a step, batch 64 | ms a step | of it in the logger | overhead |"]
-    lines.append("|---|---|---|---|")
-    for one in report["rows"]:
-        spread = f"{100 * one['low']:.1f} to {100 * one['high']:.1f}"
-        overhead = "" if one["arm"] == "none" else f"{100 * one['overhead']:.1f} % ({spread})"
-        lines.append(
-            f"| {one['what']} | {one['step_ms']:.0f} | {one['call_ms']:.2f} | {overhead} |"
-        )
-    return "\n".join([*lines, "", _goals(report)])
+def bench_tracking(report: Report) -> str:
+    """What each way of logging adds to a training step."""
+    columns = ["one set of metrics per step, batch 64", "ms per step", "of it in the logger"]
+    rows = []
+    for row in report["rows"]:
+        spread = f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"
+        overhead = "" if row["arm"] == "none" else f"{100 * row['overhead']:.1f} % ({spread})"
+        rows.append([row["what"], f"{row['step_ms']:.0f}", f"{row['call_ms']:.2f}", overhead])
+    return f"{_table([*columns, 'overhead'], rows)}\n\n{_goals_and_rounds(report)}"
 
 
-def bench_sweep(report: dict[str, Any]) -> str:
-    """What each way to search came to."""
-    columns = [f"{report['trial_epochs']} epochs a trial, {report['tiles']:,} tiles"]
-    columns += ["epochs trained", "best validation accuracy", "minutes", "of both cores"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for one in report["rows"]:
-        spread = f"{one['low']:.4f} to {one['high']:.4f}"
-        lines.append(
-            f"| {one['trials']} {one['what']} | {one['epochs']:.0f} "
-            f"| {one['best_val_accuracy']:.4f} ({spread}) | {one['minutes']:.1f} "
-            f"| {100 * one['core_use']:.0f} % |"
-        )
-    return "\n".join([*lines, "", _goals(report)])
+def bench_sweep(report: Report) -> str:
+    """Accuracy and cost of each way to search."""
+    columns = [f"{report['trial_epochs']} epochs per trial, {report['tiles']:,} tiles"]
+    columns += ["epochs trained", "best validation accuracy", "minutes", "use of both cores"]
+    rows = [
+        [
+            f"{row['trials']} {row['what']}",
+            f"{row['epochs']:.0f}",
+            f"{row['best_val_accuracy']:.4f} ({row['low']:.4f} to {row['high']:.4f})",
+            f"{row['minutes']:.1f}",
+            f"{100 * row['core_use']:.0f} %",
+        ]
+        for row in report["rows"]
+    ]
+    return f"{_table(columns, rows)}\n\n{_goals_and_rounds(report)}"
 
 
-def bench_serving(report: dict[str, Any]) -> str:
-    """Each server at 32 connections, and alone with one."""
+def bench_serving(report: Report) -> str:
+    """Each server with 32 connections, and its latency with one."""
     columns = ["server", "answers/s at 32", "p50 ms", "p99 ms", "p50 ms at 1", "errors", "memory"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    rows = {(one["arm"], one["concurrency"]): one for one in report["rows"]}
-    for arm, at in rows:
-        one, alone = rows[arm, at], rows.get((arm, 1))
-        if at == 32 and alone:
-            lines.append(
-                f"| {report['arms'][arm]} | {one['images_per_s']:,.0f} | {one['p50_ms']:.1f} "
-                f"| {one['p99_ms']:.1f} | {alone['p50_ms']:.1f} | {one['errors']} "
-                f"| {one['memory_mb']:,} MB |"
-            )
-        elif at is None:
-            lines.append(f"| {report['arms'][arm]} | {one['images_per_s']:,.0f} | | | | | |")
-    return "\n".join([*lines, "", _goals(report)])
+    by_load = {(row["arm"], row["concurrency"]): row for row in report["rows"]}
+    rows = []
+    for (arm, concurrency), row in by_load.items():
+        name, speed = report["arms"][arm], f"{row['images_per_s']:,.0f}"
+        single = by_load.get((arm, 1))
+        if concurrency == 32 and single:
+            latencies = [f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}", f"{single['p50_ms']:.1f}"]
+            rows.append([name, speed, *latencies, row["errors"], f"{row['memory_mb']:,} MB"])
+        elif concurrency is None:
+            rows.append([name, speed, "", "", "", "", ""])
+    return f"{_table(columns, rows)}\n\n{_goals_and_rounds(report)}"
 
 
-def bench_forms(report: dict[str, Any]) -> str:
-    """What each form of one network is worth."""
+def bench_forms(report: Report) -> str:
+    """Accuracy, size and speed of one network in each precision."""
     columns = [f"`{report['network']}` of `{report['recipe']}`, one view", "test accuracy", "MB"]
     columns += ["images/s in batches of 32", "ms for one tile"]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for one in report["rows"]:
-        lines.append(
-            f"| {one['what']} | {one['accuracy']:.4f} | {one['size_mb']:.1f} "
-            f"| {one['images_per_s']:,.0f} | {one['p50_ms']:.2f} |"
-        )
-    return "\n".join([*lines, "", _goals(report)])
+    rows = [
+        [
+            row["what"],
+            f"{row['accuracy']:.4f}",
+            f"{row['size_mb']:.1f}",
+            f"{row['images_per_s']:,.0f}",
+            f"{row['p50_ms']:.2f}",
+        ]
+        for row in report["rows"]
+    ]
+    return f"{_table(columns, rows)}\n\n{_goals_and_rounds(report)}"
 
 
-def bench_strain(report: dict[str, Any]) -> str:
+def bench_strain(report: Report) -> str:
     """The goals alone: the rows are in the report."""
-    return _goals(report)
+    return _goals_and_rounds(report)
 
 
-def bench_registry(report: dict[str, Any]) -> str:
+def bench_registry(report: Report) -> str:
     """How often pairs of models of a known difference end in a promotion."""
     columns = list(report["rows"][0])
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in report["rows"]:
-        shares = [f"{value:.1%}" for value in list(row.values())[1:]]
-        lines.append(f"| {row[columns[0]]} | {' | '.join(shares)} |")
-    return "\n".join([*lines, "", _goals(report)])
-
-
-def bench_platform(report: dict[str, Any]) -> str:
-    """What was done to the platform, and what became of it."""
-    lines = ["| `make bench-platform` | |", "|---|---|"]
-    lines += [
-        f"| {one['what']} | {one['value']:,.10g} {one['unit']}".rstrip() + " |"
-        for one in report["rows"]
+    rows = [
+        [row[columns[0]], *(f"{share:.1%}" for share in list(row.values())[1:])]
+        for row in report["rows"]
     ]
-    return "\n".join([*lines, "", f"{_told(report)}. {report['hardware']}."])
+    return f"{_table(columns, rows)}\n\n{_goals_and_rounds(report)}"
 
 
-def verdict(report: dict[str, Any]) -> str:
-    """What the gates said of one version."""
-    lines = ["| gate | value | champion's | bar | verdict |", "|---|---|---|---|---|"]
-    for one in report["findings"]:
-        cells = (one["gate"], one["value"], one["champion"], one["bar"], one["verdict"])
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def bench_platform(report: Report) -> str:
+    """The load and the faults that the platform was given, and how it came through."""
+    rows = [[row["what"], f"{row['value']:,.10g} {row['unit']}".rstrip()] for row in report["rows"]]
+    table = _table(["`make bench-platform`", ""], rows)
+    return f"{table}\n\n{_goals(report)}. {report['hardware']}."
 
 
-def _goals(report: dict[str, Any]) -> str:
-    hardware = f"{report['hardware']}; median (lowest to highest) of {report['n']} rounds."
-    return f"{_told(report)}. {hardware}"
+def verdict(report: Report) -> str:
+    """Each gate's verdict on one version."""
+    columns = ["gate", "value", "champion", "bar", "verdict"]
+    return _table(columns, [[row[name] for name in columns] for row in report["findings"]])
 
 
-def _told(report: dict[str, Any]) -> str:
-    """Each figure, its goal where it has one, and whether that was not met."""
+def _goals_and_rounds(report: Report) -> str:
+    rounds = f"median (lowest to highest) of {report['n']} rounds"
+    return f"{_goals(report)}. {report['hardware']}; {rounds}."
+
+
+def _goals(report: Report) -> str:
+    """Each measured value, with its goal if it has one, and whether that was missed."""
     return ", ".join(
-        f"`{g['name']}` {g['value']}"
-        + ("" if g["goal"] is None else f", goal {g['goal']}")
-        + (" (not met)" if g["met"] is False else "")
-        for g in report["goals"]
+        f"`{goal['name']}` {goal['value']}"
+        + ("" if goal["goal"] is None else f", goal {goal['goal']}")
+        + (" (not met)" if goal["met"] is False else "")
+        for goal in report["goals"]
     )
 
 
@@ -191,23 +196,23 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "bench-platform": bench_platform,
     "verdict": verdict,
 }
-"""Each report with a table, and how it is drawn."""
+"""Each report that has a table in the README, and the function that draws it."""
 
 
-def rewritten(readme: str) -> str:
-    """The README with every table drawn anew between its markers."""
+def rewrite(readme: str) -> str:
+    """Return the README with each table between its markers drawn from its report."""
     for name, draw in TABLES.items():
         if not (REPORTS / f"{name}.json").exists():
             continue  # not measured yet
         table = draw(json.loads((REPORTS / f"{name}.json").read_text()))
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found, rest = readme.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            sys.exit(f"error: README.md has no place {begin} ... {end}")
+        before, opening, rest = readme.partition(begin)
+        _, closing, after = rest.partition(end)
+        if not (opening and closing):
+            sys.exit(f"error: README.md lacks the markers {begin} and {end}: add both")
         readme = f"{before}{begin}\n{table}\n{end}{after}"
     return readme
 
 
 if __name__ == "__main__":
-    README.write_text(rewritten(README.read_text()))
+    README.write_text(rewrite(README.read_text()))

@@ -97,7 +97,7 @@ def row(name: str, steps_s: Sequence[float], calls_s: Sequence[float], none: Any
         "what": TOLD[name],
         "step_ms": round(1000 * statistics.median(steps_s), 2),
         "call_ms": round(1000 * statistics.median(calls_s), 3),
-        "overhead": round(reports.ratio(steps_s, none) - 1, 4),
+        "overhead": round(reports.median_ratio(steps_s, none) - 1, 4),
         "low": round(min(a / b for a, b in zip(steps_s, none, strict=True)) - 1, 4),
         "high": round(max(a / b for a, b in zip(steps_s, none, strict=True)) - 1, 4),
     }

@@ -188,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
     }
 
     def against(name: str) -> float:
-        return reports.ratio(speeds["ours"], speeds[name])
+        return reports.median_ratio(speeds["ours"], speeds[name])
 
     plain_goal = 3.5 if has_bf16() else 2.2
     goals = [

@@ -92,7 +92,7 @@ def test_the_table_tells_a_figure_without_a_goal_as_one() -> None:
         "goals": [
             reports.goal("platform.lost", 0, 0, at_most=True),
             reports.goal("platform.stuck", 2, 0, at_most=True),
-            reports.figure("platform.search_p95_ms", 812.34),
+            reports.without_goal("platform.search_p95_ms", 812.34),
         ],
         "rows": [{"what": "points acknowledged", "value": 1920000, "unit": ""}],
     }

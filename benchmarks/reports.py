@@ -1,4 +1,4 @@
-"""The format of every benchmark's report; see "Figures" in docs/design.md."""
+"""The format of every benchmark's report; see "Measurements" in docs/design.md."""
 
 import json
 import statistics

@@ -1,6 +1,6 @@
 """The rules of docs/design.md on names, and that importing does nothing.
 
-Who may import whom stands in pyproject.toml for import-linter, which `make lint` runs.
+import-linter checks who may import whom: its contracts are in pyproject.toml, `make lint` runs it.
 """
 
 import json
@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 LIBRARY = "eurosat"
 FOLDERS = (LIBRARY, "experiments", "registry", "serving", "expectations", "deploy")
-EMPTY_NAMES = {"util", "utils", "helper", "helpers", "common", "manager", "managers", "misc"}
+EMPTY_MODULE_NAMES = {"util", "utils", "helper", "helpers", "common", "manager", "managers", "misc"}
 SLOW_TO_IMPORT = {"torch", "lightning", "timm", "mlflow", "great_expectations", "ray"}
-"""Each takes more than half a second: a command's ``--help`` does not wait for it."""
+"""Each takes more than half a second to import, and ``--help`` must not wait for it."""
 
 IMPORT_ALL = """
 import importlib, json, logging, os, sys, threading
@@ -52,7 +53,7 @@ sys.__stdout__.write("\\n" + json.dumps(faults))
 
 
 def sources(folder: str) -> list[Path]:
-    """Every module of a folder, relative to the root."""
+    """Return every module of a folder, relative to the root."""
     return sorted(path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -65,16 +66,18 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def verbs() -> list[str]:
-    """The modules of ours that MLproject's entry points run."""
+def commands() -> list[str]:
+    """Return the modules that the entry points of MLproject run."""
     project = ROOT / "MLproject"
     if not project.exists():
         return []
-    points = yaml.safe_load(project.read_text())["entry_points"].values()
-    named = {
-        name for point in points for name in re.findall(r"python3? -m ([\w.]+)", point["command"])
+    entry_points = yaml.safe_load(project.read_text())["entry_points"].values()
+    modules = {
+        name
+        for entry_point in entry_points
+        for name in re.findall(r"python3? -m ([\w.]+)", entry_point["command"])
     }
-    return sorted(name for name in named if name.split(".")[0] in FOLDERS)
+    return sorted(name for name in modules if name.split(".")[0] in FOLDERS)
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -83,51 +86,51 @@ def test_every_folder_holds_modules(folder: str) -> None:
 
 
 def test_no_module_has_a_name_that_says_nothing() -> None:
-    found = [path for path in all_sources() if EMPTY_NAMES & {*path.with_suffix("").parts}]
-    assert not found
+    empty = [path for path in all_sources() if EMPTY_MODULE_NAMES & {*path.with_suffix("").parts}]
+    assert not empty
 
 
 def test_importing_every_module_does_nothing(tmp_path: Path) -> None:
-    names = [module_name(path) for path in all_sources() if path.stem != "__main__"]
+    modules = [module_name(path) for path in all_sources() if path.stem != "__main__"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    asked = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL],
-        input=json.dumps(names),
+        input=json.dumps(modules),
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert asked.returncode == 0, asked.stderr
-    printed, _, faults = asked.stdout.rpartition("\n")
+    assert process.returncode == 0, process.stderr
+    printed, _, faults = process.stdout.rpartition("\n")
     assert not json.loads(faults), "\n".join(json.loads(faults))
     assert not printed.strip(), f"importing printed {printed.strip()!r}"
 
 
-def test_mlproject_names_verbs_that_exist() -> None:
-    assert (ROOT / "MLproject").exists(), "the table of contents is missing"
-    assert verbs(), "MLproject runs no module of ours"
-    known = {module_name(path) for path in all_sources()}
-    assert not [name for name in verbs() if not known & {name, f"{name}.__main__"}]
+def test_the_entry_points_of_mlproject_run_modules_that_exist() -> None:
+    assert (ROOT / "MLproject").exists(), "MLproject is missing"
+    assert commands(), "MLproject runs no module of ours"
+    modules = {module_name(path) for path in all_sources()}
+    assert not [name for name in commands() if not modules & {name, f"{name}.__main__"}]
 
 
-@pytest.mark.parametrize("verb", verbs())
-def test_help_is_printed_without_waiting_for_heavy_imports(verb: str) -> None:
-    asked = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", verb, "--help"],
+@pytest.mark.parametrize("command", commands())
+def test_help_is_printed_without_waiting_for_heavy_imports(command: str) -> None:
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", command, "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert asked.returncode == 0, asked.stderr[-2000:]
-    assert asked.stdout.strip(), "the help is empty"
-    imported = {*re.findall(r"^import time:.*\|\s*(\w+)[\w.]*$", asked.stderr, re.MULTILINE)}
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert process.stdout.strip(), "the help is empty"
+    imported = {*re.findall(r"^import time:.*\|\s*(\w+)[\w.]*$", process.stderr, re.MULTILINE)}
     assert LIBRARY in imported, "the imports could not be read"
     slow = sorted(SLOW_TO_IMPORT & imported)
-    assert not slow, f"python -m {verb} --help waits for {slow}"
+    assert not slow, f"python -m {command} --help waits for {slow}"
 
 
 def test_the_wheel_holds_the_library_alone() -> None:

@@ -1,4 +1,4 @@
-"""The locks are whole, hashed, name no index, and hold what pyproject.toml and conda.yaml say."""
+"""The locks are complete, hashed, name no index, and agree with pyproject.toml and conda.yaml."""
 
 import itertools
 import re
@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.support.paths import ROOT
+
 PRODUCT, DEV = ROOT / "requirements.lock", ROOT / "requirements-dev.lock"
 PEERS = sorted((ROOT / "benchmarks").rglob("*.lock"))
 LOCKS = [pytest.param(lock, id=lock.name) for lock in (PRODUCT, DEV, *PEERS)]
@@ -25,15 +26,15 @@ def pyproject() -> dict[str, Any]:
 
 
 def entries(lock: Path) -> list[tuple[Requirement, list[str]]]:
-    """Every requirement of a lock with its hashes."""
+    """Return every requirement of a lock with its hashes."""
     joined = re.sub(r"\\\n\s*", " ", lock.read_text())
-    found = []
+    requirements = []
     for line in joined.splitlines():
         text = line.split(" #")[0].strip()
         if text and not text.startswith("#"):
             requirement = text.split(" --hash=")[0]
-            found.append((Requirement(requirement), SHA256.findall(text)))
-    return found
+            requirements.append((Requirement(requirement), SHA256.findall(text)))
+    return requirements
 
 
 def version(requirement: Requirement) -> str:
@@ -42,8 +43,8 @@ def version(requirement: Requirement) -> str:
 
 
 def conda() -> dict[str, Any]:
-    read: dict[str, Any] = yaml.safe_load((ROOT / "conda.yaml").read_text())
-    return read
+    environment: dict[str, Any] = yaml.safe_load((ROOT / "conda.yaml").read_text())
+    return environment
 
 
 def conda_python() -> str:
@@ -68,25 +69,26 @@ def test_every_locked_requirement_is_pinned_and_hashed(lock: Path) -> None:
 
 @pytest.mark.parametrize("lock", LOCKS)
 def test_no_lock_names_an_index_or_a_host(lock: Path) -> None:
-    names_one = re.compile(r"://|--(extra-)?index|--find-links|--trusted-host|^\s*-[fi]\b")
+    index = re.compile(r"://|--(extra-)?index|--find-links|--trusted-host|^\s*-[fi]\b")
     for number, line in enumerate(lock.read_text().splitlines(), start=1):
-        assert not names_one.search(line), f"{lock.name}:{number}: {line}"
+        assert not index.search(line), f"{lock.name}:{number}: {line}"
 
 
 def test_the_product_lock_is_part_of_the_development_lock() -> None:
-    """The same releases on the same platforms, and on more where a development tool wants one."""
+    """Same releases on the same platforms; development tools may need more platforms."""
     dev = entries(DEV)
-    for wanted, hashes in entries(PRODUCT):
+    for product, hashes in entries(PRODUCT):
+        identity = (product.name, product.specifier, product.extras)
         assert any(
-            (one.name, one.specifier, one.extras) == (wanted.name, wanted.specifier, wanted.extras)
-            and platforms(wanted) <= platforms(one)
-            and set(its) == set(hashes)
-            for one, its in dev
-        ), f"{wanted} differs or is missing"
+            (requirement.name, requirement.specifier, requirement.extras) == identity
+            and platforms(product) <= platforms(requirement)
+            and set(dev_hashes) == set(hashes)
+            for requirement, dev_hashes in dev
+        ), f"{product} differs or is missing"
 
 
 def platforms(requirement: Requirement) -> set[tuple[str, ...]]:
-    """Those that its marker holds on."""
+    """Return the platforms on which the requirement's marker is true."""
     return {
         platform
         for platform in itertools.product(
@@ -111,7 +113,7 @@ def platforms(requirement: Requirement) -> set[tuple[str, ...]]:
     }
 
 
-def test_the_product_lock_leaves_the_development_tools_out() -> None:
+def test_the_product_lock_contains_no_development_tool() -> None:
     product = {canonicalize_name(requirement.name) for requirement, _ in entries(PRODUCT)}
     assert not product & {"pytest", "ruff", "mypy", "pre-commit"}
 
@@ -144,39 +146,39 @@ def test_every_dependency_is_satisfied_by_the_lock(platform: str) -> None:
 
 
 @pytest.mark.parametrize("lock", [pytest.param(lock, id=lock.name) for lock in PEERS])
-def test_the_lock_of_a_peer_holds_what_it_asks_for(lock: Path) -> None:
+def test_the_lock_of_a_peer_satisfies_its_requirements(lock: Path) -> None:
     pinned = {
         canonicalize_name(requirement.name): version(requirement)
         for requirement, _ in entries(lock)
         if requirement.marker is None or requirement.marker.evaluate()
     }
     for line in lock.with_suffix(".in").read_text().splitlines():
-        if asked := line.split("#")[0].strip():
-            dependency = Requirement(asked)
+        if text := line.split("#")[0].strip():
+            dependency = Requirement(text)
             locked = pinned.get(canonicalize_name(dependency.name))
             assert locked, f"{dependency} is not in {lock.name}"
             assert dependency.specifier.contains(locked), f"{dependency} is locked at {locked}"
 
 
 @pytest.mark.parametrize("lock", [pytest.param(lock, id=lock.name) for lock in PEERS])
-def test_a_peer_computes_with_the_releases_of_the_product(lock: Path) -> None:
-    """Or a benchmark would compare these."""
-    ours, theirs = (
+def test_a_peer_uses_the_same_releases_as_the_product(lock: Path) -> None:
+    """Otherwise a benchmark would compare releases."""
+    product, peer = (
         {
             canonicalize_name(requirement.name): version(requirement)
-            for requirement, _ in entries(one)
+            for requirement, _ in entries(file)
             if requirement.marker is None or requirement.marker.evaluate()
         }
-        for one in (PRODUCT, lock)
+        for file in (PRODUCT, lock)
     )
     names = ("torch", "torchvision", "timm", "onnxruntime", "numpy", "pillow", "uvicorn", "uvloop")
-    shared = {canonicalize_name(name) for name in names} & set(theirs)
+    shared = {canonicalize_name(name) for name in names} & set(peer)
     assert shared >= {"torch", "timm", "numpy", "pillow"}
     for name in sorted(shared):
-        assert theirs[name] == ours[name], f"{name} {theirs[name]} in {lock.name}, not {ours[name]}"
+        assert peer[name] == product[name], f"{name} {peer[name]} in {lock.name}"
 
 
-def test_every_lower_bound_says_why() -> None:
+def test_every_lower_bound_has_a_reason() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     listed = re.search(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)
     assert listed, "pyproject.toml has no list of dependencies"
@@ -197,7 +199,7 @@ def test_conda_installs_the_product_lock_and_nothing_else() -> None:
     ]
 
 
-def test_conda_ci_and_pyproject_mean_the_same_python() -> None:
+def test_conda_ci_and_pyproject_agree_on_the_python_version() -> None:
     python = conda_python()
     major, minor = map(int, python.split("."))
     assert SpecifierSet(pyproject()["project"]["requires-python"]) == SpecifierSet(

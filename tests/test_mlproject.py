@@ -1,4 +1,4 @@
-"""MLproject, Makefile, README and the verbs are held against each other."""
+"""MLproject, Makefile, README and the commands agree."""
 
 import importlib.util
 import json
@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
@@ -15,8 +14,8 @@ from eurosat.config import CONF, TrainConfig, compose
 from eurosat.errors import ConfigError
 from experiments.demo import DemoConfig, check_commit, say_how_long, split_arguments
 from experiments.settings import SweepConfig, take
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PROJECT = yaml.safe_load((ROOT / "MLproject").read_text())
 ENTRIES: dict[str, dict[str, object]] = PROJECT["entry_points"]
 README = (ROOT / "README.md").read_text()
@@ -31,14 +30,16 @@ def module_of(entry: str) -> str:
 def defaults(entry: str) -> dict[str, str]:
     parameters = ENTRIES[entry]["parameters"]
     assert isinstance(parameters, dict)
-    given = {"run": "0" * 32, "version": "1", "why": "because"}
+    required = {"run": "0" * 32, "version": "1", "why": "because"}
     return {
-        name: str(spec.get("default", given.get(name))) if isinstance(spec, dict) else given[name]
+        name: str(spec.get("default", required.get(name)))
+        if isinstance(spec, dict)
+        else required[name]
         for name, spec in parameters.items()
     }
 
 
-def test_the_promised_entry_points_are_there() -> None:
+def test_the_entry_points_are_complete() -> None:
     promised = {"main", "validate", "train", "sweep", "evaluate", "register"}
     assert set(ENTRIES) == promised | {
         "doctor",
@@ -65,23 +66,23 @@ def test_every_entry_point_is_in_the_readme_with_its_command(entry: str) -> None
 
 
 @pytest.mark.parametrize("entry", ["train", "sweep", "main"])
-def test_the_parameters_of_recipe_verbs_are_keys_they_know(entry: str) -> None:
+def test_parameters_of_commands_with_recipes_are_valid_keys(entry: str) -> None:
     words = shlex.split(str(ENTRIES[entry]["command"]).format(**defaults(entry)))[3:]
-    given = [word for word in words if not word.startswith("overrides=")]
+    arguments = [word for word in words if not word.startswith("overrides=")]
     if entry == "sweep":
-        settings, given = take(SweepConfig, given)
-        assert settings == SweepConfig(), "MLproject's defaults are the verb's"
+        settings, arguments = take(SweepConfig, arguments)
+        assert settings == SweepConfig(), "MLproject has the command's defaults"
     if entry == "main":
-        demo, given = split_arguments(given)
+        demo, arguments = split_arguments(arguments)
         assert demo == replace(DemoConfig(), trial_epochs=1)
-    assert isinstance(compose(given), TrainConfig)
+    assert isinstance(compose(arguments), TrainConfig)
 
 
-def test_a_recipe_is_chosen_by_the_data_unless_it_is_said() -> None:
+def test_the_data_choose_the_recipe_unless_one_is_named() -> None:
     assert split_arguments([])[1] == ["data=synthetic", "recipe=demo"]
     assert split_arguments(["data=eurosat"])[1] == ["data=eurosat", "recipe=resnet18-quick"]
-    said = ["data=eurosat", "recipe=demo"]
-    assert split_arguments(said)[1] == said
+    arguments = ["data=eurosat", "recipe=demo"]
+    assert split_arguments(arguments)[1] == arguments
 
 
 @pytest.mark.parametrize("commit", ["unknown", f"{'a' * 40}-dirty"])
@@ -106,18 +107,20 @@ def test_the_time_that_is_announced_holds_that_of_asking_a_teacher() -> None:
 
 
 def test_every_recipe_is_in_the_docs() -> None:
-    told = (ROOT / "docs" / "training.md").read_text()
+    page = (ROOT / "docs" / "training.md").read_text()
     for file in (CONF / "recipe").glob("*.yaml"):
-        assert f"| `{file.stem}`" in told
+        assert f"| `{file.stem}`" in page
 
 
-def test_make_help_lists_every_target_that_is_told_to_users() -> None:
-    said = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    listed = set(re.findall(r"^  make ([\w-]+) +\S", said.stdout, re.MULTILINE))
-    told = subprocess.run(["make", "-pn", "help"], cwd=ROOT, capture_output=True, text=True)
-    phony = re.search(r"^\.PHONY: (.*)$", told.stdout, re.MULTILINE)
+def test_make_help_lists_every_target_for_users() -> None:
+    help_text = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    listed = set(re.findall(r"^  make ([\w-]+) +\S", help_text.stdout, re.MULTILINE))
+    database = subprocess.run(["make", "-pn", "help"], cwd=ROOT, capture_output=True, text=True)
+    phony = re.search(r"^\.PHONY: (.*)$", database.stdout, re.MULTILINE)
     assert phony
-    assert listed == set(phony.group(1).split()) - {"wrk"}  # a part of others
+    assert listed == set(phony.group(1).split()) - {"wrk"}  # a step of other targets
     named = set(re.findall(r"`make ([\w-]+)", README))
     assert named <= listed
 
@@ -128,9 +131,9 @@ def test_paths_that_the_readme_and_docs_link_to_exist() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_main_jobs_report_holds_what_was_promised() -> None:
+def test_the_report_of_the_main_job_is_complete() -> None:
     report = json.loads((ROOT / "reports" / "main-job.json").read_text())
-    promised = {
+    required = {
         "data",
         "trials",
         "test_accuracy",
@@ -140,7 +143,7 @@ def test_the_main_jobs_report_holds_what_was_promised() -> None:
         "seconds",
         "scored",
     }
-    assert promised <= set(report)
+    assert required <= set(report)
     assert report["data"] == "eurosat"
     for row in report["scored"]:
         assert set(row) == {"tile", "expected", "label", "confidence", "model_version"}

@@ -421,9 +421,9 @@ def test_nothing_acknowledged_is_lost_though_containers_fall_over(
     """The one-minute form of `make bench-platform`."""
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", stack.certificate)
     monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", stack.certificate)
-    store, stays = address(stack, "gcs"), sitecustomize.stays
+    store, is_local = address(stack, "gcs"), sitecustomize.is_local
     # Docker's networks are on this machine.
-    monkeypatch.setattr(sitecustomize, "stays", lambda host: host == store or stays(host))
+    monkeypatch.setattr(sitecustomize, "is_local", lambda host: host == store or is_local(host))
     told = {
         "MLFLOW_TRACKING_URI": stack.url,
         "EUROSAT_ARTIFACTS": "gs://mlflow/artifacts",

@@ -1,7 +1,7 @@
-"""Refuses every connection and look-up that would leave the machine, and writes it down.
+"""Refuse every connection and look-up that would leave the machine, and record it.
 
-Python imports this by itself where its folder is on PYTHONPATH: so do the processes that the tests
-start, the servers and workers among them.
+Python imports a module of this name at its start if the folder is on PYTHONPATH. So it also guards
+the processes that the tests start, such as servers and workers.
 """
 
 import ipaddress
@@ -10,13 +10,13 @@ import socket
 from typing import Any
 
 RECORD = "EUROSAT_REFUSED_SOCKETS"
-"""Names the file that gets a line for each refusal."""
+"""Environment variable: the file that gets one line per refusal."""
 
 METADATA = ("169.254.169.254", "metadata.google.internal")
-"""Ray's head asks the host which cloud it stands in, whatever it is told: refused, not counted."""
+"""Ray always asks which cloud its host belongs to. This is refused, but not recorded."""
 
 
-def stays(host: object) -> bool:
+def is_local(host: object) -> bool:
     name = host.decode() if isinstance(host, bytes) else str(host or "localhost")
     if name in ("localhost", socket.gethostname()):
         return True
@@ -28,7 +28,7 @@ def stays(host: object) -> bool:
 
 
 def is_own(name: str) -> bool:
-    """Whether this machine has the address: only its own can be bound."""
+    """Return whether the address is one of this machine's: only those can be bound."""
     family = socket.AF_INET6 if ":" in name else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
@@ -39,9 +39,9 @@ def is_own(name: str) -> bool:
 
 
 def refuse(host: object) -> None:
-    if not stays(host):
+    if not is_local(host):
         if (file := os.environ.get(RECORD)) and str(host) not in METADATA:
-            with open(file, "a", encoding="utf-8") as record:  # noqa: PTH123 - kept light
+            with open(file, "a", encoding="utf-8") as record:  # noqa: PTH123 - imports little
                 record.write(f"{host}\n")
         raise OSError(f"the tests refuse a connection to {host}: it would leave the machine")
 

@@ -1,4 +1,4 @@
-"""The environment and the platform, looked at from the user's side: `python -m eurosat.doctor`.
+"""Checks of the environment and the platform from the user's side: `python -m eurosat.doctor`.
 
-Servers are asked by URL, as any client of theirs would ask.
+Servers are contacted by URL, as any client of theirs would do it.
 """

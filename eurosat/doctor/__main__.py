@@ -1,77 +1,92 @@
-"""Look at the environment and the platform, a line for each check and a remedy for each fault."""
+"""Check the environment and the platform: a line for each check, a remedy for each fault."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
 
-from eurosat.doctor import bucket, host, roundtrip, servers
-from eurosat.doctor.checks import Check, Finding, examine
-from eurosat.doctor.context import Visit
+from eurosat.doctor import bucket, host, servers
+from eurosat.doctor.checks import Check, run_checks
+from eurosat.doctor.context import DoctorContext
+from eurosat.doctor.findings import Finding
+from eurosat.doctor.roundtrip import RoundTrip
 from eurosat.errors import ConfigError
 from eurosat.runtime import cli, exit_codes, logs
 
 SERVER, ACCOUNT, RUN = "tracking server", "credentials", "run and metric"
-CHECKS = (
-    Check("interpreter", host.python),
-    Check("lock", host.lock),
-    Check("torch", host.torch_pair),
-    Check("cores", host.cores, needs=("torch",)),
-    Check("gpu", host.gpu, needs=("torch",)),
-    Check("tiles", host.tiles),
-    Check("disk", host.disk),
-    Check("secrets", host.secrets),
-    Check(SERVER, servers.reachable),
-    Check("version", servers.version, needs=(SERVER,)),
-    Check(ACCOUNT, servers.credentials, needs=(SERVER,)),
-    Check(RUN, roundtrip.run, needs=(ACCOUNT,)),
-    Check("artifact", roundtrip.artifact, needs=(RUN,)),
-    Check("model version", roundtrip.model_version, needs=(RUN,)),
-    Check("removal", roundtrip.removal),
-    Check("webhook", servers.webhook, needs=(ACCOUNT,)),
-    Check("promoter", servers.promoter),
-    Check("serving", servers.serving),
-    Check("clock", servers.clock),
-    Check("bucket", bucket.permissions),
-)
-WIDTH = max(len(check.name) for check in CHECKS)
+
+
+def all_checks() -> tuple[Check, ...]:
+    """Return the checks in the order in which they run."""
+    roundtrip = RoundTrip()
+    return (
+        Check("interpreter", host.python),
+        Check("lock", host.lock),
+        Check("torch", host.torch_pair),
+        Check("cores", host.cores, needs=("torch",)),
+        Check("gpu", host.gpu, needs=("torch",)),
+        Check("tiles", host.tiles),
+        Check("disk", host.disk),
+        Check("secrets", host.secrets),
+        Check(SERVER, servers.reachable),
+        Check("version", servers.version, needs=(SERVER,)),
+        Check(ACCOUNT, servers.credentials, needs=(SERVER,)),
+        Check(RUN, roundtrip.check_run, needs=(ACCOUNT,)),
+        Check("artifact", roundtrip.check_artifact, needs=(RUN,)),
+        Check("model version", roundtrip.check_model_version, needs=(RUN,)),
+        Check("removal", roundtrip.check_removal),
+        Check("webhook", servers.webhook, needs=(ACCOUNT,)),
+        Check("promoter", servers.promoter),
+        Check("serving", servers.serving),
+        Check("clock", servers.clock),
+        Check("bucket", bucket.permissions),
+    )
+
+
+NAMES = [check.name for check in all_checks()]
+NAME_WIDTH = max(map(len, NAMES))
 
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser("eurosat.doctor", __doc__ or "")
-    parser.add_argument("--json", action="store_true", help="one object at the end, and no lines")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object at the end instead of lines"
+    )
     parser.add_argument(
         "--min-free-gb",
         type=float,
-        default=Visit.free_gb,
+        default=DoctorContext.min_free_gb,
         metavar="GB",
-        help=f"wanted on every disk that is written to ({Visit.free_gb:g})",
+        help="free space required on every disk that is written to (%(default)g)",
     )
     parser.add_argument(
         "--timeout-s",
         type=float,
-        default=Visit.timeout_s,
+        default=DoctorContext.timeout_s,
         metavar="S",
-        help=f"of a request to a server ({Visit.timeout_s:g})",
+        help="time limit of one request to a server (%(default)g)",
     )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     if not args.timeout_s > 0:
         raise ConfigError(f"--timeout-s must be above 0; got {args.timeout_s:g}")
-    with Visit(free_gb=args.min_free_gb, timeout_s=args.timeout_s) as visit:
-        found = examine(CHECKS, visit, (lambda finding: None) if args.json else show)
-    failed = [one.name for one in found if one.verdict == "failed"]
+    with DoctorContext(min_free_gb=args.min_free_gb, timeout_s=args.timeout_s) as context:
+        report = (lambda finding: None) if args.json else print_finding
+        findings = run_checks(all_checks(), context, report)
+    num_failed = sum(finding.verdict == "failed" for finding in findings)
     if args.json:
-        checks = [dataclasses.asdict(one) for one in found]
-        print(json.dumps({"ok": not failed, "checks": checks}, indent=1))
+        checks = [dataclasses.asdict(finding) for finding in findings]
+        print(json.dumps({"ok": not num_failed, "checks": checks}, indent=1))
+    elif num_failed:
+        print(f"{num_failed} of {len(findings)} checks failed")
     else:
-        print(f"{len(failed)} of {len(found)} checks failed" if failed else "nothing failed")
-    return exit_codes.NEGATIVE if failed else exit_codes.OK
+        print("no check failed")
+    return exit_codes.NEGATIVE if num_failed else exit_codes.OK
 
 
-def show(finding: Finding) -> None:
-    print(f"{finding.verdict:6}  {finding.name:{WIDTH}}  {finding.said}", flush=True)
+def print_finding(finding: Finding) -> None:
+    print(f"{finding.verdict:6}  {finding.name:{NAME_WIDTH}}  {finding.message}", flush=True)
     if finding.remedy:
-        print(f"{'':6}  {'':{WIDTH}}  -> {finding.remedy}", flush=True)
+        print(f"{'':6}  {'':{NAME_WIDTH}}  -> {finding.remedy}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks that are run one after the other, and what each has found."""
+"""The runner: checks run in order, and a check that breaks does not stop the others."""
 
 import logging
 import sys
@@ -7,111 +7,88 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 from eurosat import tracking
-from eurosat.errors import EuroSATError
+from eurosat.doctor.context import DoctorContext
+from eurosat.doctor.findings import Failed, Finding, NotApplicable, Verdict
 
-if TYPE_CHECKING:
-    from eurosat.doctor.context import Visit
-
-Verdict = Literal["ok", "failed", "n/a"]
-FIRST_S, EVERY_S = 2.0, 5.0
-"""When a check that still looks is told of, and how often from then on."""
-REPORT = "see what it says; if that is no help, it is a fault of ours: please report it"
+FIRST_NOTICE_S, NOTICE_INTERVAL_S = 2.0, 5.0
+"""When a slow check is first reported, and how often from then on."""
+REPORT_BUG = "follow the message; if it does not help, this is a bug: please report it"
 
 log = logging.getLogger(__name__)
-
-
-class Failed(EuroSATError):
-    """A check has found a fault."""
-
-    def __init__(self, why: str, remedy: str) -> None:
-        super().__init__(why)
-        self.remedy = remedy
-
-
-class NotApplicable(EuroSATError):
-    """There is nothing to check here, and the message says why."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    name: str
-    verdict: Verdict
-    said: str
-    """What was found, or why there was nothing to look at."""
-    remedy: str = ""
-    """Of a failed check."""
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
     name: str
-    look: "Callable[[Visit], str]"
+    run: Callable[[DoctorContext], str]
     """Returns what it found; raises Failed or NotApplicable."""
     needs: tuple[str, ...] = ()
-    """Checks before it, without which there is nothing to look at."""
+    """Names of earlier checks without whose success this one does not apply."""
 
 
-def examine(
-    checks: Sequence[Check], visit: "Visit", tell: Callable[[Finding], None]
+def run_checks(
+    checks: Sequence[Check], context: DoctorContext, report: Callable[[Finding], None]
 ) -> list[Finding]:
-    """Run ``checks`` in order and tell of each as soon as it is done; none hides another."""
-    found: dict[str, Finding] = {}
+    """Run ``checks`` in order and pass each finding to ``report`` as soon as it is there."""
+    findings: dict[str, Finding] = {}
     for check in checks:
         started = time.monotonic()
-        with watched(check.name):
-            verdict, said, remedy = _look(check, visit, found)
-        found[check.name] = Finding(
+        with slow_check_notices(check.name):
+            verdict, message, remedy = _run(check, context, findings)
+        finding = Finding(
             name=check.name,
             verdict=verdict,
-            said=_line(said),
-            remedy=_line(remedy),
+            message=_one_line(message),
+            remedy=_one_line(remedy),
             seconds=round(time.monotonic() - started, 3),
         )
-        tell(found[check.name])
-    return list(found.values())
+        findings[check.name] = finding
+        report(finding)
+    return list(findings.values())
 
 
-def _look(check: Check, visit: "Visit", found: dict[str, Finding]) -> tuple[Verdict, str, str]:
+def _run(
+    check: Check, context: DoctorContext, findings: dict[str, Finding]
+) -> tuple[Verdict, str, str]:
+    """Return the verdict, the message and the remedy of one check."""
     for need in check.needs:
-        if found[need].verdict == "failed":
+        if findings[need].verdict == "failed":
             return "n/a", f"{need} failed", ""
-        if found[need].verdict == "n/a":
-            return "n/a", found[need].said, ""
+        if findings[need].verdict == "n/a":
+            return "n/a", findings[need].message, ""
     try:
-        return "ok", check.look(visit), ""
-    except NotApplicable as why:
-        return "n/a", str(why), ""
+        return "ok", check.run(context), ""
+    except NotApplicable as reason:
+        return "n/a", str(reason), ""
     except Failed as fault:
         return "failed", str(fault), fault.remedy
     except Exception as error:
-        log.debug("the check %s could not be made", check.name, exc_info=True)
-        return "failed", f"{type(error).__name__}: {tracking.first_line(error)}", REPORT
+        log.debug("the check %s raised an unexpected error", check.name, exc_info=True)
+        return "failed", f"{type(error).__name__}: {tracking.first_line(error)}", REPORT_BUG
 
 
 @contextmanager
-def watched(name: str) -> Iterator[None]:
-    """Say on standard error that a check still looks, until the block ends."""
-    ended, started = threading.Event(), time.monotonic()
+def slow_check_notices(name: str) -> Iterator[None]:
+    """Print on standard error, now and then, that the check still runs until the block ends."""
+    done, started = threading.Event(), time.monotonic()
 
-    def tell() -> None:
-        wait_s = FIRST_S
-        while not ended.wait(wait_s):
-            wait_s = EVERY_S
-            waited = time.monotonic() - started
-            print(f"... {name}: {waited:.0f} s so far", file=sys.stderr, flush=True)
+    def print_notices() -> None:
+        wait_s = FIRST_NOTICE_S
+        while not done.wait(wait_s):
+            wait_s = NOTICE_INTERVAL_S
+            elapsed_s = time.monotonic() - started
+            print(f"... {name}: {elapsed_s:.0f} s so far", file=sys.stderr, flush=True)
 
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    thread = threading.Thread(target=print_notices, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        ended.set()
-        teller.join()
+        done.set()
+        thread.join()
 
 
-def _line(text: str) -> str:
+def _one_line(text: str) -> str:
     return tracking.without_password(" ".join(text.split()))

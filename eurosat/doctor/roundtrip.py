@@ -1,4 +1,4 @@
-"""A round trip: a run, a metric, an artifact and a model version, written, read and deleted."""
+"""A round trip: a run, a metric, an artifact and a model version are written, read and deleted."""
 
 import hashlib
 import math
@@ -6,220 +6,211 @@ import os
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from eurosat.doctor.checks import Failed, NotApplicable
-from eurosat.doctor.context import Answer, Server, Visit
+from eurosat.doctor.context import DoctorContext
+from eurosat.doctor.findings import Failed, NotApplicable
+from eurosat.doctor.http import Answer, HttpProbe
 from eurosat.doctor.servers import API
 
 PREFIX = "doctor-"
-PROXY, PROXIED = "/api/2.0/mlflow-artifacts/artifacts/", "mlflow-artifacts:/"
+PROXY_PATH, PROXY_SCHEME = "/api/2.0/mlflow-artifacts/artifacts/", "mlflow-artifacts:/"
 ARTIFACT_BYTES = 2 * 2**20
-"""Above 1 MiB, where a proxy that nobody has told of models (nginx) stops taking bodies."""
-ARTIFACT_S = 30.0
-ARRIVED_S = 1.0
-"""After an interruption: what was on its way to the server then is there to be removed."""
-DENIED = b"Permission denied"
-"""MLflow's own word; it says that of a model that is not there, too, to all but administrators."""
-GRANT = "let an administrator grant this account EDIT on what it makes, or look into the log"
+"""Above 1 MiB, the largest body that a proxy (nginx) accepts by default."""
+ARTIFACT_TIMEOUT_S = 30.0
+INTERRUPT_WAIT_S = 1.0
+"""Wait after an interruption, so that the server finishes the requests that it has received."""
+PERMISSION_DENIED = b"Permission denied"
+"""MLflow's own answer of 403. Who is no administrator gets it for a missing model, too."""
+GRANT_EDIT = "ask an administrator to grant this account EDIT, or look into the server's log"
 
 
 @dataclass(kw_only=True)
-class Trip:
-    """What was made under one name of its own.
+class RoundTrip:
+    """Objects on the tracking server, all under one unique name.
 
-    It is removed by name: an answer that did not arrive may have told of something made.
+    They are deleted by name, because a request whose answer was lost may have created them.
     """
 
-    server: Server
-    name: str
+    name: str = field(default_factory=lambda: f"{PREFIX}{uuid.uuid4().hex[:12]}")
     run_id: str = ""
-    artifacts: str = ""
-    """The run's place under the server's proxy; empty where it has none."""
-    uploaded: bool = False
-    model: bool = False
-    """Whether a registered model was asked for."""
-    gone: bool = False
+    artifact_folder: str = ""
+    """Path of the run's artifacts behind the server's proxy; empty if it has no proxy."""
+    started: bool = False
+    has_artifact: bool = False
+    has_model: bool = False
+    """Whether a registered model was requested."""
+    removed: bool = False
 
-    def remove(self) -> None:
-        """All of it, the rest too where one part cannot be.
+    def check_run(self, context: DoctorContext) -> str:
+        """Create an experiment and a run, log a metric, and read it back."""
+        server = context.tracking
+        self.started = True
+        context.cleanup.callback(self._remove_after_interrupt, server)
+        answer = server.request("POST", f"{API}/experiments/create", json={"name": self.name})
+        if answer.status == 403:
+            account = context.username or "this account"
+            raise NotApplicable(f"{account} can read but not write: it cannot create experiments")
+        expect_status(answer, "create an experiment", 200)
+        experiment_id = answer.json()["experiment_id"]
+        now = int(time.time() * 1000)
+        run = post(
+            server, "create a run", "runs/create", experiment_id=experiment_id, start_time=now
+        )
+        info = run["run"]["info"]
+        self.run_id, artifact_uri = info["run_id"], str(info["artifact_uri"])
+        if artifact_uri.startswith(PROXY_SCHEME):
+            self.artifact_folder = artifact_uri.removeprefix(PROXY_SCHEME).strip("/")
+        metric = {"key": "doctor", "value": math.pi, "timestamp": now, "step": 1}
+        post(server, "log a metric", "runs/log-metric", run_id=self.run_id, **metric)
+        answer = server.request("GET", f"{API}/runs/get", params={"run_id": self.run_id})
+        run = expect_status(answer, "read a run", 200).json()
+        metrics = run["run"]["data"].get("metrics", [])
+        if len(metrics) != 1 or {key: metrics[0][key] for key in metric} != metric:
+            raise Failed(f"the metric came back as {metrics}", "check the server and its database")
+        return f"experiment {self.name}, a run, a metric: written and read back"
+
+    def check_artifact(self, context: DoctorContext) -> str:
+        """Send an artifact through the server's proxy to its bucket, and read it back."""
+        if not self.artifact_folder:
+            raise NotApplicable("artifacts do not pass this server: it has no --serve-artifacts")
+        server, timeout_s = context.tracking, ARTIFACT_TIMEOUT_S
+        content, path = (
+            os.urandom(ARTIFACT_BYTES),
+            f"{PROXY_PATH}{self.artifact_folder}/{self.name}",
+        )
+        self.has_artifact = True
+        answer = server.request("PUT", path, data=content, timeout_s=timeout_s)
+        if answer.status >= 500:
+            raise Failed(
+                f"the server cannot store an artifact: {answer.summary()}",
+                "check that its object store runs, and that the server may write to the bucket",
+            )
+        if answer.status == 413:
+            raise Failed(
+                f"a proxy before the server does not accept {len(content):,} bytes",
+                "raise the proxy's limit of bodies (nginx: client_max_body_size 0)",
+            )
+        expect_status(answer, "upload an artifact", 200, 204)
+        answer = server.request("GET", path, timeout_s=timeout_s)
+        received = expect_status(answer, "download an artifact", 200).body
+        sent_sha256, received_sha256 = map(_short_sha256, (content, received))
+        if sent_sha256 != received_sha256:
+            raise Failed(
+                f"{len(content):,} bytes of sha256 {sent_sha256} came back as {len(received):,} of "
+                f"{received_sha256}",
+                "check what lies between: a proxy, the bucket, its disk",
+            )
+        return f"{len(content):,} bytes, sha256 {sent_sha256}: uploaded and downloaded"
+
+    def check_model_version(self, context: DoctorContext) -> str:
+        """Register a model with one version, and read it back.
+
+        Only if the account may delete it: the platform's writers may register and not delete.
+        """
+        server, user, model = context.tracking, context.username, {"name": self.name}
+        answer = server.request("DELETE", f"{API}/registered-models/delete", json=model)
+        if answer.status == 403 and answer.body.strip() != PERMISSION_DENIED:
+            # The refusal is not MLflow's but of a gate before it.
+            raise NotApplicable(f"{user} could not delete what it creates: {answer.summary()}")
+        self.has_model = True
+        answer = server.request("POST", f"{API}/registered-models/create", json=model)
+        if answer.status == 403:
+            raise NotApplicable(f"{user} can log runs but not register: it cannot create models")
+        expect_status(answer, "create a registered model", 200)
+        source = f"runs:/{self.run_id}/model"
+        if self.artifact_folder:
+            source = f"{PROXY_SCHEME}{self.artifact_folder}"
+        version = {"name": self.name, "run_id": self.run_id, "source": source}
+        post(server, "create a model version", "model-versions/create", **version)
+        key = {"name": self.name, "version": "1"}
+        answer = server.request("GET", f"{API}/model-versions/get", params=key)
+        version = expect_status(answer, "read a model version", 200).json()["model_version"]
+        if version["run_id"] != self.run_id:
+            raise Failed(f"the model version came back as {version}", "check the server's database")
+        return f"registered model {self.name}, version 1: written and read back"
+
+    def check_removal(self, context: DoctorContext) -> str:
+        """Delete everything, and check that the server no longer lists it."""
+        if not self.started:
+            raise NotApplicable("nothing was created")
+        self.remove(context.tracking)
+        query = {"filter": f"name = '{self.name}'", "max_results": 10}
+        if post(context.tracking, "search experiments", "experiments/search", **query).get(
+            "experiments"
+        ):
+            raise Failed(f"{self.name} is still there", "delete it in MLflow's pages")
+        return f"{self.name} is deleted; `mlflow gc` on the server frees its rows"
+
+    def remove(self, server: HttpProbe) -> None:
+        """Delete everything; a part that cannot be deleted does not stop the others.
 
         Raises:
-            Failed: something was left behind.
+            Failed: a part was left behind.
         """
-        if self.gone:
+        if self.removed:
             return
-        left = []
-        for part in (self._remove_artifact, self._remove_model, self._remove_experiment):
+        faults = []
+        for remove in (self._remove_artifact, self._remove_model, self._remove_experiment):
             try:
-                part()
+                remove(server)
             except Failed as fault:
-                left.append(str(fault))
-        self.gone = True
-        if left:
+                faults.append(str(fault))
+        self.removed = True
+        if faults:
             raise Failed(
-                f"{self.name} was left behind: {'; '.join(left)}",
+                f"{self.name} was left behind: {'; '.join(faults)}",
                 f"delete the experiment and the registered model {self.name} in MLflow's pages",
             )
 
-    def _remove_artifact(self) -> None:
-        if self.uploaded:
-            answer = self.server.ask("DELETE", f"{PROXY}{self.artifacts}/{self.name}")
-            taken(answer, "delete an artifact", 200, 204, 404)
+    def _remove_artifact(self, server: HttpProbe) -> None:
+        if self.has_artifact:
+            path = f"{PROXY_PATH}{self.artifact_folder}/{self.name}"
+            expect_status(server.request("DELETE", path), "delete an artifact", 200, 204, 404)
 
-    def _remove_model(self) -> None:
-        if self.model:
-            path, named = f"{API}/registered-models/", {"name": self.name}
-            answer = self.server.ask("DELETE", f"{path}delete", json=named)
-            allowed = [200, 404]
-            if answer.status == 403:  # which MLflow also says of one that is not there
-                answer, allowed = self.server.ask("GET", f"{path}get", params=named), [403, 404]
-            taken(answer, "delete a registered model", *allowed)
+    def _remove_model(self, server: HttpProbe) -> None:
+        if not self.has_model:
+            return
+        path, model, allowed = f"{API}/registered-models", {"name": self.name}, [200, 404]
+        answer = server.request("DELETE", f"{path}/delete", json=model)
+        if answer.status == 403:  # MLflow's answer also if the model is missing
+            answer, allowed = server.request("GET", f"{path}/get", params=model), [403, 404]
+        expect_status(answer, "delete a registered model", *allowed)
 
-    def _remove_experiment(self) -> None:
-        """With its runs; MLflow keeps it among the deleted until `mlflow gc`."""
-        named = {"experiment_name": self.name}
-        found = self.server.ask("GET", f"{API}/experiments/get-by-name", params=named)
-        if taken(found, "find an experiment", 200, 403, 404).ok:
-            given = {"experiment_id": found.json()["experiment"]["experiment_id"]}
-            answer = self.server.ask("POST", f"{API}/experiments/delete", json=given)
-            taken(answer, "delete an experiment", 200)
+    def _remove_experiment(self, server: HttpProbe) -> None:
+        """Delete the experiment with its runs; MLflow keeps it as deleted until `mlflow gc`."""
+        key = {"experiment_name": self.name}
+        answer = server.request("GET", f"{API}/experiments/get-by-name", params=key)
+        if expect_status(answer, "find an experiment", 200, 403, 404).ok:
+            experiment_id = answer.json()["experiment"]["experiment_id"]
+            post(server, "delete an experiment", "experiments/delete", experiment_id=experiment_id)
+
+    def _remove_after_interrupt(self, server: HttpProbe) -> None:
+        """Delete everything if that was not done; a server that is down keeps what it has."""
+        if self.removed:
+            return
+        time.sleep(INTERRUPT_WAIT_S)
+        with suppress(Failed):
+            self.remove(server)
 
 
-def taken(answer: Answer, what: str, *statuses: int) -> Answer:
-    """The answer, if its status is one of these.
+def expect_status(answer: Answer, action: str, *statuses: int) -> Answer:
+    """Return ``answer`` if its status is one of ``statuses``.
 
     Raises:
-        Failed: it is not.
+        Failed: the status is another one.
     """
     if answer.status not in statuses:
-        raise Failed(f"cannot {what}: {answer.said()}", GRANT)
+        raise Failed(f"cannot {action}: {answer.summary()}", GRANT_EDIT)
     return answer
 
 
-def post(server: Server, what: str, path: str, **sent: Any) -> dict[str, Any]:
-    return taken(server.ask("POST", f"{API}/{path}", json=sent), what, 200).json()
+def post(server: HttpProbe, action: str, path: str, **payload: Any) -> dict[str, Any]:
+    """Send a request to MLflow's REST API and return the JSON object of its answer."""
+    answer = server.request("POST", f"{API}/{path}", json=payload)
+    return expect_status(answer, action, 200).json()
 
 
-def run(visit: Visit) -> str:
-    """An experiment, a run and a metric of it."""
-    server = visit.tracking
-    trip = visit.trip = Trip(server=server, name=f"{PREFIX}{uuid.uuid4().hex[:12]}")
-    visit.left.callback(_remove_quietly, trip)
-    answer = server.ask("POST", f"{API}/experiments/create", json={"name": trip.name})
-    if answer.status == 403:
-        raise NotApplicable(
-            f"{visit.user or 'this account'} may read and not write: it cannot create experiments"
-        )
-    experiment = taken(answer, "create an experiment", 200).json()["experiment_id"]
-    now, value = int(time.time() * 1000), math.pi
-    made = post(server, "create a run", "runs/create", experiment_id=experiment, start_time=now)
-    trip.run_id = made["run"]["info"]["run_id"]
-    place = str(made["run"]["info"]["artifact_uri"])
-    if place.startswith(PROXIED):
-        trip.artifacts = place.removeprefix(PROXIED).strip("/")
-    post(
-        server,
-        "log a metric",
-        "runs/log-metric",
-        run_id=trip.run_id,
-        key="doctor",
-        value=value,
-        timestamp=now,
-        step=1,
-    )
-    told = server.ask("GET", f"{API}/runs/get", params={"run_id": trip.run_id})
-    metrics = taken(told, "read a run", 200).json()["run"]["data"].get("metrics", [])
-    if [(one["key"], one["value"], one["timestamp"]) for one in metrics] != [
-        ("doctor", value, now)
-    ]:
-        raise Failed(f"a metric came back as {metrics}", "look into the server and its database")
-    return f"experiment {trip.name}, a run, a metric: written and read back"
-
-
-def artifact(visit: Visit) -> str:
-    """Through the server's proxy to its bucket and back."""
-    server, trip = visit.tracking, _trip(visit)
-    if not trip.artifacts:
-        raise NotApplicable("artifacts do not pass this server: it has no --serve-artifacts")
-    content, path = os.urandom(ARTIFACT_BYTES), f"{PROXY}{trip.artifacts}/{trip.name}"
-    trip.uploaded = True
-    sent = server.ask("PUT", path, data=content, timeout_s=ARTIFACT_S)
-    if sent.status >= 500:
-        raise Failed(
-            f"the server cannot store an artifact: {sent.said()}",
-            "see that its object store runs, that the bucket is there and that it may write to it",
-        )
-    if sent.status == 413:
-        raise Failed(
-            f"{len(content):,} bytes are too many for a proxy before the server",
-            "raise its limit of bodies (nginx: client_max_body_size 0)",
-        )
-    taken(sent, "upload an artifact", 200, 204)
-    got = taken(server.ask("GET", path, timeout_s=ARTIFACT_S), "download an artifact", 200)
-    ours, theirs = (hashlib.sha256(each).hexdigest() for each in (content, got.body))
-    if ours != theirs:
-        raise Failed(
-            f"{len(content):,} bytes of sha256 {ours[:12]} came back as {len(got.body):,} of "
-            f"{theirs[:12]}",
-            "look at what lies between: a proxy, the bucket, its disk",
-        )
-    return f"{len(content):,} bytes, sha256 {ours[:12]} there and back"
-
-
-def model_version(visit: Visit) -> str:
-    server, trip = visit.tracking, _trip(visit)
-    probe = server.ask("DELETE", f"{API}/registered-models/delete", json={"name": trip.name})
-    if probe.status == 403 and probe.body.strip() != DENIED:  # whoever refuses stands before MLflow
-        raise NotApplicable(f"what {visit.user} makes could not be deleted: {probe.said()}")
-    trip.model = True
-    answer = server.ask("POST", f"{API}/registered-models/create", json={"name": trip.name})
-    if answer.status == 403:
-        raise NotApplicable(f"{visit.user} may log runs and not register: it cannot create models")
-    taken(answer, "create a registered model", 200)
-    source = f"{PROXIED}{trip.artifacts}" if trip.artifacts else f"runs:/{trip.run_id}/model"
-    post(
-        server,
-        "create a model version",
-        "model-versions/create",
-        name=trip.name,
-        run_id=trip.run_id,
-        source=source,
-    )
-    given = {"name": trip.name, "version": "1"}
-    told = server.ask("GET", f"{API}/model-versions/get", params=given)
-    version = taken(told, "read a model version", 200).json()["model_version"]
-    if version["run_id"] != trip.run_id:
-        raise Failed(f"a model version came back as {version}", "look into the server's database")
-    return f"registered model {trip.name}, version 1: written and read back"
-
-
-def removal(visit: Visit) -> str:
-    """And a look whether it is gone."""
-    if visit.trip is None:
-        raise NotApplicable("nothing was made")
-    trip = visit.trip
-    trip.remove()
-    found = trip.server.ask(
-        "POST",
-        f"{API}/experiments/search",
-        json={"filter": f"name = '{trip.name}'", "max_results": 10},
-    )
-    if taken(found, "search experiments", 200).json().get("experiments"):
-        raise Failed(f"{trip.name} is still there", "delete it in MLflow's pages")
-    return f"{trip.name} is deleted; `mlflow gc` on the server frees its rows"
-
-
-def _trip(visit: Visit) -> Trip:
-    assert visit.trip is not None
-    return visit.trip
-
-
-def _remove_quietly(trip: Trip) -> None:
-    """On the way out, where it was not yet removed; a server that is gone keeps what it has."""
-    if trip.gone:
-        return
-    time.sleep(ARRIVED_S)
-    with suppress(Failed):
-        trip.remove()
+def _short_sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from deploy import archive, databases, object_store, schema
+from deploy import archive, databases, schema
 from deploy.restore import restore
 from deploy.save import save
+from deploy.transfer import open_checked
 from eurosat.errors import ConfigError
 from eurosat.runtime import cli, exit_codes, logs
 
@@ -18,14 +19,15 @@ ARTIFACTS = "EUROSAT_ARTIFACTS"
 
 
 @contextmanager
-def _archive(uri: str, named: str) -> Iterator[tuple[BinaryIO, int]]:
-    folder, _, key = uri.rpartition("/")
-    place = object_store.place(folder or ("/" if uri.startswith("/") else "."), named)
-    stored = place.find(key)
-    if stored is None:
-        raise ConfigError(f"{named} {uri}: there is no such archive")
-    with object_store.explained(uri), place.open(stored) as stream:
-        yield stream, stored.size
+def _open_archive(url: str, setting: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Yield the archive as a stream, and its size in bytes."""
+    folder, _, key = url.rpartition("/")
+    store = open_checked(folder or ("/" if url.startswith("/") else "."), setting)
+    info = store.find(key)
+    if info is None:
+        raise ConfigError(f"{setting} {url}: there is no such archive")
+    with store.open(info) as stream:
+        yield stream, info.size
 
 
 def _told(manifest: archive.Manifest) -> str:
@@ -58,19 +60,19 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     if args.verb == "verify":
-        with _archive(args.file, "verify") as (stream, size):
+        with _open_archive(args.file, "verify") as (stream, size):
             print(f"whole: {_told(archive.verify(stream, size))}")
         return exit_codes.OK
     found = databases.configured(os.environ)
     if not (uri := os.environ.get(ARTIFACTS)):
         raise ConfigError(f"{ARTIFACTS} is not set: gs://bucket/prefix, or a folder")
-    artifacts = object_store.place(uri, ARTIFACTS)
+    artifacts = open_checked(uri, ARTIFACTS)
     if args.verb == "save":
-        address, manifest = save(found, artifacts, object_store.place(args.to, "--to"))
+        address, manifest = save(found, artifacts, open_checked(args.to, "--to"))
         log.info("saved %s", _told(manifest))
         print(address)
         return exit_codes.OK
-    with _archive(args.file, "--from") as (stream, size):
+    with _open_archive(args.file, "--from") as (stream, size):
         manifest, left = restore(stream, size, found, artifacts, replace=args.replace)
     print(f"restored {_told(manifest)}")
     for name in left:

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import IO, TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
-from deploy import archive, databases, object_store, schema
+from deploy import archive, databases, schema
 from deploy.databases import Database
-from deploy.object_store import Place
+from deploy.transfer import delete_all, for_each, spooled
 from eurosat.errors import ConfigError
+from eurosat.storage import GcsStore, ObjectStore
+from eurosat.storage.object_store import WORKERS
 
 if TYPE_CHECKING:
     from psycopg2.extensions import connection
@@ -42,7 +44,7 @@ class Begun:
 
 
 def restore(
-    stream: BinaryIO, size: int, found: Sequence[Database], artifacts: Place, *, replace: bool
+    stream: BinaryIO, size: int, found: Sequence[Database], artifacts: ObjectStore, *, replace: bool
 ) -> tuple[archive.Manifest, list[str]]:
     """Returns what was in the archive, and the names of what was kept of before.
 
@@ -55,9 +57,9 @@ def restore(
         ConfigError: it does not fit the target, or the target holds something and not ``replace``.
     """
     manifest = archive.verify(stream, size)
-    if isinstance(artifacts, object_store.Prefix) and not artifacts.prefix:
+    if isinstance(artifacts, GcsStore) and not artifacts.prefix:
         raise ConfigError(
-            f"EUROSAT_ARTIFACTS={artifacts.uri} names a whole bucket: give it a prefix"
+            f"EUROSAT_ARTIFACTS={artifacts.url} names a whole bucket: give it a prefix"
         )
     _refuse_others(manifest, found)
     with databases.maintained(found[0]) as opened:
@@ -72,11 +74,11 @@ def restore(
         else:
             begun = _prepare(opened, manifest, found, artifacts, begun, replace=replace)
             moves = [(_fresh(one), one.name, _kept(one, begun.stamp)) for one in found]
-            into = artifacts if begun.blank else artifacts.beside(".restoring")
-            object_store.empty(into)
+            into = artifacts if begun.blank else artifacts.sibling(".restoring")
+            delete_all(into)
             _unpack(stream, size, manifest, opened, found, into)
             if not begun.blank:
-                _lay_over(artifacts, into, artifacts.beside(f".before-{begun.stamp}"), manifest)
+                _lay_over(artifacts, into, artifacts.sibling(f".before-{begun.stamp}"), manifest)
             for database in found:
                 databases.refuse_busy(opened, database.name)
             databases.swap(opened, [(a.name, b, c.name) for a, b, c in moves], begun.mark)
@@ -99,7 +101,7 @@ def _prepare(
     opened: "connection",
     manifest: archive.Manifest,
     found: Sequence[Database],
-    artifacts: Place,
+    artifacts: ObjectStore,
     before: Begun | None,
     *,
     replace: bool,
@@ -120,17 +122,17 @@ def _prepare(
                 f"{f'the server of schema {newest}' if newest else 'the MLflow installed here'} "
                 "knows: restore with the MLflow that it was saved from, or a newer one"
             )
-    empty = next(iter(artifacts.listed()), None) is None
+    empty = not artifacts.list_objects()
     ours = before is not None and before.blank and before.seal == manifest.seal and not held
     if not (empty or ours):
-        held.append(f"artifacts in {artifacts.uri}")
+        held.append(f"artifacts in {artifacts.url}")
     if held and not replace:
         raise ConfigError(
             f"the target holds {', '.join(held)}: give --replace to put the archive in its "
             "place, or name an empty database and place"
         )
     begun = Begun(seal=manifest.seal, stamp=archive.stamp(), blank=empty or ours)
-    artifacts.beside(".restore").write(MARKER, io.BytesIO(json.dumps(asdict(begun)).encode()))
+    artifacts.sibling(".restore").write(MARKER, io.BytesIO(json.dumps(asdict(begun)).encode()))
     return begun
 
 
@@ -140,12 +142,12 @@ def _unpack(
     manifest: archive.Manifest,
     opened: "connection",
     found: Sequence[Database],
-    into: Place,
+    into: ObjectStore,
 ) -> None:
     """Databases into fresh ones, artifacts into ``into``."""
     by_member = {archive.dump_of(database.kind.name): database for database in found}
     waiting: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(object_store.PARALLEL) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         read = archive.read(stream, size, "restoring")
         for member, (_, _, content) in zip([*manifest.members, None], read, strict=True):
             if member is None:
@@ -158,40 +160,40 @@ def _unpack(
                     told = manifest.told["databases"][database.kind.name]
                     databases.restore(opened, _fresh(database), dumped, told)
                 continue
-            spool = object_store.spooled(partial(archive.copy, content, member))
+            spool = spooled(partial(archive.copy, content, member))
             key = member.name.removeprefix(archive.ARTIFACTS)
             waiting.append(pool.submit(_put, into, key, spool))
-            if len(waiting) > object_store.PARALLEL:
+            if len(waiting) > WORKERS:
                 waiting.popleft().result()
         for put in waiting:
             put.result()
 
 
-def _put(into: Place, key: str, content: IO[bytes]) -> None:
+def _put(into: ObjectStore, key: str, content: BinaryIO) -> None:
     with content:
-        into.write(key, cast("BinaryIO", content))
+        into.write(key, content)
 
 
-def _lay_over(artifacts: Place, fresh: Place, kept: Place, manifest: archive.Manifest) -> None:
+def _lay_over(
+    artifacts: ObjectStore, fresh: ObjectStore, kept: ObjectStore, manifest: archive.Manifest
+) -> None:
     """Nothing that the present databases name is missing at any time.
 
     What has the name of something in the archive is written over, after it was copied.
     """
-    object_store.each(
+    for_each(
         lambda key: artifacts.copy(key, kept),
-        [stored.key for stored in artifacts.listed()],
+        [stored.key for stored in artifacts.list_objects()],
         "keeping the artifacts of before",
     )
-    object_store.each(
-        lambda key: fresh.copy(key, artifacts), _keys(manifest), "moving artifacts into place"
-    )
+    for_each(lambda key: fresh.copy(key, artifacts), _keys(manifest), "moving artifacts into place")
 
 
 def _clean_up(
     opened: "connection",
     manifest: archive.Manifest,
     found: Sequence[Database],
-    artifacts: Place,
+    artifacts: ObjectStore,
     begun: Begun,
 ) -> list[str]:
     """Remove what the swap made superfluous, the marker last."""
@@ -205,14 +207,14 @@ def _clean_up(
                 left.append(f"database {kept.name}")
             else:
                 databases.execute(opened, "DROP DATABASE {}", kept.name)
-    kept_artifacts = artifacts.beside(f".before-{begun.stamp}")
-    before = {stored.key for stored in kept_artifacts.listed()}
+    kept_artifacts = artifacts.sibling(f".before-{begun.stamp}")
+    before = {stored.key for stored in kept_artifacts.list_objects()}
     surplus = sorted(before - {*_keys(manifest)})
-    object_store.each(artifacts.delete, surplus, "removing the artifacts of before")
+    for_each(artifacts.delete, surplus, "removing the artifacts of before")
     if before:
-        left.append(kept_artifacts.uri)
+        left.append(kept_artifacts.url)
     for ending in (".restoring", ".restore"):
-        object_store.empty(artifacts.beside(ending))
+        delete_all(artifacts.sibling(ending))
     return left
 
 
@@ -229,9 +231,9 @@ def _kept(database: Database, stamp: str) -> Database:
     return database.called(f"{database.name}_before_{stamp.lower()}")
 
 
-def _begun(artifacts: Place) -> Begun | None:
+def _begun(artifacts: ObjectStore) -> Begun | None:
     """What a restore that was killed has left."""
-    place = artifacts.beside(".restore")
+    place = artifacts.sibling(".restore")
     if (stored := place.find(MARKER)) is None:
         return None
     with place.open(stored) as opened:

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 import eurosat
-from deploy import archive, databases, object_store
+from deploy import archive, databases
 from deploy.databases import Database
-from deploy.object_store import Place, Stored
-from eurosat.errors import ConfigError, TrackingError
+from deploy.transfer import spooled
+from eurosat.errors import ConfigError, StorageError
 from eurosat.runtime import progress
+from eurosat.storage import FolderStore, ObjectChanged, ObjectInfo, ObjectStore
+from eurosat.storage.object_store import WORKERS
 
 log = logging.getLogger(__name__)
 
@@ -31,24 +33,26 @@ ABANDONED_S = 86_400.0
 """After so long without a byte, what a killed backup left in a folder is removed by the next."""
 
 
-def save(found: Sequence[Database], artifacts: Place, to: Place) -> tuple[str, archive.Manifest]:
+def save(
+    found: Sequence[Database], artifacts: ObjectStore, to: ObjectStore
+) -> tuple[str, archive.Manifest]:
     """Returns the archive's address too.
 
     Raises:
-        ConfigError, TrackingError: something of it cannot be read or written; no archive is left.
+        ConfigError, StorageError: something of it cannot be read or written; no archive is left.
     """
-    if f"{to.uri}/".startswith(f"{artifacts.uri}/"):
-        raise ConfigError(f"{to.uri} lies within the artifacts: each backup would hold the last")
-    if isinstance(to, object_store.Folder):
+    if f"{to.url}/".startswith(f"{artifacts.url}/"):
+        raise ConfigError(f"{to.url} lies within the artifacts: each backup would hold the last")
+    if isinstance(to, FolderStore):
         _remove_abandoned(to.root)
     key = f"eurosat-{archive.stamp()}.tar"
     if to.find(key):
-        raise ConfigError(f"{to.uri}/{key} exists: say it again")
+        raise ConfigError(f"{to.url}/{key} exists: say it again")
     manifest = to.create(key, lambda out: _write(out, found, artifacts))
-    return f"{to.uri}/{key}", manifest
+    return f"{to.url}/{key}", manifest
 
 
-def _write(out: BinaryIO, found: Sequence[Database], artifacts: Place) -> archive.Manifest:
+def _write(out: BinaryIO, found: Sequence[Database], artifacts: ObjectStore) -> archive.Manifest:
     if hasattr(out, "fileno"):
         os.fchmod(out.fileno(), 0o600)  # it holds the hashes of passwords
     writer = archive.Writer(out)
@@ -63,13 +67,13 @@ def _write(out: BinaryIO, found: Sequence[Database], artifacts: Place) -> archiv
             size = spool.seek(0, os.SEEK_END)
             spool.seek(0)
             writer.add(archive.dump_of(database.kind.name), spool, size)
-    if away := databases.elsewhere(found[0], artifacts.uri):
+    if away := databases.elsewhere(found[0], artifacts.url):
         log.warning(
             "the artifacts of %d runs and models are not in %s and so not in the backup",
             away,
-            artifacts.uri,
+            artifacts.url,
         )
-    listed = list(artifacts.listed())
+    listed = list(artifacts.list_objects())
     gone = 0
     for stored, content in progress.track(
         _fetched(artifacts, listed), len(listed), "copying artifacts", "artifacts"
@@ -82,33 +86,35 @@ def _write(out: BinaryIO, found: Sequence[Database], artifacts: Place) -> archiv
             writer.add(name, content, stored.size, stored.generation)
     if gone:
         log.warning("%d artifacts were deleted while the backup was made: it lacks them", gone)
-    told["artifacts"] = {"from": artifacts.uri, "deleted_meanwhile": gone}
+    told["artifacts"] = {"from": artifacts.url, "deleted_meanwhile": gone}
     return writer.finish(told)
 
 
-def _fetched(place: Place, listed: Iterable[Stored]) -> Iterator[tuple[Stored, IO[bytes] | None]]:
+def _fetched(
+    place: ObjectStore, listed: Iterable[ObjectInfo]
+) -> Iterator[tuple[ObjectInfo, IO[bytes] | None]]:
     """In the order of ``listed``, a few ahead."""
-    waiting: deque[Future[tuple[Stored, IO[bytes] | None]]] = deque()
-    with ThreadPoolExecutor(object_store.PARALLEL) as pool:
+    waiting: deque[Future[tuple[ObjectInfo, IO[bytes] | None]]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
         for stored in listed:
             waiting.append(pool.submit(_fetch, place, stored))
-            if len(waiting) > object_store.PARALLEL:
+            if len(waiting) > WORKERS:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
-def _fetch(place: Place, stored: Stored) -> tuple[Stored, IO[bytes] | None]:
+def _fetch(place: ObjectStore, stored: ObjectInfo) -> tuple[ObjectInfo, IO[bytes] | None]:
     """One content of an artifact, whole; None if it was deleted."""
     for _ in range(TRIES):
         try:
-            return stored, object_store.spooled(partial(place.read, stored))
-        except object_store.Changed:
+            return stored, spooled(partial(place.read, stored))
+        except ObjectChanged:
             if (now := place.find(stored.key)) is None:
                 return stored, None
             stored = now
-    raise TrackingError(
-        f"{place.uri}/{stored.key} was overwritten {TRIES} times while it was read: say it again"
+    raise StorageError(
+        f"{place.url}/{stored.key} was overwritten {TRIES} times while it was read: say it again"
     )
 
 

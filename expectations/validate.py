@@ -18,7 +18,7 @@ from eurosat.data.sources import open_source
 from eurosat.errors import ConfigError
 from eurosat.runtime import atomic, cli, exit_codes, logs
 from eurosat.runtime.progress import bar
-from eurosat.storage.store import on_disk
+from eurosat.storage import disk_errors
 from expectations.docs import check_target
 from expectations.spec import TOLERANCE, Expected, expect
 from expectations.texture import held_dtype, textures_of_pack, textures_of_source
@@ -120,7 +120,7 @@ def validate(
         told = json.dumps(result | verdict.as_dict(), indent=1)
         (folder / "result.json").write_text(told)
         if report:
-            with on_disk(report):
+            with disk_errors(report):
                 report.parent.mkdir(parents=True, exist_ok=True)
                 atomic.atomic_write_text(report, told + "\n")
         table.to_parquet(folder / "tiles.parquet", index=False)

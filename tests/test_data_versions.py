@@ -20,7 +20,7 @@ from eurosat.data.prepare import prepare
 from eurosat.data.sources import open_source
 from eurosat.data.split import split_csv
 from eurosat.errors import EuroSATError
-from eurosat.storage.store import open_store
+from eurosat.storage import open_store
 from expectations import validate
 from tests.support.object_stores import fake_gcs, make_bucket
 from tests.support.recipes import TINY
@@ -159,14 +159,14 @@ def test_what_changed_runs_what_depends_on_it_and_nothing_else(
     versions.say(split="data.protocol=60/20/20 data.split_seed=1")
     assert versions.repro() == {"fetch", "split"}, "the source is asked, and has nothing new"
     store = open_store(tiles)
-    entry = next(one for one in store.entries() if one.path.startswith("River/"))
-    store.download([entry], tmp_path)
-    file = tmp_path / entry.path
+    info = next(info for info in store.list_objects() if info.key.startswith("River/"))
+    store.download([info], tmp_path)
+    file = tmp_path / info.key
     file.write_bytes(file.read_bytes() + b"\0")  # other bytes, the same picture
-    store.upload(tmp_path, [entry.path])
+    store.upload(tmp_path, [info.key])
     assert versions.repro() == STAGES
     assert set(versions.locked.values()).isdisjoint(before.values())
-    assert (versions.folder / "data/tiles" / entry.path).read_bytes() == file.read_bytes()
+    assert (versions.folder / "data/tiles" / info.key).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.real_data
@@ -188,8 +188,8 @@ def test_a_tile_that_is_gone_from_the_bucket_is_gone_from_the_version(
     versions: Versions, tiles: str
 ) -> None:
     store = open_store(tiles)
-    gone = store.entries()[0].path
-    store.remove([gone])
+    gone = store.list_objects()[0].key
+    store.delete(gone)
     assert versions.repro() == STAGES
     assert not (versions.folder / "data/tiles" / gone).exists()
 

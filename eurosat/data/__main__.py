@@ -14,7 +14,7 @@ from eurosat.data.split import FOLDS, Split, make_split, split_csv
 from eurosat.errors import ConfigError
 from eurosat.runtime import atomic, cli, exit_codes
 from eurosat.runtime.progress import track
-from eurosat.storage.store import Folder, on_disk
+from eurosat.storage import FolderStore, disk_errors
 
 USAGE = """
 usage: python -m eurosat.data describe|audit|fetch|pack|split [key=value ...]
@@ -110,19 +110,20 @@ def fetch(source: Source, folder: Path) -> int:
     Raises:
         ConfigError: the folder holds something else than tiles, which would be lost.
     """
-    here, written = Folder(folder), 0
-    there = {entry.path for entry in here.entries()} if folder.exists() else set()
+    here, written = FolderStore(folder), 0
+    there = {info.key for info in here.list_objects()}
     for path in sorted(there - {*source.paths}):
         if path.count("/") != 1 or Path(path).suffix.lower() not in SUFFIXES:
             raise ConfigError(f"{folder} holds {path}, which is no tile: fetch to another folder")
     for path in track(source.paths, len(source.paths), "fetching tiles", "tiles"):
         data, file = source.read(path), here.file(path)
-        with on_disk(file):
+        with disk_errors(file):
             if not file.exists() or file.read_bytes() != data:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(data)  # cut short, it differs, and is written by the next fetch
                 written += 1
-    here.remove(there - {*source.paths})
+    for path in there - {*source.paths}:
+        here.delete(path)
     return written
 
 
@@ -136,7 +137,7 @@ def write_pack(pack: Pack, folder: Path) -> None:
         "shape": list(pack.tiles_NHWC.shape[1:]),
         "duplicates": {"exact": pack.num_exact_duplicates, "near": pack.num_near_duplicates},
     }
-    with on_disk(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         pack.table.to_parquet(folder / TABLE, index=False)
         atomic.atomic_write_text(folder / "pack.json", json.dumps(summary, indent=1) + "\n")
@@ -163,7 +164,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"split {split.fingerprint} ({split.protocol}, seed {split.seed})")
     if verb == "split":
         file = Path(target or "data/split.csv")
-        with on_disk(file):
+        with disk_errors(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             atomic.atomic_write_text(file, split_csv(pack.table, split))
         return exit_codes.OK

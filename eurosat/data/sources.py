@@ -16,7 +16,7 @@ import numpy as np
 from eurosat.config import DataConfig, SyntheticConfig
 from eurosat.data import bands, synthetic
 from eurosat.errors import DataError
-from eurosat.storage.store import SCHEME, bring, is_bucket, mirror, open_store
+from eurosat.storage import SCHEME, fetch, is_bucket, mirror, open_store
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 EUROSAT_PLACES = ("EuroSAT_RGB.zip", "EuroSAT.zip", "EuroSAT_RGB", "2750", "eurosat/2750")
@@ -77,9 +77,9 @@ def localise(root: str, cache: Path) -> Path:
         return place
     folder, _, name = root.rpartition("/")
     store = open_store(folder)
-    if (entry := store.entry(name)) is None:
+    if (info := store.find(name)) is None:
         raise DataError(f"no zip of tiles at {root}: set data.root to one, or to a folder of them")
-    bring(store, [entry], place)
+    fetch(store, [info], place)
     return place / name
 
 

@@ -18,7 +18,7 @@ from eurosat.doctor.findings import Failed, NotApplicable
 from eurosat.errors import DataError
 from eurosat.runtime import env_file, hardware
 from eurosat.runtime.cache import cache_root
-from eurosat.storage.store import is_bucket
+from eurosat.storage import is_bucket
 
 PYTHON = (3, 11)
 """The version in pyproject.toml, for which the lock is compiled."""

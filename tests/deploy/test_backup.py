@@ -20,9 +20,10 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from deploy import archive, backup, databases, object_store, save, schema
+from deploy import archive, backup, databases, save, schema, transfer
 from eurosat.errors import ConfigError, TrackingError
 from eurosat.runtime import exit_codes
+from eurosat.storage import GcsStore, ObjectChanged, ObjectStore
 from registry import ledger
 from tests.support.mlflow_server import mlflow_server
 from tests.support.object_stores import fake_gcs
@@ -217,8 +218,8 @@ class Platform:
     def databases(self) -> list[databases.Database]:
         return databases.configured(self.environment)
 
-    def artifacts(self) -> object_store.Place:
-        return object_store.place(self.environment["EUROSAT_ARTIFACTS"], "here")
+    def artifacts(self) -> ObjectStore:
+        return transfer.open_checked(self.environment["EUROSAT_ARTIFACTS"], "here")
 
     def objects(self) -> dict[str, str]:
         """Of the whole bucket: names and checksums."""
@@ -634,24 +635,24 @@ def test_a_platform_in_use_is_replaced_on_request_however_often_that_is_killed(
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, stored: Path, tmp_path: Path) -> object_store.Place:
+def place(request: pytest.FixtureRequest, stored: Path, tmp_path: Path) -> ObjectStore:
     if request.param == "folder":
-        return object_store.place(str(tmp_path / "artifacts"), "here")
+        return transfer.open_checked(str(tmp_path / "artifacts"), "here")
     from google.cloud.storage import Client
 
     bucket = Client().bucket("places")
     if not bucket.exists():
         bucket.create()
-    return object_store.place("gs://places/artifacts", "here")
+    return transfer.open_checked("gs://places/artifacts", "here")
 
 
 def test_an_artifact_that_is_overwritten_is_taken_whole_from_one_generation(
-    place: object_store.Place,
+    place: ObjectStore,
 ) -> None:
     place.write("a/b", io.BytesIO(b"first"))
-    (listed,) = place.listed()
+    (listed,) = place.list_objects()
     place.write("a/b", io.BytesIO(b"second, and longer"))
-    with pytest.raises(object_store.Changed):
+    with pytest.raises(ObjectChanged):
         place.read(listed, io.BytesIO())
     taken, content = save._fetch(place, listed)
     assert content
@@ -661,48 +662,48 @@ def test_an_artifact_that_is_overwritten_is_taken_whole_from_one_generation(
     assert taken.generation != listed.generation
     place.delete("a/b")
     assert save._fetch(place, listed) == (listed, None)
-    assert not list(place.listed())
+    assert not list(place.list_objects())
 
 
-def test_what_is_copied_beside_is_apart(place: object_store.Place) -> None:
-    kept = place.beside(".before-now")
+def test_what_is_copied_beside_is_apart(place: ObjectStore) -> None:
+    kept = place.sibling(".before-now")
     place.write("a/b", io.BytesIO(b"first"))
     place.copy("a/b", kept)
     place.write("a/b", io.BytesIO(b"second"))
-    assert [stored.key for stored in place.listed()] == ["a/b"]
-    (stored,) = kept.listed()
+    assert [stored.key for stored in place.list_objects()] == ["a/b"]
+    (stored,) = kept.list_objects()
     with kept.open(stored) as opened:
         assert opened.read() == b"first"
-    object_store.empty(kept)
-    assert not list(kept.listed())
-    (stored,) = place.listed()
+    transfer.delete_all(kept)
+    assert not list(kept.list_objects())
+    (stored,) = place.list_objects()
     with place.open(stored) as opened:
         assert opened.read() == b"second"
-    object_store.empty(place)
+    transfer.delete_all(place)
 
 
-def test_a_stream_that_breaks_leaves_nothing_under_its_name(place: object_store.Place) -> None:
+def test_a_stream_that_breaks_leaves_nothing_under_its_name(place: ObjectStore) -> None:
     def breaks(out: Any) -> None:
         out.write(b"x" * (20 << 20))
         raise TrackingError("gone")
 
     with pytest.raises(TrackingError, match="gone"):
         place.create("archive.tar", breaks)
-    assert not list(place.listed())
+    assert not list(place.list_objects())
 
 
-def test_a_backup_within_the_artifacts_is_refused(place: object_store.Place) -> None:
+def test_a_backup_within_the_artifacts_is_refused(place: ObjectStore) -> None:
     within = (
-        place.beside("/backups")
-        if isinstance(place, object_store.Prefix)
-        else object_store.place(f"{place.uri}/x", "")
+        place.sibling("/backups")
+        if isinstance(place, GcsStore)
+        else transfer.open_checked(f"{place.url}/x", "")
     )
     with pytest.raises(ConfigError, match="lies within the artifacts"):
         save.save([], place, within)
 
 
 def test_a_bucket_that_is_not_there_is_one_line(stored: Path) -> None:
-    with pytest.raises(ConfigError, match="there is no bucket nowhere"):
-        object_store.place("gs://nowhere/x", "--to")
+    with pytest.raises(ConfigError, match="there is no bucket gs://nowhere"):
+        transfer.open_checked("gs://nowhere/x", "--to")
     with pytest.raises(ConfigError, match="neither a folder nor gs://"):
-        object_store.place("s3://nowhere/x", "--to")
+        transfer.open_checked("s3://nowhere/x", "--to")

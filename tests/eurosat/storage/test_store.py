@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from eurosat.config import DataConfig, compose, from_mapping
 from eurosat.data.pack import open_pack
 from eurosat.data.sources import open_source
 from eurosat.errors import DataError, StorageError
-from eurosat.storage.gcs import Bucket
-from eurosat.storage.store import UNFINISHED, WORKERS, Folder, Store, checksum, mirror, open_store
+from eurosat.storage import GcsStore, ObjectInfo, ObjectStore, mirror, open_store
+from eurosat.storage.checksums import file_crc32c
+from eurosat.storage.object_store import WORKERS
+from eurosat.storage.partial import UNFINISHED
 from tests.support.mlflow_server import free_port
 from tests.support.object_stores import Proxy, fake_gcs, gcp_emulator, make_bucket, refusing
 
@@ -38,12 +41,14 @@ def server(request: pytest.FixtureRequest, servers: dict[str, str]) -> str:
 
 
 @pytest.fixture
-def bucket(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+def bucket(
+    server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> GcsStore:
     """A prefix of a bucket of the test's own."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
     name = f"b{abs(hash(request.node.name))}"
     store = open_store(f"{make_bucket(server, name)}/tiles/", patience_s=10)
-    assert isinstance(store, Bucket)
+    assert isinstance(store, GcsStore)
     return store
 
 
@@ -53,7 +58,7 @@ def store(
     servers: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Store:
+) -> ObjectStore:
     if request.param == "folder":
         (tmp_path / "store").mkdir()
         return open_store(str(tmp_path / "store"))
@@ -88,23 +93,25 @@ def noise(size: int) -> bytes:
     return b"".join(drawn.randbytes(min(MEGABYTE, size - at)) for at in range(0, size, MEGABYTE))
 
 
-def test_what_is_uploaded_is_listed_and_comes_back(store: Store, tmp_path: Path) -> None:
+def test_what_is_uploaded_is_listed_and_comes_back(store: ObjectStore, tmp_path: Path) -> None:
     given = written(tmp_path / "given", Forest__1=b"a", Forest__2=b"", River__ö=b"c")
     store.upload(given, sorted(held(given)))
-    entries = store.entries()
-    assert [(one.path, one.size) for one in entries] == [
+    objects = store.list_objects()
+    assert [(info.key, info.size) for info in objects] == [
         ("Forest/1", 1),
         ("Forest/2", 0),
         ("River/ö", 1),
     ]
-    assert entries[0].crc32c == checksum(given / "Forest/1")
-    assert store.entry("River/ö") == entries[2]
-    assert store.entry("River/none") is None
-    store.download(entries, tmp_path / "back")
+    assert store.checksum(objects[0]) == file_crc32c(given / "Forest/1")
+    assert store.find("River/ö") == objects[2]
+    assert store.find("River/none") is None
+    store.download(objects, tmp_path / "back")
     assert held(tmp_path / "back") == held(given)
 
 
-def test_a_mirror_fetches_what_changed_and_drops_what_is_gone(store: Store, tmp_path: Path) -> None:
+def test_a_mirror_fetches_what_changed_and_drops_what_is_gone(
+    store: ObjectStore, tmp_path: Path
+) -> None:
     given = written(tmp_path / "given", A__1=b"a", A__2=b"b", B__1=b"c", A__notes=b"no tile")
     given = written(given, **{"A__3.PNG": b"d", "C__only.png": b"e"})
     store.upload(given, sorted(held(given)))
@@ -113,7 +120,8 @@ def test_a_mirror_fetches_what_changed_and_drops_what_is_gone(store: Store, tmp_
     assert mirror(store, here) == 0
     before = (here / "A/1").stat().st_mtime_ns
     store.upload(written(given, A__2=b"B"), ["A/2"])
-    store.remove(["B/1", "B/never"])
+    for key in ("B/1", "B/never"):
+        store.delete(key)
     (given / "B/1").unlink()
     assert mirror(store, here) == 1
     assert held(here) == held(given)
@@ -123,7 +131,7 @@ def test_a_mirror_fetches_what_changed_and_drops_what_is_gone(store: Store, tmp_
     assert set(held(tmp_path / "tiles")) == {"A/3.PNG", "C/only.png"}
 
 
-def test_a_file_that_was_damaged_here_is_fetched_anew(store: Store, tmp_path: Path) -> None:
+def test_a_file_that_was_damaged_here_is_fetched_anew(store: ObjectStore, tmp_path: Path) -> None:
     store.upload(written(tmp_path / "given", A__1=b"right"), ["A/1"])
     mirror(store, tmp_path / "here")
     written(tmp_path / "here", A__1=b"wrong")
@@ -133,20 +141,20 @@ def test_a_file_that_was_damaged_here_is_fetched_anew(store: Store, tmp_path: Pa
 
 @pytest.mark.parametrize("size", [20, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_large_object_goes_and_comes_without_being_held_in_memory(
-    bucket: Bucket, tmp_path: Path, size: int
+    bucket: GcsStore, tmp_path: Path, size: int
 ) -> None:
     written(tmp_path / "given", large=noise(size * MEGABYTE))
     code = """
 import resource, sys
 from pathlib import Path
-from eurosat.storage.store import open_store
+from eurosat.storage import open_store
 store = open_store(sys.argv[1])
-store.entries()
+store.list_objects()
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 before = peak()
 store.upload(Path("given"), ["large"])
-store.download(store.entries(), Path("back"))
+store.download(store.list_objects(), Path("back"))
 print(peak() - before)
 """
     done = subprocess.run(
@@ -157,92 +165,90 @@ print(peak() - before)
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         check=True,
     )
-    assert checksum(tmp_path / "back/large") == checksum(tmp_path / "given/large")
+    assert file_crc32c(tmp_path / "back/large") == file_crc32c(tmp_path / "given/large")
     assert (tmp_path / "back/large").stat().st_size == size * MEGABYTE
     assert set(held(tmp_path / "back")) == {"large"}, "nothing unfinished is left"
     assert float(done.stdout) < 100, "megabytes of memory"
 
 
 def test_a_connection_cut_in_the_middle_is_taken_up_where_it_broke(
-    bucket: Bucket, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: GcsStore, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     piece, size = 1 << 20, 9 << 20  # what is over 8 MiB goes up in pieces
-    monkeypatch.setattr("eurosat.storage.gcs.PIECE", piece)
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
     given = written(tmp_path / "given", large=noise(size + 5))
-    far = open_store(bucket.url)
+    far = replace(bucket, chunk_bytes=piece)
     proxy.cuts, proxy.cut_after = 1, piece // 2
     far.upload(given, ["large"])
     assert proxy.cuts == 0
     assert proxy.sent < size + 2 * piece, "not all of it again"
     proxy.cuts, proxy.received = 3, 0
-    far.download(far.entries(), tmp_path / "back")
+    far.download(far.list_objects(), tmp_path / "back")
     assert proxy.cuts == 0
     assert held(tmp_path / "back") == held(given)
     assert proxy.received < size + piece, "only what was missing again"
 
 
 def test_a_download_that_gave_up_goes_on_with_the_pieces_it_lacks(
-    bucket: Bucket, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: GcsStore, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     piece, pieces = 1 << 18, WORKERS + 4
-    monkeypatch.setattr("eurosat.storage.gcs.PIECE", piece)
     given = written(tmp_path / "given", large=noise(pieces * piece))
     bucket.upload(given, ["large"])
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
-    far = open_store(bucket.url, patience_s=2)
-    entries, back = far.entries(), tmp_path / "back"
+    far = replace(bucket, chunk_bytes=piece, patience_s=2)
+    objects, back = far.list_objects(), tmp_path / "back"
     proxy.received, proxy.dead_after = 0, (WORKERS + 2) * piece  # two are whole, or more
     with pytest.raises(StorageError, match="large cannot be reached at http://127"):
-        far.download(entries, back)
+        far.download(objects, back)
     assert "large" not in held(back)
     (marks,) = (back / UNFINISHED).glob("*.pieces")
     here = len(marks.read_text().split())
     assert here >= 2
     proxy.received, proxy.dead_after = 0, math.inf
-    far.download(entries, back)
+    far.download(objects, back)
     assert held(back) == held(given)
     assert proxy.received < (pieces - here) * piece + 20_000
 
 
 def test_a_server_that_is_not_there_is_said_in_one_line(
-    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: GcsStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free_port()}")
     far = open_store(bucket.url, patience_s=1)
     for does in (
-        far.entries,
+        far.list_objects,
         lambda: far.upload(written(tmp_path, a=b"a"), ["a"]),
-        lambda: far.remove(["a"]),
+        lambda: far.delete("a"),
     ):
         with pytest.raises(StorageError, match="cannot be reached .* check the network") as said:
             does()
         assert "\n" not in str(said.value)
 
 
-def test_a_missing_bucket_is_named_with_what_makes_it(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_named_with_what_makes_it(bucket: GcsStore, tmp_path: Path) -> None:
     there = written(tmp_path, a=b"a")
     bucket.upload(there, ["a"])
-    (entry,) = bucket.entries()
-    gone = Bucket("no-such-bucket", patience_s=5)
+    (info,) = bucket.list_objects()
+    gone = GcsStore("no-such-bucket", patience_s=5)
     for does in (
-        gone.entries,
-        lambda: gone.entry("a"),
+        gone.list_objects,
+        lambda: gone.find("a"),
         lambda: gone.upload(there, ["a"]),
-        lambda: gone.download([entry], tmp_path / "back"),
-        lambda: gone.remove(["a"]),
+        lambda: gone.download([info], tmp_path / "back"),
+        lambda: gone.delete("a"),
     ):
         with pytest.raises(StorageError, match="no bucket gs://no-such-bucket: make it") as said:
             does()
         assert "\n" not in str(said.value)
 
 
-def test_an_object_removed_before_it_came_is_named(bucket: Bucket, tmp_path: Path) -> None:
+def test_an_object_removed_before_it_came_is_named(bucket: GcsStore, tmp_path: Path) -> None:
     bucket.upload(written(tmp_path / "given", a=b"a"), ["a"])
-    entries = bucket.entries()
-    bucket.remove(["a"])
-    with pytest.raises(StorageError, match=f"{bucket.url}/a is not there: it was removed"):
-        bucket.download(entries, tmp_path / "back")
+    objects = bucket.list_objects()
+    bucket.delete("a")
+    with pytest.raises(StorageError, match=f"{bucket.url}/a is not there: it was deleted"):
+        bucket.download(objects, tmp_path / "back")
     assert "a" not in held(tmp_path / "back")
 
 
@@ -257,11 +263,12 @@ def test_refused_credentials_are_told_with_the_remedy(
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
         store = open_store("gs://private/tiles", patience_s=5)
         given = written(tmp_path, a=b"a")
+        listed = ObjectInfo(key="a", size=1, generation="1")
         for does in (
-            store.entries,
-            lambda: store.entry("a"),
+            store.list_objects,
+            lambda: store.find("a"),
             lambda: store.upload(given, ["a"]),
-            lambda: store.download([*Folder(given).entries()], tmp_path / "back"),
+            lambda: store.download([listed], tmp_path / "back"),
         ):
             with pytest.raises(StorageError, match="credentials are refused or missing") as said:
                 does()
@@ -297,14 +304,14 @@ def test_a_key_that_google_does_not_take_is_refused_before_anything_is_sent(
             },
         )
         with pytest.raises(StorageError, match="credentials are refused or missing"):
-            open_store("gs://private").entries()
+            open_store("gs://private").list_objects()
     (tmp_path / "key.json").unlink()
     with pytest.raises(StorageError, match="credentials are refused or missing .*key.json"):
-        open_store("gs://private").entries()
+        open_store("gs://private").list_objects()
 
 
 def test_a_download_that_was_spoilt_on_its_way_never_reaches_its_place(
-    bucket: Bucket, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bucket: GcsStore, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = written(tmp_path / "given", a=b"spotless", b=b"fine")
     bucket.upload(given, ["a", "b"])
@@ -313,21 +320,21 @@ def test_a_download_that_was_spoilt_on_its_way_never_reaches_its_place(
     far = open_store(bucket.url)
     proxy.spoil = (b"spotless", b"spotlest")
     with pytest.raises(StorageError, match=f"{bucket.url}/a came with crc32c .* the bucket says"):
-        far.download(far.entries(), back)
+        far.download(far.list_objects(), back)
     assert (back / "a").read_bytes() == b"the one before"
     proxy.spoil = (b"", b"")
-    far.download(far.entries(), back)
+    far.download(far.list_objects(), back)
     assert held(back) == held(given)
 
 
 def test_an_object_written_anew_in_between_is_not_taken_for_the_old_one(
-    bucket: Bucket, tmp_path: Path
+    bucket: GcsStore, tmp_path: Path
 ) -> None:
     bucket.upload(written(tmp_path / "given", a=b"old"), ["a"])
-    entries = bucket.entries()
+    objects = bucket.list_objects()
     bucket.upload(written(tmp_path / "given", a=b"new"), ["a"])
     with pytest.raises(StorageError, match="run the command again"):
-        bucket.download(entries, tmp_path / "back")
+        bucket.download(objects, tmp_path / "back")
     assert "a" not in held(tmp_path / "back")
 
 
@@ -342,22 +349,20 @@ def test_new_files_do_not_replace_what_is_there(
         given = written(tmp_path / "given", a=b"first")
         store.upload(given, ["a"], new=True)
         written(given, a=b"second")
-        with pytest.raises(StorageError, match="a is there already"):
+        with pytest.raises(StorageError, match="a exists already"):
             store.upload(given, ["a"], new=True)
-        store.download(store.entries(), tmp_path / "back")
+        store.download(store.list_objects(), tmp_path / "back")
         assert held(tmp_path / "back") == {"a": b"first"}
 
 
 @pytest.mark.parametrize("path", ["../a", "/a", "A/../../a"])
 def test_a_name_that_leads_out_of_the_folder_is_refused(
-    path: str, bucket: Bucket, tmp_path: Path
+    path: str, bucket: GcsStore, tmp_path: Path
 ) -> None:
-    from dataclasses import replace
-
     bucket.upload(written(tmp_path / "given", a=b"a"), ["a"])
-    (entry,) = bucket.entries()
+    (info,) = bucket.list_objects()
     with pytest.raises(StorageError, match="leads out of"):
-        bucket.download([replace(entry, path=path)], tmp_path / "inner" / "back")
+        bucket.download([replace(info, key=path)], tmp_path / "inner" / "back")
     assert not (tmp_path / "inner").exists()
 
 
@@ -369,14 +374,14 @@ def test_an_address_without_a_bucket_is_refused(root: str) -> None:
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=f"no folder {tmp_path}/none"):
-        open_store(f"{tmp_path}/none").entries()
+        open_store(f"{tmp_path}/none")
 
 
-def test_a_place_that_cannot_be_written_is_named(bucket: Bucket, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_named(bucket: GcsStore, tmp_path: Path) -> None:
     bucket.upload(written(tmp_path / "given", a=b"a"), ["a"])
     (tmp_path / "back").write_text("a file where a folder should be")
     with pytest.raises(StorageError, match=f"{tmp_path}/back.*: .*name another folder"):
-        bucket.download(bucket.entries(), tmp_path / "back")
+        bucket.download(bucket.list_objects(), tmp_path / "back")
 
 
 def dataset(root: str, cache: Path, source: str = "folder") -> DataConfig:
@@ -384,7 +389,7 @@ def dataset(root: str, cache: Path, source: str = "folder") -> DataConfig:
 
 
 def test_tiles_of_a_bucket_are_those_of_the_folder_they_came_from(
-    bucket: Bucket, tmp_path: Path
+    bucket: GcsStore, tmp_path: Path
 ) -> None:
     tiles = source_tiles(tmp_path / "tiles")
     bucket.upload(tiles, sorted(held(tiles)))
@@ -396,7 +401,7 @@ def test_tiles_of_a_bucket_are_those_of_the_folder_they_came_from(
 
 
 def test_a_tile_that_changed_in_the_bucket_is_what_comes_and_counts(
-    bucket: Bucket, tmp_path: Path
+    bucket: GcsStore, tmp_path: Path
 ) -> None:
     tiles = source_tiles(tmp_path / "tiles")
     bucket.upload(tiles, sorted(held(tiles)))
@@ -413,7 +418,7 @@ def test_a_tile_that_changed_in_the_bucket_is_what_comes_and_counts(
 
 
 def test_a_zip_in_a_bucket_is_a_data_set_and_eurosat_is_found_as_in_a_folder(
-    bucket: Bucket, tmp_path: Path
+    bucket: GcsStore, tmp_path: Path
 ) -> None:
     tiles = source_tiles(tmp_path / "tiles")
     near = open_pack(dataset(str(tiles), tmp_path / "near")).fingerprint
@@ -432,7 +437,7 @@ def test_a_zip_in_a_bucket_is_a_data_set_and_eurosat_is_found_as_in_a_folder(
 
 
 def test_tiles_that_are_not_in_the_bucket_are_missed_by_their_address(
-    bucket: Bucket, tmp_path: Path
+    bucket: GcsStore, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=f"no tiles at {bucket.url}"):
         open_pack(dataset(bucket.url, tmp_path))

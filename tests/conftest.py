@@ -1,4 +1,4 @@
-"""Fixtures: a cache and a tracking store per test, made from ones that are built once."""
+"""Fixtures: a cache and a tracking store for each test, copied from ones that are built once."""
 
 import logging
 import os
@@ -23,11 +23,11 @@ OFFLINE = str(Path(sitecustomize.__file__).parent)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quiet_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No store or cache of the user's, whatever the shell says, and nothing leaves the machine.
+def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Use no store or cache of the user, and let no connection leave the machine.
 
-    Importing ``tests.support.offline.sitecustomize`` guards this process; PYTHONPATH guards those
-    that it starts.
+    Importing ``tests.support.offline.sitecustomize`` guards this process; through PYTHONPATH it
+    also guards the processes that it starts.
     """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in telemetry.OFF.items():
@@ -44,7 +44,7 @@ def quiet_and_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def keep_handlers() -> Iterator[None]:
-    """A verb sets up logging for its process; here that process is pytest's."""
+    """Restore the logging of pytest: a command sets up logging for its whole process."""
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     yield
@@ -55,7 +55,7 @@ def keep_handlers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def blank_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables: making them takes seconds, copying nothing."""
+    """An MLflow database with its tables: creating them takes seconds, copying does not."""
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     file = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -66,7 +66,7 @@ def blank_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tracking_store(blank_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A tracking store of the test's own, which is also where it stands."""
+    """A tracking store for one test, whose folder becomes the working directory."""
     shutil.copy(blank_store, tmp_path / "mlflow.db")
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -76,7 +76,7 @@ def tracking_store(blank_store: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def store(blank_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tracking store that the tests of a module share, and where they stand: a folder."""
+    """The folder of a tracking store that the tests of a module share; their working directory."""
     folder = tmp_path_factory.mktemp("store")
     shutil.copy(blank_store, folder / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
@@ -87,19 +87,19 @@ def store(blank_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def model(request: pytest.FixtureRequest) -> str:
-    """The name of a registered model of the test's own."""
+    """A name for the registered model of one test."""
     return f"m{abs(hash(request.node.name))}"
 
 
 @pytest.fixture(scope="session")
-def platform(quiet_and_apart: None) -> "Iterator[platforms.Platform]":
-    """Of `make platform`, for all tests that ask it."""
+def platform(isolated: None) -> "Iterator[platforms.Platform]":
+    """A running `make platform`, shared by all tests that use it."""
     with platforms.place() as folder:
         yield platforms.started(folder)
 
 
 @pytest.fixture(scope="session")
-def tiny_config(quiet_and_apart: None) -> TrainConfig:
+def tiny_config(isolated: None) -> TrainConfig:
     return compose(TINY)
 
 
@@ -115,16 +115,16 @@ def tiny_data(tiny_pack: Pack) -> PreparedData:
 
 @pytest.fixture(scope="session")
 def eurosat_root() -> Path:
-    """The real tiles; a test that asks for them is skipped where they are not."""
+    """The folder of the real tiles; without it the test is skipped."""
     root = os.environ.get("EUROSAT_ROOT")
     if not root:
-        pytest.skip("EUROSAT_ROOT is not set: the real tiles are not here")
+        pytest.skip("EUROSAT_ROOT is not set: no real tiles")
     return Path(root)
 
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
-    """A PostgreSQL; a test that asks for it is skipped where it is not installed."""
+    """The URL of a PostgreSQL server; if it is not installed, the test is skipped."""
     if postgresql.program("initdb") is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     with running() as url:

@@ -58,7 +58,7 @@ class DataConfig:
     bands: Literal["all", "rgb"] = "all"
     """Of tiles with Sentinel-2's thirteen bands, all or the three colours."""
     reflectance_max: float | None = None
-    """The uint16 value that becomes 255. None: `eurosat.data.bands.full_scale` for thirteen bands,
+    """The uint16 value that becomes 255. None: `eurosat.data.bands.band_full_scales` for 13 bands,
     2750 for others, as in EuroSAT's own JPEGs."""
     protocol: str = "60/20/20"
     split_seed: int = 0

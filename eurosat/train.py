@@ -43,7 +43,7 @@ def evaluate_and_log(
     """Calibrate on the val fold, judge on the test fold, once, and leave the files in the run."""
     import numpy as np
 
-    from eurosat.data.decode import full_scale
+    from eurosat.data.decode import full_scales
     from eurosat.data.loaders import TileDataModule
     from eurosat.evaluation import calibration, metrics, plots
     from eurosat.models import export, network, predict
@@ -82,7 +82,7 @@ def evaluate_and_log(
         told = {**data.tags, "config.digest": config.digest, "run_id": run.run_id}
         told["calibration"] = json.dumps(calibrated.as_dict())
         if config.data.dtype == "uint16":
-            scale = full_scale(data.pack.bands, config.data.reflectance_max)
+            scale = full_scales(data.pack.bands, config.data.reflectance_max)
             told["full_scale"] = json.dumps(scale.tolist())
         log.info("exporting to ONNX")
         alone = export.export_core(net)

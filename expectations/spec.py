@@ -13,7 +13,7 @@ from eurosat.errors import ConfigError
 if TYPE_CHECKING:
     import pandas as pd
 
-EUROSAT = Path(__file__).parent / "reference" / "eurosat.json"
+EUROSAT_REFERENCE = Path(__file__).parent / "reference" / "eurosat.json"
 TOLERANCE = 2.0
 """A class may hold half to twice its share in the reference. EuroSAT's own classes lie within 0.74
 and 1.11 of an even deal."""
@@ -44,7 +44,7 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ranges:
+class PixelRanges:
     """Lowest and highest value a tile may show, in grey levels of 0..255; saturation a share."""
 
     mean: tuple[float, float]
@@ -58,15 +58,17 @@ class Ranges:
 # 1.94 (SeaLake) to 75.6 (Industrial), saturation up to 0.399 (Industrial), texture from 0.74
 # (SeaLake_481, calm water); a JPEG of one colour has a texture of 0. The ranges leave the extremes
 # a margin.
-EUROSAT_RANGES = Ranges(mean=(30.0, 230.0), std=(1.0, 90.0), saturation=(0.0, 0.5), texture=0.25)
+EUROSAT_RANGES = PixelRanges(
+    mean=(30.0, 230.0), std=(1.0, 90.0), saturation=(0.0, 0.5), texture=0.25
+)
 # Any sensor, any bands: a tile that is black, burnt out or of one colour is of no use to anyone.
 # 127.5 is the largest std that values of 0..255 can have. Near-infrared bands, scaled for the look
 # of RGB, saturate over vegetation by design, hence the wide range of the share.
-ANY_RANGES = Ranges(mean=(1.0, 254.0), std=(0.25, 127.5), saturation=(0.0, 0.9), texture=0.25)
+ANY_RANGES = PixelRanges(mean=(1.0, 254.0), std=(0.25, 127.5), saturation=(0.0, 0.9), texture=0.25)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Expected:
+class DatasetSpec:
     """Everything that decides a suite."""
 
     reference: Reference
@@ -76,7 +78,7 @@ class Expected:
     bands: int
     dtype: str
     """Of the pixels in the files."""
-    ranges: Ranges
+    ranges: PixelRanges
     tolerance: float = TOLERANCE
     """Factor by which a class's share may lie over or under the reference's."""
     near_duplicates: bool = True
@@ -89,7 +91,7 @@ class Expected:
                 f"tolerance is a factor of 1 or more (2 is half to twice); got {self.tolerance}"
             )
 
-    def count(self, name: str) -> tuple[int, int | None]:
+    def count_limits(self, name: str) -> tuple[int, int | None]:
         """Fewest and most tiles of a class; None is no limit."""
         if self.reference.exact:
             count = int(self.reference.classes[name])
@@ -97,36 +99,36 @@ class Expected:
         return MIN_TILES, None
 
 
-def expect(
+def build_spec(
     data: DataConfig,
-    table: "pd.DataFrame",
+    scan_table: "pd.DataFrame",
     *,
     reference: Path | None = None,
     tolerance: float = TOLERANCE,
-) -> Expected:
+) -> DatasetSpec:
     """What the configured source is held to.
 
     EuroSAT: the counts of its publication. Others: the classes of ``reference``, else an even
     deal over the synthetic classes or over those found in a folder.
     """
     if reference is None and data.source == "eurosat":
-        reference = EUROSAT
+        reference = EUROSAT_REFERENCE
     match data.source:
         case "eurosat":
             size, bands = (64, 64), 3
         case "synthetic":
             size, bands = (data.synthetic.size, data.synthetic.size), 3
         case "folder":
-            size, bands = _usual_size(table)
-    return Expected(
-        reference=read_reference(reference) if reference else _even(data, table),
+            size, bands = _most_common_shape(scan_table)
+    return DatasetSpec(
+        reference=read_reference(reference) if reference else _even_reference(data, scan_table),
         height=size[0],
         width=size[1],
         bands=bands,
         dtype=data.dtype,
         ranges=ANY_RANGES if data.source == "folder" else EUROSAT_RANGES,
         tolerance=tolerance,
-        near_duplicates="group" in table,
+        near_duplicates="group" in scan_table,
     )
 
 
@@ -152,7 +154,7 @@ def read_reference(file: Path) -> Reference:
         ) from error
 
 
-def _even(data: DataConfig, table: "pd.DataFrame") -> Reference:
+def _even_reference(data: DataConfig, table: "pd.DataFrame") -> Reference:
     from eurosat.data.synthetic import CLASSES
 
     names = CLASSES if data.source == "synthetic" else sorted(table["class"].unique())
@@ -161,7 +163,7 @@ def _even(data: DataConfig, table: "pd.DataFrame") -> Reference:
     )
 
 
-def _usual_size(table: "pd.DataFrame") -> tuple[tuple[int, int], int]:
+def _most_common_shape(table: "pd.DataFrame") -> tuple[tuple[int, int], int]:
     """The most common height, width and bands among the tiles that could be read."""
     read = table[table["bands"] > 0]
     height, width, bands = read[["height", "width", "bands"]].value_counts().index[0]

@@ -7,14 +7,14 @@ import warnings
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from expectations.spec import Expected
-from expectations.tiles import COLUMNS, TYPES
+from expectations.spec import DatasetSpec
+from expectations.tiles import COLUMN_TYPES, COLUMNS
 
 if TYPE_CHECKING:
     from great_expectations import ExpectationSuite
     from great_expectations.expectations.expectation import Expectation
 
-NAME = "tiles"
+SUITE_NAME = "tiles"
 
 
 def load_great_expectations() -> ModuleType:
@@ -27,25 +27,25 @@ def load_great_expectations() -> ModuleType:
     return great_expectations
 
 
-def build_suite(expected: Expected) -> "ExpectationSuite":
+def build_suite(spec: DatasetSpec) -> "ExpectationSuite":
     """Every expectation carries its name in ``meta`` and says in ``description`` what it holds."""
     gx = load_great_expectations()
     made = [
         *_schema(gx.expectations),
-        *_files(gx.expectations, expected),
-        *_classes(gx.expectations, expected),
-        *_values(gx.expectations, expected),
-        *_folds(gx.expectations, expected),
+        *_files(gx.expectations, spec),
+        *_classes(gx.expectations, spec),
+        *_values(gx.expectations, spec),
+        *_folds(gx.expectations, spec),
     ]
-    suite: ExpectationSuite = gx.ExpectationSuite(name=NAME, expectations=made)
+    suite: ExpectationSuite = gx.ExpectationSuite(name=SUITE_NAME, expectations=made)
     return suite
 
 
-def name_of(expectation: "Expectation") -> str:
+def expectation_name(expectation: "Expectation") -> str:
     return str((expectation.meta or {})["name"])
 
 
-def digest(suite: "ExpectationSuite") -> str:
+def suite_digest(suite: "ExpectationSuite") -> str:
     """sha256 of what the suite holds; the ids that Great Expectations deals are left out."""
     listed: Any = suite.to_json_dict()["expectations"]
     held = [{key: value for key, value in one.items() if key != "id"} for one in listed]
@@ -55,89 +55,89 @@ def digest(suite: "ExpectationSuite") -> str:
 def _schema(gxe: Any) -> list["Expectation"]:
     return [
         gxe.ExpectTableColumnsToMatchOrderedList(
-            column_list=list(COLUMNS), **_said("columns", "the table has its columns, in order")
+            column_list=list(COLUMNS), **_label("columns", "the table has its columns, in order")
         ),
         *(
             gxe.ExpectColumnValuesToBeOfType(
-                column=column, type_=kind, **_said(f"type-{column}", f"{column} is {kind}")
+                column=column, type_=kind, **_label(f"type-{column}", f"{column} is {kind}")
             )
-            for column, kind in TYPES.items()
+            for column, kind in COLUMN_TYPES.items()
         ),
     ]
 
 
-def _files(gxe: Any, expected: Expected) -> list["Expectation"]:
+def _files(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
     from great_expectations.expectations.row_conditions import Column
 
     decoded = Column("bands") > 0
-    size = {"height": expected.height, "width": expected.width, "bands": expected.bands}
+    size = {"height": spec.height, "width": spec.width, "bands": spec.bands}
     return [
         gxe.ExpectColumnValuesToBeUnique(
-            column="path", **_said("path-unique", "no path is listed twice")
+            column="path", **_label("path-unique", "no path is listed twice")
         ),
         gxe.ExpectColumnValuesToMatchRegex(
             column="path",
             regex=r"^[^/]+/[^/]+$",
-            **_said("path-form", "a path is Class/file"),
+            **_label("path-form", "a path is Class/file"),
         ),
         gxe.ExpectColumnValuesToBeNull(
-            column="fault", **_said("readable", "every tile can be read and used as it is")
+            column="fault", **_label("readable", "every tile can be read and used as it is")
         ),
         *(
             gxe.ExpectColumnValuesToBeInSet(
                 column=column,
                 value_set=[value],
                 row_condition=decoded,
-                **_said(column, f"the {column} of every tile that can be read is {value}"),
+                **_label(column, f"the {column} of every tile that can be read is {value}"),
             )
             for column, value in size.items()
         ),
         gxe.ExpectColumnValuesToBeInSet(
             column="dtype",
-            value_set=[expected.dtype],
-            **_said("dtype", f"files hold {expected.dtype} pixels"),
+            value_set=[spec.dtype],
+            **_label("dtype", f"files hold {spec.dtype} pixels"),
         ),
         gxe.ExpectColumnValuesToMatchRegex(
             column="sha256",
             regex="^[0-9a-f]{64}$",
-            **_said("sha256", "every file that can be opened has its sha256"),
+            **_label("sha256", "every file that can be opened has its sha256"),
         ),
     ]
 
 
-def _classes(gxe: Any, expected: Expected) -> list["Expectation"]:
+def _classes(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
     from great_expectations.expectations.row_conditions import Column
 
-    reference, tolerance = expected.reference, expected.tolerance
+    reference, tolerance = spec.reference, spec.tolerance
     names = sorted(reference.classes)
     return [
         gxe.ExpectColumnDistinctValuesToContainSet(
             column="class",
             value_set=names,
-            **_said("classes-present", f"no class of the reference is missing: {reference.about}"),
+            **_label("classes-present", f"no class of the reference is missing: {reference.about}"),
         ),
         gxe.ExpectColumnValuesToBeInSet(
             column="class",
             value_set=names,
-            **_said("classes-known", "no tile has a class that the reference does not know"),
+            **_label("classes-known", "no tile has a class that the reference does not know"),
         ),
         *(
             gxe.ExpectTableRowCountToBeBetween(
                 min_value=least,
                 max_value=most,
                 row_condition=Column("class") == name,
-                **_said(
+                **_label(
                     f"count-{name}",
                     f"{name} has {least:,} tiles" + ("" if most == least else " or more"),
                 ),
             )
-            for name, (least, most) in ((name, expected.count(name)) for name in names)
+            for name, (least, most) in ((name, spec.count_limits(name)) for name in names)
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="balance",
             min_value=1 / tolerance,
             max_value=tolerance,
-            **_said(
+            **_label(
                 "balance",
                 f"each class holds 1/{tolerance:g} to {tolerance:g} times its share in the "
                 f"reference: {reference.about}",
@@ -146,15 +146,15 @@ def _classes(gxe: Any, expected: Expected) -> list["Expectation"]:
     ]
 
 
-def _values(gxe: Any, expected: Expected) -> list["Expectation"]:
-    ranges = expected.ranges
+def _values(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
+    ranges = spec.ranges
 
     def between(column: str, name: str, low: float, high: float, what: str) -> "Expectation":
         made: Expectation = gxe.ExpectColumnValuesToBeBetween(
             column=column,
             min_value=low,
             max_value=high,
-            **_said(name, f"{what} ({column} in {low:g}..{high:g})"),
+            **_label(name, f"{what} ({column} in {low:g}..{high:g})"),
         )
         return made
 
@@ -168,12 +168,12 @@ def _values(gxe: Any, expected: Expected) -> list["Expectation"]:
     ]
 
 
-def _folds(gxe: Any, expected: Expected) -> list["Expectation"]:
-    folds = list(expected.folds)
+def _folds(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
+    folds = list(spec.folds)
 
     def at_most_one(column: str, name: str, what: str) -> "Expectation":
         made: Expectation = gxe.ExpectColumnValuesToBeBetween(
-            column=column, max_value=1, **_said(name, what)
+            column=column, max_value=1, **_label(name, what)
         )
         return made
 
@@ -182,16 +182,16 @@ def _folds(gxe: Any, expected: Expected) -> list["Expectation"]:
         gxe.ExpectColumnDistinctValuesToContainSet(
             column="fold",
             value_set=folds,
-            **_said("folds-present", "the tiles can be split: every fold holds some"),
+            **_label("folds-present", "the tiles can be split: every fold holds some"),
         ),
         gxe.ExpectColumnValuesToBeInSet(
-            column="fold", value_set=folds, **_said("folds-known", f"a fold is {', '.join(folds)}")
+            column="fold", value_set=folds, **_label("folds-known", f"a fold is {', '.join(folds)}")
         ),
         at_most_one("content_folds", "duplicates-exact", "no pixels stand in two folds"),
         at_most_one("content_classes", "labels-agree", "no pixels stand under two classes"),
-        *([near] if expected.near_duplicates else []),
+        *([near] if spec.near_duplicates else []),
     ]
 
 
-def _said(name: str, what: str) -> dict[str, Any]:
+def _label(name: str, what: str) -> dict[str, Any]:
     return {"meta": {"name": name}, "description": what}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 CHUNK = 256
-OTHER_DTYPES = ("uint8", "uint16", "int16", "uint32", "int32", "float32", "float64")
+CANDIDATE_DTYPES = ("uint8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 
 
 def texture(tiles_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -32,33 +32,33 @@ def texture(tiles_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     return spread
 
 
-def textures_of_pack(pack: Pack) -> npt.NDArray[np.float32]:
+def pack_textures(pack: Pack) -> npt.NDArray[np.float32]:
     """(N,) texture of each tile; 2 s for 27,000."""
     starts = range(0, len(pack.table), CHUNK)
     chunks = (texture(pack.tiles_NHWC[start : start + CHUNK]) for start in starts)
     return np.concatenate(list(track(chunks, len(starts), "measuring texture", f"x {CHUNK} tiles")))
 
 
-def textures_of_source(
-    surveyed: "pd.DataFrame", data: DataConfig, source: Source
+def source_textures(
+    scan_table: "pd.DataFrame", data: DataConfig, source: Source
 ) -> npt.NDArray[np.float32]:
     """The same where faults left no pack; NaN for a tile that has one."""
 
     def measured() -> Iterator[float]:
-        for path, fault in zip(surveyed["path"], surveyed["fault"], strict=True):
+        for path, fault in zip(scan_table["path"], scan_table["fault"], strict=True):
             if fault is not None:
                 yield float("nan")
                 continue
             pixels_HWC = decode(source.read(path), path, **data.decode_options)
             yield float(texture(pixels_HWC[None])[0])
 
-    total = len(surveyed)
+    total = len(scan_table)
     return np.fromiter(track(measured(), total, "measuring texture", "tiles"), np.float32, total)
 
 
-def held_dtype(source: Source, path: str) -> str | None:
+def detect_dtype(source: Source, path: str) -> str | None:
     """The data type of the pixels in a file, where it can be decoded at all."""
-    for dtype in OTHER_DTYPES:
+    for dtype in CANDIDATE_DTYPES:
         try:
             decode(source.read(path), path, dtype=dtype, reflectance_max=1.0)
         except DataError:

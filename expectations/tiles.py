@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TYPES = {
+COLUMN_TYPES = {
     "path": "str",
     "class": "str",
     "height": "int64",
@@ -33,15 +33,15 @@ TYPES = {
     "fold": "str",
 }
 """The facts of a tile. A size of 0 and an empty cell stand for what could not be read."""
-SHARING = ("content_folds", "content_classes", "place_folds")
-DERIVED = ("texture", "pixels_sha256", "fault", "group", "balance", *SHARING)
+SHARING_COLUMNS = ("content_folds", "content_classes", "place_folds")
+DERIVED_COLUMNS = ("texture", "pixels_sha256", "fault", "group", "balance", *SHARING_COLUMNS)
 """What the suite needs beside them: see `reread` and `describe_sharing`."""
-COLUMNS = (*TYPES, *DERIVED)
-PIXEL_FACTS = ["mean", "std", "texture", "min", "max", "saturation"]
+COLUMNS = (*COLUMN_TYPES, *DERIVED_COLUMNS)
+PIXEL_STATISTICS = ["mean", "std", "texture", "min", "max", "saturation"]
 
 
 def tile_table(
-    surveyed: "pd.DataFrame",
+    scan_table: "pd.DataFrame",
     data: DataConfig,
     reference: Reference,
     *,
@@ -52,19 +52,19 @@ def tile_table(
 
     ``dtypes``: what the files that could not be decoded hold, by path; see `reread`.
     """
-    table = surveyed.copy()
+    table = scan_table.copy()
     table["texture"] = texture.astype(np.float64)
-    table[PIXEL_FACTS] = table[PIXEL_FACTS].astype(np.float64)
+    table[PIXEL_STATISTICS] = table[PIXEL_STATISTICS].astype(np.float64)
     # The survey measured the gap that a faulty tile leaves in the pack.
-    table.loc[table["fault"].notna(), PIXEL_FACTS] = np.nan
+    table.loc[table["fault"].notna(), PIXEL_STATISTICS] = np.nan
     table[["sha256", "pixels_sha256"]] = table[["sha256", "pixels_sha256"]].replace("", None)
     undecoded = table["bands"] == 0
     table.loc[undecoded, "dtype"] = table.loc[undecoded, "path"].map(dtypes)
-    table["fold"], table["group"] = deal_folds(table, data)
-    return describe_sharing(table, reference)[list(COLUMNS)]
+    table["fold"], table["group"] = assign_folds(table, data)
+    return add_sharing_columns(table, reference)[list(COLUMNS)]
 
 
-def deal_folds(
+def assign_folds(
     table: "pd.DataFrame", data: DataConfig
 ) -> tuple["pd.Series[str]", "pd.Series[int]"]:
     """(N,) fold and group of each tile as training would deal them; neither for a faulty tile.
@@ -88,7 +88,7 @@ def deal_folds(
     return folds, good["group"].reindex(table.index)
 
 
-def describe_sharing(table: "pd.DataFrame", reference: Reference) -> "pd.DataFrame":
+def add_sharing_columns(table: "pd.DataFrame", reference: Reference) -> "pd.DataFrame":
     """Add the columns that say of a tile what only the whole table shows.
 
     ``balance``: share of the tile's class over its share in the reference. ``content_folds`` and

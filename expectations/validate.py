@@ -20,10 +20,10 @@ from eurosat.runtime import atomic, cli, exit_codes, logs
 from eurosat.runtime.progress import bar
 from eurosat.storage import disk_errors
 from expectations.docs import check_target
-from expectations.spec import TOLERANCE, Expected, expect
-from expectations.texture import held_dtype, textures_of_pack, textures_of_source
+from expectations.spec import TOLERANCE, DatasetSpec, build_spec
+from expectations.texture import detect_dtype, pack_textures, source_textures
 from expectations.tiles import tile_table
-from expectations.verdict import Verdict, judge
+from expectations.verdict import Verdict, run_suite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,14 +48,14 @@ writes Data Docs and a receipt that training asks for, logs a run named validate
 
 exit code: 0 passed, 1 failed, 2 bad input
 """
-OWN_KEYS = ("docs", "reference", "report", "tolerance")
+COMMAND_KEYS = ("docs", "reference", "report", "tolerance")
 
 
 def main(argv: Sequence[str]) -> int:
-    own, recipe = _sort_keys(cli.overrides(argv, USAGE))
+    own, recipe = _split_overrides(cli.overrides(argv, USAGE))
     docs = Path(own.get("docs", "data_docs"))
     reference = Path(own["reference"]) if "reference" in own else None
-    tolerance = _factor(own.get("tolerance", str(TOLERANCE)))
+    tolerance = _parse_tolerance(own.get("tolerance", str(TOLERANCE)))
     check_target(docs)
     verdict = validate(
         compose(recipe),
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         report=Path(own["report"]) if "report" in own else None,
         tolerance=tolerance,
     )
-    _show(verdict)
+    _print_verdict(verdict)
     print(f"Data Docs: {docs / 'index.html'}")
     return exit_codes.OK if verdict.success else exit_codes.NEGATIVE
 
@@ -90,15 +90,17 @@ def validate(
         folder = Path(kept)
         with logs.copied_to(folder / "log.txt"):
             survey = scan_source(config.data)
-            expected = expect(config.data, survey.table, reference=reference, tolerance=tolerance)
-            table = _table(survey, config.data, expected)
-            verdict = _judge(
+            expected = build_spec(
+                config.data, survey.table, reference=reference, tolerance=tolerance
+            )
+            table = _build_table(survey, config.data, expected)
+            verdict = _run_suite(
                 table, expected, docs, f"{config.data.source}-{survey.fingerprint[:12]}"
             )
             log.info(
                 "%s: %d expectations on %d tiles, %d failed",
                 config.data.source,
-                len(verdict.findings),
+                len(verdict.results),
                 len(table),
                 len(verdict.failed),
             )
@@ -131,7 +133,7 @@ def validate(
         validation_record.ValidationRecord(
             fingerprint=survey.fingerprint,
             success=verdict.success,
-            expectations=len(verdict.findings),
+            expectations=len(verdict.results),
             failed=verdict.failed,
             suite=verdict.suite,
             validated_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -141,54 +143,54 @@ def validate(
     return verdict
 
 
-def _table(survey: DatasetScan, data: DataConfig, expected: Expected) -> "pd.DataFrame":
-    surveyed = survey.table
-    if survey.pack is not None:
-        texture = textures_of_pack(survey.pack)
-        return tile_table(surveyed, data, expected.reference, texture=texture, dtypes={})
+def _build_table(scan: DatasetScan, data: DataConfig, spec: DatasetSpec) -> "pd.DataFrame":
+    surveyed = scan.table
+    if scan.pack is not None:
+        texture = pack_textures(scan.pack)
+        return tile_table(surveyed, data, spec.reference, texture=texture, dtypes={})
     log.warning("near duplicates were not looked for: that waits until every tile can be read")
     source = open_source(data)
     return tile_table(
         surveyed,
         data,
-        expected.reference,
-        texture=textures_of_source(surveyed, data, source),
+        spec.reference,
+        texture=source_textures(surveyed, data, source),
         dtypes={
-            path: held_dtype(source, path) for path in surveyed["path"][surveyed["bands"] == 0]
+            path: detect_dtype(source, path) for path in surveyed["path"][surveyed["bands"] == 0]
         },
     )
 
 
-def _judge(table: "pd.DataFrame", expected: Expected, docs: Path, name: str) -> Verdict:
+def _run_suite(table: "pd.DataFrame", spec: DatasetSpec, docs: Path, name: str) -> Verdict:
     """One call that takes seconds and tells nothing on its way: a bar that only moves."""
     with bar() as shown:
         shown.add_task("holding the tiles to the suite", total=None, note=f"{len(table):,} tiles")
-        return judge(table, expected, docs=docs, run_name=name)
+        return run_suite(table, spec, docs=docs, run_name=name)
 
 
-def _metrics(verdict: Verdict, survey: DatasetScan) -> dict[str, float]:
+def _metrics(verdict: Verdict, scan: DatasetScan) -> dict[str, float]:
     metrics: dict[str, float] = {
-        "expectations": len(verdict.findings),
+        "expectations": len(verdict.results),
         "failed": len(verdict.failed),
-        "tiles": len(survey.table),
+        "tiles": len(scan.table),
     }
-    if survey.pack is not None:
+    if scan.pack is not None:
         return metrics | {
-            "duplicates_exact": survey.pack.num_exact_duplicates,
-            "duplicates_near": survey.pack.num_near_duplicates,
+            "duplicates_exact": scan.pack.num_exact_duplicates,
+            "duplicates_near": scan.pack.num_near_duplicates,
         }
-    pixels = survey.table["pixels_sha256"].replace("", None).dropna()
+    pixels = scan.table["pixels_sha256"].replace("", None).dropna()
     return metrics | {"duplicates_exact": int(pixels.duplicated().sum())}
 
 
-def _show(verdict: Verdict) -> None:
+def _print_verdict(verdict: Verdict) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for finding in verdict.findings:
+    for finding in verdict.results:
         for number, line in enumerate(finding.lines()):
             console.print(line, style="red" if not finding.success and number == 0 else None)
-    count = len(verdict.findings)
+    count = len(verdict.results)
     told = (
         f"{len(verdict.failed)} of {count} expectations failed"
         if verdict.failed
@@ -197,13 +199,13 @@ def _show(verdict: Verdict) -> None:
     console.print(told, style="red" if verdict.failed else "green")
 
 
-def _sort_keys(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The verb's own keys, and the recipe's overrides."""
     own: dict[str, str] = {}
     recipe: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in OWN_KEYS:
+        if key in COMMAND_KEYS:
             if not value:
                 raise ConfigError(f"{key}= needs a value")
             own[key] = value
@@ -212,7 +214,7 @@ def _sort_keys(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     return own, recipe
 
 
-def _factor(value: str) -> float:
+def _parse_tolerance(value: str) -> float:
     try:
         return float(value)
     except ValueError as error:

@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from expectations.docs import publish
-from expectations.spec import Expected
-from expectations.suite import build_suite, digest, load_great_expectations, name_of
-from expectations.tiles import SHARING
+from expectations.spec import DatasetSpec
+from expectations.suite import build_suite, expectation_name, load_great_expectations, suite_digest
+from expectations.tiles import SHARING_COLUMNS
 
 if TYPE_CHECKING:
     import pandas as pd
     from great_expectations import ExpectationSuite
 
-SHOWN = 10
+MAX_TILES_SHOWN = 10
 """Tiles named on the console for each expectation that failed; result.json names them all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
+class ExpectationResult:
     """What came of one expectation."""
 
     name: str
-    what: str
+    description: str
     success: bool
     observed: str
     """What was seen instead, where the expectation is on the whole table; may be empty."""
@@ -33,45 +33,47 @@ class Finding:
 
     def lines(self) -> list[str]:
         """The verdict, and the first of the tiles that broke it."""
-        head = f"{'passed' if self.success else 'FAILED'}  {self.name:<26} {self.what}"
+        head = f"{'passed' if self.success else 'FAILED'}  {self.name:<26} {self.description}"
         if self.success:
             return [head]
         seen = f": {self.observed}" if self.observed else ""
         count = f": {len(self.tiles):,} tile{'s' * (len(self.tiles) != 1)}" if self.tiles else ""
         lines = [f"{head}{seen}{count}"]
-        lines += [f"          {path}  {value}".rstrip() for path, value in self.tiles[:SHOWN]]
-        if (more := len(self.tiles) - SHOWN) > 0:
+        lines += [
+            f"          {path}  {value}".rstrip() for path, value in self.tiles[:MAX_TILES_SHOWN]
+        ]
+        if (more := len(self.tiles) - MAX_TILES_SHOWN) > 0:
             lines.append(f"          ... and {more:,} more")
         return lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    findings: tuple[Finding, ...]
+    results: tuple[ExpectationResult, ...]
     suite: str
     """sha256 of the suite's definition."""
 
     @property
     def success(self) -> bool:
-        return bool(self.findings) and not self.failed
+        return bool(self.results) and not self.failed
 
     @property
     def failed(self) -> tuple[str, ...]:
-        return tuple(finding.name for finding in self.findings if not finding.success)
+        return tuple(finding.name for finding in self.results if not finding.success)
 
     def as_dict(self) -> dict[str, Any]:
         return {"success": self.success, **asdict(self)}
 
 
-def judge(
-    table: "pd.DataFrame", expected: Expected, *, docs: Path | None = None, run_name: str = "tiles"
+def run_suite(
+    table: "pd.DataFrame", spec: DatasetSpec, *, docs: Path | None = None, run_name: str = "tiles"
 ) -> Verdict:
     """Run the suite for ``expected`` over a table of `tiles.COLUMNS`; Data Docs go to ``docs``."""
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder) / "docs"
         context = _context(site)
         asset = context.data_sources.add_pandas("eurosat").add_dataframe_asset("tiles")
-        suite = context.suites.add(build_suite(expected))
+        suite = context.suites.add(build_suite(spec))
         checkpoint = _checkpoint(context, asset.add_batch_definition_whole_dataframe("all"), suite)
         run = checkpoint.run(
             batch_parameters={"dataframe": table},
@@ -81,9 +83,10 @@ def judge(
             context.build_data_docs()
             publish(site, docs)
     (validated,) = run.run_results.values()
-    found = {f.name: f for f in (_finding(one.to_json_dict()) for one in validated.results)}
+    found = {f.name: f for f in (_parse_result(one.to_json_dict()) for one in validated.results)}
     return Verdict(
-        findings=tuple(found[name_of(one)] for one in suite.expectations), suite=digest(suite)
+        results=tuple(found[expectation_name(one)] for one in suite.expectations),
+        suite=suite_digest(suite),
     )
 
 
@@ -129,25 +132,25 @@ def _checkpoint(context: Any, batch: Any, suite: "ExpectationSuite") -> Any:
     return context.checkpoints.add(checkpoint)
 
 
-def _finding(result: Mapping[str, Any]) -> Finding:
+def _parse_result(result: Mapping[str, Any]) -> ExpectationResult:
     configuration, seen = result["expectation_config"], result["result"]
     column = configuration["kwargs"].get("column")
     rows = seen.get("unexpected_index_list") or []
-    return Finding(
+    return ExpectationResult(
         name=configuration["meta"]["name"],
-        what=configuration["description"],
+        description=configuration["description"],
         success=bool(result["success"]),
-        observed=_error(result["exception_info"])
-        or (_shares(rows) if column == "balance" else _observed(seen)),
-        tiles=tuple((row["path"], _value(row, column)) for row in rows),
+        observed=_evaluation_errors(result["exception_info"])
+        or (_class_shares(rows) if column == "balance" else _observed_value(seen)),
+        tiles=tuple((row["path"], _offending_value(row, column)) for row in rows),
     )
 
 
-def _value(row: Mapping[str, Any], column: str | None) -> str:
+def _offending_value(row: Mapping[str, Any], column: str | None) -> str:
     """The value that a tile should not have; of a duplicate, where it stands and with whom."""
     if column in (None, "path"):
         return ""
-    if column in SHARING:
+    if column in SHARING_COLUMNS:
         return f"fold {row['fold']}, group {row['group']:.0f}"
     value = row[column]
     if isinstance(value, float):
@@ -155,13 +158,13 @@ def _value(row: Mapping[str, Any], column: str | None) -> str:
     return str(value).removeprefix(f"{row['path']} ")  # a fault names its file, as errors do
 
 
-def _shares(rows: Sequence[Mapping[str, Any]]) -> str:
+def _class_shares(rows: Sequence[Mapping[str, Any]]) -> str:
     """Each class that is out of balance, once."""
     shares = {row["path"].split("/")[0]: row["balance"] for row in rows}
     return ", ".join(f"{name} {share:.3g} times" for name, share in sorted(shares.items()))
 
 
-def _observed(seen: Mapping[str, Any]) -> str:
+def _observed_value(seen: Mapping[str, Any]) -> str:
     if missing := seen.get("partial_missing_list"):
         return f"missing {', '.join(map(str, sorted(missing)))}"
     value = seen.get("observed_value")
@@ -170,7 +173,7 @@ def _observed(seen: Mapping[str, Any]) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value or "")
 
 
-def _error(info: Mapping[str, Any]) -> str:
+def _evaluation_errors(info: Mapping[str, Any]) -> str:
     """Why an expectation could not be evaluated: told as it is, or by metric."""
     told = [info] if "raised_exception" in info else list(info.values())
     return "; ".join(

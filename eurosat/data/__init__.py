@@ -1,1 +1,1 @@
-"""Labelled tiles: found, read, checked, packed and split."""
+"""Labelled tiles: sources, decoding, the pack, duplicates and splits."""

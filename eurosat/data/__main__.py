@@ -29,9 +29,9 @@ usage: python -m eurosat.data describe|audit|fetch|pack|split [key=value ...]
   to=PATH    folder for what is written, of split the file
              (reports/describe-SOURCE, data/tiles, data, data/split.csv)
 """
-LEVELS = 64
+HISTOGRAM_BINS = 64
 """Bins of a band histogram: four grey levels each."""
-VERBS = ("describe", "audit", "fetch", "pack", "split")
+COMMANDS = ("describe", "audit", "fetch", "pack", "split")
 SHOWN = 10
 """Tiles per class on the contact sheet, and groups of duplicates drawn."""
 
@@ -61,7 +61,7 @@ def describe(pack: Pack, split: Split, title: str, folder: Path) -> list[Path]:
         shares, means, f"{title}: levels of each band, and the mean colour", folder / "bands.png"
     )
     drawn = [folder / name for name in ("counts.png", "tiles.png", "bands.png")]
-    if groups := duplicates(pack):
+    if groups := duplicate_groups(pack):
         rows_of = {
             ", ".join(pack.table["path"].iloc[group[:SHOWN]]): pack.tiles_NHWC[group[:SHOWN]]
             for group in groups[:SHOWN]
@@ -73,12 +73,12 @@ def describe(pack: Pack, split: Split, title: str, folder: Path) -> list[Path]:
 
 def histogram(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
     """(C, LEVELS) share of the pixels, (n, C), in each level."""
-    width = 256 // LEVELS
-    counts = [np.bincount(band // width, minlength=LEVELS) for band in pixels.T]
+    width = 256 // HISTOGRAM_BINS
+    counts = [np.bincount(band // width, minlength=HISTOGRAM_BINS) for band in pixels.T]
     return np.stack(counts) / len(pixels)
 
 
-def duplicates(pack: Pack) -> list[npt.NDArray[np.int64]]:
+def duplicate_groups(pack: Pack) -> list[npt.NDArray[np.int64]]:
     """Row numbers of each group of exact or near duplicates."""
     group = pack.table["group"].to_numpy(np.int64)
     names, sizes = np.unique(group, return_counts=True)
@@ -88,7 +88,7 @@ def duplicates(pack: Pack) -> list[npt.NDArray[np.int64]]:
 def audit(pack: Pack, split: Split) -> int:
     """Print every group of duplicates with its fold; the number of groups that cross folds."""
     crossing = 0
-    groups = duplicates(pack)
+    groups = duplicate_groups(pack)
     for rows in groups:
         folds = sorted(set(split.folds[rows]))
         crossing += len(folds) > 1
@@ -127,7 +127,7 @@ def fetch(source: Source, folder: Path) -> int:
     return written
 
 
-def write_pack(pack: Pack, folder: Path) -> None:
+def write_pack_summary(pack: Pack, folder: Path) -> None:
     """What a version says of its tiles: one row each, and how many there are of what."""
     counts = pack.table["class"].value_counts().sort_index()
     summary = {
@@ -146,8 +146,8 @@ def write_pack(pack: Pack, folder: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     verb, *rest = argv or ["--help"]
     given = cli.overrides([verb] if verb.startswith("-") else rest, USAGE)
-    if verb not in VERBS:
-        raise ConfigError(f"{verb!r} is not one of {', '.join(VERBS)}")
+    if verb not in COMMANDS:
+        raise ConfigError(f"{verb!r} is not one of {', '.join(COMMANDS)}")
     target = next((one.removeprefix("to=") for one in given if one.startswith("to=")), None)
     config = compose([one for one in given if not one.startswith("to=")])
     if verb == "fetch":
@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     pack = open_pack(config.data)
     print(f"data {pack.fingerprint}")
     if verb == "pack":
-        write_pack(pack, Path(target or "data"))
+        write_pack_summary(pack, Path(target or "data"))
         return exit_codes.OK
     split = make_split(pack.table, *config.data.split_options)
     print(f"split {split.fingerprint} ({split.protocol}, seed {split.seed})")

@@ -1,4 +1,4 @@
-"""Array types by what they hold."""
+"""Array types, named by their content."""
 
 import numpy as np
 import numpy.typing as npt

@@ -1,4 +1,4 @@
-"""The pack: every tile decoded once into a memory-mapped uint8 array that all workers share."""
+"""Decode every tile once into a pack: a memory-mapped uint8 array that all workers share."""
 
 import hashlib
 import json
@@ -20,6 +20,7 @@ from eurosat.config import DataConfig
 from eurosat.data.decode import decode
 from eurosat.data.duplicates import find_duplicates, perceptual_hash
 from eurosat.data.sources import Source, open_source
+from eurosat.data.validation_record import validate_command
 from eurosat.errors import DataError
 from eurosat.runtime.hardware import cores
 from eurosat.runtime.progress import track
@@ -29,28 +30,30 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Raised whenever the files of a pack change their meaning; an older pack is built anew."""
-CHUNK = 256
+PACK_FORMAT = 2
+"""Increased when the files of a pack change their meaning; older packs are then rebuilt."""
+CHUNK_SIZE = 256
 """Tiles decoded at a time: 3 MB of pixels, small enough for the cache, large enough for numpy."""
+SHAPE_SAMPLE = 64
+"""Tiles that are read to find the most common shape."""
 TILES, TABLE, META = "tiles.npy", "tiles.parquet", "meta.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pack:
-    """Tiles in the order of their sorted paths."""
+    """Decoded tiles, in the order of their sorted paths."""
 
     directory: Path
     tiles_NHWC: npt.NDArray[np.uint8]
     """Memory-mapped, read-only."""
     table: "pd.DataFrame"
-    """One row per tile: the columns of `DatasetScan.table`, and ``group``: its duplicates."""
+    """One row per tile: the columns of `DatasetScan.table`, and ``group``, its duplicate group."""
     classes: tuple[str, ...]
     fingerprint: str
     num_exact_duplicates: int
-    """Tiles whose pixels equal an earlier tile's."""
+    """Tiles whose pixels equal those of an earlier tile."""
     num_near_duplicates: int
-    """Further tiles that look like another one."""
+    """Further tiles that look like another tile."""
 
     @property
     def labels(self) -> npt.NDArray[np.int64]:
@@ -65,87 +68,85 @@ class Pack:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetScan:
-    """What reading every tile of a source has shown."""
+    """The result of reading every tile of a source."""
 
     table: "pd.DataFrame"
-    """path, class, height, width, bands, dtype, mean, std, min, max, saturation, sha256 (file),
-    pixels_sha256, phash, fault: why a tile cannot be used, or None."""
+    """One row per tile: path, class, height, width, bands, dtype, mean, std, min, max, saturation,
+    sha256 (of the file), pixels_sha256, phash, and fault: why the tile cannot be used, or None."""
     fingerprint: str
     pack: Pack | None
-    """None where a tile has a fault."""
+    """None if a tile has a fault."""
 
 
 def dataset_fingerprint(paths: list[str], sha256: list[str]) -> str:
-    """sha256 over sorted (Class/file, sha256 of the file)."""
+    """Return the sha256 over the sorted pairs of Class/file and the file's sha256."""
     lines = sorted(f"{path} {digest}" for path, digest in zip(paths, sha256, strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def open_pack(config: DataConfig, *, verify: bool = True) -> Pack:
-    """The pack of the configured source, built first where there is none.
+    """Open the pack of the configured source; build it first if there is none.
 
-    ``verify`` reads the pixels once (0.3 s a GB) against their checksum.
+    ``verify`` compares the pixels with their checksum, which takes 0.3 s per GB.
 
     Raises:
         DataError: a tile has a fault, the pack is corrupt, or the disk is full.
     """
-    survey = scan_source(config, verify=verify)
-    if survey.pack is None:
-        faults = survey.table["fault"].dropna()
+    scan = scan_source(config, verify=verify)
+    if scan.pack is None:
+        faults = scan.table["fault"].dropna()
         raise DataError(
-            f"{faults.iloc[0]} ({len(faults)} of {len(survey.table)} tiles have a fault; "
-            "`python -m expectations.validate` lists them)"
+            f"{faults.iloc[0]} ({len(faults)} of {len(scan.table)} tiles have a fault; "
+            f"`{validate_command(config)}` lists them)"
         )
-    return survey.pack
+    return scan.pack
 
 
 def scan_source(config: DataConfig, *, verify: bool = True) -> DatasetScan:
-    """Read every tile of the configured source, or the pack that an earlier survey left."""
+    """Read every tile of the configured source, or open the pack that an earlier scan built."""
     from filelock import FileLock
 
     source = open_source(config)
-    reading = f"{FORMAT} {config.decode_options} {source.identity}"
-    name = f"{source.name}-{hashlib.sha256(reading.encode()).hexdigest()[:16]}"
+    cache_key = f"{PACK_FORMAT} {config.decode_options} {source.identity}"
+    name = f"{source.name}-{hashlib.sha256(cache_key.encode()).hexdigest()[:16]}"
     directory = config.cache_dir / "packs" / name
     if not directory.exists():
         try:
             directory.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(directory.with_suffix(".lock"))  # one builder; the others wait here
             with lock, warnings.catch_warnings():
-                # Set here for all reading threads: tiles need not know their place on Earth.
+                # Set here for all decoding threads: tiles need no geographic coordinates.
                 warnings.filterwarnings("ignore", "Dataset has no geotransform")
                 if not directory.exists():
-                    return _build(source, config, directory)
+                    return _build_pack(source, config, directory)
         except OSError as error:
             raise DataError(
-                f"cannot write the pack {directory}: {error.strerror or error}; make room there "
-                "or set EUROSAT_CACHE to another folder"
+                f"cannot write the pack {directory}: {error.strerror or error}; free some disk "
+                "space or set EUROSAT_CACHE to another folder"
             ) from error
-    pack = load(directory, verify=verify)
+    pack = load_pack(directory, verify=verify)
     return DatasetScan(table=pack.table, fingerprint=pack.fingerprint, pack=pack)
 
 
-def load(directory: Path, *, verify: bool = True) -> Pack:
-    """Open a pack that was built.
+def load_pack(directory: Path, *, verify: bool = True) -> Pack:
+    """Open an existing pack.
 
     Raises:
-        DataError: a file is missing, cut short, or differs from its checksum.
+        DataError: a file is missing, truncated, or differs from its checksum.
     """
     import pandas as pd
 
     remedy = f"remove {directory} and run the command again to rebuild it"
     try:
         meta = json.loads((directory / META).read_text())
-        for file in (TABLE, TILES):
-            if (size := (directory / file).stat().st_size) != meta["bytes"][file]:
+        for name in (TABLE, TILES):
+            file = directory / name
+            if (size := file.stat().st_size) != meta["bytes"][name]:
                 raise DataError(
-                    f"corrupt pack: {directory / file} has {size} bytes, "
-                    f"not {meta['bytes'][file]}; {remedy}"
+                    f"corrupt pack: {file} has {size} bytes, not {meta['bytes'][name]}; {remedy}"
                 )
-            if verify and _sha256(directory / file) != meta["sha256"][file]:
-                raise DataError(
-                    f"corrupt pack: {directory / file} differs from its checksum; {remedy}"
-                )
+            if verify and _sha256(file) != meta["sha256"][name]:
+                raise DataError(f"corrupt pack: {file} differs from its checksum; {remedy}")
         table = pd.read_parquet(directory / TABLE)
         tiles_NHWC = np.load(directory / TILES, mmap_mode="r", allow_pickle=False)
     except (OSError, KeyError, ValueError) as error:
@@ -163,78 +164,99 @@ def load(directory: Path, *, verify: bool = True) -> Pack:
     )
 
 
-def _build(source: Source, config: DataConfig, directory: Path) -> DatasetScan:
-    """Scan ``source``; where no tile has a fault, publish the pack by one rename."""
-    import pandas as pd
-
-    for left in directory.parent.glob(f".{directory.name}.*"):  # a killed build's
-        shutil.rmtree(left, ignore_errors=True)
+def _build_pack(source: Source, config: DataConfig, directory: Path) -> DatasetScan:
+    """Scan ``source``; if no tile has a fault, publish the pack by renaming its folder."""
+    for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a build that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     building = directory.with_name(f".{directory.name}.{os.getpid()}")
-    shape = _usual_shape(source, config)
-    _check_room(directory.parent, len(source.paths) * int(np.prod(shape)))
+    shape = _most_common_shape(source, config)
+    _check_disk_space(directory.parent, len(source.paths) * int(np.prod(shape)))
     building.mkdir()
     try:
-        with (building / TILES).open("wb") as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(source.paths), *shape)}
-            np.lib.format.write_array_header_1_0(file, header)
-            rows = [
-                row for chunk in _read_all(source, config, shape, file) for row in chunk
-            ]  # not through a memory map: there a full disk is a SIGBUS, here an OSError
-            file.flush()
-            os.fsync(file.fileno())
-        table = pd.DataFrame(rows)
+        table = _write_tiles(source, config, shape, building / TILES)
         fingerprint = dataset_fingerprint(list(table["path"]), list(table["sha256"]))
         if table["fault"].notna().any():
             return DatasetScan(table=table, fingerprint=fingerprint, pack=None)
-        tiles_NHWC = np.load(building / TILES, mmap_mode="r")
-        found = find_duplicates(
-            tiles_NHWC, table["pixels_sha256"].to_numpy(), table["phash"].to_numpy(np.uint64)
-        )
-        table["group"] = found.group
-        table.to_parquet(building / TABLE, index=False)
-        meta = {
-            "format": FORMAT,
-            "source": source.name,
-            "classes": sorted(table["class"].unique()),
-            "fingerprint": fingerprint,
-            "exact": found.exact,
-            "near": found.near,
-            "bytes": {name: (building / name).stat().st_size for name in (TILES, TABLE)},
-            "sha256": {name: _sha256(building / name) for name in (TILES, TABLE)},
-        }
-        (building / META).write_text(json.dumps(meta, indent=1))
-        for name in (TABLE, META):
-            with (building / name).open("rb") as file:
-                os.fsync(file.fileno())
+        _write_table_and_meta(table, fingerprint, source.name, building)
         building.rename(directory)
         log.info("packed %d tiles %s into %s", len(table), shape, directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    pack = load(directory, verify=False)
+    pack = load_pack(directory, verify=False)
     return DatasetScan(table=pack.table, fingerprint=fingerprint, pack=pack)
 
 
-def _read_all(
-    source: Source, config: DataConfig, shape: tuple[int, int, int], file: Any
-) -> Iterator[list[dict[str, Any]]]:
-    """Write the pixels of every tile and yield their rows, a chunk at a time, in order."""
-    paths = source.paths
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+def _write_tiles(
+    source: Source, config: DataConfig, shape: tuple[int, int, int], file: Path
+) -> "pd.DataFrame":
+    """Write the pixels of all tiles to an ``.npy`` file; return the table of the tiles.
 
-    def read(chunk: tuple[str, ...]) -> tuple[npt.NDArray[np.uint8], list[dict[str, Any]]]:
-        return _read_chunk(source, config, shape, chunk)
+    The file is written as a stream: on a full disk a memory map would end the process with
+    SIGBUS, a stream raises OSError.
+    """
+    import pandas as pd
+
+    with file.open("wb") as stream:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(source.paths), *shape)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        rows: list[dict[str, Any]] = []
+        for pixels_NHWC, chunk_rows in _decode_tiles(source, config, shape):
+            stream.write(pixels_NHWC.tobytes())
+            rows += chunk_rows
+        stream.flush()
+        os.fsync(stream.fileno())
+    return pd.DataFrame(rows)
+
+
+def _write_table_and_meta(
+    table: "pd.DataFrame", fingerprint: str, source_name: str, building: Path
+) -> None:
+    """Add the duplicate groups to the table; write it and the metadata beside the tiles."""
+    tiles_NHWC = np.load(building / TILES, mmap_mode="r")
+    duplicates = find_duplicates(
+        tiles_NHWC, table["pixels_sha256"].to_numpy(), table["phash"].to_numpy(np.uint64)
+    )
+    table["group"] = duplicates.group
+    table.to_parquet(building / TABLE, index=False)
+    meta = {
+        "format": PACK_FORMAT,
+        "source": source_name,
+        "classes": sorted(table["class"].unique()),
+        "fingerprint": fingerprint,
+        "exact": duplicates.num_exact,
+        "near": duplicates.num_near,
+        "bytes": {name: (building / name).stat().st_size for name in (TILES, TABLE)},
+        "sha256": {name: _sha256(building / name) for name in (TILES, TABLE)},
+    }
+    (building / META).write_text(json.dumps(meta, indent=1))
+    for name in (TABLE, META):
+        with (building / name).open("rb") as file:
+            os.fsync(file.fileno())
+
+
+DecodedChunk = tuple[npt.NDArray[np.uint8], list[dict[str, Any]]]
+"""(n, H, W, C) pixels, and a row of the table for each tile."""
+
+
+def _decode_tiles(
+    source: Source, config: DataConfig, shape: tuple[int, int, int]
+) -> Iterator[DecodedChunk]:
+    """Decode all tiles in threads; yield them in order, a chunk at a time."""
+    paths = source.paths
+    chunks = [paths[start : start + CHUNK_SIZE] for start in range(0, len(paths), CHUNK_SIZE)]
+
+    def decode_chunk(chunk: tuple[str, ...]) -> DecodedChunk:
+        return _decode_chunk(source, config, shape, chunk)
 
     with ThreadPoolExecutor(cores()) as pool:
-        for pixels_NHWC, rows in track(
-            pool.map(read, chunks), len(chunks), "reading tiles", f"x {CHUNK} tiles"
-        ):
-            file.write(pixels_NHWC.tobytes())
-            yield rows
+        decoded = pool.map(decode_chunk, chunks)
+        yield from track(decoded, len(chunks), "reading tiles", f"x {CHUNK_SIZE} tiles")
 
 
-def _read_chunk(
+def _decode_chunk(
     source: Source, config: DataConfig, shape: tuple[int, int, int], paths: tuple[str, ...]
-) -> tuple[npt.NDArray[np.uint8], list[dict[str, Any]]]:
+) -> DecodedChunk:
+    """Decode ``paths``; a tile that cannot be used stays black and has its ``fault`` set."""
     pixels_NHWC = np.zeros((len(paths), *shape), np.uint8)
     rows: list[dict[str, Any]] = []
     for number, path in enumerate(paths):
@@ -257,19 +279,19 @@ def _read_chunk(
             row["pixels_sha256"] = hashlib.sha256(pixels.tobytes()).hexdigest()
             if pixels.shape != shape:
                 raise DataError(
-                    f"{path} is {_by(pixels.shape)} where the other tiles are {_by(shape)} "
-                    "(height x width x bands): cut or remove it"
+                    f"{path} is {_format_shape(pixels.shape)}, but most tiles are "
+                    f"{_format_shape(shape)} (height x width x bands): resize or remove it"
                 )
             pixels_NHWC[number] = pixels
         except DataError as error:
             row["fault"] = str(error)
         rows.append(row)
-    for row, facts in zip(rows, _pixel_facts(pixels_NHWC), strict=True):
-        row |= facts
+    for row, statistics in zip(rows, _pixel_statistics(pixels_NHWC), strict=True):
+        row |= statistics
     return pixels_NHWC, rows
 
 
-def _pixel_facts(pixels_NHWC: npt.NDArray[np.uint8]) -> list[dict[str, Any]]:
+def _pixel_statistics(pixels_NHWC: npt.NDArray[np.uint8]) -> list[dict[str, Any]]:
     flat = pixels_NHWC.reshape(len(pixels_NHWC), -1)
     columns: dict[str, list[Any]] = {
         "mean": flat.mean(axis=1).tolist(),
@@ -279,16 +301,15 @@ def _pixel_facts(pixels_NHWC: npt.NDArray[np.uint8]) -> list[dict[str, Any]]:
         "saturation": (flat == 255).mean(axis=1).tolist(),
         "phash": perceptual_hash(pixels_NHWC).tolist(),
     }
-    return [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
+    rows = zip(*columns.values(), strict=True)
+    return [dict(zip(columns, values, strict=True)) for values in rows]
 
 
-def _usual_shape(source: Source, config: DataConfig) -> tuple[int, int, int]:
-    """The most common (height, width, bands) among up to 64 tiles spread over the source."""
+def _most_common_shape(source: Source, config: DataConfig) -> tuple[int, int, int]:
+    """Return the most common (height, width, bands) of a sample spread over the source."""
     shapes: Counter[tuple[int, int, int]] = Counter()
     first_fault: DataError | None = None
-    for path in source.paths[:: max(1, len(source.paths) // 64)]:
+    for path in source.paths[:: max(1, len(source.paths) // SHAPE_SAMPLE)]:
         try:
             pixels = decode(source.read(path), path, **config.decode_options)
             height, width, bands = pixels.shape
@@ -301,19 +322,20 @@ def _usual_shape(source: Source, config: DataConfig) -> tuple[int, int, int]:
     return shapes.most_common(1)[0][0]
 
 
-def _check_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed * 1.1:
+def _check_disk_space(folder: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes * 1.1:
         raise DataError(
-            f"the pack needs {needed / 1e6:,.0f} MB and {folder} has {free / 1e6:,.0f} MB free: "
-            "make room there or set EUROSAT_CACHE to another folder"
+            f"the pack needs {needed_bytes / 1e6:,.0f} MB, and {folder} has only "
+            f"{free_bytes / 1e6:,.0f} MB free: free some disk space or set EUROSAT_CACHE to "
+            "another folder"
         )
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def _format_shape(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))

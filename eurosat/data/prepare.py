@@ -1,4 +1,4 @@
-"""Tiles that a training can start from: packed, validated, split."""
+"""Prepare tiles for training: pack, require validation, split."""
 
 import logging
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedData:
-    """Data that is packed, split, and validated or knowingly not."""
+    """A pack, its split, and whether the data set was validated."""
 
     pack: Pack
     split: Split
@@ -33,7 +33,7 @@ class PreparedData:
 
 
 def prepare(config: TrainConfig) -> PreparedData:
-    """Open or build the pack, ask for its receipt, and make the split.
+    """Open or build the pack, check its validation record, and make the split.
 
     Raises:
         DataError: the tiles cannot be used, or were not validated.
@@ -42,8 +42,8 @@ def prepare(config: TrainConfig) -> PreparedData:
     validation = validation_record.require_passed(pack.fingerprint, config.data)
     split = make_split(pack.table, *config.data.split_options)
     log.info(
-        "%d tiles, %d classes, %d bands, data %s; %s split %s; %d exact, %d near duplicates kept "
-        "together; validation %s",
+        "%d tiles, %d classes, %d bands, data %s; split %s %s; %d exact and %d near duplicates, "
+        "each in the fold of its original; validation %s",
         len(pack.table),
         len(pack.classes),
         pack.bands,

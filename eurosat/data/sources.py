@@ -19,7 +19,7 @@ from eurosat.errors import DataError
 from eurosat.storage import SCHEME, fetch, is_bucket, mirror, open_store
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
-EUROSAT_PLACES = ("EuroSAT_RGB.zip", "EuroSAT.zip", "EuroSAT_RGB", "2750", "eurosat/2750")
+EUROSAT_NAMES = ("EuroSAT_RGB.zip", "EuroSAT.zip", "EuroSAT_RGB", "2750", "eurosat/2750")
 """Names under EUROSAT_ROOT: the archives of zenodo.org/records/7711810 and the upstream one,
 unpacked or not; the last is where torchvision's downloader leaves them."""
 
@@ -52,11 +52,11 @@ def open_source(config: DataConfig) -> Source:
         case "synthetic":
             return SyntheticSource(config.synthetic)
         case "folder":
-            return open_place(localise(config.root or "", config.cache_dir), "folder")
+            return open_path(localise(config.root or "", config.cache_dir), "folder")
         case "eurosat":
             if not config.root:
-                return open_place(download_eurosat(config.cache_dir / "download"), "eurosat")
-            return open_place(find_eurosat(localise(config.root, config.cache_dir)), "eurosat")
+                return open_path(download_eurosat(config.cache_dir / "download"), "eurosat")
+            return open_path(find_eurosat(localise(config.root, config.cache_dir)), "eurosat")
 
 
 def localise(root: str, cache: Path) -> Path:
@@ -83,29 +83,29 @@ def localise(root: str, cache: Path) -> Path:
     return place / name
 
 
-def open_place(place: Path, name: str) -> Source:
+def open_path(path: Path, name: str) -> Source:
     """A folder or a zip of class folders."""
     try:
-        if place.is_dir():
-            return FolderSource(place, name)
-        if place.is_file():
-            return ZipSource(place, name)
+        if path.is_dir():
+            return FolderSource(path, name)
+        if path.is_file():
+            return ZipSource(path, name)
     except OSError as error:
         raise DataError(
-            f"{error.filename or place} cannot be read: {error.strerror}; restore it or its rights"
+            f"{error.filename or path} cannot be read: {error.strerror}; restore it or its rights"
         ) from error
-    raise DataError(f"no folder or zip of tiles at {place}: set data.root to one (or EUROSAT_ROOT)")
+    raise DataError(f"no folder or zip of tiles at {path}: set data.root to one (or EUROSAT_ROOT)")
 
 
 def find_eurosat(root: Path) -> Path:
     """EuroSAT's archive or class folders at or under ``root``."""
     if root.is_file() or (root / "SeaLake").is_dir():
         return root
-    for place in EUROSAT_PLACES:
+    for place in EUROSAT_NAMES:
         if (root / place).exists():
             return root / place
     raise DataError(
-        f"no EuroSAT tiles under {root}: looked for {', '.join(EUROSAT_PLACES)}; "
+        f"no EuroSAT tiles under {root}: looked for {', '.join(EUROSAT_NAMES)}; "
         "set EUROSAT_ROOT to the folder or zip that holds them, or unset it to download them"
     )
 
@@ -120,7 +120,7 @@ def download_eurosat(target: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
                 EuroSAT(unfinished, download=True)
-                Path(unfinished, "eurosat").rename(_made(target) / "eurosat")
+                Path(unfinished, "eurosat").rename(_make_folder(target) / "eurosat")
         except (OSError, RuntimeError) as error:
             raise DataError(
                 f"EuroSAT could not be downloaded to {target} ({type(error).__name__}: {error}); "
@@ -129,7 +129,7 @@ def download_eurosat(target: Path) -> Path:
     return folder
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     return folder
 
@@ -148,7 +148,7 @@ class FolderSource:
             if file.suffix.lower() in SUFFIXES and file.name[0] != "."
         }
         folders = (f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
-        self.paths = _checked(files, folders, root)
+        self.paths = _check_classes(files, folders, root)
         stats = ((path, files[path].stat()) for path in self.paths)
         self.identity = _digest(
             [str(root.resolve())] + [f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
@@ -180,7 +180,7 @@ class ZipSource:
                 if path in self._members:
                     raise DataError(f"{file} holds {path} twice ({self._members[path]}, {member})")
                 self._members[path] = member
-        self.paths = _checked(self._members, (), file)
+        self.paths = _check_classes(self._members, (), file)
         stat = file.stat()
         self.identity = _digest([str(file.resolve()), f"{stat.st_size} {stat.st_mtime_ns}"])
 
@@ -204,19 +204,19 @@ class ZipSource:
 class SyntheticSource:
     """Procedural tiles as files that are made when read: JPEG, or GeoTIFF of thirteen bands."""
 
-    QUALITY = 90
+    JPEG_QUALITY = 90
     """EuroSAT's own JPEGs average 3.4 kB; so do these."""
 
     def __init__(self, config: SyntheticConfig) -> None:
         self.name = "synthetic"
         self._config = config
         classes = synthetic.CLASSES
-        self._of: dict[str, tuple[int, int]] = {}
+        self._tiles: dict[str, tuple[int, int]] = {}
         for number in range(config.tiles):
             index, label = divmod(number, len(classes))
             name = f"{classes[label]}_{index + 1}.{'jpg' if config.bands == 3 else 'tif'}"
-            self._of[f"{classes[label]}/{name}"] = (label, index)
-        self.paths = tuple(sorted(self._of))
+            self._tiles[f"{classes[label]}/{name}"] = (label, index)
+        self.paths = tuple(sorted(self._tiles))
         modules = (Path(str(module.__file__)).read_bytes() for module in (synthetic, bands))
         generator = b"".join(modules)  # another generator, other tiles
         self.identity = _digest([repr(config), hashlib.sha256(generator).hexdigest()])
@@ -224,32 +224,32 @@ class SyntheticSource:
     def read(self, path: str) -> bytes:
         from PIL import Image
 
-        label, index = self._of[path]
+        label, index = self._tiles[path]
         config = self._config
         pixels = synthetic.render(
             label, index, seed=config.seed, size=config.size, difficulty=config.difficulty
         )
         if config.bands != pixels.shape[2]:
             rng = np.random.default_rng([config.seed, label, index])
-            return bands.geotiff(bands.from_colours(pixels, rng))
+            return bands.encode_geotiff(bands.bands_from_rgb(pixels, rng))
         file = io.BytesIO()
-        Image.fromarray(pixels).save(file, "JPEG", quality=self.QUALITY)
+        Image.fromarray(pixels).save(file, "JPEG", quality=self.JPEG_QUALITY)
         return file.getvalue()
 
 
-def _checked(paths: Iterable[str], folders: Iterable[str], place: Path) -> tuple[str, ...]:
+def _check_classes(paths: Iterable[str], folders: Iterable[str], root: Path) -> tuple[str, ...]:
     counts: dict[str, int] = defaultdict(int, dict.fromkeys(folders, 0))
     kept = tuple(sorted(paths))
     for path in kept:
         counts[path.split("/")[0]] += 1
     if empty := sorted(name for name, count in counts.items() if not count):
         raise DataError(
-            f"no images ({', '.join(SUFFIXES)}) in class folder {place / empty[0]}: "
+            f"no images ({', '.join(SUFFIXES)}) in class folder {root / empty[0]}: "
             "add some or remove the folder"
         )
     if len(counts) < 2:
         raise DataError(
-            f"{place} holds {len(counts)} class folders with images, at least 2 are needed: "
+            f"{root} holds {len(counts)} class folders with images, at least 2 are needed: "
             "lay tiles out as Class/file"
         )
     return kept

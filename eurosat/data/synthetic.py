@@ -107,16 +107,16 @@ class Parcels:
     across: Floats
     along: Floats
 
-    def draw(self, values: Floats) -> Floats:
+    def spread(self, values: Floats) -> Floats:
         """Give each parcel one of ``values``, of length ``count``."""
         return values[self.id]
 
-    def some(self, rng: Rng, share: float) -> Floats:
+    def random_subset(self, rng: Rng, share: float) -> Floats:
         """1 in a random ``share`` of the parcels, 0 in the others."""
-        return self.draw((rng.random(self.count) < share).astype(np.float64))
+        return self.spread((rng.random(self.count) < share).astype(np.float64))
 
 
-def _cut(rng: Rng, at: Floats, pitch: float) -> tuple[npt.NDArray[np.intp], int, Floats]:
+def _cut_pieces(rng: Rng, at: Floats, pitch: float) -> tuple[npt.NDArray[np.intp], int, Floats]:
     """Cut a line about every ``pitch``.
 
     Returns the piece at each of ``at``, a bound on the pieces, the distance to the nearest cut.
@@ -129,9 +129,9 @@ def _cut(rng: Rng, at: Floats, pitch: float) -> tuple[npt.NDArray[np.intp], int,
 
 def _parcels(rng: Rng, size: int, width: float, length: float, warp: float = 0.0) -> Parcels:
     across, along = _rotated(rng, size, warp)
-    column, columns, side = _cut(rng, across, width)
+    column, columns, side = _cut_pieces(rng, across, width)
     along = along + rng.uniform(0, length, columns)[column]
-    row, rows, end = _cut(rng, along, length)
+    row, rows, end = _cut_pieces(rng, along, length)
     return Parcels(
         id=column * rows + row,
         count=columns * rows,
@@ -158,7 +158,7 @@ def _mix(a: Floats, b: Floats, share: Floats | float) -> Floats:
     return mixed
 
 
-def _within(distance: Floats, half_width: float) -> Floats:
+def _line_mask(distance: Floats, half_width: float) -> Floats:
     """1 within ``half_width`` of a line, 0 a ground unit further: a soft pen."""
     return (half_width + 0.5 - np.abs(distance)).clip(0, 1)
 
@@ -171,8 +171,8 @@ def _tint(rng: Rng, spread: float) -> Floats:
 def _fields(rng: Rng, parcels: Parcels, green: float, spread: float) -> Floats:
     """Colour parcels from soil to crop, ``green`` being the mean share of crop."""
     soil = _mix(DARK_SOIL, PALE_SOIL, rng.beta(0.7, 0.7))
-    cover = parcels.draw(rng.normal(green, spread, parcels.count))
-    light = parcels.draw(rng.normal(1, 0.1, parcels.count))
+    cover = parcels.spread(rng.normal(green, spread, parcels.count))
+    light = parcels.spread(rng.normal(1, 0.1, parcels.count))
     return _mix(soil, CROP, cover) * light
 
 
@@ -182,7 +182,7 @@ def _annual_crop(rng: Rng, size: int) -> Floats:
     image = _fields(rng, parcels, rng.uniform(-0.2, 0.55), 0.55)
     tilled = np.sin(parcels.across * 2 * np.pi / rng.uniform(4, 9))  # tracks of the machines
     image *= 1 + rng.uniform(0, 0.04) * tilled + 0.04 * _fractal(rng, size, 0.9)
-    return _mix(image, DRY_GRASS, rng.uniform(-0.5, 0.7) * _within(parcels.edge, 0.2))
+    return _mix(image, DRY_GRASS, rng.uniform(-0.5, 0.7) * _line_mask(parcels.edge, 0.2))
 
 
 def _forest(rng: Rng, size: int) -> Floats:
@@ -207,10 +207,10 @@ def _highway(rng: Rng, size: int) -> Floats:
     road = _mix(1.05 * ASPHALT, 1.25 * CONCRETE, rng.random())
     for half_width in (rng.uniform(1.6, 3.0), *rng.uniform(0.3, 0.9, rng.integers(0, 3))):
         line = _path(rng, size, 9)
-        image = _mix(image, WOOD, 0.6 * _within(line, half_width + 1.5))  # the verge
-        image = _mix(image, road, _within(line, half_width))
+        image = _mix(image, WOOD, 0.6 * _line_mask(line, half_width + 1.5))  # the verge
+        image = _mix(image, road, _line_mask(line, half_width))
         if half_width > 2:
-            image = _mix(image, WOOD, 0.6 * _within(line, 0.0))  # the central reservation
+            image = _mix(image, WOOD, 0.6 * _line_mask(line, 0.0))  # the central reservation
     return image
 
 
@@ -218,21 +218,21 @@ def _industrial(rng: Rng, size: int) -> Floats:
     plots = _parcels(rng, size, rng.uniform(9, 17), rng.uniform(12, 26))
     yard = rng.uniform(0.6, 0.95) * _mix(ASPHALT, CONCRETE, rng.random())
     clutter = 0.12 * _noise(rng, size, 20) + 0.14 * _noise(rng, size, 56)  # lorries, trees
-    image = _mix(yard * (1 + clutter), CROP, 0.9 * plots.some(rng, 0.15))
-    built = plots.some(rng, rng.uniform(0.55, 0.9))
-    inner = plots.edge - plots.draw(rng.uniform(0.8, 3.5, plots.count))
-    bays = plots.draw(rng.uniform(0, 0.15, plots.count))
+    image = _mix(yard * (1 + clutter), CROP, 0.9 * plots.random_subset(rng, 0.15))
+    built = plots.random_subset(rng, rng.uniform(0.55, 0.9))
+    inner = plots.edge - plots.spread(rng.uniform(0.8, 3.5, plots.count))
+    bays = plots.spread(rng.uniform(0, 0.15, plots.count))
     bays *= np.sign(np.sin(plots.along * 2 * np.pi / rng.uniform(4, 9)))
-    roof = _mix(0.9 * ASPHALT, WHITE_ROOF, bays + plots.draw(rng.beta(0.7, 0.6, plots.count)))
+    roof = _mix(0.9 * ASPHALT, WHITE_ROOF, bays + plots.spread(rng.beta(0.7, 0.6, plots.count)))
     return _mix(image, roof, built * inner)
 
 
 def _pasture(rng: Rng, size: int) -> Floats:
     meadows = _parcels(rng, size, rng.uniform(16, 40), rng.uniform(20, 50), rng.uniform(1, 4))
-    lush = meadows.draw(rng.normal(0.98, 0.08, meadows.count)) + 0.04 * _fractal(rng, size, 0.8)
+    lush = meadows.spread(rng.normal(0.98, 0.08, meadows.count)) + 0.04 * _fractal(rng, size, 0.8)
     image = (MEADOW + _tint(rng, 5)) * lush
-    image = _mix(image, DARK_SOIL, 0.6 * meadows.some(rng, 0.1))
-    hedge = _within(meadows.edge, 0.5) * (_noise(rng, size, 14) > rng.uniform(-1.5, 0.5))
+    image = _mix(image, DARK_SOIL, 0.6 * meadows.random_subset(rng, 0.1))
+    hedge = _line_mask(meadows.edge, 0.5) * (_noise(rng, size, 14) > rng.uniform(-1.5, 0.5))
     trees = (_noise(rng, size, 28) - rng.uniform(1.8, 3.5)) * 2
     return _mix(image, 0.75 * WOOD, 0.8 * np.maximum(hedge, trees))
 
@@ -243,10 +243,10 @@ def _permanent_crop(rng: Rng, size: int) -> Floats:
     image = _fields(rng, plots, rng.uniform(0.0, 0.8), 0.3)
     pitch = 2 * np.pi / rng.uniform(2.4, 4.0)
     rows = np.sin(plots.across * pitch)
-    orchard = plots.some(rng, 0.5) > 0
+    orchard = plots.random_subset(rng, 0.5) > 0
     rows = np.where(orchard, rows * np.sin(plots.along * pitch), rows)  # dots in rows
     image *= 1 + rng.uniform(0.09, 0.18) * rows + 0.05 * _fractal(rng, size, 1.5)
-    return _mix(image, DRY_GRASS, rng.uniform(-0.3, 0.8) * _within(plots.edge, 0.2))
+    return _mix(image, DRY_GRASS, rng.uniform(-0.3, 0.8) * _line_mask(plots.edge, 0.2))
 
 
 def _residential(rng: Rng, size: int) -> Floats:
@@ -254,20 +254,20 @@ def _residential(rng: Rng, size: int) -> Floats:
     garden = _mix(WOOD, DARK_SOIL, rng.beta(0.8, 1.0))
     image = garden * (1 + 0.12 * _fractal(rng, size, 2.0))
     roof = _mix(0.9 * CONCRETE, TILES, rng.beta(0.7, 0.7)) * rng.uniform(0.9, 1.15)
-    light = houses.draw(rng.normal(1, 0.22, houses.count).clip(0.6, 1.8))
+    light = houses.spread(rng.normal(1, 0.22, houses.count).clip(0.6, 1.8))
     dense = rng.uniform(0.35, 0.85) + 0.15 * _noise(rng, size, 4)
-    built = houses.draw(rng.random(houses.count)) < dense
+    built = houses.spread(rng.random(houses.count)) < dense
     image = _mix(image, roof * light, built * (houses.edge + 0.1))
     blocks = _parcels(rng, size, rng.uniform(9, 18), rng.uniform(14, 34), rng.uniform(0, 4))
-    return _mix(image, ASPHALT * rng.uniform(0.8, 1.2), 0.8 * _within(blocks.edge, 0.1))
+    return _mix(image, ASPHALT * rng.uniform(0.8, 1.2), 0.8 * _line_mask(blocks.edge, 0.1))
 
 
 def _river(rng: Rng, size: int) -> Floats:
     half_width = rng.uniform(5, 14)
     line = _path(rng, size, 12) + 0.5 * _noise(rng, size, 16)
-    image = _mix(_land(rng, size), WOOD, 0.7 * _within(line, half_width + rng.uniform(1, 4)))
-    image = _mix(image, DRY_GRASS, rng.uniform(0, 1) * _within(line, half_width + 0.7))  # sand
-    return _mix(image, _water(rng, size, 0.45), _within(line, half_width))
+    image = _mix(_land(rng, size), WOOD, 0.7 * _line_mask(line, half_width + rng.uniform(1, 4)))
+    image = _mix(image, DRY_GRASS, rng.uniform(0, 1) * _line_mask(line, half_width + 0.7))  # sand
+    return _mix(image, _water(rng, size, 0.45), _line_mask(line, half_width))
 
 
 def _sea_lake(rng: Rng, size: int) -> Floats:
@@ -304,7 +304,7 @@ SCENES: dict[str, Callable[[Rng, int], Floats]] = {
     "SeaLake": _sea_lake,
 }
 CLASSES: tuple[str, ...] = tuple(SCENES)
-CONFUSED = (
+CONFUSABLE_PAIRS = (
     ("AnnualCrop", "PermanentCrop"),
     ("PermanentCrop", "HerbaceousVegetation"),
     ("HerbaceousVegetation", "Pasture"),
@@ -320,7 +320,7 @@ AMBIGUOUS_SHARE = 0.10
 """Share of such tiles at difficulty 1: a ResNet-18 trained on 3,000 tiles then ends near 95 %."""
 
 
-def _ambiguous(rng: Rng, image: Floats, label: int, difficulty: float) -> Floats:
+def _mix_in_confusable_class(rng: Rng, image: Floats, label: int, difficulty: float) -> Floats:
     """Mix in a confusable class, at times so much of it that the label is a coin's toss."""
     size = image.shape[-1]
     odds, pick, own, kind = rng.random(4)
@@ -328,7 +328,7 @@ def _ambiguous(rng: Rng, image: Floats, label: int, difficulty: float) -> Floats
         return image
     name = CLASSES[label]
     # Every class of a pair has as many partners as the other: neither label is the better guess.
-    others = [other for pair in CONFUSED if name in pair for other in pair if other != name]
+    others = [other for pair in CONFUSABLE_PAIRS if name in pair for other in pair if other != name]
     other = SCENES[others[int(pick * len(others))]](rng, size)
     share = 0.2 + 0.4 * own  # of the other class; above 0.4 the label cannot be told
     if kind < 0.3:  # a blend; else a mosaic with a bent border
@@ -337,7 +337,7 @@ def _ambiguous(rng: Rng, image: Floats, label: int, difficulty: float) -> Floats
     return _mix(image, other, np.quantile(front, share) - front + 0.5)
 
 
-def _expose(rng: Rng, image: Floats, difficulty: float) -> npt.NDArray[np.uint8]:
+def _apply_sensor(rng: Rng, image: Floats, difficulty: float) -> npt.NDArray[np.uint8]:
     """Season, haze, the sensor's blur and noise."""
     size = image.shape[-1]
     image = image * rng.normal(1, 0.06 + 0.03 * difficulty) * rng.normal(1, 0.02, (3, 1, 1))
@@ -360,17 +360,17 @@ def render(
     Raises:
         ConfigError: an argument is out of range.
     """
-    _check("label", label, 0, len(CLASSES) - 1)
-    _check("index", index, 0, np.inf)
-    _check("seed", seed, 0, np.inf)
-    _check("size", size, *SIZES)
-    _check("difficulty", difficulty, 0, 2)
+    _check_range("label", label, 0, len(CLASSES) - 1)
+    _check_range("index", index, 0, np.inf)
+    _check_range("seed", seed, 0, np.inf)
+    _check_range("size", size, *SIZES)
+    _check_range("difficulty", difficulty, 0, 2)
     scene, mixture, exposure = (np.random.default_rng([seed, label, index, k]) for k in range(3))
     image = SCENES[CLASSES[label]](scene, size)
-    image = _ambiguous(mixture, image, label, difficulty)
-    return _expose(exposure, image, difficulty)
+    image = _mix_in_confusable_class(mixture, image, label, difficulty)
+    return _apply_sensor(exposure, image, difficulty)
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
+def _check_range(name: str, value: float, low: float, high: float) -> None:
     if not low <= value <= high:  # also refuses NaN
         raise ConfigError(f"{name} of a synthetic tile is in [{low}, {high}]; got {value}")

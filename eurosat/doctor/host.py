@@ -152,7 +152,7 @@ def tiles(context: DoctorContext) -> str:
     remedy = f"set {ROOT} to the complete tiles, or unset it to have them downloaded"
     try:
         place = sources.find_eurosat(Path(root).expanduser())
-        source = sources.open_place(place, "eurosat")
+        source = sources.open_path(place, "eurosat")
         paths = source.paths
         digests = [
             hashlib.sha256(source.read(path)).hexdigest()

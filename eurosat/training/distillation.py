@@ -20,7 +20,7 @@ from eurosat.runtime import atomic, cache
 
 if TYPE_CHECKING:
     from eurosat.data.arrays import Floats
-    from eurosat.data.loaders import Targets
+    from eurosat.data.loaders import SoftTargets
     from eurosat.models.compute import Compute
     from eurosat.models.network import Network
 
@@ -57,7 +57,7 @@ def resolve_teacher(config: TrainConfig, data: PreparedData, run: tracking.Run) 
     return replace(config, distill=replace(config.distill, teacher=f"runs:/{run_id}"))
 
 
-def targets(config: TrainConfig, data: PreparedData, compute: "Compute") -> "Targets | None":
+def targets(config: TrainConfig, data: PreparedData, compute: "Compute") -> "SoftTargets | None":
     """A row for each tile of the pack, those of the train fold filled; None without a teacher.
 
     (N, K) shares of the classes and, where features are asked for, their principal axes behind

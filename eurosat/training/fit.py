@@ -100,9 +100,9 @@ def fit(
         data.split,
         batch_size=config.optim.batch_size,
         seed=config.seed,
-        ranks=ranks,
-        targets=targets,
-        passes=config.trainer.repeats_per_epoch,
+        distributed=ranks,
+        soft_targets=targets,
+        repeats_per_epoch=config.trainer.repeats_per_epoch,
     )
     watch = callbacks.ProgressLogger(f"train {config.recipe}", on_epoch)
     kept = callbacks.BestWeights()

@@ -285,7 +285,7 @@ def test_training_asks_for_the_receipt(tmp_path: Path, caplog: pytest.LogCapture
 
 @pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": "x"}'])
 def test_a_damaged_receipt_is_no_receipt(tmp_path: Path, content: str) -> None:
-    file = validation_record.path_of("abc", tmp_path)
+    file = validation_record.record_path("abc", tmp_path)
     file.parent.mkdir()
     file.write_text(content)
     with pytest.raises(DataError, match="is not a receipt"):
@@ -328,7 +328,9 @@ def test_evaluation_leaves_no_tile_out_and_training_no_half_batch(tiny_pack: Pac
     assert [len(labels) for _, labels in TileLoader(tiny_pack, rows, 20)] == [20, 20, 10]
     assert [len(labels) for _, labels in TileLoader(tiny_pack, rows, 20, seed=0)] == [20, 20]
     assert [len(labels) for _, labels in TileLoader(tiny_pack, rows, 64, seed=0)] == [50]
-    passes = [labels for _, labels in TileLoader(tiny_pack, rows[:6], 4, seed=0, passes=4)]
+    passes = [
+        labels for _, labels in TileLoader(tiny_pack, rows[:6], 4, seed=0, repeats_per_epoch=4)
+    ]
     assert [len(labels) for labels in passes] == [4] * 6
     seen = np.sort(np.concatenate(passes))
     np.testing.assert_array_equal(seen, np.sort(np.repeat(tiny_pack.labels[rows[:6]], 4)))

@@ -11,10 +11,10 @@ import pytest
 from eurosat.config import DataConfig
 from eurosat.data.synthetic import CLASSES
 from eurosat.errors import ConfigError
-from expectations.spec import Expected, Reference, expect, read_reference
-from expectations.suite import build_suite, digest
-from expectations.tiles import COLUMNS, describe_sharing, tile_table
-from expectations.verdict import SHOWN, Verdict, judge
+from expectations.spec import DatasetSpec, Reference, build_spec, read_reference
+from expectations.suite import build_suite, suite_digest
+from expectations.tiles import COLUMNS, add_sharing_columns, tile_table
+from expectations.verdict import MAX_TILES_SHOWN, Verdict, run_suite
 
 DATA = DataConfig(source="synthetic")
 EACH = 12
@@ -71,18 +71,18 @@ def surveyed(counts: dict[str, int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def expected_of(survey: pd.DataFrame) -> Expected:
-    return expect(DATA, survey)
+def expected_of(survey: pd.DataFrame) -> DatasetSpec:
+    return build_spec(DATA, survey)
 
 
-def table_of(survey: pd.DataFrame, expected: Expected, data: DataConfig = DATA) -> pd.DataFrame:
+def table_of(survey: pd.DataFrame, expected: DatasetSpec, data: DataConfig = DATA) -> pd.DataFrame:
     texture = np.full(len(survey), 15.0, np.float32)
     return tile_table(survey, data, expected.reference, texture=texture, dtypes={})
 
 
 def judged(survey: pd.DataFrame) -> Verdict:
     expected = expected_of(survey)
-    return judge(table_of(survey, expected), expected)
+    return run_suite(table_of(survey, expected), expected)
 
 
 @pytest.fixture
@@ -96,17 +96,17 @@ def table(survey: pd.DataFrame) -> pd.DataFrame:
 
 
 def named(verdict: Verdict, name: str) -> list[str]:
-    (finding,) = [finding for finding in verdict.findings if finding.name == name]
+    (finding,) = [finding for finding in verdict.results if finding.name == name]
     return [path for path, _ in finding.tiles]
 
 
 def test_faultless_tiles_pass_every_expectation(table: pd.DataFrame) -> None:
-    verdict = judge(table, expected_of(table))
+    verdict = run_suite(table, expected_of(table))
     assert verdict.success
     assert verdict.failed == ()
-    names = [finding.name for finding in verdict.findings]
+    names = [finding.name for finding in verdict.results]
     assert len(names) == len(set(names)) > 40
-    assert all(line.startswith("passed") for f in verdict.findings for line in f.lines())
+    assert all(line.startswith("passed") for f in verdict.results for line in f.lines())
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def outliers() -> tuple[pd.DataFrame, Verdict]:
     table = table_of(survey, expected)
     for number, (column, value, _) in enumerate(OUT_OF_LINE):
         table.loc[7 * number + 2, column] = value
-    return table, judge(table, expected)
+    return table, run_suite(table, expected)
 
 
 @pytest.mark.parametrize("number", range(len(OUT_OF_LINE)), ids=lambda n: OUT_OF_LINE[n][2])
@@ -127,7 +127,7 @@ def test_a_tile_out_of_line_is_named_by_the_one_expectation_that_it_breaks(
     table, verdict = outliers
     column, value, failed = OUT_OF_LINE[number]
     path = table["path"][7 * number + 2]
-    (finding,) = [f for f in verdict.findings if path in dict(f.tiles)]
+    (finding,) = [f for f in verdict.results if path in dict(f.tiles)]
     assert finding.name == failed
     assert not finding.success
     (line,) = [line for line in finding.lines() if path in line]
@@ -137,7 +137,7 @@ def test_a_tile_out_of_line_is_named_by_the_one_expectation_that_it_breaks(
 
 def test_a_path_listed_twice_is_named(table: pd.DataFrame) -> None:
     table.loc[1, "path"] = table.loc[0, "path"]
-    verdict = judge(table, expected_of(table))
+    verdict = run_suite(table, expected_of(table))
     assert verdict.failed == ("path-unique",)
     assert set(named(verdict, "path-unique")) == {table["path"][0]}
 
@@ -153,7 +153,9 @@ def test_duplicates_in_two_folds_are_named_on_both_sides(
     shared_table = table.copy()
     shared_table.loc[test, shared] = shared_table[shared][train]
     expected = expected_of(survey)
-    verdict = judge(describe_sharing(shared_table, expected.reference)[list(COLUMNS)], expected)
+    verdict = run_suite(
+        add_sharing_columns(shared_table, expected.reference)[list(COLUMNS)], expected
+    )
     assert verdict.failed == (failed,)
     assert named(verdict, failed) == sorted(survey["path"][[train, test]])
 
@@ -171,17 +173,17 @@ def test_equal_pixels_under_two_classes_are_named_though_they_share_a_fold(
 def test_a_missing_class_is_named() -> None:
     verdict = judged(surveyed({name: EACH for name in CLASSES if name != "River"}))
     assert set(verdict.failed) == {"classes-present", "count-River"}
-    (finding,) = [finding for finding in verdict.findings if finding.name == "classes-present"]
+    (finding,) = [finding for finding in verdict.results if finding.name == "classes-present"]
     assert finding.observed == "missing River"
 
 
 def test_a_class_far_over_its_share_is_named_with_the_first_tiles_and_the_count() -> None:
     verdict = judged(surveyed(dict.fromkeys(CLASSES, EACH) | {"SeaLake": 60}))
     assert verdict.failed == ("balance",)
-    (finding,) = [finding for finding in verdict.findings if finding.name == "balance"]
+    (finding,) = [finding for finding in verdict.results if finding.name == "balance"]
     assert {path.split("/")[0] for path, _ in finding.tiles} == {"SeaLake"}
     lines = finding.lines()
-    assert len(lines) == 1 + SHOWN + 1
+    assert len(lines) == 1 + MAX_TILES_SHOWN + 1
     assert lines[0].endswith(": SeaLake 3.57 times: 60 tiles")
     assert lines[-1].split() == ["...", "and", "50", "more"]
 
@@ -189,23 +191,23 @@ def test_a_class_far_over_its_share_is_named_with_the_first_tiles_and_the_count(
 def test_a_class_far_under_its_share_is_refused_unless_the_tolerance_says_otherwise() -> None:
     survey = surveyed(dict.fromkeys(CLASSES, 40) | {"SeaLake": 15})
     assert judged(survey).failed == ("balance",)
-    lenient = expect(DATA, survey, tolerance=3)
+    lenient = build_spec(DATA, survey, tolerance=3)
     table = table_of(survey, lenient)
-    assert judge(table, lenient).success
+    assert run_suite(table, lenient).success
 
 
 def test_a_class_too_small_to_split_leaves_no_folds() -> None:
     verdict = judged(surveyed(dict.fromkeys(CLASSES, EACH) | {"SeaLake": 2}))
     assert set(verdict.failed) == {"count-SeaLake", "balance", "folds-present"}
-    (finding,) = [finding for finding in verdict.findings if finding.name == "count-SeaLake"]
+    (finding,) = [finding for finding in verdict.results if finding.name == "count-SeaLake"]
     assert finding.lines() == ["FAILED  count-SeaLake              SeaLake has 10 tiles or more: 2"]
 
 
 def test_the_published_counts_of_eurosat_are_expected_to_the_tile() -> None:
     data = DataConfig(source="eurosat")
-    expected = expect(data, surveyed({"Forest": EACH, "River": EACH}))
+    expected = build_spec(data, surveyed({"Forest": EACH, "River": EACH}))
     assert sum(expected.reference.classes.values()) == 27_000
-    assert expected.count("Pasture") == (2000, 2000)
+    assert expected.count_limits("Pasture") == (2000, 2000)
     assert (expected.height, expected.width, expected.bands) == (64, 64, 3)
 
 
@@ -214,9 +216,9 @@ def test_a_folder_is_held_to_an_even_deal_over_its_own_classes_and_its_usual_siz
     survey["width"] = 48
     survey.loc[0, "width"] = 64
     data = DataConfig(source="folder", root="tiles")
-    expected = expect(data, survey)
+    expected = build_spec(data, survey)
     assert (expected.height, expected.width) == (64, 48)
-    verdict = judge(table_of(survey, expected, data), expected)
+    verdict = run_suite(table_of(survey, expected, data), expected)
     assert verdict.failed == ("width",)
     assert named(verdict, "width") == ["L'Estartit/L'Estartit_1.jpg"]
 
@@ -235,30 +237,30 @@ def test_a_faulty_tile_has_no_fold_and_no_pixel_facts(survey: pd.DataFrame) -> N
 
 
 def test_a_table_without_a_column_fails_and_says_what_is_missing(table: pd.DataFrame) -> None:
-    verdict = judge(table.drop(columns="saturation"), expected_of(table))
+    verdict = run_suite(table.drop(columns="saturation"), expected_of(table))
     assert set(verdict.failed) == {"columns", "type-saturation", "saturation"}
-    (finding,) = [finding for finding in verdict.findings if finding.name == "saturation"]
+    (finding,) = [finding for finding in verdict.results if finding.name == "saturation"]
     assert "saturation" in finding.observed
     assert "does not exist" in finding.observed
 
 
 def test_a_column_of_another_type_fails(table: pd.DataFrame) -> None:
-    verdict = judge(table.astype({"height": float}), expected_of(table))
+    verdict = run_suite(table.astype({"height": float}), expected_of(table))
     assert verdict.failed == ("type-height",)
-    (finding,) = [finding for finding in verdict.findings if not finding.success]
+    (finding,) = [finding for finding in verdict.results if not finding.success]
     assert finding.observed == "float64"
 
 
 def test_no_findings_are_no_success() -> None:
-    assert not Verdict(findings=(), suite="").success
+    assert not Verdict(results=(), suite="").success
 
 
 def test_a_suite_has_the_same_digest_each_time_it_is_built_and_another_when_it_changes(
     survey: pd.DataFrame,
 ) -> None:
-    once, again = (digest(build_suite(expect(DATA, survey))) for _ in range(2))
+    once, again = (suite_digest(build_suite(build_spec(DATA, survey))) for _ in range(2))
     assert once == again
-    assert once != digest(build_suite(expect(DATA, survey, tolerance=3)))
+    assert once != suite_digest(build_suite(build_spec(DATA, survey, tolerance=3)))
 
 
 def test_a_reference_is_read_from_a_file(tmp_path: Path) -> None:
@@ -282,4 +284,4 @@ def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path: Path, text: st
 @pytest.mark.parametrize("tolerance", [0.5, float("nan")])
 def test_a_tolerance_under_one_is_refused(survey: pd.DataFrame, tolerance: float) -> None:
     with pytest.raises(ConfigError, match="factor of 1 or more"):
-        expect(DATA, survey, tolerance=tolerance)
+        build_spec(DATA, survey, tolerance=tolerance)

@@ -295,7 +295,7 @@ def test_the_help_says_what_the_verb_takes_without_waiting_for_heavy_imports() -
         timeout=60,
     )
     assert asked.returncode == exit_codes.OK
-    for key in validate.OWN_KEYS:
+    for key in validate.COMMAND_KEYS:
         assert f"{key}=" in asked.stdout
     imported = {*re.findall(r"^import time:.*\|\s*(\w+)[\w.]*$", asked.stderr, re.MULTILINE)}
     assert "eurosat" in imported

@@ -172,7 +172,7 @@ def test_bad_files_are_refused(model: "TileClassifier", case: str) -> None:
 
 @pytest.fixture(scope="module")
 def multispectral(tmp_path_factory: pytest.TempPathFactory) -> "TileClassifier":
-    scale = bands.full_scale().tolist()
+    scale = bands.band_full_scales().tolist()
     return load(tmp_path_factory.mktemp("bands"), count=13, size=16, full_scale=json.dumps(scale))
 
 
@@ -187,12 +187,12 @@ def test_a_model_of_thirteen_bands_takes_tensors_and_geotiffs(
     multispectral: "TileClassifier",
 ) -> None:
     as_trained = decode.decode(
-        bands.geotiff(reflectance()), "t.tif", dtype="uint16", reflectance_max=None
+        bands.encode_geotiff(reflectance()), "t.tif", dtype="uint16", reflectance_max=None
     )
-    tensor, tiff = ask(multispectral, as_trained, bands.geotiff(reflectance()))
+    tensor, tiff = ask(multispectral, as_trained, bands.encode_geotiff(reflectance()))
     assert tensor == tiff
     assert tensor["label"] == "River"
-    (resized,) = ask(multispectral, bands.geotiff(reflectance(size=40)))
+    (resized,) = ask(multispectral, bands.encode_geotiff(reflectance(size=40)))
     assert resized["label"] == "River"
     assert resized["resized_from"] == [40, 40]
 
@@ -202,10 +202,14 @@ def test_a_model_of_thirteen_bands_refuses_what_is_not_of_them(
 ) -> None:
     assert "send a GeoTIFF of 13 bands, or raw uint8" in refusal(multispectral, GOOD)
     assert "takes (16, 16, 13)" in refusal(multispectral, pixels("River"))
-    four = bands.geotiff(reflectance(count=4))
+    four = bands.encode_geotiff(reflectance(count=4))
     assert "4 bands of uint16 where the model takes 13 of uint16" in refusal(multispectral, four)
-    assert "damaged or truncated" in refusal(multispectral, bands.geotiff(reflectance())[:300])
-    assert "1025x1025 pixels" in refusal(multispectral, bands.geotiff(reflectance(size=1025)))
+    assert "damaged or truncated" in refusal(
+        multispectral, bands.encode_geotiff(reflectance())[:300]
+    )
+    assert "1025x1025 pixels" in refusal(
+        multispectral, bands.encode_geotiff(reflectance(size=1025))
+    )
 
 
 def test_tiles_that_wait_are_shared_among_the_threads_in_their_order() -> None:

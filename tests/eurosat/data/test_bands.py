@@ -21,22 +21,24 @@ MANY = ("data.dtype=uint16", "data.synthetic.bands=13")
 
 
 def test_every_band_has_its_own_scale_and_cirrus_stays_dark() -> None:
-    values = np.tile(np.array(bands.MEAN), (4, 4, 1)).astype(np.uint16)
-    pixels = decode(bands.geotiff(values), "t.tif", dtype="uint16", reflectance_max=None)[0, 0]
+    values = np.tile(np.array(bands.MEANS), (4, 4, 1)).astype(np.uint16)
+    pixels = decode(bands.encode_geotiff(values), "t.tif", dtype="uint16", reflectance_max=None)[
+        0, 0
+    ]
     levels = dict(zip(bands.NAMES, pixels.tolist(), strict=True))
     assert levels.pop(bands.CIRRUS) <= 2
     assert all(60 < level < 200 for level in levels.values()), levels
     assert levels["B04"] == round(947 / 2750 * 255)
-    one = decode(bands.geotiff(values), "t.tif", dtype="uint16", reflectance_max=2750)[0, 0]
+    one = decode(bands.encode_geotiff(values), "t.tif", dtype="uint16", reflectance_max=2750)[0, 0]
     assert one[bands.NAMES.index("B08")] > levels["B08"]
 
 
 def test_the_colours_of_thirteen_bands_are_red_green_and_blue() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
-    file = bands.geotiff(bands.from_colours(picture, np.random.default_rng(1)))
+    file = bands.encode_geotiff(bands.bands_from_rgb(picture, np.random.default_rng(1)))
     seen = decode(file, "t.tif", dtype="uint16", reflectance_max=None, bands="rgb")
     np.testing.assert_allclose(seen.astype(int), picture, atol=1)
-    four = bands.geotiff(np.ones((8, 8, 4), np.uint16))
+    four = bands.encode_geotiff(np.ones((8, 8, 4), np.uint16))
     with pytest.raises(DataError, match="t.tif has 4 bands, .*say data.bands=all"):
         decode(four, "t.tif", dtype="uint16", reflectance_max=None, bands="rgb")
 

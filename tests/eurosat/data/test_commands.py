@@ -90,5 +90,5 @@ def test_help_tells_the_verbs(argv: list[str], capsys: pytest.CaptureFixture[str
 )
 def test_a_histogram_holds_shares(pixels: np.ndarray, level: int) -> None:
     shares = commands.histogram(pixels)
-    assert shares.shape == (3, commands.LEVELS)
+    assert shares.shape == (3, commands.HISTOGRAM_BINS)
     assert shares[:, level].tolist() == [1, 1, 1]

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from eurosat.data.duplicates import check_split, find_duplicates, perceptual_hash
+from eurosat.data.duplicates import check_no_leak, find_duplicates, perceptual_hash
 from eurosat.data.pack import Pack
 from eurosat.data.split import FOLDS, make_split, split_fingerprint
 from eurosat.errors import DataError
@@ -75,7 +75,7 @@ def test_duplicates_stand_in_one_fold_even_across_classes(seed: int) -> None:
     split = make_split(tiles, seed=seed)
     assert len(set(split.folds[[3, 7, 50]])) == 1
     assert len(set(split.folds[[45, 60, 79]])) == 1
-    assert split.grouped == 4
+    assert split.num_duplicates == 4
     assert set(split.folds) == set(FOLDS)
 
 
@@ -92,8 +92,8 @@ def test_three_tiles_of_a_class_fill_three_folds() -> None:
 def test_a_leak_is_found_by_the_audit() -> None:
     folds = np.array(["train", "train", "test"], dtype=object)
     with pytest.raises(DataError, match="1 duplicate tiles stand in two folds"):
-        check_split(np.array([0, 1, 0]), folds)
-    check_split(np.array([0, 0, 2]), folds)
+        check_no_leak(np.array([0, 1, 0]), folds)
+    check_no_leak(np.array([0, 0, 2]), folds)
 
 
 def scenes(count: int, size: int = 80) -> npt.NDArray[np.uint8]:
@@ -137,8 +137,8 @@ def test_chains_of_duplicates_are_one_group() -> None:
 def test_no_place_of_the_real_tiles_stands_in_two_folds(real_pack: Pack) -> None:
     split = make_split(real_pack.table)
     group = real_pack.table["group"].to_numpy(np.int64)
-    check_split(group, split.folds)
-    assert split.grouped == 7
+    check_no_leak(group, split.folds)
+    assert split.num_duplicates == 7
     sizes = {fold: len(split.indices(fold)) for fold in FOLDS}
     assert sum(sizes.values()) == 27_000
     assert sizes["test"] == pytest.approx(5400, abs=3)

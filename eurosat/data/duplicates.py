@@ -38,7 +38,7 @@ class DuplicateGroups:
 
 
 def perceptual_hash(tiles_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """Return (N,) 64-bit hashes: the signs of the lowest 8x8 cosine coefficients about the median."""
+    """Return (N,) 64-bit hashes: signs of the lowest 8x8 cosine coefficients about their median."""
     grey = tiles_NHWC.astype(np.float32).mean(axis=-1)
     rows, columns = _cosines(grey.shape[1]), _cosines(grey.shape[2])
     low = np.einsum("ih,nhw,jw->nij", rows, grey, columns, optimize=True).reshape(len(grey), 64)

@@ -288,7 +288,7 @@ def test_a_damaged_receipt_is_no_receipt(tmp_path: Path, content: str) -> None:
     file = validation_record.record_path("abc", tmp_path)
     file.parent.mkdir()
     file.write_text(content)
-    with pytest.raises(DataError, match="is not a receipt"):
+    with pytest.raises(DataError, match="is not a validation record"):
         validation_record.read("abc", tmp_path)
 
 

@@ -194,8 +194,8 @@ def test_every_faulty_tile_is_named_beside_its_fault(failed: Outcome) -> None:
     }
     reasons = told["readable"]
     assert re.search(r"Forest/03\.jpg .*truncated", reasons)
-    assert re.search(r"Forest/wide\.png .*48x32x3 where the other tiles are 64x64x3", reasons)
-    assert re.search(r"River/deep\.png .*holds uint16 pixels where uint8 was said", reasons)
+    assert re.search(r"Forest/wide\.png .*48x32x3, but most tiles are 64x64x3", reasons)
+    assert re.search(r"River/deep\.png .*holds uint16 pixels, but data.dtype is uint8", reasons)
 
 
 def test_a_failed_validation_is_a_finished_run_that_says_so(failed: Outcome) -> None:

@@ -1,4 +1,4 @@
-"""Sources and the pack: what is read once, believed only when whole, and refused in one line."""
+"""Sources and the pack: built once, verified when opened, refused with one line."""
 
 import io
 import os
@@ -24,7 +24,7 @@ from eurosat.errors import DataError
 from tests.support.paths import ROOT
 
 
-def picture(seed: int, size: int = 16, mode: str = "RGB", kind: str = "PNG") -> bytes:
+def encode_image(seed: int, size: int = 16, mode: str = "RGB", kind: str = "PNG") -> bytes:
     rng = np.random.default_rng(seed)
     shape = (size, size, 3) if mode == "RGB" else (size, size)
     pixels = rng.integers(0, 256, shape).astype(np.uint16 if mode == "I;16" else np.uint8)
@@ -40,7 +40,7 @@ def tiles(tmp_path: Path) -> Path:
     for number, name in enumerate(("Forest", "River")):
         (root / name).mkdir(parents=True)
         for index in range(6):
-            (root / name / f"{name}_{index}.png").write_bytes(picture(100 * number + index))
+            (root / name / f"{name}_{index}.png").write_bytes(encode_image(100 * number + index))
     return root
 
 
@@ -49,7 +49,9 @@ def config(tiles: Path, tmp_path: Path) -> DataConfig:
     return DataConfig(source="folder", root=str(tiles), cache=str(tmp_path / "cache"))
 
 
-def test_a_pack_holds_every_tile_with_its_class_and_facts(config: DataConfig, tiles: Path) -> None:
+def test_a_pack_holds_every_tile_with_its_class_and_statistics(
+    config: DataConfig, tiles: Path
+) -> None:
     pack = open_pack(config)
     assert pack.tiles_NHWC.shape == (12, 16, 16, 3)
     assert pack.classes == ("Forest", "River")
@@ -84,7 +86,7 @@ def test_the_fingerprint_is_the_same_for_a_folder_and_a_zip_with_any_prefix(
 
 def test_a_changed_file_makes_another_pack_and_fingerprint(config: DataConfig, tiles: Path) -> None:
     before = open_pack(config)
-    (tiles / "Forest" / "Forest_0.png").write_bytes(picture(7))
+    (tiles / "Forest" / "Forest_0.png").write_bytes(encode_image(7))
     after = open_pack(config)
     assert after.fingerprint != before.fingerprint
     assert after.directory != before.directory
@@ -103,42 +105,48 @@ def replace_tile(data: bytes) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "words"),
+    ("damage", "message"),
     [
         (truncate, "is unreadable or truncated"),
         (replace_tile(b""), "is unreadable or truncated"),
         (replace_tile(b"not a picture"), "is unreadable or truncated"),
-        (replace_tile(picture(1, size=20)), "is 20x20x3 where the other tiles are 16x16x3"),
-        (replace_tile(picture(1, mode="L")), "is 16x16x1 where the other tiles are 16x16x3"),
-        (replace_tile(picture(1, mode="I;16")), "holds uint16 pixels where uint8 was said"),
-        (replace_tile(picture(1, mode="I;16", kind="TIFF")), "holds uint16 pixels where uint8"),
-        (replace_tile(picture(1, size=1100)), "over the 1024 of a tile"),
+        (replace_tile(encode_image(1, size=20)), "is 20x20x3, but most tiles are 16x16x3"),
+        (replace_tile(encode_image(1, mode="L")), "is 16x16x1, but most tiles are 16x16x3"),
+        (
+            replace_tile(encode_image(1, mode="I;16")),
+            "holds uint16 pixels, but data.dtype is uint8",
+        ),
+        (
+            replace_tile(encode_image(1, mode="I;16", kind="TIFF")),
+            "holds uint16 pixels, but data.dtype is uint8",
+        ),
+        (replace_tile(encode_image(1, size=1100)), "a tile has at most 1024 per side"),
     ],
 )
 def test_a_bad_tile_is_named_with_a_remedy_and_leaves_no_pack(
-    config: DataConfig, tiles: Path, break_it: Callable[[Path], None], words: str
+    config: DataConfig, tiles: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    break_it(tiles)
+    damage(tiles)
     with pytest.raises(DataError) as caught:
         open_pack(config)
-    message = str(caught.value)
-    assert message.startswith("River/River_3.png")
-    assert words in message
-    assert "1 of 12 tiles have a fault" in message
-    assert "\n" not in message
+    error = str(caught.value)
+    assert error.startswith("River/River_3.png")
+    assert message in error
+    assert "1 of 12 tiles have a fault" in error
+    assert "\n" not in error
     assert not list((config.cache_dir / "packs").glob("*/"))
 
 
-def test_a_survey_tells_all_faults_at_once(config: DataConfig, tiles: Path) -> None:
+def test_a_scan_reports_all_faults_at_once(config: DataConfig, tiles: Path) -> None:
     for index in (1, 4):
         (tiles / "Forest" / f"Forest_{index}.png").write_bytes(b"junk")
-    survey = scan_source(config)
-    assert survey.pack is None
-    faulty = survey.table[survey.table["fault"].notna()]
+    scan = scan_source(config)
+    assert scan.pack is None
+    faulty = scan.table[scan.table["fault"].notna()]
     assert list(faulty["path"]) == ["Forest/Forest_1.png", "Forest/Forest_4.png"]
 
 
-def test_sixteen_bit_tiles_are_scaled_by_their_reflectance(tmp_path: Path) -> None:
+def test_16_bit_tiles_are_scaled_from_reflectance(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / "t" / name).mkdir(parents=True)
         values = np.full((16, 16), 1375, np.uint16)
@@ -153,7 +161,7 @@ def test_sixteen_bit_tiles_are_scaled_by_their_reflectance(tmp_path: Path) -> No
     assert pack.tiles_NHWC[0, 1, 1, 0] == 128  # half of 2750
 
 
-def test_bands_are_read_from_the_data(tmp_path: Path) -> None:
+def test_the_number_of_bands_is_read_from_the_files(tmp_path: Path) -> None:
     import rasterio
 
     rng = np.random.default_rng(0)
@@ -161,7 +169,7 @@ def test_bands_are_read_from_the_data(tmp_path: Path) -> None:
         (tmp_path / "t" / name).mkdir(parents=True)
         for index in range(2):
             values = rng.integers(0, 2750, (13, 16, 16)).astype(np.uint16)
-            place = rasterio.Affine(10, 0, 0, 0, -10, 0)
+            transform = rasterio.Affine(10, 0, 0, 0, -10, 0)
             with rasterio.open(
                 tmp_path / "t" / name / f"{index}.tif",
                 "w",
@@ -171,7 +179,7 @@ def test_bands_are_read_from_the_data(tmp_path: Path) -> None:
                 count=13,
                 dtype="uint16",
                 crs="EPSG:32631",
-                transform=place,
+                transform=transform,
             ) as file:
                 file.write(values)
     pack = open_pack(
@@ -203,7 +211,7 @@ def test_a_corrupt_pack_is_refused_with_a_remedy(
         open_pack(config)
 
 
-def test_a_killed_build_leaves_nothing_that_is_believed(tmp_path: Path) -> None:
+def test_a_killed_build_leaves_no_pack(tmp_path: Path) -> None:
     program = (
         "import sys; from eurosat.config import *; from eurosat.data.pack import open_pack\n"
         "open_pack(DataConfig(source='synthetic', cache=sys.argv[1],"
@@ -217,7 +225,7 @@ def test_a_killed_build_leaves_nothing_that_is_believed(tmp_path: Path) -> None:
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert list(folder.glob(".synthetic-*")), "it was killed before it began"
+    assert list(folder.glob(".synthetic-*")), "the build was killed before it began"
     assert not list(folder.glob("synthetic-*/"))
     small = DataConfig(
         source="synthetic", cache=str(tmp_path), synthetic=SyntheticConfig(tiles=20, size=32)
@@ -225,12 +233,12 @@ def test_a_killed_build_leaves_nothing_that_is_believed(tmp_path: Path) -> None:
     assert len(open_pack(small).table) == 20
 
 
-def test_what_a_killed_build_left_is_swept_away_by_the_next(config: DataConfig) -> None:
+def test_the_next_build_removes_what_a_killed_build_left(config: DataConfig) -> None:
     directory = open_pack(config).directory
-    left = directory.with_name(f".{directory.name}.12345")
-    directory.rename(left)
+    leftover = directory.with_name(f".{directory.name}.12345")
+    directory.rename(leftover)
     assert open_pack(config).directory.exists()
-    assert not left.exists()
+    assert not leftover.exists()
 
 
 def test_two_builders_at_once_make_one_pack(config: DataConfig) -> None:
@@ -241,23 +249,25 @@ def test_two_builders_at_once_make_one_pack(config: DataConfig) -> None:
         "print(open_pack(config).directory)"
     )
     command = [sys.executable, "-c", program, str(config.root), config.cache]
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
-    said = [child.communicate(timeout=60)[0] for child in both]
-    assert said[0] == said[1] != ""
-    assert [child.returncode for child in both] == [0, 0]
+    children = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    outputs = [child.communicate(timeout=60)[0] for child in children]
+    assert outputs[0] == outputs[1] != ""
+    assert [child.returncode for child in children] == [0, 0]
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_written(
     config: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(DataError, match="make room there or set EUROSAT_CACHE"):
+    with pytest.raises(DataError, match="free some disk space or set EUROSAT_CACHE"):
         open_pack(config)
 
 
 def test_a_disk_that_fills_up_while_writing_leaves_no_pack(config: DataConfig) -> None:
-    """A file-size limit of the process stands in for the full disk: the same failing write."""
+    """A file-size limit of the process stands in for a full disk: writes fail alike."""
     program = (
         "import resource, signal, sys; from eurosat.config import DataConfig\n"
         "from eurosat.data import pack; import numpy, pandas, pyarrow, PIL.Image, filelock\n"
@@ -281,7 +291,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_no_pack(config: DataConfig) -
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_cache_that_may_not_be_written_is_named(config: DataConfig, tmp_path: Path) -> None:
+def test_a_cache_without_write_permission_is_named(config: DataConfig, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(DataError, match="cannot write the pack"):
         open_pack(config)
@@ -301,7 +311,7 @@ def test_a_class_folder_without_images_is_named(config: DataConfig, tiles: Path)
 
 def test_one_class_is_too_few(tmp_path: Path) -> None:
     (tmp_path / "Forest").mkdir()
-    (tmp_path / "Forest" / "1.png").write_bytes(picture(1))
+    (tmp_path / "Forest" / "1.png").write_bytes(encode_image(1))
     with pytest.raises(DataError, match="at least 2 are needed"):
         open_source(DataConfig(source="folder", root=str(tmp_path)))
 
@@ -312,9 +322,7 @@ def test_a_broken_zip_is_named(tmp_path: Path) -> None:
         open_source(DataConfig(source="folder", root=str(tmp_path / "broken.zip")))
 
 
-def test_a_zip_member_that_is_damaged_is_named(
-    config: DataConfig, tmp_path: Path, tiles: Path
-) -> None:
+def test_a_damaged_zip_member_is_named(config: DataConfig, tmp_path: Path, tiles: Path) -> None:
     archive = tmp_path / "damaged.zip"
     with zipfile.ZipFile(archive, "w") as opened:
         for file in tiles.rglob("*.png"):
@@ -330,38 +338,38 @@ def test_a_zip_member_that_is_damaged_is_named(
 def test_a_file_listed_twice_in_a_zip_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "twice.zip", "w") as opened:
         for prefix in ("a", "b"):
-            opened.writestr(f"{prefix}/Forest/1.png", picture(1))
+            opened.writestr(f"{prefix}/Forest/1.png", encode_image(1))
     with pytest.raises(DataError, match="holds Forest/1.png twice"):
         open_source(DataConfig(source="folder", root=str(tmp_path / "twice.zip")))
 
 
-def test_a_root_without_eurosat_is_refused_and_never_downloaded(tmp_path: Path) -> None:
+def test_a_root_without_eurosat_is_refused_and_nothing_is_downloaded(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no EuroSAT tiles under"):
         open_source(DataConfig(source="eurosat", root=str(tmp_path)))
 
 
-@pytest.mark.parametrize("place", ["2750", "EuroSAT_RGB", "eurosat/2750"])
-def test_eurosat_is_found_under_its_usual_names(tmp_path: Path, place: str) -> None:
-    (tmp_path / place).mkdir(parents=True)
-    assert find_eurosat(tmp_path) == tmp_path / place
+@pytest.mark.parametrize("name", ["2750", "EuroSAT_RGB", "eurosat/2750"])
+def test_eurosat_is_found_under_its_usual_names(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir(parents=True)
+    assert find_eurosat(tmp_path) == tmp_path / name
 
 
-def test_a_download_that_fails_says_what_to_do(
+def test_a_failed_download_names_the_alternatives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torchvision.datasets
 
-    asked: list[str] = []
+    attempts: list[str] = []
 
     def refuse(root: str, download: bool) -> None:
-        asked.append(root)
+        attempts.append(root)
         raise OSError("no route to host")
 
     monkeypatch.setattr(torchvision.datasets, "EuroSAT", refuse)
     with pytest.raises(DataError, match="no route to host.*set EUROSAT_ROOT"):
         open_source(DataConfig(source="eurosat", cache=str(tmp_path)))
-    assert len(asked) == 1
-    assert not list(tmp_path.iterdir()), "nothing half-finished is left"
+    assert len(attempts) == 1
+    assert not list(tmp_path.iterdir()), "no partial download is left"
 
 
 def test_synthetic_tiles_are_the_same_in_another_process(tiny_pack: Pack) -> None:
@@ -373,7 +381,7 @@ def test_synthetic_tiles_are_the_same_in_another_process(tiny_pack: Pack) -> Non
 
 
 @pytest.mark.real_data
-def test_the_real_tiles_are_all_there_and_seven_places_stand_twice(real_pack: Pack) -> None:
+def test_the_real_tiles_are_complete_and_seven_places_appear_twice(real_pack: Pack) -> None:
     assert real_pack.tiles_NHWC.shape == (27_000, 64, 64, 3)
     counts = real_pack.table["class"].value_counts()
     assert counts["Pasture"] == 2000

@@ -11,7 +11,7 @@ TILES_PER_CLASS = 30
 
 @pytest.fixture(scope="module")
 def tiles() -> npt.NDArray[np.uint8]:
-    """(10, 30, 64, 64, 3): tiles that show their own class alone."""
+    """(10, 30, 64, 64, 3) tiles without haze or ambiguous content."""
     return np.array(
         [
             [render(label, index, difficulty=0) for index in range(TILES_PER_CLASS)]
@@ -26,7 +26,7 @@ def test_classes_are_eurosats_ten_in_alphabetical_order() -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
-def test_every_class_is_drawn_as_uint8_rgb_of_the_size_asked_for(size: int) -> None:
+def test_every_class_is_drawn_as_uint8_rgb_of_the_requested_size(size: int) -> None:
     for label in range(len(CLASSES)):
         tile = render(label, 3, size=size)
         assert tile.shape == (size, size, 3)
@@ -35,7 +35,7 @@ def test_every_class_is_drawn_as_uint8_rgb_of_the_size_asked_for(size: int) -> N
 
 
 @pytest.mark.parametrize("difficulty", [0.0, 1.0, 2.0])
-def test_a_tile_depends_on_its_arguments_alone_and_not_on_the_order_of_calls(
+def test_a_tile_depends_only_on_its_arguments_not_on_the_order_of_calls(
     difficulty: float,
 ) -> None:
     keys = [(label, index) for label in range(len(CLASSES)) for index in range(2)]
@@ -68,7 +68,7 @@ def test_forest_is_darkest_where_land_is_green(tiles: npt.NDArray[np.uint8]) -> 
     assert mean[land].sum(axis=1).min() > forest.sum()
 
 
-def test_texture_is_least_on_water_and_most_where_people_build(
+def test_texture_is_lowest_on_water_and_highest_in_built_up_areas(
     tiles: npt.NDArray[np.uint8],
 ) -> None:
     steps = np.abs(np.diff(tiles.astype(float), axis=3)).mean(axis=(1, 2, 3, 4))
@@ -77,13 +77,13 @@ def test_texture_is_least_on_water_and_most_where_people_build(
     assert set(order[-2:]) == {"Industrial", "Residential"}
 
 
-def test_difficulty_takes_contrast_away(tiles: npt.NDArray[np.uint8]) -> None:
+def test_difficulty_reduces_contrast(tiles: npt.NDArray[np.uint8]) -> None:
     label = LABELS["Industrial"]
     hard = np.array([render(label, index, difficulty=2) for index in range(TILES_PER_CLASS)])
     assert hard.std() < tiles[label].std()
 
 
-def test_size_changes_the_sampling_and_not_the_scene() -> None:
+def test_size_changes_the_sampling_but_not_the_scene() -> None:
     label = LABELS["AnnualCrop"]
     fine = render(label, 0, size=128, difficulty=0).reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
     coarse = render(label, 0, size=64, difficulty=0)

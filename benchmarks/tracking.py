@@ -24,9 +24,9 @@ from eurosat.errors import TrackingError
 from eurosat.runtime import hardware, logs
 from tests.support.mlflow_server import free_port, mlflow_server, proxy
 
-FAR_S = 0.05
+FAR_DELAY_S = 0.05
 METRICS = ("train_loss_step", "train_accuracy_step", "lr")
-TOLD = {
+ARMS = {
     "none": "no logging",
     "ours, near": "the journal, a server on this machine",
     "ours, far": "the journal, a server 50 ms away",
@@ -35,7 +35,7 @@ TOLD = {
     "MLFlowLogger, far": "Lightning's MLFlowLogger, a server 50 ms away",
 }
 
-DRAINED_S = 60
+DRAIN_TIMEOUT_S = 60
 """A server that answers has what a turn logged within EVERY_S of `eurosat.tracking.uploader`."""
 
 Log = Callable[[dict[str, float], int], None]
@@ -49,23 +49,23 @@ class Arm:
 
 
 @contextmanager
-def ours(uri: str, *, there: bool = True) -> Iterator[Arm]:
+def journal_arm(uri: str, *, is_reachable: bool = True) -> Iterator[Arm]:
     """``there`` says that a server answers at ``uri``: without one nothing is ever sent."""
     os.environ["MLFLOW_TRACKING_URI"] = uri
     with tracking.run("bench", "ours", system_metrics=False) as run:
 
         def drain() -> None:
-            deadline = time.monotonic() + DRAINED_S
+            deadline = time.monotonic() + DRAIN_TIMEOUT_S
             while waiting := run.backlog():
                 if time.monotonic() > deadline:
-                    raise TrackingError(f"{uri} did not take {waiting} within {DRAINED_S} s")
+                    raise TrackingError(f"{uri} did not take {waiting} within {DRAIN_TIMEOUT_S} s")
                 time.sleep(0.05)
 
-        yield Arm(log_metrics=run.log_metrics, drain=drain if there else lambda: None)
+        yield Arm(log_metrics=run.log_metrics, drain=drain if is_reachable else lambda: None)
 
 
 @contextmanager
-def lightnings(uri: str) -> Iterator[Arm]:
+def lightning_arm(uri: str) -> Iterator[Arm]:
     """It sends within the call: nothing waits after it."""
     from lightning.pytorch.loggers import MLFlowLogger
 
@@ -74,7 +74,7 @@ def lightnings(uri: str) -> Iterator[Arm]:
     logger.finalize("success")
 
 
-def turn(step: Callable[[], float], arm: Arm, seconds: float) -> tuple[float, float]:
+def time_steps(step: Callable[[], float], arm: Arm, seconds: float) -> tuple[float, float]:
     """Train and log for a while; returns the seconds of a step, and of a call to the logger.
 
     What is left to be sent is sent after them, so that it does not slow the next arm's turn.
@@ -91,15 +91,17 @@ def turn(step: Callable[[], float], arm: Arm, seconds: float) -> tuple[float, fl
     return taken / steps, calling / steps
 
 
-def row(name: str, steps_s: Sequence[float], calls_s: Sequence[float], none: Any) -> dict[str, Any]:
+def report_row(
+    name: str, steps_s: Sequence[float], calls_s: Sequence[float], baseline_s: Any
+) -> dict[str, Any]:
     return {
         "arm": name,
-        "what": TOLD[name],
+        "what": ARMS[name],
         "step_ms": round(1000 * statistics.median(steps_s), 2),
         "call_ms": round(1000 * statistics.median(calls_s), 3),
-        "overhead": round(reports.median_ratio(steps_s, none) - 1, 4),
-        "low": round(min(a / b for a, b in zip(steps_s, none, strict=True)) - 1, 4),
-        "high": round(max(a / b for a, b in zip(steps_s, none, strict=True)) - 1, 4),
+        "overhead": round(reports.median_ratio(steps_s, baseline_s) - 1, 4),
+        "low": round(min(a / b for a, b in zip(steps_s, baseline_s, strict=True)) - 1, 4),
+        "high": round(max(a / b for a, b in zip(steps_s, baseline_s, strict=True)) - 1, 4),
     }
 
 
@@ -115,25 +117,25 @@ def main(argv: Sequence[str]) -> None:
         os.environ["EUROSAT_CACHE"] = folder
         port = stack.enter_context(mlflow_server(Path(folder)))
         far = stack.enter_context(proxy(port))
-        far.delay_s = FAR_S
+        far.delay_s = FAR_DELAY_S
         near, gone = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
         arms: dict[str, Arm] = {
             "none": Arm(log_metrics=lambda *_: None),
-            "ours, near": stack.enter_context(ours(near)),
-            "ours, far": stack.enter_context(ours(far.uri)),
-            "ours, gone": stack.enter_context(ours(gone, there=False)),
-            "MLFlowLogger, near": stack.enter_context(lightnings(near)),
-            "MLFlowLogger, far": stack.enter_context(lightnings(far.uri)),
+            "ours, near": stack.enter_context(journal_arm(near)),
+            "ours, far": stack.enter_context(journal_arm(far.uri)),
+            "ours, gone": stack.enter_context(journal_arm(gone, is_reachable=False)),
+            "MLFlowLogger, near": stack.enter_context(lightning_arm(near)),
+            "MLFlowLogger, far": stack.enter_context(lightning_arm(far.uri)),
         }
         step()
         for arm in arms.values():
             arm.drain()
-        steps: dict[str, list[float]] = {name: [] for name in TOLD}
-        calls: dict[str, list[float]] = {name: [] for name in TOLD}
+        steps: dict[str, list[float]] = {name: [] for name in ARMS}
+        calls: dict[str, list[float]] = {name: [] for name in ARMS}
         for number in range(args.rounds):
-            names = list(TOLD)
+            names = list(ARMS)
             for name in names[number % len(names) :] + names[: number % len(names)]:
-                of_step, of_call = turn(step, arms[name], args.seconds)
+                of_step, of_call = time_steps(step, arms[name], args.seconds)
                 steps[name].append(of_step)
                 calls[name].append(of_call)
                 print(
@@ -141,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
                     f"{1000 * of_call:.3f} of it logging",
                     flush=True,
                 )
-        rows = [row(name, steps[name], calls[name], steps["none"]) for name in TOLD]
+        rows = [report_row(name, steps[name], calls[name], steps["none"]) for name in ARMS]
     worst = max(one["overhead"] for one in rows if str(one["arm"]).startswith("ours"))
     goals = [reports.goal("tracking.overhead", worst, 0.01, at_most=True)]
     reports.write("tracking", started=started, n=args.rounds, goals=goals, rows=rows)

@@ -25,28 +25,28 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     from eurosat.evaluation import report
-    from eurosat.evaluation.results import compare, evaluate, under_corruptions
+    from eurosat.evaluation.results import compare, evaluate, evaluate_corrupted
 
     judged = evaluate(tracking.resolve_run(args.run), args.fold, args.data)
-    told = report.figures(judged)
+    told = report.summarise(judged)
     if args.data:
         told["data"] = args.data
     if args.against:
         other = evaluate(tracking.resolve_run(args.against), args.fold, args.data)
         told["against"] = compare(judged, other)
     if args.corruptions:
-        told["corruptions"] = under_corruptions(judged, args.corruption_tiles)
+        told["corruptions"] = evaluate_corrupted(judged, args.corruption_tiles)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "figures.json").write_text(json.dumps(told, indent=1))
-        (folder / "report.md").write_text(report.markdown(told))
-        report.draw(judged, told, folder)
+        (folder / "report.md").write_text(report.render_markdown(told))
+        report.draw_plots(judged, told, folder)
         kept = f"evaluation/{judged.fold}"
         if args.data:
             kept += "-" + re.sub(r"[^\w.]+", "-", args.data).strip("-")
-        with tracking.reopen(judged.run_id) as run:
+        with tracking.append_to(judged.run_id) as run:
             run.log_folder(folder, kept)
-    print(report.markdown(told))
+    print(report.render_markdown(told))
     print(f"in run {judged.run_id}: {kept}")
     return exit_codes.OK
 

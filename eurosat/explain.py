@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from eurosat.evaluation.gradcam import Tiles
     from eurosat.models.network import NetworkSpec
 
-MOST = 100
+MAX_TILES = 100
 """Tiles on a page."""
 
 
 def read_tiles(
-    run_id: str, spec: "NetworkSpec", given: Sequence[str]
+    run_id: str, spec: "NetworkSpec", names: Sequence[str]
 ) -> tuple["Tiles", list[str | None]]:
     """Pixels of files, or of tiles of the run's data by name, and the class their folder tells.
 
@@ -35,7 +35,7 @@ def read_tiles(
     config = recorded_data(run_id)
     source = None
     tiles, expected = [], []
-    for name in given:
+    for name in names:
         if Path(name).is_file():
             data = Path(name).read_bytes()
         else:
@@ -65,9 +65,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, help="also write the page into this folder")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    if len(args.tiles) > MOST:
-        raise DataError(f"{len(args.tiles)} tiles are too many for a page of {MOST}: give fewer")
-    from eurosat.evaluation.gradcam import draw, explain, page
+    if len(args.tiles) > MAX_TILES:
+        raise DataError(
+            f"{len(args.tiles)} tiles are too many for a page of {MAX_TILES}: give fewer"
+        )
+    from eurosat.evaluation.gradcam import draw_page, explain, render_html
     from eurosat.evaluation.recorded import recorded_network
 
     run_id = tracking.resolve_run(args.model)
@@ -78,9 +80,9 @@ def main(argv: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        draw(explained, title, folder / "explained.png")
-        (folder / "explained.html").write_text(page(explained, title))
-        with tracking.reopen(run_id) as run:
+        draw_page(explained, title, folder / "explained.png")
+        (folder / "explained.html").write_text(render_html(explained, title))
+        with tracking.append_to(run_id) as run:
             kept = f"explanations/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S-%f}"  # a page a call
             for file in (folder / "explained.png", folder / "explained.html"):
                 run.log_file(file, kept)

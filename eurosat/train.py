@@ -147,7 +147,9 @@ def _draw_gallery(
     except ModelError as error:
         log.warning("no gallery: %s", error)
         return
-    gradcam.draw(explained, "Test fold: the hardest tiles, then the surest of each class", file)
+    gradcam.draw_page(
+        explained, "Test fold: the hardest tiles, then the surest of each class", file
+    )
 
 
 def predictions(

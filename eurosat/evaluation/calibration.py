@@ -15,7 +15,7 @@ from eurosat.evaluation.metrics import per_tile_nll
 
 COVERAGE = 0.95
 """Share of tiles, of every class, whose prediction set holds the true class."""
-UNLIKE_SHARE = 0.01
+OOD_SHARE = 0.01
 """Share of validation tiles that count as unlike the training data."""
 LOG_TEMPERATURES = (np.log(0.05), np.log(20.0))
 
@@ -48,7 +48,7 @@ def fit(logits_NK: Floats, labels: Labels) -> Calibration:
         temperature=temperature,
         coverage=COVERAGE,
         thresholds=conformal_thresholds(softmax(logits_NK / temperature), labels, COVERAGE),
-        ood_threshold=float(np.quantile(energy(logits_NK), 1 - UNLIKE_SHARE)),
+        ood_threshold=float(np.quantile(energy(logits_NK), 1 - OOD_SHARE)),
     )
 
 

@@ -15,23 +15,23 @@ import numpy.typing as npt
 Tiles = npt.NDArray[np.uint8]
 
 SEVERITIES = (1, 2, 3, 4, 5)
-HAZE = (0.1, 0.2, 0.3, 0.45, 0.6)
+HAZE_SHARE = (0.1, 0.2, 0.3, 0.45, 0.6)
 """Share of the light that comes from the veil, where it is thickest."""
-VEIL = 225.0
+HAZE_LEVEL = 225.0
 """Level of thick haze: near white."""
-BLUR = (0.5, 0.8, 1.2, 1.7, 2.5)
+BLUR_SIGMA = (0.5, 0.8, 1.2, 1.7, 2.5)
 """Standard deviation in pixels."""
-NOISE = (4.0, 8.0, 14.0, 22.0, 34.0)
+NOISE_SIGMA = (4.0, 8.0, 14.0, 22.0, 34.0)
 """Standard deviation in grey levels."""
-QUALITY = (40, 25, 15, 10, 6)
+JPEG_QUALITY = (40, 25, 15, 10, 6)
 """Of the JPEG encoder; EuroSAT's own tiles were written at about 90."""
-CAST = (0.05, 0.1, 0.15, 0.22, 0.3)
+MAX_COLOUR_CAST = (0.05, 0.1, 0.15, 0.22, 0.3)
 """Largest relative change of a band."""
-LINES = (0.02, 0.05, 0.1, 0.2, 0.35)
+MISSING_LINES_SHARE = (0.02, 0.05, 0.1, 0.2, 0.35)
 """Share of rows without data."""
-SEASON = (0.1, 0.2, 0.3, 0.4, 0.5)
+SEASON_DIMMING = (0.1, 0.2, 0.3, 0.4, 0.5)
 """Share of the light that a lower sun takes; the first band keeps more of it than the last."""
-SIDE = (0.75, 0.5, 0.375, 0.25, 0.125)
+RESOLUTION_SCALE = (0.75, 0.5, 0.375, 0.25, 0.125)
 """Height and width that are left, as a share."""
 
 
@@ -40,20 +40,20 @@ def haze(tiles: Tiles, severity: int, rng: np.random.Generator) -> Tiles:
     slope = np.linspace(0.5, 1, tiles.shape[2])
     flipped = np.where(rng.random(len(tiles)) < 0.5, -1, 1)
     thickness = np.stack([slope[::step] for step in flipped])[:, None, :, None]
-    share = HAZE[severity - 1] * thickness
-    return _pixels(tiles * (1 - share) + VEIL * share)
+    share = HAZE_SHARE[severity - 1] * thickness
+    return _to_uint8(tiles * (1 - share) + HAZE_LEVEL * share)
 
 
 def blur(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
     from scipy.ndimage import gaussian_filter
 
-    sigma = BLUR[severity - 1]
+    sigma = BLUR_SIGMA[severity - 1]
     smooth = gaussian_filter(tiles.astype(np.float32), (0, sigma, sigma, 0), mode="nearest")
-    return _pixels(smooth)
+    return _to_uint8(smooth)
 
 
 def noise(tiles: Tiles, severity: int, rng: np.random.Generator) -> Tiles:
-    return _pixels(tiles + rng.normal(0, NOISE[severity - 1], tiles.shape))
+    return _to_uint8(tiles + rng.normal(0, NOISE_SIGMA[severity - 1], tiles.shape))
 
 
 def jpeg(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
@@ -62,7 +62,7 @@ def jpeg(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
 
     def coded(picture: Tiles) -> Tiles:
         file = io.BytesIO()
-        Image.fromarray(picture).save(file, "JPEG", quality=QUALITY[severity - 1])
+        Image.fromarray(picture).save(file, "JPEG", quality=JPEG_QUALITY[severity - 1])
         return np.array(Image.open(file), dtype=np.uint8)
 
     if tiles.shape[3] == 3:
@@ -72,21 +72,21 @@ def jpeg(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
 
 
 def colour_cast(tiles: Tiles, severity: int, rng: np.random.Generator) -> Tiles:
-    most = CAST[severity - 1]
-    return _pixels(tiles * rng.uniform(1 - most, 1 + most, (len(tiles), 1, 1, tiles.shape[3])))
+    most = MAX_COLOUR_CAST[severity - 1]
+    return _to_uint8(tiles * rng.uniform(1 - most, 1 + most, (len(tiles), 1, 1, tiles.shape[3])))
 
 
 def missing_lines(tiles: Tiles, severity: int, rng: np.random.Generator) -> Tiles:
-    kept = rng.random(tiles.shape[:2]) >= LINES[severity - 1]
-    return _pixels(tiles * kept[:, :, None, None].astype(np.float32))
+    kept = rng.random(tiles.shape[:2]) >= MISSING_LINES_SHARE[severity - 1]
+    return _to_uint8(tiles * kept[:, :, None, None].astype(np.float32))
 
 
 def season(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
     """The light of another season: a lower sun is darker, flatter and redder."""
-    taken = SEASON[severity - 1] * np.linspace(0.6, 1, tiles.shape[3])
+    taken = SEASON_DIMMING[severity - 1] * np.linspace(0.6, 1, tiles.shape[3])
     mean = tiles.mean(axis=(1, 2), keepdims=True)
-    flat = mean + (tiles - mean) * (1 - SEASON[severity - 1] / 2)
-    return _pixels(flat * (1 - taken))
+    flat = mean + (tiles - mean) * (1 - SEASON_DIMMING[severity - 1] / 2)
+    return _to_uint8(flat * (1 - taken))
 
 
 def resolution(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
@@ -95,11 +95,11 @@ def resolution(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
     from torch.nn.functional import interpolate
 
     full = (tiles.shape[1], tiles.shape[2])
-    small = [max(1, round(side * SIDE[severity - 1])) for side in full]
+    small = [max(1, round(side * RESOLUTION_SCALE[severity - 1])) for side in full]
     tiles_NCHW = torch.from_numpy(tiles.astype(np.float32)).permute(0, 3, 1, 2)
     coarse = interpolate(tiles_NCHW, small, mode="area")
     seen = interpolate(coarse, full, mode="bilinear", align_corners=False)
-    return _pixels(seen.permute(0, 2, 3, 1).numpy())
+    return _to_uint8(seen.permute(0, 2, 3, 1).numpy())
 
 
 KINDS: dict[str, Callable[[Tiles, int, np.random.Generator], Tiles]] = {
@@ -114,6 +114,6 @@ def corrupt(tiles: Tiles, kind: str, severity: int, seed: int = 0) -> Tiles:
     return KINDS[kind](tiles, severity, rng)
 
 
-def _pixels(values: npt.NDArray[Any]) -> Tiles:
+def _to_uint8(values: npt.NDArray[Any]) -> Tiles:
     pixels: Tiles = np.rint(np.clip(values, 0, 255)).astype(np.uint8)
     return pixels

@@ -24,9 +24,9 @@ from eurosat.evaluation.plots import DPI, visible
 from eurosat.models.network import Network
 
 Tiles = npt.NDArray[np.uint8]
-MIN_SIDE = 4
+MIN_MAP_SIDE = 4
 """Pixels of the map that is explained: the last stage of a ResNet has 2 x 2 on a 64 px tile."""
-HARDEST = 6
+MAX_HARDEST = 6
 """Tiles in the gallery at the end of a training, before the surest of each class."""
 
 
@@ -89,13 +89,13 @@ def heat_maps(
         return np.empty((0, *tiles_NCHW.shape[2:]), np.float32)
     targets = [ClassifierOutputTarget(int(k)) for k in classes]
     with network.single_view():
-        layer, transform = _layer(network, tiles_NCHW[:1])
+        layer, transform = _find_target_layer(network, tiles_NCHW[:1])
         with GradCAMPlusPlus(network, [layer], reshape_transform=transform) as cam:
             heat: npt.NDArray[np.float32] = cam(tiles_NCHW, targets)
     return heat
 
 
-def _layer(network: "Network", tile_NCHW: "Tensor") -> tuple["nn.Module", Any]:
+def _find_target_layer(network: "Network", tile_NCHW: "Tensor") -> tuple["nn.Module", Any]:
     """The last layer that keeps the places apart, and what makes (N, C, h, w) of its output."""
     backbone: Any = network.backbone
     if hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks"):
@@ -115,7 +115,7 @@ def _layer(network: "Network", tile_NCHW: "Tensor") -> tuple["nn.Module", Any]:
 
     def look(module: "nn.Module", _: Any, output: Any) -> None:
         is_map = isinstance(output, torch.Tensor) and output.ndim == 4
-        if is_map and min(output.shape[height], output.shape[width]) >= MIN_SIDE:
+        if is_map and min(output.shape[height], output.shape[width]) >= MIN_MAP_SIDE:
             found.append(module)
 
     hooks = [module.register_forward_hook(look) for module in backbone.modules()]
@@ -127,8 +127,8 @@ def _layer(network: "Network", tile_NCHW: "Tensor") -> tuple["nn.Module", Any]:
             hook.remove()
     if not found:
         raise ModelError(
-            f"{network.spec.name} has no map of {MIN_SIDE}x{MIN_SIDE} features or more to explain: "
-            "take a backbone of convolutions or patches"
+            f"{network.spec.name} has no feature map of at least {MIN_MAP_SIDE}x{MIN_MAP_SIDE} to "
+            "explain: use a convolutional network or a vision transformer"
         )
     return found[-1], _channels_first if channels_last else None
 
@@ -147,7 +147,7 @@ def gallery(
     """The tiles of the highest loss, then of each class the right one of the lowest."""
     loss = per_tile_nll(labels, probabilities)
     right = probabilities.argmax(axis=1) == labels
-    hardest = np.argsort(-loss, kind="stable")[:HARDEST]
+    hardest = np.argsort(-loss, kind="stable")[:MAX_HARDEST]
     surest = [
         min(found, key=lambda n: loss[n])
         for k in range(len(network.spec.classes))
@@ -158,15 +158,15 @@ def gallery(
     return explain(network, tiles_NHWC[chosen], [names[n] for n in chosen], expected)
 
 
-def draw(explained: Sequence[CamResult], title: str, file: Path) -> None:
+def draw_page(results: Sequence[CamResult], title: str, file: Path) -> None:
     """A page as a picture: tile, heat of the label, heat of the true class where it differs."""
     columns = 2
-    lines = -(-len(explained) // columns)
+    lines = -(-len(results) // columns)
     figure = Figure(figsize=(5.4 * columns, 2.0 * lines + 0.4), layout="constrained")
     grid = figure.subplots(lines, 3 * columns, squeeze=False)
     for axes in grid.ravel():
         axes.set_axis_off()
-    for number, one in enumerate(explained):
+    for number, one in enumerate(results):
         left = 3 * (number % columns)
         shown, label, other = grid[number // columns, left : left + 3]
         shown.imshow(visible(one.pixels_HWC), cmap="gray")
@@ -188,13 +188,13 @@ def _shortened(name: str) -> str:
     return Path(name).name[-28:]
 
 
-def page(explained: Sequence[CamResult], title: str) -> str:
+def render_html(results: Sequence[CamResult], title: str) -> str:
     """The same as HTML that needs no other file."""
     rows = "\n".join(
         f"<tr><td>{html.escape(one.tile)}</td><td>{html.escape(one.expected or '-')}</td>"
         f"<td>{html.escape(one.label)}</td><td>{one.confidence:.4f}</td>"
         f"<td>{_pictures(one)}</td></tr>"
-        for one in explained
+        for one in results
     )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>
@@ -212,10 +212,10 @@ img {{ width: 128px; image-rendering: pixelated; margin-right: 4px }}</style>
 
 def _pictures(one: CamResult) -> str:
     heats = [None, one.heat] + ([] if one.heat_expected is None else [one.heat_expected])
-    return "".join(_picture(one.pixels_HWC, heat) for heat in heats)
+    return "".join(_inline_png(one.pixels_HWC, heat) for heat in heats)
 
 
-def _picture(pixels_HWC: Tiles, heat: npt.NDArray[np.float32] | None) -> str:
+def _inline_png(pixels_HWC: Tiles, heat: npt.NDArray[np.float32] | None) -> str:
     """An inline PNG of the tile, under its heat where that is given."""
     pixels = visible(pixels_HWC).astype(np.float32)
     if pixels.ndim == 2:

@@ -14,10 +14,10 @@ from eurosat.data.arrays import Floats, Labels
 
 Probabilities = npt.NDArray[np.float64] | npt.NDArray[np.float32]
 
-BINS = 15
+NUM_BINS = 15
 """Of the calibration error, as in Guo et al. 2017."""
 RESAMPLES = 1000
-CHUNK = 100
+RESAMPLES_PER_CHUNK = 100
 """Resamples computed at a time: 4 MB an array for 5,400 tiles."""
 
 
@@ -30,7 +30,7 @@ def evaluate(
     macro averages and gets no figure of its own.
     """
     once = np.ones((1, len(labels)))
-    weighted = _figures(labels, probabilities.astype(np.float64), once, classes)
+    weighted = _weighted_metrics(labels, probabilities.astype(np.float64), once, classes)
     return {name: float(values[0]) for name, values in weighted.items()}
 
 
@@ -45,8 +45,8 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """Bootstrap percentile interval of every figure (Efron & Tibshirani 1993), over tiles."""
     drawn: dict[str, list[Floats]] = {}
-    for weights_BN in _resampled(len(labels), resamples, seed):
-        figures = _figures(labels, probabilities.astype(np.float64), weights_BN, classes)
+    for weights_BN in _bootstrap_weights(len(labels), resamples, seed):
+        figures = _weighted_metrics(labels, probabilities.astype(np.float64), weights_BN, classes)
         for name, values in figures.items():
             drawn.setdefault(name, []).append(values)
     tails = [(1 - level) / 2, (1 + level) / 2]
@@ -54,15 +54,17 @@ def intervals(
     return {name: (float(low), float(high)) for name, (low, high) in limits.items()}
 
 
-def _resampled(tiles: int, resamples: int, seed: int) -> Iterator[Floats]:
+def _bootstrap_weights(tiles: int, resamples: int, seed: int) -> Iterator[Floats]:
     """(CHUNK, tiles) counts of a draw with replacement, until there were ``resamples``."""
     rng = np.random.default_rng(seed)
-    for start in range(0, resamples, CHUNK):
-        counts = rng.multinomial(tiles, np.full(tiles, 1 / tiles), min(CHUNK, resamples - start))
+    for start in range(0, resamples, RESAMPLES_PER_CHUNK):
+        counts = rng.multinomial(
+            tiles, np.full(tiles, 1 / tiles), min(RESAMPLES_PER_CHUNK, resamples - start)
+        )
         yield counts.astype(np.float64)
 
 
-def _figures(
+def _weighted_metrics(
     labels: Labels, probabilities: Floats, weights_BN: Floats, classes: Sequence[str]
 ) -> dict[str, Floats]:
     """(B,) values of: accuracy, macro_precision, macro_recall, macro_f1, macro_auprc,
@@ -84,7 +86,7 @@ def _figures(
         "auroc": np.zeros_like(right_BK),
     }
     for k in present:
-        ranked = _ranked(labels == k, probabilities[:, k], weights_BN)
+        ranked = _auprc_and_auroc(labels == k, probabilities[:, k], weights_BN)
         of_class["auprc"][:, k], of_class["auroc"][:, k] = ranked
     squares = ((probabilities - truth_NK) ** 2).sum(axis=1)
     figures = {
@@ -92,7 +94,7 @@ def _figures(
         **{f"macro_{name}": values[:, present].mean(axis=1) for name, values in of_class.items()},
         "nll": weights_BN @ per_tile_nll(labels, probabilities) / total,
         "brier": weights_BN @ squares / total,
-        "ece": np.abs(weights_BN @ _gaps(labels, probabilities)).sum(axis=1) / total,
+        "ece": np.abs(weights_BN @ _calibration_gaps(labels, probabilities)).sum(axis=1) / total,
     }
     for name, values in of_class.items():
         figures |= {f"{name}/{classes[int(k)]}": values[:, k] for k in present}
@@ -104,7 +106,7 @@ def _ratio(part: Floats, whole: Floats) -> Floats:
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
-def _ranked(
+def _auprc_and_auroc(
     positive: npt.NDArray[np.bool_], score: Floats, weights_BN: Floats
 ) -> tuple[Floats, Floats]:
     """Average precision and area under the ROC curve, tiles of one score taken together."""
@@ -126,7 +128,7 @@ def per_tile_nll(labels: Labels, probabilities: Probabilities) -> Floats:
     return -np.log(np.clip(true, 1e-12, 1))
 
 
-def _gaps(labels: Labels, probabilities: Floats, bins: int = BINS) -> Floats:
+def _calibration_gaps(labels: Labels, probabilities: Floats, bins: int = NUM_BINS) -> Floats:
     """(N, bins) accuracy minus confidence of each tile, in the column of its confidence."""
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == labels
@@ -135,7 +137,7 @@ def _gaps(labels: Labels, probabilities: Floats, bins: int = BINS) -> Floats:
     return gaps
 
 
-def confidence_bin(confidence: Floats, bins: int = BINS) -> Labels:
+def confidence_bin(confidence: Floats, bins: int = NUM_BINS) -> Labels:
     """Number of the bin, of equal width and closed above, that each confidence falls into."""
     return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
 
@@ -183,9 +185,10 @@ def compare(
     only_first, only_second = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     names = ("accuracy", "macro_f1", "macro_auprc")
     drawn: dict[str, list[Floats]] = {name: [] for name in names}
-    for weights_BN in _resampled(len(labels), resamples, seed):
+    for weights_BN in _bootstrap_weights(len(labels), resamples, seed):
         one, two = (
-            _figures(labels, p.astype(np.float64), weights_BN, classes) for p in (first, second)
+            _weighted_metrics(labels, p.astype(np.float64), weights_BN, classes)
+            for p in (first, second)
         )
         for name in names:
             drawn[name].append(one[name] - two[name])

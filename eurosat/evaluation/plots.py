@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from eurosat.data import bands
-from eurosat.evaluation.metrics import BINS, confidence_bin
+from eurosat.evaluation.metrics import NUM_BINS, confidence_bin
 
 DPI = 120
 
@@ -45,10 +45,10 @@ def reliability(
     """Accuracy by confidence, against the diagonal of a calibrated network; tiles by confidence."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     bins = confidence_bin(confidence)
-    counts = np.bincount(bins, minlength=BINS)
+    counts = np.bincount(bins, minlength=NUM_BINS)
     filled = counts > 0
-    accuracy = np.bincount(bins, right, minlength=BINS)[filled] / counts[filled]
-    told = np.bincount(bins, confidence, minlength=BINS)[filled] / counts[filled]
+    accuracy = np.bincount(bins, right, minlength=NUM_BINS)[filled] / counts[filled]
+    told = np.bincount(bins, confidence, minlength=NUM_BINS)[filled] / counts[filled]
     figure = Figure(figsize=(5, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], linestyle=":", color="grey")
@@ -56,7 +56,7 @@ def reliability(
     upper.errorbar(told, accuracy, spread, marker="o", capsize=2)
     ece = np.abs(told - accuracy) @ counts[filled] / len(labels)
     upper.set(ylabel="accuracy", ylim=(0, 1.02), title=f"{title}\ncalibration error {ece:.4f}")
-    lower.bar((np.arange(BINS) + 0.5) / BINS, counts, width=0.9 / BINS)
+    lower.bar((np.arange(NUM_BINS) + 0.5) / NUM_BINS, counts, width=0.9 / NUM_BINS)
     lower.set(xlabel="confidence", ylabel="tiles", yscale="log", xlim=(0, 1))
     for axes in (upper, lower):
         axes.grid(alpha=0.3)

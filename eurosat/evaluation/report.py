@@ -8,12 +8,12 @@ import numpy as np
 from eurosat.evaluation import metrics
 from eurosat.evaluation import plots as pictures
 from eurosat.evaluation.calibration import evaluate
-from eurosat.evaluation.results import WORST, EvaluationResult
+from eurosat.evaluation.results import MAX_WORST, EvaluationResult
 
-MOST_CONFUSED = 8
+MAX_CONFUSED_PAIRS = 8
 
 
-def figures(judged: EvaluationResult) -> dict[str, Any]:
+def summarise(judged: EvaluationResult) -> dict[str, Any]:
     """Everything that can be told as values, for JSON."""
     labels, probabilities, classes = judged.labels, judged.probabilities, judged.pack.classes
     limits = metrics.intervals(labels, probabilities, classes)
@@ -29,24 +29,24 @@ def figures(judged: EvaluationResult) -> dict[str, Any]:
         },
         "calibration": {"temperature": judged.calibration.temperature}
         | evaluate(judged.calibration, judged.logits, labels),
-        "confused": _confused(counts, classes),
+        "confused": _most_confused_pairs(counts, classes),
         "confusion": counts.tolist(),
-        "worst": _worst(judged),
+        "worst": _worst_tiles(judged),
     }
 
 
-def _confused(counts: Any, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+def _most_confused_pairs(counts: Any, classes: tuple[str, ...]) -> list[dict[str, Any]]:
     """Pairs of classes by the tiles of either that were taken for the other."""
     both = counts + counts.T
     pairs = [(int(both[i, j]), i, j) for i in range(len(classes)) for j in range(i)]
     return [
         {"classes": [classes[j], classes[i]], "tiles": tiles}
-        for tiles, i, j in sorted(pairs, reverse=True)[:MOST_CONFUSED]
+        for tiles, i, j in sorted(pairs, reverse=True)[:MAX_CONFUSED_PAIRS]
         if tiles
     ]
 
 
-def _worst(judged: EvaluationResult) -> list[dict[str, Any]]:
+def _worst_tiles(judged: EvaluationResult) -> list[dict[str, Any]]:
     """The tiles of the highest loss."""
     probabilities, classes = judged.probabilities, judged.pack.classes
     loss = metrics.per_tile_nll(judged.labels, probabilities)
@@ -59,11 +59,11 @@ def _worst(judged: EvaluationResult) -> list[dict[str, Any]]:
             "confidence": float(probabilities[n].max()),
             "loss": float(loss[n]),
         }
-        for n in np.argsort(-loss, kind="stable")[:WORST]
+        for n in np.argsort(-loss, kind="stable")[:MAX_WORST]
     ]
 
 
-def markdown(told: dict[str, Any]) -> str:
+def render_markdown(told: dict[str, Any]) -> str:
     """The report as people read it."""
     fold = f"unseen tiles of {told['data']}" if "data" in told else f"{told['fold']} fold"
     lines = [f"# Run {told['run']}, {fold}, {told['tiles']:,} tiles", ""]
@@ -133,7 +133,7 @@ def _cell(row: dict[str, Any]) -> str:
     return f"{row['accuracy']:.3f} / {row['confidence']:.3f} / {row['unlike']:.2f}"
 
 
-def draw(judged: EvaluationResult, told: dict[str, Any], folder: Path) -> None:
+def draw_plots(judged: EvaluationResult, told: dict[str, Any], folder: Path) -> None:
     """confusion.png, confusion-shares.png, reliability.png, worst.png and corruptions.png."""
     classes, counts = judged.pack.classes, np.asarray(told["confusion"])
     title = f"{told['fold']} fold, accuracy {told['figures']['accuracy']['value']:.4f}"

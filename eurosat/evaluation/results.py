@@ -23,9 +23,9 @@ from eurosat.runtime.progress import track
 
 log = logging.getLogger(__name__)
 
-ALL = "all"
+ALL_TILES = "all"
 """The fold of other data: every tile that the run did not learn from."""
-WORST = 20
+MAX_WORST = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,7 +94,7 @@ def evaluate(run_id: str, fold: str = "test", data: str | None = None) -> Evalua
     logits, labels = predict.logits(net, TileLoader(pack, rows))
     return EvaluationResult(
         run_id=run_id,
-        fold=ALL if data else fold,
+        fold=ALL_TILES if data else fold,
         network=net,
         calibration=calibration,
         pack=pack,
@@ -104,20 +104,20 @@ def evaluate(run_id: str, fold: str = "test", data: str | None = None) -> Evalua
     )
 
 
-def under_corruptions(judged: EvaluationResult, most: int) -> list[dict[str, Any]]:
+def evaluate_corrupted(result: EvaluationResult, max_tiles: int) -> list[dict[str, Any]]:
     """Accuracy, mean confidence and share told unlike, by kind and severity (0: untouched)."""
     rng = np.random.default_rng(0)
-    rows = np.sort(rng.choice(judged.rows, min(most, len(judged.rows)), replace=False))
-    tiles, labels = judged.pack.tiles_NHWC[rows], judged.pack.labels[rows]
+    rows = np.sort(rng.choice(result.rows, min(max_tiles, len(result.rows)), replace=False))
+    tiles, labels = result.pack.tiles_NHWC[rows], result.pack.labels[rows]
     steps = [("none", 0)]
     steps += [(kind, one) for kind in corruptions.KINDS for one in corruptions.SEVERITIES]
     table = []
     for kind, severity in track(steps, len(steps), "corruptions", "passes"):
         seen = corruptions.corrupt(tiles, kind, severity) if severity else tiles
         batches = TileLoader(TileBatch(seen, labels), np.arange(len(seen)))
-        logits, _ = predict.logits(judged.network, batches)
-        probabilities = calibration.softmax(logits / judged.calibration.temperature)
-        unlike = calibration.energy(logits) > judged.calibration.ood_threshold
+        logits, _ = predict.logits(result.network, batches)
+        probabilities = calibration.softmax(logits / result.calibration.temperature)
+        unlike = calibration.energy(logits) > result.calibration.ood_threshold
         table.append(
             {
                 "kind": kind,
@@ -131,18 +131,18 @@ def under_corruptions(judged: EvaluationResult, most: int) -> list[dict[str, Any
     return table
 
 
-def compare(judged: EvaluationResult, other: EvaluationResult) -> dict[str, Any]:
+def compare(result: EvaluationResult, other: EvaluationResult) -> dict[str, Any]:
     """``judged`` against ``other`` on the same tiles.
 
     Raises:
         DataError: they were not judged on the same tiles.
     """
-    if judged.tiles != other.tiles or judged.pack.fingerprint != other.pack.fingerprint:
+    if result.tiles != other.tiles or result.pack.fingerprint != other.pack.fingerprint:
         raise DataError(
-            f"runs {judged.run_id} and {other.run_id} have other {judged.fold} folds: "
+            f"runs {result.run_id} and {other.run_id} have other {result.fold} folds: "
             "compare runs of one data set, protocol and split seed"
         )
     found = metrics.compare(
-        judged.labels, judged.probabilities, other.probabilities, judged.pack.classes
+        result.labels, result.probabilities, other.probabilities, result.pack.classes
     )
     return {"run": other.run_id} | asdict(found)

@@ -25,6 +25,7 @@ from eurosat.tracking.mlflow_client import (
 from eurosat.tracking.run import (
     NullRun,
     Run,
+    append_to,
     can_continue,
     code_commit,
     end,
@@ -32,7 +33,6 @@ from eurosat.tracking.run import (
     flatten,
     journal_state,
     new_journal,
-    reopen,
     run,
     user,
 )
@@ -46,6 +46,7 @@ __all__ = [
     "RunRecord",
     "Status",
     "alias_version",
+    "append_to",
     "artifact",
     "can_continue",
     "code_commit",
@@ -59,7 +60,6 @@ __all__ = [
     "journal_state",
     "latest_run",
     "new_journal",
-    "reopen",
     "resolve_run",
     "run",
     "tracking_uri",

@@ -10,7 +10,7 @@ from eurosat.runtime import cli, exit_codes, logs
 from eurosat.runtime.progress import bar
 from eurosat.tracking import journal_index, mlflow_client
 from eurosat.tracking.journal import PREFIX, Journal, now_ms
-from eurosat.tracking.uploader import deliver
+from eurosat.tracking.uploader import upload_all
 
 
 def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
@@ -20,9 +20,9 @@ def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
     A journal that is held is written by a living process, which sends it too.
     """
     for directory in list(journal_index.all_journals()):
-        if (journal := journal_index.opened(directory)) is None:
+        if (journal := journal_index.try_open(directory)) is None:
             continue
-        alive = not journal.hold()
+        alive = not journal.acquire()
         abandoned = (
             not alive and not journal.get_meta("status") and not journal.get_meta("attached")
         )
@@ -110,7 +110,7 @@ def _delivered(journal: Journal, told: Callable[[], None]) -> str | None:
         client = mlflow_client.client(journal.get_meta("server"))
     except Exception as error:  # noqa: BLE001 - MLflow raises many kinds for a bad address
         return mlflow_client.first_line(error)
-    return deliver(journal, client, told)
+    return upload_all(journal, client, told)
 
 
 def main(argv: Sequence[str]) -> int:

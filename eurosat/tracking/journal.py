@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FULL_S = 1.0
+FULL_DISK_RETRY_S = 1.0
 """Between two attempts to write to a disk that is full."""
 DATABASE, FILES, LOCK = "journal.db", "files", "lock"
-ENDED_WHY = ("killed.why", "failed.why")
+END_REASON_TAGS = ("killed.why", "failed.why")
 """Tags that tell why a run has ended, until it goes on."""
 PREFIX = "journal:"
 """Before a journal's id, where a run has no id of a server yet."""
@@ -47,7 +47,7 @@ CREATE TABLE files (seq INTEGER PRIMARY KEY AUTOINCREMENT, path TEXT UNIQUE NOT 
     folder TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL,
     sent INTEGER NOT NULL DEFAULT 0, refused TEXT);
 """
-UP_TO_DATE = (
+MIGRATION = (
     "ALTER TABLE files ADD COLUMN folder TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE files ADD COLUMN refused TEXT",
     "UPDATE files SET folder = CAST(seq AS TEXT)",
@@ -75,7 +75,7 @@ class PendingFile:
     """Where it belongs among the run's artifacts."""
     sha256: str
     size: int
-    local: Path
+    local_path: Path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,13 +113,13 @@ class Journal:
         self.directory = directory
         self.id = directory.name
         self._lock = threading.Lock()
-        self._held: FileLock | None = None
+        self._file_lock: FileLock | None = None
         self._unwritten: list[tuple[Any, ...]] = []
-        self._had: dict[tuple[str, int], set[Any]] = {}
+        self._logged_before: dict[tuple[str, int], set[Any]] = {}
         """Values by name and step of a run that goes on: what is repeated is not logged again."""
-        self._full_until = 0.0
+        self._retry_at = 0.0
         """Time before which a disk that was full is not tried again."""
-        with _explained(directory):
+        with _translate_errors(directory):
             self._connection = sqlite3.connect(
                 f"file:{directory / DATABASE}?mode=rw",
                 uri=True,
@@ -139,7 +139,7 @@ class Journal:
         """
         identity = identity or uuid.uuid4().hex
         directory, making = root() / identity, root() / f".{identity}-{uuid.uuid4().hex}"
-        with _explained(directory):
+        with _translate_errors(directory):
             making.mkdir(parents=True, mode=0o700)
             connection = sqlite3.connect(making / DATABASE)
             try:
@@ -151,32 +151,32 @@ class Journal:
             lock.acquire()
             making.rename(directory)  # so that there is no journal but a whole one, and held
         made = cls(directory)
-        made._held = lock
+        made._file_lock = lock
         made.set_meta(**{"start_ms": str(now_ms()), **about})
         return made
 
-    def hold(self, wait_s: float = 0) -> bool:
+    def acquire(self, wait_s: float = 0) -> bool:
         """Take its lock until `close`, or until this process ends; False if another has it.
 
         Its holder is the one that writes the run, or delivers what a dead one left.
         """
         from filelock import Timeout
 
-        if self._held is None:
+        if self._file_lock is None:
             lock = _lock(self.directory)
             try:
                 lock.acquire(timeout=wait_s)
             except Timeout:
                 return False
-            self._held = lock
+            self._file_lock = lock
         return True
 
     def close(self) -> None:
         with self._lock:
             self._connection.close()
-        if self._held:
-            self._held.release()
-            self._held = None
+        if self._file_lock:
+            self._file_lock.release()
+            self._file_lock = None
 
     def remove(self) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -195,23 +195,24 @@ class Journal:
             self._unwritten += [
                 ("metric", name, _storable(value), time_ms, step)
                 for name, value in metrics.items()
-                if not (had := self._had.get((name, step))) or not (once or _storable(value) in had)
+                if not (had := self._logged_before.get((name, step)))
+                or not (once or _storable(value) in had)
             ]
-            if time.monotonic() < self._full_until:
+            if time.monotonic() < self._retry_at:
                 return
             try:
                 with self._connection:
                     self._insert(self._unwritten)
             except sqlite3.OperationalError as error:
-                if not self._full_until:
+                if not self._retry_at:
                     log.warning(
                         "metrics wait in memory: %s cannot be written (%s); make room there",
                         self.directory,
                         error,
                     )
-                self._full_until = time.monotonic() + FULL_S
+                self._retry_at = time.monotonic() + FULL_DISK_RETRY_S
             else:
-                self._unwritten, self._full_until = [], 0
+                self._unwritten, self._retry_at = [], 0
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Those that are here already are left.
@@ -219,7 +220,7 @@ class Journal:
         Raises:
             TrackingError: one is here with another value: params of a run do not change.
         """
-        held = self._named("param")
+        held = self._latest_values("param")
         for name, value in params.items():
             if held.get(name, value) != value:
                 raise TrackingError(
@@ -232,17 +233,17 @@ class Journal:
         self._append("tag", tags)
 
     def tag(self, name: str) -> str | None:
-        return self._named("tag").get(name)
+        return self._latest_values("tag").get(name)
 
     def add_file(self, source: Path | bytes, path: str) -> None:
         """Copy a file, or write its content, to be sent as the artifact ``path``."""
         folder = uuid.uuid4().hex
-        local = self._local(folder, path)
-        with _explained(self.directory):
+        local = self._local_path(folder, path)
+        with _translate_errors(self.directory):
             local.parent.mkdir(parents=True)
-            digest, size = _copied(source, local)
+            digest, size = _copy_durably(source, local)
             with self._lock, self._connection:
-                replaced = self._one("SELECT folder FROM files WHERE path = ?", path)
+                replaced = self._scalar("SELECT folder FROM files WHERE path = ?", path)
                 self._connection.execute("DELETE FROM files WHERE path = ?", (path,))
                 self._connection.execute(
                     "INSERT INTO files (path, folder, sha256, size) VALUES (?, ?, ?, ?)",
@@ -257,7 +258,7 @@ class Journal:
         Raises:
             TrackingError: there is no such room.
         """
-        self._full_until = min(self._full_until, 1e-9)
+        self._retry_at = min(self._retry_at, 1e-9)
         self.log_metrics({}, 0, 0)
         full = bool(self._unwritten)
         self.set_meta(status="FAILED" if full else status, end_ms=str(now_ms()), status_sent=None)
@@ -269,13 +270,13 @@ class Journal:
 
     def reopen(self) -> None:
         """The run goes on, in another process than the one it began in."""
-        self._remember()
-        for name in ENDED_WHY:
+        self._load_logged_points()
+        for name in END_REASON_TAGS:
             if why := self.tag(name):
                 self.set_tags({name: f"{why}; then continued"})
         self.set_meta(status=None, end_ms=None, status_sent=None, opened=None)
 
-    def adopt(
+    def import_history(
         self,
         points: Iterable[tuple[str, float, int, int]],
         params: Mapping[str, str],
@@ -287,13 +288,13 @@ class Journal:
         """
         self._append("param", params)
         self._append("tag", tags)
-        with _explained(self.directory), self._lock, self._connection:
+        with _translate_errors(self.directory), self._lock, self._connection:
             self._insert(
                 ("metric", name, _storable(value), time_ms, step)
                 for name, value, time_ms, step in points
             )
-            last = self._one("SELECT coalesce(max(seq), 0) FROM entries")
-        self.delivered(last)
+            last = self._scalar("SELECT coalesce(max(seq), 0) FROM entries")
+        self.mark_delivered(last)
 
     def checkpoint_wal(self, mode: Literal["FULL", "PASSIVE"] = "FULL") -> None:
         """Force what is written onto the disk: it survives a power cut as well.
@@ -307,12 +308,12 @@ class Journal:
 
     def get_meta(self, name: str) -> str | None:
         with self._lock:
-            found = self._one("SELECT value FROM about WHERE name = ?", name)
+            found = self._scalar("SELECT value FROM about WHERE name = ?", name)
         return None if found is None else str(found)
 
     def set_meta(self, **values: str | None) -> None:
         """Replace what is noted under these names; None removes it."""
-        with _explained(self.directory), self._lock, self._connection:
+        with _translate_errors(self.directory), self._lock, self._connection:
             for name, value in values.items():
                 self._connection.execute("DELETE FROM about WHERE name = ?", (name,))
                 if value is not None:
@@ -329,13 +330,13 @@ class Journal:
 
     # What the server gets
 
-    def entries(self, most: int) -> list[Entry]:
+    def pending_entries(self, limit: int) -> list[Entry]:
         """The next ones that were not delivered, in order; up to ``most``."""
         with self._lock:
             rows = self._connection.execute(
                 "SELECT seq, kind, name, value, time, step FROM entries "
                 "WHERE seq > ? AND refused IS NULL ORDER BY seq LIMIT ?",
-                (self._sent(), most),
+                (self._last_delivered(), limit),
             ).fetchall()
         return [
             Entry(
@@ -349,16 +350,16 @@ class Journal:
             for seq, kind, name, value, time_ms, step in rows
         ]
 
-    def delivered(self, seq: int) -> None:
+    def mark_delivered(self, seq: int) -> None:
         """The server has all entries up to this one."""
         self.set_meta(sent=str(seq))
 
-    def refused(self, seq: int, why: str) -> None:
+    def mark_entry_refused(self, seq: int, why: str) -> None:
         """The server will never take this entry; it is kept here with the reason."""
         with self._lock, self._connection:
             self._connection.execute("UPDATE entries SET refused = ? WHERE seq = ?", (why, seq))
 
-    def next_file(self) -> PendingFile | None:
+    def next_pending_file(self) -> PendingFile | None:
         with self._lock:
             row = self._connection.execute(
                 "SELECT seq, path, folder, sha256, size FROM files "
@@ -368,14 +369,14 @@ class Journal:
             return None
         seq, path, folder, sha256, size = row
         return PendingFile(
-            seq=seq, path=path, sha256=sha256, size=size, local=self._local(folder, path)
+            seq=seq, path=path, sha256=sha256, size=size, local_path=self._local_path(folder, path)
         )
 
-    def file_sent(self, seq: int) -> None:
+    def mark_file_sent(self, seq: int) -> None:
         with self._lock, self._connection:
             self._connection.execute("UPDATE files SET sent = 1 WHERE seq = ?", (seq,))
 
-    def file_refused(self, seq: int, why: str) -> None:
+    def mark_file_refused(self, seq: int, why: str) -> None:
         """The server will never take this file; it is kept here with the reason."""
         with self._lock, self._connection:
             self._connection.execute("UPDATE files SET refused = ? WHERE seq = ?", (why, seq))
@@ -389,7 +390,7 @@ class Journal:
     def backlog(self) -> Backlog:
         with self._lock:
             count = "SELECT count(*) FROM entries WHERE seq > ? AND refused IS NULL"
-            entries = self._connection.execute(count, (self._sent(),)).fetchone()[0]
+            entries = self._connection.execute(count, (self._last_delivered(),)).fetchone()[0]
             files, size = self._connection.execute(
                 "SELECT count(*), coalesce(sum(size), 0) FROM files "
                 "WHERE sent = 0 AND refused IS NULL"
@@ -407,7 +408,7 @@ class Journal:
 
     def requeue_rejected(self) -> None:
         """What the server has refused waits again: it may have been mended, or made larger."""
-        with _explained(self.directory), self._lock, self._connection:
+        with _translate_errors(self.directory), self._lock, self._connection:
             self._connection.execute("UPDATE files SET refused = NULL")
             self._connection.execute(
                 "INSERT INTO entries (kind, name, value, time, step) "
@@ -431,21 +432,21 @@ class Journal:
             with self._connection:
                 self._connection.execute("BEGIN IMMEDIATE")
                 if is_old():  # no other process was quicker
-                    for change in UP_TO_DATE:
+                    for change in MIGRATION:
                         self._connection.execute(change)
 
-    def _remember(self) -> None:
+    def _load_logged_points(self) -> None:
         with self._lock:
             rows = self._connection.execute(
                 "SELECT name, step, value FROM entries WHERE kind = 'metric'"
             ).fetchall()
         for name, step, value in rows:
-            self._had.setdefault((name, step), set()).add(value)
+            self._logged_before.setdefault((name, step), set()).add(value)
 
     def _append(self, kind: Kind, values: Mapping[str, str]) -> None:
         if values:
             now = now_ms()
-            with _explained(self.directory), self._lock, self._connection:
+            with _translate_errors(self.directory), self._lock, self._connection:
                 self._insert((kind, name, value, now, 0) for name, value in values.items())
 
     def _insert(self, rows: Iterable[Sequence[Any]]) -> None:
@@ -453,7 +454,7 @@ class Journal:
             "INSERT INTO entries (kind, name, value, time, step) VALUES (?, ?, ?, ?, ?)", rows
         )
 
-    def _named(self, kind: Kind) -> dict[str, str]:
+    def _latest_values(self, kind: Kind) -> dict[str, str]:
         """The latest value of each."""
         with self._lock:
             rows = self._connection.execute(
@@ -462,14 +463,14 @@ class Journal:
             ).fetchall()
         return dict(rows)
 
-    def _one(self, query: str, *values: Any) -> Any:
+    def _scalar(self, query: str, *values: Any) -> Any:
         row = self._connection.execute(query, values).fetchone()
         return None if row is None else row[0]
 
-    def _sent(self) -> int:
-        return int(self._one("SELECT value FROM about WHERE name = 'sent'") or 0)
+    def _last_delivered(self) -> int:
+        return int(self._scalar("SELECT value FROM about WHERE name = 'sent'") or 0)
 
-    def _local(self, folder: str, path: str) -> Path:
+    def _local_path(self, folder: str, path: str) -> Path:
         return self.directory / FILES / folder / Path(path).name
 
 
@@ -488,7 +489,7 @@ def _lock(directory: Path) -> "FileLock":
     return FileLock(directory / LOCK, timeout=0)
 
 
-def _copied(source: Path | bytes, target: Path) -> tuple[str, int]:
+def _copy_durably(source: Path | bytes, target: Path) -> tuple[str, int]:
     """Write and force to the disk; returns sha256 and size."""
     with target.open("wb") as out:
         if isinstance(source, bytes):
@@ -507,7 +508,7 @@ def sha256_of(file: Path) -> str:
 
 
 @contextmanager
-def _explained(directory: Path) -> Iterator[None]:
+def _translate_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except (sqlite3.Error, OSError) as error:

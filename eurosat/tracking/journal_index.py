@@ -19,10 +19,10 @@ def all_journals() -> Iterator[Path]:
     """The folders of the journals here, the oldest first."""
     if root().is_dir():
         found = [path.parent for path in root().glob(f"[!.]*/{DATABASE}")]
-        yield from sorted(found, key=lambda folder: (_started(folder), folder.name))
+        yield from sorted(found, key=lambda folder: (_start_ms(folder), folder.name))
 
 
-def find(reference: str) -> Path | None:
+def find_journal(reference: str) -> Path | None:
     """The journal of a run, by its id on the server or by ``journal:ID``."""
     if reference.startswith(PREFIX):
         directory = root() / reference.removeprefix(PREFIX)
@@ -44,16 +44,16 @@ def prune_old() -> None:
     for directory in list(all_journals()):
         if not _is_old(directory):
             continue
-        if (old := opened(directory)) is None:
+        if (old := try_open(directory)) is None:
             continue
         told = old.get_meta("status") is not None or old.get_meta("attached") is not None
-        if old.hold() and told and not old.backlog() and not old.refusals():
+        if old.acquire() and told and not old.backlog() and not old.refusals():
             old.remove()
         else:
             old.close()
 
 
-def opened(directory: Path) -> Journal | None:
+def try_open(directory: Path) -> Journal | None:
     """The journal there, or None where it was removed meanwhile or cannot be read."""
     try:
         journal = Journal(directory)
@@ -71,7 +71,7 @@ def _is_old(directory: Path) -> bool:
     return False
 
 
-def _started(directory: Path) -> int:
+def _start_ms(directory: Path) -> int:
     return int(_read_meta(directory).get("start_ms") or 0)
 
 

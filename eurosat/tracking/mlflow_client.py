@@ -21,10 +21,10 @@ BEST_RUN = "sweep.best_run_id"
 
 NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 """MLflow answers an unknown alias of a known model with the second."""
-JOURNAL_ID = "journal.id"
+JOURNAL_TAG = "journal.id"
 """Tag by which a run is found again that was made, but whose id did not arrive here."""
-PARENT, NAME = "mlflow.parentRunId", "mlflow.runName"
-RETRIES = 2
+PARENT, NAME_TAG = "mlflow.parentRunId", "mlflow.runName"
+MAX_RETRIES = 2
 """Of a request, by MLflow; its own seven keep a verb waiting four minutes for a dead server."""
 
 
@@ -84,7 +84,7 @@ def snapshot(run_id: str) -> RunSnapshot:
     asked = client()
     held = asked.get_run(run_id)
     if parent := held.data.tags.get(PARENT):
-        named = asked.get_run(parent).data.tags.get(JOURNAL_ID)
+        named = asked.get_run(parent).data.tags.get(JOURNAL_TAG)
         parent = f"{PREFIX}{named}" if named else parent
     return RunSnapshot(
         start_ms=held.info.start_time,
@@ -95,7 +95,7 @@ def snapshot(run_id: str) -> RunSnapshot:
             for one in asked.get_metric_history(run_id, name)
         ],
         params=held.data.params,
-        tags={k: v for k, v in held.data.tags.items() if k not in (JOURNAL_ID, PARENT, NAME)},
+        tags={k: v for k, v in held.data.tags.items() if k not in (JOURNAL_TAG, PARENT, NAME_TAG)},
     )
 
 
@@ -149,7 +149,7 @@ def latest_run(experiment: str, *, kind: str) -> str:
     Raises:
         TrackingError: there is none.
     """
-    if not (found := _search(experiment, f"tags.kind = '{kind}'", most=1)):
+    if not (found := _search_run_ids(experiment, f"tags.kind = '{kind}'", max_results=1)):
         raise TrackingError(f"experiment {experiment} has no run of kind {kind}")
     return found[0]
 
@@ -161,17 +161,17 @@ def finished_runs(
     wanted = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
     wanted += [f"params.`{name}` = '{value}'" for name, value in (params or {}).items()]
     finished = " AND ".join([*wanted, "attributes.status = 'FINISHED'"])
-    return _search(experiment, finished, most=100)
+    return _search_run_ids(experiment, finished, max_results=100)
 
 
-def _search(experiment: str, wanted: str, *, most: int) -> list[str]:
+def _search_run_ids(experiment: str, filter_string: str, *, max_results: int) -> list[str]:
     with translate_errors(f"experiment {experiment}"):
         asked = client()
         found = asked.search_runs(
-            [experiment_id(asked, experiment)],
-            wanted,
+            [get_or_create_experiment(asked, experiment)],
+            filter_string,
             order_by=["attributes.start_time DESC"],
-            max_results=most,
+            max_results=max_results,
         )
     return [str(run.info.run_id) for run in found]
 
@@ -197,17 +197,17 @@ def to_run_id(reference: str) -> str:
     """
     if not reference.startswith(PREFIX):
         return reference
-    if found := find_by_tag(client(), JOURNAL_ID, reference.removeprefix(PREFIX)):
+    if found := find_runs_by_tag(client(), JOURNAL_TAG, reference.removeprefix(PREFIX)):
         return found[0]
     raise TrackingError(
         f"{reference} is not on the tracking server yet: run `python -m eurosat.tracking sync`"
     )
 
 
-def find_by_tag(asked: "MlflowClient", name: str, value: str) -> list[str]:
+def find_runs_by_tag(client: "MlflowClient", name: str, value: str) -> list[str]:
     """Ids of the runs of all experiments that carry the tag, the first made first."""
-    found = asked.search_runs(
-        [one.experiment_id for one in asked.search_experiments()],
+    found = client.search_runs(
+        [one.experiment_id for one in client.search_experiments()],
         f"tags.`{name}` = '{value}'",
         order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
     )
@@ -218,7 +218,7 @@ def client(uri: str | None = None) -> "MlflowClient":
     """Of the server at ``uri``; None is the one that MLFLOW_TRACKING_URI names."""
     from mlflow import MlflowClient
 
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(RETRIES))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(MAX_RETRIES))
     return MlflowClient(tracking_uri=uri)
 
 
@@ -243,16 +243,16 @@ def credentials() -> Credentials:
     )
 
 
-def experiment_id(asked: "MlflowClient", name: str) -> str:
+def get_or_create_experiment(client: "MlflowClient", name: str) -> str:
     """Of the experiment of that name, which is made where there is none."""
     from mlflow.exceptions import MlflowException
 
-    if found := asked.get_experiment_by_name(name):
+    if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
     try:
-        return str(asked.create_experiment(name))
+        return str(client.create_experiment(name))
     except MlflowException:  # another process made it in between
-        found = asked.get_experiment_by_name(name)
+        found = client.get_experiment_by_name(name)
         if found is None:
             raise
         return str(found.experiment_id)

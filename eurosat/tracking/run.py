@@ -20,16 +20,16 @@ from eurosat.errors import TrackingError
 from eurosat.tracking import journal_index, mlflow_client
 from eurosat.tracking.journal import PREFIX, Backlog, Journal, Status, now_ms
 from eurosat.tracking.system_metrics import SystemMetrics
-from eurosat.tracking.uploader import Sender
+from eurosat.tracking.uploader import BackgroundUploader
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 log = logging.getLogger(__name__)
 
-SYNC_S = 60.0
+SYNC_WAIT_S = 60.0
 """A run that is to go on waits so long for a `sync` that sends its journal at this moment."""
-NOT_IN_NAMES = re.compile(r"[^/\w.\- :]")
+FORBIDDEN_IN_NAMES = re.compile(r"[^/\w.\- :]")
 """What MLflow refuses in the name of a metric."""
 
 
@@ -40,7 +40,7 @@ class Run:
     """
 
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
-        self._journal, self._sender = journal, Sender(journal, client)
+        self._journal, self._uploader = journal, BackgroundUploader(journal, client)
         self._last_id: str | None = None
 
     @property
@@ -65,7 +65,7 @@ class Run:
 
         Characters that MLflow does not allow in a name become underscores.
         """
-        named = {NOT_IN_NAMES.sub("_", key): float(value) for key, value in metrics.items()}
+        named = {FORBIDDEN_IN_NAMES.sub("_", key): float(value) for key, value in metrics.items()}
         self._journal.log_metrics(named, now_ms(), step, once=once)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ class Run:
 
     def wait_for_start(self) -> None:
         """Until the server has the run, was seen to be away, or has let it wait for seconds."""
-        self._sender.wait_for_start()
+        self._uploader.wait_for_start()
 
     def backlog(self) -> Backlog:
         """What the server does not have yet."""
@@ -116,12 +116,12 @@ class Run:
             if status:
                 self._journal.end(status)
         except TrackingError:  # no room
-            self._sender.tell_failed()
+            self._uploader.report_failed()
             raise
         finally:
-            delivered, journal = self._sender.finish(), self._journal
+            delivered, journal = self._uploader.finish(), self._journal
             self._last_id = journal.reference
-            self._tell(delivered)
+            self._log_undelivered(delivered)
             ended_well = status is None or (
                 status == "FINISHED" and journal.get_meta("status_sent")
             )
@@ -130,7 +130,7 @@ class Run:
             else:  # not sent, or to be continued
                 journal.close()
 
-    def _tell(self, delivered: bool) -> None:
+    def _log_undelivered(self, delivered: bool) -> None:
         journal = self._journal
         if not delivered:
             log.warning(
@@ -138,7 +138,7 @@ class Run:
                 "`python -m eurosat.tracking sync` sends it",
                 self.run_id,
                 journal.backlog(),
-                self._sender.fault or "it does not answer",
+                self._uploader.last_error or "it does not answer",
                 journal.directory,
             )
         elif refused := journal.refusals():
@@ -172,10 +172,10 @@ class NullRun(Run):
     def log_file(self, file: Path, folder: str | None = None) -> None: ...
     def log_folder(self, folder: Path, into: str | None = None) -> None: ...
     def log_text(self, text: str, path: str) -> None: ...
-    def waiting(self) -> Backlog:
+    def backlog(self) -> Backlog:
         return Backlog(entries=0, files=0, bytes=0, status=False)
 
-    def settle(self) -> None: ...
+    def checkpoint(self) -> None: ...
     def finish(self, status: Status | None) -> None: ...
 
 
@@ -210,12 +210,16 @@ def run(
     with mlflow_client.translate_errors():
         client = mlflow_client.client()
     journal_index.prune_old()
-    opened = Run(_journal(experiment, name, parent, journal, resume), client)
+    opened = Run(_open_journal(experiment, name, parent, journal, resume), client)
     status: Status = "FAILED"
     sampler: SystemMetrics | None = None
     try:
         opened.wait_for_start()
-        own = {"code.commit": code_commit(), "mlflow.user": user(), "mlflow.source.name": _verb()}
+        own = {
+            "code.commit": code_commit(),
+            "mlflow.user": user(),
+            "mlflow.source.name": _command_name(),
+        }
         opened.set_tags(own | dict(tags or {}))
         sampler = SystemMetrics(opened.log_metrics, opened.age_s) if system_metrics else None
         yield opened
@@ -231,7 +235,7 @@ def run(
 
 
 @contextmanager
-def reopen(reference: str) -> Iterator[Run]:
+def append_to(reference: str) -> Iterator[Run]:
     """Add to a run that another process has opened and ends, or has ended.
 
     Raises:
@@ -256,9 +260,9 @@ def end(reference: str, status: Status, tags: Mapping[str, object] | None = None
     """End a run whose process can no longer do it."""
     with mlflow_client.translate_errors():
         client = mlflow_client.client()
-    directory = journal_index.find(reference)
-    journal = journal_index.opened(directory) if directory else None
-    if journal is None or not journal.hold():
+    directory = journal_index.find_journal(reference)
+    journal = journal_index.try_open(directory) if directory else None
+    if journal is None or not journal.acquire():
         journal = Journal.create(server=mlflow_client.tracking_uri(), attached=reference)
     over = Run(journal, client)
     over.set_tags(tags or {})
@@ -274,8 +278,8 @@ def can_continue(reference: str | None) -> bool:
     """Whether this run's journal is here, it did not end well, and nobody deleted it since."""
     from mlflow.exceptions import MlflowException
 
-    directory = journal_index.find(reference) if reference else None
-    journal = journal_index.opened(directory) if directory else None
+    directory = journal_index.find_journal(reference) if reference else None
+    journal = journal_index.try_open(directory) if directory else None
     if journal is None:
         return False
     try:
@@ -296,7 +300,7 @@ def journal_state(journal: str) -> Literal["new", "open", "over"]:
     """
     if can_continue(journal):
         return "open"
-    if journal_index.find(journal):
+    if journal_index.find_journal(journal):
         return "over"
     with contextlib.suppress(TrackingError):
         return "over" if mlflow_client.get(journal).status == "FINISHED" else "open"
@@ -343,12 +347,12 @@ def user() -> str:
         return "unknown"
 
 
-def _journal(
+def _open_journal(
     experiment: str, name: str, parent: str | None, journal: str | None, resume: str | None
 ) -> Journal:
     made_by_mlflow_run = None if parent else os.environ.get("MLFLOW_RUN_ID")
     if resume:
-        if (directory := journal_index.find(resume)) is None:
+        if (directory := journal_index.find_journal(resume)) is None:
             with mlflow_client.translate_errors():
                 run_id = mlflow_client.to_run_id(resume)
                 held = mlflow_client.snapshot(run_id)
@@ -361,16 +365,16 @@ def _journal(
                 parent=held.parent,
                 start_ms=str(held.start_ms),
             )
-            made.adopt(held.points, held.params, held.tags)
+            made.import_history(held.points, held.params, held.tags)
             made.reopen()
             return made
         continued = Journal(directory)
-        if not continued.hold(SYNC_S):
+        if not continued.acquire(SYNC_WAIT_S):
             continued.close()
             raise TrackingError(f"another process writes the journal {directory}")
         continued.reopen()
         if made_by_mlflow_run:
-            with reopen(made_by_mlflow_run) as beside:
+            with append_to(made_by_mlflow_run) as beside:
                 beside.set_tags({"continued.run_id": continued.reference})
         return continued
     return Journal.create(
@@ -383,6 +387,6 @@ def _journal(
     )
 
 
-def _verb() -> str:
+def _command_name() -> str:
     main = sys.modules["__main__"].__spec__
     return f"python -m {main.name}" if main else Path(sys.argv[0]).name

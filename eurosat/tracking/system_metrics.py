@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 log = logging.getLogger(__name__)
 
-SYSTEM_S = 5.0
+SAMPLE_INTERVAL_S = 5.0
 """Seconds between two samples."""
 
 LogMetrics = Callable[[Mapping[str, float], int], None]
@@ -29,7 +29,7 @@ class SystemMetrics:
         with contextlib.suppress(Exception):  # no NVIDIA card or no pynvml: nothing to sample
             self._collectors.append(GPUMonitor())
         self._stopped = threading.Event()
-        self._step = int(age_s / SYSTEM_S)
+        self._step = int(age_s / SAMPLE_INTERVAL_S)
         self._thread = threading.Thread(target=self._loop, name="system-metrics", daemon=True)
         self._thread.start()
 
@@ -40,7 +40,7 @@ class SystemMetrics:
     def _loop(self) -> None:
         while True:
             self._sample()
-            if self._stopped.wait(SYSTEM_S):
+            if self._stopped.wait(SAMPLE_INTERVAL_S):
                 self._sample()
                 return
 

@@ -175,7 +175,7 @@ def _ray_worker(given: dict[str, Any]) -> None:
     ranks = DistributedContext.from_environment(owns_process_group=False)
     config: TrainConfig = given["config"]
     with (
-        tracking.reopen(given["run"]) if ranks.is_first else nullcontext(tracking.NullRun())
+        tracking.append_to(given["run"]) if ranks.is_first else nullcontext(tracking.NullRun())
     ) as run:
         fitted = fit_alone(config, prepare(config), run, ranks=ranks)
     if not ranks.is_first:

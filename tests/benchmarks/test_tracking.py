@@ -18,7 +18,7 @@ pytestmark = MLFLOW_WARNS
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(uploader, "EVERY_S", 0.1)
+    monkeypatch.setattr(uploader, "UPLOAD_INTERVAL_S", 0.1)
     with mlflow_server(tmp_path) as port, proxy(port) as way:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", way.uri)
         yield way
@@ -35,8 +35,8 @@ def test_a_round_ends_when_the_server_has_every_point_and_its_time_excludes_send
         steps.append(0.5)
         return 0.5
 
-    with benchmark.ours(server.uri) as arm:
-        step_s, _ = benchmark.turn(step, arm, 0.1)
+    with benchmark.journal_arm(server.uri) as arm:
+        step_s, _ = benchmark.time_steps(step, arm, 0.1)
         client = MlflowClient(f"http://127.0.0.1:{server.upstream}")
         experiment = client.get_experiment_by_name("bench")
         assert experiment is not None

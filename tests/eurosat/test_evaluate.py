@@ -83,7 +83,7 @@ def test_a_run_is_evaluated_told_and_kept(
 
 def test_pairs_of_classes_are_counted_both_ways_and_the_most_confused_come_first() -> None:
     counts = np.array([[5, 2, 0], [1, 5, 0], [0, 4, 5]])
-    assert report._confused(counts, ("a", "b", "c")) == [
+    assert report._most_confused_pairs(counts, ("a", "b", "c")) == [
         {"classes": ["b", "c"], "tiles": 4},
         {"classes": ["a", "b"], "tiles": 3},
     ]
@@ -99,7 +99,7 @@ def test_corruptions_of_real_tiles_cost_accuracy_and_more_the_worse_they_are() -
     data = prepare(config)
     with tracking.run("e", "r", system_metrics=False) as run:
         tested = train.train(config, data, run)
-    table = results.under_corruptions(results.evaluate(run.run_id), evaluate.CORRUPTED_TILES)
+    table = results.evaluate_corrupted(results.evaluate(run.run_id), evaluate.CORRUPTED_TILES)
     accuracy = {(row["kind"], row["severity"]): row["accuracy"] for row in table}
     assert {row["tiles"] for row in table} == {evaluate.CORRUPTED_TILES}
     assert accuracy["none", 0] == pytest.approx(tested["test_accuracy"], abs=0.03)
@@ -142,7 +142,7 @@ def test_prediction_sets_hold_what_they_promise_for_every_class() -> None:
     told = calibration.evaluate(found, *drawn(2, 20_000, 1.0))
     assert told["coverage"] == pytest.approx(calibration.COVERAGE, abs=0.01)
     assert told["coverage_worst_class"] == pytest.approx(calibration.COVERAGE, abs=0.02)
-    assert told["unlike"] == pytest.approx(calibration.UNLIKE_SHARE, abs=0.005)
+    assert told["unlike"] == pytest.approx(calibration.OOD_SHARE, abs=0.005)
     assert 0.95 <= told["set_size"] <= 5
 
 

@@ -33,7 +33,7 @@ from tests.support.malformed_requests import (
     Case,
     request,
 )
-from tests.support.mlflow_server import START_S, free_port
+from tests.support.mlflow_server import START_TIMEOUT_S, free_port
 from tests.support.paths import ROOT
 from tests.support.registry import MLFLOW_WARNS, make_run
 from tests.support.serving import Answer, headers_of, read_answer
@@ -114,7 +114,7 @@ def server(store: Path) -> Iterator[Server]:
     with (store / "server.log").open("w") as log:
         process = subprocess.Popen(command, cwd=store, env=environment, stdout=log, stderr=log)
     try:
-        client.wait_ready(f"http://127.0.0.1:{port}", process, START_S)
+        client.wait_ready(f"http://127.0.0.1:{port}", process, START_TIMEOUT_S)
         yield Server(port, process)
     finally:
         process.terminate()

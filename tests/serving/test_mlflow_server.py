@@ -25,7 +25,7 @@ from tests.support.images import (
     pixels,
     raw,
 )
-from tests.support.mlflow_server import START_S, free_port
+from tests.support.mlflow_server import START_TIMEOUT_S, free_port
 from tests.support.paths import ROOT
 from tests.support.registry import REGISTRY, TAGS, make_network, make_run
 
@@ -48,7 +48,7 @@ def url(store: Path, version: str) -> Iterator[str]:
     with (store / "server.log").open("w") as log:
         process = subprocess.Popen(command, cwd=store, env=environment, stdout=log, stderr=log)
     try:
-        client.wait_ready(f"http://127.0.0.1:{port}", process, START_S)
+        client.wait_ready(f"http://127.0.0.1:{port}", process, START_TIMEOUT_S)
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
@@ -168,7 +168,7 @@ def test_a_client_without_a_server_or_a_file_fails_in_one_line(
 def test_waiting_ends_when_the_server_does() -> None:
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(client.ServerError, match="ended with code 3"):
-        client.wait_ready(f"http://127.0.0.1:{free_port()}", process, START_S)
+        client.wait_ready(f"http://127.0.0.1:{free_port()}", process, START_TIMEOUT_S)
 
 
 def test_a_server_that_is_none_of_mlflow_is_said(url: str) -> None:

@@ -23,7 +23,7 @@ from eurosat.models import onnx_session
 from registry import register, versions
 from serving import client
 from tests.support.images import saved
-from tests.support.mlflow_server import START_S, free_port
+from tests.support.mlflow_server import START_TIMEOUT_S, free_port
 from tests.support.paths import ROOT
 from tests.support.recipes import TINY
 from tests.support.registry import MLFLOW_WARNS
@@ -110,7 +110,7 @@ def ways(settings: Sequence[str], folder: Path, form: str) -> Iterator[tuple[str
         process = started(folder, form, verb, *words.format(port).split())
         try:
             url = f"http://127.0.0.1:{port}"
-            client.wait_ready(url, process, START_S)
+            client.wait_ready(url, process, START_TIMEOUT_S)
             yield f"{verb} {path}", by_rest(url, path, tiles_NHWC), torch_NK
         finally:
             process.send_signal(signal.SIGTERM)

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-READY_S = 240
-START_S = 180.0
+READY_TIMEOUT_S = 240
+START_TIMEOUT_S = 180.0
 """MLflow is imported three times on the way: seconds each, more on a busy machine."""
 
 
@@ -59,15 +59,15 @@ def mlflow_server(folder: Path, backend: str | None = None, *flags: str) -> Iter
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder
         )
         try:
-            _wait_for(port, process, folder / "server.log")
+            _wait_until_ready(port, process, folder / "server.log")
             yield port
         finally:
             process.terminate()
             process.wait(timeout=30)
 
 
-def _wait_for(port: int, process: "subprocess.Popen[bytes]", said: Path) -> None:
-    deadline = time.monotonic() + READY_S
+def _wait_until_ready(port: int, process: "subprocess.Popen[bytes]", said: Path) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"the server ended with {process.returncode}: {said.read_text()}")
@@ -75,7 +75,7 @@ def _wait_for(port: int, process: "subprocess.Popen[bytes]", said: Path) -> None
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
             return
         time.sleep(0.1)
-    raise RuntimeError(f"the server was not ready after {READY_S} s: {said.read_text()}")
+    raise RuntimeError(f"the server was not ready after {READY_TIMEOUT_S} s: {said.read_text()}")
 
 
 class Proxy(ThreadingHTTPServer):
@@ -86,18 +86,18 @@ class Proxy(ThreadingHTTPServer):
     def __init__(self, upstream: int) -> None:
         super().__init__(("127.0.0.1", 0), _Forward)
         self.upstream = upstream
-        self.away = False
+        self.is_down = False
         """Connections are cut."""
         self.delay_s = 0.0
         """Before each answer."""
-        self.status: Callable[[int, str, str], int | None] = lambda number, method, path: None
+        self.status_for: Callable[[int, str, str], int | None] = lambda number, method, path: None
         """Answered instead of forwarding, by the request's number, method and path."""
-        self.forwards_first = False
+        self.forward_before_status = False
         """Whether what `status` answers for was forwarded all the same."""
-        self.broken: Callable[[str, bytes], bytes | None] = lambda path, body: body
+        self.alter_body: Callable[[str, bytes], bytes | None] = lambda path, body: body
         """What becomes of a body on its way; None cuts the connection in the middle of it."""
         self.requests: list[tuple[str, str]] = []
-        self.counting = threading.Lock()
+        self.requests_lock = threading.Lock()
 
     @property
     def uri(self) -> str:
@@ -133,19 +133,19 @@ class _Forward(BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         proxy, path = self.server, self.path
         body: bytes | None = self._body()
-        if proxy.away:
+        if proxy.is_down:
             self.close_connection = True
             return
-        with proxy.counting:
+        with proxy.requests_lock:
             proxy.requests.append((self.command, path))
             number = len(proxy.requests)
         time.sleep(proxy.delay_s)
-        refusal = proxy.status(number, self.command, path)
-        if refusal and not proxy.forwards_first:
+        refusal = proxy.status_for(number, self.command, path)
+        if refusal and not proxy.forward_before_status:
             self._answer(refusal, {"Content-Type": "text/plain"}, b"")
             return
         if body:
-            body = proxy.broken(path, body)
+            body = proxy.alter_body(path, body)
         if body is None:
             self.close_connection = True
             return

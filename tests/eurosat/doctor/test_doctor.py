@@ -406,7 +406,7 @@ def between(open_server: tuple[int, Path], monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def test_an_account_that_can_only_read_does_not_fail(between: Proxy, examine: Examine) -> None:
-    between.status = refusing(("POST", "experiments/create"))
+    between.status_for = refusing(("POST", "experiments/create"))
     findings = examine(*ROUND_TRIP)
     assert {findings[name].verdict for name in ROUND_TRIP[:3]} == {"n/a"}
     assert findings["removal"].verdict == "ok"
@@ -417,7 +417,7 @@ def test_no_model_is_created_that_could_not_be_deleted(
     between: Proxy, examine: Examine, open_server: tuple[int, Path]
 ) -> None:
     """A gate before MLflow refuses the platform's writers, who are not promoters, to delete."""
-    between.status = refusing(("DELETE", "registered-models/delete"))
+    between.status_for = refusing(("DELETE", "registered-models/delete"))
     findings = examine(*ROUND_TRIP)
     assert findings["model version"].verdict == "n/a"
     assert "could not delete what it creates" in findings["model version"].message
@@ -442,8 +442,8 @@ def test_a_failed_step_is_named_and_cleaned_up(
     examine: Examine,
     open_server: tuple[int, Path],
 ) -> None:
-    between.status = refusing(call, status=500)
-    between.forwards_first = True  # the object is created all the same
+    between.status_for = refusing(call, status=500)
+    between.forward_before_status = True  # the object is created all the same
     findings = examine(*ROUND_TRIP)
     assert findings[name].verdict == "failed"
     assert message in findings[name].message
@@ -453,7 +453,7 @@ def test_a_failed_step_is_named_and_cleaned_up(
 
 
 def test_an_artifact_that_comes_back_changed_fails(between: Proxy, examine: Examine) -> None:
-    between.broken = lambda path, body: body[:-1] if "mlflow-artifacts" in path else body
+    between.alter_body = lambda path, body: body[:-1] if "mlflow-artifacts" in path else body
     findings = examine(*ROUND_TRIP)
     assert findings["artifact"].verdict == "failed"
     assert "came back as 2,097,151 of" in findings["artifact"].message
@@ -463,7 +463,7 @@ def test_an_artifact_that_comes_back_changed_fails(between: Proxy, examine: Exam
 def test_an_object_that_cannot_be_deleted_is_named(
     between: Proxy, examine: Examine, open_server: tuple[int, Path]
 ) -> None:
-    between.status = refusing(("POST", "experiments/delete"))
+    between.status_for = refusing(("POST", "experiments/delete"))
     findings = examine(*ROUND_TRIP)
     assert findings["removal"].verdict == "failed"
     (name,) = left_behind(open_server[0])
@@ -497,7 +497,7 @@ def test_an_interrupted_round_trip_leaves_nothing(
             os.kill(os.getpid(), signal.SIGINT)
         return None
 
-    between.status = interrupt
+    between.status_for = interrupt
     try:
         with pytest.raises(KeyboardInterrupt):
             examine(*ROUND_TRIP)
@@ -781,7 +781,7 @@ def test_a_missing_permission_is_named(
     call: tuple[str, str], permission: str, store: int, examine: Examine
 ) -> None:
     with proxy(store) as before:
-        before.status = refusing(call)
+        before.status_for = refusing(call)
         finding = examine("bucket", STORAGE_EMULATOR_HOST=before.uri)["bucket"]
     assert finding.verdict == "failed"
     assert f"{permission} is denied on gs://mlflow" in finding.message

@@ -45,7 +45,7 @@ def test_figures_agree_with_torchmetrics(seed: int) -> None:
         "macro_f1": MulticlassF1Score(k, average="macro"),
         "macro_auprc": MulticlassAveragePrecision(k, average="macro"),
         "macro_auroc": MulticlassAUROC(k, average="macro"),
-        "ece": MulticlassCalibrationError(k, n_bins=metrics.BINS, norm="l1"),
+        "ece": MulticlassCalibrationError(k, n_bins=metrics.NUM_BINS, norm="l1"),
     }.items():
         assert figures[name] == pytest.approx(float(judge(*given)), abs=1e-5), name
     of_class = MulticlassF1Score(k, average=None)(*given)
@@ -80,7 +80,7 @@ def by_scikit_learn(labels: Labels, probabilities: Floats, weights: Floats) -> d
 def test_figures_agree_with_scikit_learn_under_any_weights(seed: int) -> None:
     labels, probabilities = drawn(seed)
     weights_BN = np.random.default_rng(seed).poisson(1, (3, len(labels))).astype(float)
-    ours = metrics._figures(labels, probabilities, weights_BN, CLASSES)
+    ours = metrics._weighted_metrics(labels, probabilities, weights_BN, CLASSES)
     for number, weights in enumerate(weights_BN):
         wanted = by_scikit_learn(labels, probabilities, weights)
         assert set(ours) - set(wanted) == {"ece"}

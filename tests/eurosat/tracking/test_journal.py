@@ -60,10 +60,10 @@ def server(ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """The way to the first server, for a test with journals of its own and little patience."""
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(uploader, "EVERY_S", 0.1)
-    monkeypatch.setattr(uploader, "BACKOFF_S", 0.05)
-    monkeypatch.setattr(uploader, "MOST_BACKOFF_S", 0.2)
-    monkeypatch.setattr(uploader, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(uploader, "UPLOAD_INTERVAL_S", 0.1)
+    monkeypatch.setattr(uploader, "MIN_BACKOFF_S", 0.05)
+    monkeypatch.setattr(uploader, "MAX_BACKOFF_S", 0.2)
+    monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 1.0)
     with proxy(ports[0]) as way:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", way.uri)
         yield way
@@ -72,8 +72,8 @@ def server(ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def patient(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in use: MLflow repeats a request twice before it counts as failed."""
-    monkeypatch.setattr(uploader, "PATIENCE_S", 60.0)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(mlflow_client.RETRIES))
+    monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 60.0)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(mlflow_client.MAX_RETRIES))
 
 
 @pytest.fixture
@@ -146,12 +146,12 @@ def every_third(number: int, *_: str) -> int | None:
     return 500 if number % 3 == 0 else None
 
 
-@pytest.mark.parametrize("forwards_first", [False, True])
+@pytest.mark.parametrize("forward_first", [False, True])
 @pytest.mark.usefixtures("patient")
 def test_a_server_that_answers_500_to_every_third_call_gets_all_once(
-    server: Proxy, experiment: str, tmp_path: Path, forwards_first: bool
+    server: Proxy, experiment: str, tmp_path: Path, forward_first: bool
 ) -> None:
-    server.status, server.forwards_first = every_third, forwards_first
+    server.status_for, server.forward_before_status = every_third, forward_first
     with tracking.run(experiment, "r", system_metrics=False) as run:
         log_all(run, tmp_path)
     held = only(server, experiment)
@@ -167,11 +167,11 @@ def test_a_server_that_is_stopped_for_a_while_gets_all(
     with tracking.run(experiment, "r", system_metrics=False) as run:
         run.log_metrics({"before": 1})
         until(lambda: "before" in only(server, experiment).data.metrics)
-        server.away = True
+        server.is_down = True
         log_all(run, tmp_path)
-        until(lambda: run._sender.fault)
+        until(lambda: run._uploader.last_error)
         assert "loss" not in only(server, experiment).data.metrics
-        server.away = False
+        server.is_down = False
     check_all(server, only(server, experiment), tmp_path)
 
 
@@ -182,7 +182,7 @@ def test_a_run_that_never_saw_its_server_is_sent_later_once(
     caplog: pytest.LogCaptureFixture,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    server.away = True
+    server.is_down = True
     with tracking.run(experiment, "r", system_metrics=False) as run:
         assert run.run_id.startswith("journal:")
         log_all(run, tmp_path)
@@ -200,7 +200,7 @@ def test_a_run_that_never_saw_its_server_is_sent_later_once(
     assert verbs.main(["sync"]) == exit_codes.NEGATIVE
     assert f"{run.run_id}: not sent:" in capsys.readouterr().out
 
-    server.away = False
+    server.is_down = False
     with pytest.raises(TrackingError, match="eurosat.tracking sync"):
         tracking.get(run.run_id)
     assert verbs.main(["sync"]) == exit_codes.OK
@@ -244,11 +244,11 @@ def test_a_run_that_somebody_deletes_meanwhile_is_made_anew(
 def test_refused_credentials_are_told_at_the_start_and_training_goes_on(
     server: Proxy, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server.status = lambda *_: 401
+    server.status_for = lambda *_: 401
     with tracking.run(experiment, "r", system_metrics=False) as run:
         assert "MLFLOW_TRACKING_USERNAME" in caplog.text, "not after an hour"
         log_all(run, tmp_path)
-    server.status = lambda *_: None
+    server.status_for = lambda *_: None
     assert verbs.main(["sync"]) == exit_codes.OK
     check_all(server, only(server, experiment), tmp_path)
 
@@ -256,7 +256,7 @@ def test_refused_credentials_are_told_at_the_start_and_training_goes_on(
 def test_a_slow_server_does_not_hold_up_the_start(
     server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploader, "START_S", 0.1)
+    monkeypatch.setattr(uploader, "START_TIMEOUT_S", 0.1)
     server.delay_s = 2.0
     with tracking.run(experiment, "r", system_metrics=False) as run:
         assert run.run_id.startswith("journal:"), "it has begun before the server answered"
@@ -269,10 +269,10 @@ def test_a_slow_server_does_not_hold_up_the_start(
 
 def unsent(server: Proxy, experiment: str, folder: Path) -> tuple[tracking.Run, Path]:
     """A whole run that ended while the server was away, and its journal."""
-    server.away = True
+    server.is_down = True
     with tracking.run(experiment, "r", system_metrics=False) as run:
         log_all(run, folder)
-    server.away = False
+    server.is_down = False
     [directory] = journal_index.all_journals()
     return run, directory
 
@@ -292,17 +292,17 @@ def test_a_journal_that_is_sent_twice_gives_the_same_run(
 
 
 def sync_slowly(batch: int) -> None:
-    uploader.MOST_ENTRIES = batch
+    uploader.MAX_ENTRIES = batch
     cli.run_command(verbs.main, ["sync"])
 
 
 def test_a_journal_whose_sending_is_killed_gives_the_same_run(
     server: Proxy, experiment: str, tmp_path: Path
 ) -> None:
-    server.away = True
+    server.is_down = True
     with tracking.run(experiment, "r", system_metrics=False) as run:
         log_all(run, tmp_path)
-    server.away = False
+    server.is_down = False
     server.delay_s = 0.02
     [directory] = journal_index.all_journals()
     told = in_journal(directory, "loss")
@@ -341,7 +341,7 @@ def test_an_upload_that_breaks_is_repeated_until_its_checksum_is_right(
         broken.append(path)
         return None if fault == "cut" else body[:-1] + b"?"
 
-    server.broken = breaks
+    server.alter_body = breaks
     with tracking.run(experiment, "r", system_metrics=False) as run:
         log_all(run, tmp_path)
     assert len(broken) == 2
@@ -351,6 +351,7 @@ def test_an_upload_that_breaks_is_repeated_until_its_checksum_is_right(
     assert run.run_id == only(server, experiment).info.run_id
 
 
+@pytest.mark.usefixtures("patient")
 def test_an_entry_that_the_server_refuses_does_not_hold_back_the_others(
     server: Proxy,
     experiment: str,
@@ -380,20 +381,20 @@ def test_a_file_that_the_server_refuses_is_kept_until_it_takes_it(
     when: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    server.status = lambda _, method, path: (
+    server.status_for = lambda _, method, path: (
         413 if (method, "huge" in path) == ("PUT", True) else None
     )
-    server.away = when == "when it was sent later"
+    server.is_down = when == "when it was sent later"
     with tracking.run(experiment, "r", system_metrics=False) as run:
         run.log_text("x", "huge.bin")
         log_all(run, tmp_path)
-    server.away = False
+    server.is_down = False
     assert verbs.main(["sync"]) == exit_codes.NEGATIVE
     assert "the server refused 1, the first: artifact huge.bin" in capsys.readouterr().out
     check_all(server, only(server, experiment), tmp_path)
     assert verbs.main(["status"]) == exit_codes.NEGATIVE
     assert "the server refused 1, the first: artifact huge.bin" in capsys.readouterr().out
-    server.status = lambda *_: None
+    server.status_for = lambda *_: None
     assert verbs.main(["sync"]) == exit_codes.OK
     with tracking.artifact(run.run_id, "huge.bin") as file:
         assert file.read_text() == "x"
@@ -407,11 +408,11 @@ def test_what_was_refused_comes_after_nothing_that_was_said_later(
         server=mlflow_client.tracking_uri(), experiment=experiment, run_name="r"
     )
     journal.set_tags({"kind": "refused", "other": "refused"})
-    for entry in journal.entries(2):
-        journal.refused(entry.seq, "too long")
+    for entry in journal.pending_entries(2):
+        journal.mark_entry_refused(entry.seq, "too long")
     journal.set_tags({"kind": "taken"})
     journal.requeue_rejected()
-    assert [(one.name, one.value) for one in journal.entries(9)] == [
+    assert [(one.name, one.value) for one in journal.pending_entries(9)] == [
         ("kind", "taken"),
         ("other", "refused"),
     ]
@@ -488,7 +489,7 @@ def test_of_runs_made_twice_the_one_that_was_written_to_is_kept(
         late = MlflowClient().create_run(
             only(server, experiment).info.experiment_id,
             1,
-            {mlflow_client.JOURNAL_ID: run.journal.removeprefix("journal:")},
+            {mlflow_client.JOURNAL_TAG: run.journal.removeprefix("journal:")},
         )
         assert late.info.run_id != first
     held = only(server, experiment)
@@ -499,19 +500,21 @@ def test_of_runs_made_twice_the_one_that_was_written_to_is_kept(
 def test_a_server_that_was_waited_for_in_vain_holds_up_no_later_run(
     server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploader, "AWAY_S", 0.1)
-    server.away = True
+    monkeypatch.setattr(uploader, "UNREACHABLE_TIMEOUT_S", 0.1)
+    server.is_down = True
     with tracking.run(experiment, "first", system_metrics=False):
         pass
-    monkeypatch.setattr(uploader, "PATIENCE_S", 3600.0)
+    monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 3600.0)
     with tracking.run(experiment, "second", system_metrics=False):
         pass
-    server.away = False
-    monkeypatch.setattr(uploader, "AWAY_S", 60.0)  # as long as its first answer may take
+    server.is_down = False
+    monkeypatch.setattr(
+        uploader, "UNREACHABLE_TIMEOUT_S", 60.0
+    )  # as long as its first answer may take
     with tracking.run(experiment, "third", system_metrics=False):
         pass
     assert only(server, experiment).info.run_name == "third"
-    assert mlflow_client.tracking_uri() not in uploader.Sender.unreachable_servers, (
+    assert mlflow_client.tracking_uri() not in uploader.BackgroundUploader.unreachable_servers, (
         "it is waited for again"
     )
     assert verbs.main(["sync"]) == exit_codes.OK
@@ -534,17 +537,17 @@ def test_logging_waits_for_no_answer(server: Proxy, experiment: str, tmp_path: P
 
 def test_pauses_between_repetitions_grow_up_to_a_cap_and_differ() -> None:
     for failures in range(12):
-        whole = min(uploader.BACKOFF_S * 2**failures, uploader.MOST_BACKOFF_S)
-        drawn = [uploader.backoff_s(failures, uploader.MOST_BACKOFF_S) for _ in range(50)]
+        whole = min(uploader.MIN_BACKOFF_S * 2**failures, uploader.MAX_BACKOFF_S)
+        drawn = [uploader.backoff_s(failures, uploader.MAX_BACKOFF_S) for _ in range(50)]
         assert all(whole / 2 <= pause <= whole for pause in drawn)
         assert len(set(drawn)) > 1
-    assert uploader.backoff_s(10**6, uploader.MOST_BACKOFF_S) <= uploader.MOST_BACKOFF_S
+    assert uploader.backoff_s(10**6, uploader.MAX_BACKOFF_S) <= uploader.MAX_BACKOFF_S
 
 
 def test_what_a_living_process_sends_is_not_claimed(
     server: Proxy, experiment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    server.away = True
+    server.is_down = True
     with tracking.run(experiment, "r", system_metrics=False) as run:
         run.log_metrics({"a": 1})
         assert verbs.main(["sync"]) == exit_codes.OK
@@ -559,13 +562,13 @@ class Killed(Exception):
     """Where a process might have been killed."""
 
 
-@pytest.mark.parametrize("word", ["note", "file_sent"])
+@pytest.mark.parametrize("method", ["set_meta", "mark_file_sent"])
 def test_a_delivery_cut_before_the_journal_hears_of_it_sends_nothing_twice(
-    server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
+    server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Each word to the journal is cut off once: of the run, of each batch, file and status."""
     _, directory = unsent(server, experiment, tmp_path)
-    real, calls = getattr(Journal, word), 0
+    real, calls = getattr(Journal, method), 0
 
     def cut(self: Journal, *args: Any, **kwargs: Any) -> None:
         nonlocal calls
@@ -574,7 +577,7 @@ def test_a_delivery_cut_before_the_journal_hears_of_it_sends_nothing_twice(
             raise Killed
         real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Journal, word, cut)
+    monkeypatch.setattr(Journal, method, cut)
     journal, whole = Journal(directory), False
     while not whole:
         carried = uploader.JournalUploader(journal, mlflow_client.client())
@@ -590,7 +593,7 @@ def test_a_delivery_cut_before_the_journal_hears_of_it_sends_nothing_twice(
 def test_a_journal_that_is_not_made_yet_is_none(
     server: Proxy, experiment: str, tmp_path: Path
 ) -> None:
-    server.away = True
+    server.is_down = True
     with tracking.run(experiment, "r", system_metrics=False):
         pass
     [directory] = journal_index.all_journals()
@@ -656,11 +659,11 @@ def test_a_journal_from_before_its_files_had_folders_arrives_in_full(
 def test_a_child_waits_for_its_parent_to_be_on_the_server(
     server: Proxy, experiment: str, tmp_path: Path
 ) -> None:
-    server.away = True
+    server.is_down = True
     with tracking.run(experiment, "parent", system_metrics=False) as parent:
         with tracking.run("other", "child", parent=parent.run_id, system_metrics=False) as child:
             child.log_metrics({"a": 1})
-        server.away = False
+        server.is_down = False
     assert verbs.main(["sync"]) == exit_codes.OK
     by_name = {run.info.run_name: run for run in runs(server, experiment)}
     assert by_name["child"].data.tags[tracking.PARENT] == by_name["parent"].info.run_id
@@ -718,7 +721,7 @@ def test_files_are_added_to_a_run_that_has_ended(
 ) -> None:
     with tracking.run(experiment, "r", system_metrics=False) as run:
         pass
-    with tracking.reopen(run.run_id) as again:
+    with tracking.append_to(run.run_id) as again:
         again.log_text("later", "evaluation/report.md")
     assert only(server, experiment).info.status == "FINISHED"
     with tracking.artifact(run.run_id, "evaluation/report.md") as file:
@@ -744,7 +747,7 @@ def test_metrics_wait_in_memory_while_the_disk_is_full(
 def test_a_disk_that_stays_full_fails_the_run_and_the_server_hears_it(
     server: Proxy, experiment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploader, "PATIENCE_S", 5.0)
+    monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 5.0)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with (
@@ -791,13 +794,21 @@ def until(condition: Callable[[], object], limit_s: float = 60) -> None:
 
 
 MINUTE, ALWAYS = "for a minute", "from beginning to end"
+
+
+def answer_401(way: Proxy, on: bool) -> None:
+    way.status_for = lambda *_: 401 if on else None
+
+
+def answer_500_to_every_third(way: Proxy, on: bool) -> None:
+    way.status_for = every_third if on else lambda *_: None
+
+
 FAULTS: dict[str, Callable[[Proxy, bool], None]] = {
-    "stopped": lambda way, on: setattr(way, "away", on),
-    "500 to every third call": lambda way, on: setattr(
-        way, "status", every_third if on else lambda *_: None
-    ),
+    "stopped": lambda way, on: setattr(way, "is_down", on),
+    "500 to every third call": answer_500_to_every_third,
     "answers after 30 s": lambda way, on: setattr(way, "delay_s", 30.0 if on else 0.0),
-    "credentials refused": lambda way, on: setattr(way, "status", lambda *_: 401 if on else None),
+    "credentials refused": answer_401,
 }
 
 

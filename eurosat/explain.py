@@ -1,4 +1,4 @@
-"""Where a network looked: Grad-CAM++ pages of tiles (Chattopadhay et al. 2018)."""
+"""Show which parts of tiles a network used, as Grad-CAM++ pages (Chattopadhay et al. 2018)."""
 
 import tempfile
 from collections.abc import Sequence
@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from eurosat.models.network import NetworkSpec
 
 MAX_TILES = 100
-"""Tiles on a page."""
+"""Largest number of tiles on a page."""
 
 
 def read_tiles(
     run_id: str, spec: "NetworkSpec", names: Sequence[str]
 ) -> tuple["Tiles", list[str | None]]:
-    """Pixels of files, or of tiles of the run's data by name, and the class their folder tells.
+    """Read files, or tiles of the run's data by name; return pixels and true classes.
+
+    The true class is the name of the folder, or None where that is not a class of the network.
 
     Raises:
-        DataError: a tile that is neither, or not of the network's size and bands.
+        DataError: a name is neither a file nor a tile, or its size or bands do not fit.
     """
     import numpy as np
 
@@ -43,7 +45,7 @@ def read_tiles(
             if name not in source.paths:
                 raise DataError(
                     f"{name} is neither a file nor a tile of {source.name}: "
-                    f"give a path, or a name such as {source.paths[0]}"
+                    f"give a path or a name such as {source.paths[0]}"
                 )
             data = source.read(name)
         pixels = decode(data, name, **config.decode_options)
@@ -61,13 +63,18 @@ def read_tiles(
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser("eurosat.explain", __doc__ or "")
     parser.add_argument("model", metavar="MODEL", help="run id, runs:/ID or models:/NAME@ALIAS")
-    parser.add_argument("tiles", metavar="TILE", nargs="+", help="files, or names as Class/file")
-    parser.add_argument("--out", type=Path, help="also write the page into this folder")
+    parser.add_argument(
+        "tiles",
+        metavar="TILE",
+        nargs="+",
+        help="files, or names in the run's data such as Class/file",
+    )
+    parser.add_argument("--out", type=Path, help="also write the page to this folder")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     if len(args.tiles) > MAX_TILES:
         raise DataError(
-            f"{len(args.tiles)} tiles are too many for a page of {MAX_TILES}: give fewer"
+            f"{len(args.tiles)} tiles are more than the {MAX_TILES} of a page: give fewer"
         )
     from eurosat.evaluation.gradcam import draw_page, explain, render_html
     from eurosat.evaluation.recorded import recorded_network
@@ -75,20 +82,21 @@ def main(argv: Sequence[str]) -> int:
     run_id = tracking.resolve_run(args.model)
     network, _ = recorded_network(run_id)
     tiles_NHWC, expected = read_tiles(run_id, network.spec, args.tiles)
-    explained = explain(network, tiles_NHWC, args.tiles, expected)
-    title = f"{args.model}: where {network.spec.name} looked"
+    results = explain(network, tiles_NHWC, args.tiles, expected)
+    title = f"{args.model}: what {network.spec.name} looked at"
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        draw_page(explained, title, folder / "explained.png")
-        (folder / "explained.html").write_text(render_html(explained, title))
+        draw_page(results, title, folder / "explained.png")
+        (folder / "explained.html").write_text(render_html(results, title))
         with tracking.append_to(run_id) as run:
-            kept = f"explanations/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S-%f}"  # a page a call
+            artifact_path = f"explanations/{datetime.now(UTC):%Y-%m-%dT%H-%M-%S-%f}"
             for file in (folder / "explained.png", folder / "explained.html"):
-                run.log_file(file, kept)
-    for one in explained:
-        print(f"{one.tile}\t{one.expected or '-'}\t{one.label}\t{one.confidence:.4f}")
-    print(f"in run {run_id}: {kept}/explained.html" + (f", {args.out}" if args.out else ""))
+                run.log_file(file, artifact_path)
+    for result in results:
+        print(f"{result.tile}\t{result.expected or '-'}\t{result.label}\t{result.confidence:.4f}")
+    also = f", and in {args.out}" if args.out else ""
+    print(f"stored in run {run_id}: {artifact_path}/explained.html{also}")
     return exit_codes.OK
 
 

@@ -1,1 +1,1 @@
-"""How good a trained network is, and why it answers as it does."""
+"""Evaluate trained networks: metrics, calibration, robustness, plots and explanations."""

@@ -1,6 +1,6 @@
-"""How far a network's confidence can be trusted: temperature, prediction sets, unlike tiles.
+"""Calibrate a network: temperature, prediction sets and out-of-distribution detection.
 
-All of it is fitted on the validation fold alone.
+Everything is fitted on the validation fold alone.
 """
 
 from collections.abc import Mapping
@@ -14,35 +14,36 @@ from eurosat.data.arrays import Floats, Labels
 from eurosat.evaluation.metrics import per_tile_nll
 
 COVERAGE = 0.95
-"""Share of tiles, of every class, whose prediction set holds the true class."""
+"""Share of the tiles of each class whose prediction set contains the true class."""
 OOD_SHARE = 0.01
-"""Share of validation tiles that count as unlike the training data."""
-LOG_TEMPERATURES = (np.log(0.05), np.log(20.0))
+"""Share of validation tiles that count as out of distribution."""
+LOG_TEMPERATURE_BOUNDS = (np.log(0.05), np.log(20.0))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
     temperature: float
-    """Logits are divided by it (Guo et al. 2017)."""
+    """Divisor of the logits (Guo et al. 2017)."""
     coverage: float
+    """Share of tiles whose prediction set should contain the true class."""
     thresholds: tuple[float, ...]
-    """Per class k: it belongs to the prediction set where 1 - p_k is at most this."""
+    """Class k is in the prediction set if 1 - p_k is at most the k-th value."""
     ood_threshold: float
-    """Energy above which a tile is unlike the training data (Liu et al. 2020)."""
+    """Energy above which a tile is out of distribution (Liu et al. 2020)."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """Also as runs before version 0.2 wrote it."""
-        names = {"unlike_above": "ood_threshold"}
-        current = {names.get(name, name): value for name, value in values.items()}
+        """Read what `as_dict` wrote, also under the field names of versions before 0.2."""
+        renamed = {"unlike_above": "ood_threshold"}
+        current = {renamed.get(name, name): value for name, value in values.items()}
         return cls(**(current | {"thresholds": tuple(current["thresholds"])}))
 
 
 def fit(logits_NK: Floats, labels: Labels) -> Calibration:
-    """From uncalibrated logits of the validation fold."""
+    """Fit everything on uncalibrated logits of the validation fold."""
     temperature = fit_temperature(logits_NK, labels)
     return Calibration(
         temperature=temperature,
@@ -53,23 +54,23 @@ def fit(logits_NK: Floats, labels: Labels) -> Calibration:
 
 
 def fit_temperature(logits_NK: Floats, labels: Labels) -> float:
-    """The temperature of the lowest negative log-likelihood, in [0.05, 20]."""
+    """Return the temperature in [0.05, 20] with the lowest negative log-likelihood."""
     from scipy.optimize import minimize_scalar
 
-    found = minimize_scalar(
+    optimum = minimize_scalar(
         lambda log_t: per_tile_nll(labels, softmax(logits_NK / np.exp(log_t))).mean(),
-        bounds=LOG_TEMPERATURES,
+        bounds=LOG_TEMPERATURE_BOUNDS,
         method="bounded",
     )
-    return float(np.exp(found.x))
+    return float(np.exp(optimum.x))
 
 
 def conformal_thresholds(
     probabilities: Floats, labels: Labels, coverage: float
 ) -> tuple[float, ...]:
-    """Class-conditional split conformal thresholds on 1 - p (Sadinle et al. 2019).
+    """Return class-conditional split conformal thresholds on 1 - p (Sadinle et al. 2019).
 
-    A class with too few tiles to promise the coverage gets 1: it is in every set.
+    A class with too few tiles for the coverage gets the threshold 1: it is in every set.
     """
     thresholds = []
     for k in range(probabilities.shape[1]):
@@ -80,13 +81,13 @@ def conformal_thresholds(
 
 
 def prediction_sets(probabilities: Floats, thresholds: tuple[float, ...]) -> npt.NDArray[np.bool_]:
-    """(N, K) membership. A set may be empty: no class is likely enough for the coverage asked."""
-    inside: npt.NDArray[np.bool_] = 1 - probabilities <= np.asarray(thresholds)
-    return inside
+    """Return (N, K) membership. A set is empty if no class is likely enough."""
+    members: npt.NDArray[np.bool_] = 1 - probabilities <= np.asarray(thresholds)
+    return members
 
 
 def energy(logits_NK: Floats) -> Floats:
-    """(N,) -log sum exp of uncalibrated logits: low where the network knows what it sees."""
+    """Return (N,) -log sum exp of uncalibrated logits: low for tiles like the training data."""
     top = logits_NK.max(axis=1)
     total: Floats = top + np.log(np.exp(logits_NK - top[:, None]).sum(axis=1))
     return np.negative(total)
@@ -99,15 +100,18 @@ def softmax(logits_NK: Floats) -> Floats:
 
 
 def evaluate(calibration: Calibration, logits_NK: Floats, labels: Labels) -> dict[str, float]:
-    """What the promises are worth on another fold: coverage (of all, of the worst class), mean
-    set size, and the share of tiles told to be unlike the training data.
+    """Measure a calibration on another fold than the one it was fitted on.
+
+    Returns the coverage (of all tiles, and of the class with the lowest), the mean size of a
+    prediction set, and the share of tiles that count as out of distribution.
     """
     probabilities = softmax(logits_NK / calibration.temperature)
-    inside = prediction_sets(probabilities, calibration.thresholds)
-    held = inside[np.arange(len(labels)), labels]
+    members = prediction_sets(probabilities, calibration.thresholds)
+    covered = members[np.arange(len(labels)), labels]
+    is_ood = energy(logits_NK) > calibration.ood_threshold
     return {
-        "coverage": float(held.mean()),
-        "coverage_worst_class": min(float(held[labels == k].mean()) for k in np.unique(labels)),
-        "set_size": float(inside.sum(axis=1).mean()),
-        "unlike": float((energy(logits_NK) > calibration.ood_threshold).mean()),
+        "coverage": float(covered.mean()),
+        "coverage_worst_class": min(float(covered[labels == k].mean()) for k in np.unique(labels)),
+        "set_size": float(members.sum(axis=1).mean()),
+        "out_of_distribution": float(is_ood.mean()),
     }

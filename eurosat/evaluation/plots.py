@@ -1,5 +1,7 @@
-"""Figures, drawn without a display and without global state."""
+"""Plots as PNG files, drawn without a display and without global state."""
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,18 @@ from eurosat.data import bands
 from eurosat.evaluation.metrics import NUM_BINS, confidence_bin
 
 DPI = 120
+TITLE_CHARACTERS_PER_INCH = 11
+"""Characters of a title at its font size of 10 points that fit into an inch."""
+
+
+LINE_STYLES = {"accuracy": "-", "confidence": "--", "out_of_distribution": ":"}
+"""Line of each value in `corruption_curves`."""
+
+
+def set_title(figure: Figure, title: str) -> None:
+    """Put a title above the figure, in as many lines as its width needs."""
+    width = int(figure.get_figwidth() * TITLE_CHARACTERS_PER_INCH)
+    figure.suptitle(textwrap.fill(title, width), fontsize=10)
 
 
 def confusion_matrix(
@@ -23,7 +37,10 @@ def confusion_matrix(
     *,
     normalised: bool = False,
 ) -> None:
-    """Rows are true classes; colour is the share of the row, the text the count or the share."""
+    """Draw a confusion matrix: rows are true classes, colour is the share of the row.
+
+    The text of a cell is its count or, with ``normalised``, its share.
+    """
     side = 2.5 + 0.6 * len(classes)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
@@ -35,61 +52,66 @@ def confusion_matrix(
         axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
     axes.set_yticks(range(len(classes)), classes)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set(xlabel="predicted", ylabel="true")
+    set_title(figure, title)
     figure.savefig(file, dpi=DPI)
 
 
 def reliability(
     labels: npt.NDArray[np.int64], probabilities: npt.NDArray[np.float64], title: str, file: Path
 ) -> None:
-    """Accuracy by confidence, against the diagonal of a calibrated network; tiles by confidence."""
+    """Draw accuracy by confidence, with its 95 % error bars, and the number of tiles.
+
+    A calibrated network follows the diagonal.
+    """
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     bins = confidence_bin(confidence)
     counts = np.bincount(bins, minlength=NUM_BINS)
     filled = counts > 0
     accuracy = np.bincount(bins, right, minlength=NUM_BINS)[filled] / counts[filled]
-    told = np.bincount(bins, confidence, minlength=NUM_BINS)[filled] / counts[filled]
+    mean_confidence = np.bincount(bins, confidence, minlength=NUM_BINS)[filled] / counts[filled]
     figure = Figure(figsize=(5, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], linestyle=":", color="grey")
     spread = 1.96 * np.sqrt(np.maximum(accuracy * (1 - accuracy), 1e-9) / counts[filled])
-    upper.errorbar(told, accuracy, spread, marker="o", capsize=2)
-    ece = np.abs(told - accuracy) @ counts[filled] / len(labels)
-    upper.set(ylabel="accuracy", ylim=(0, 1.02), title=f"{title}\ncalibration error {ece:.4f}")
+    upper.errorbar(mean_confidence, accuracy, spread, marker="o", capsize=2)
+    ece = np.abs(mean_confidence - accuracy) @ counts[filled] / len(labels)
+    upper.set(ylabel="accuracy", ylim=(0, 1.02))
     lower.bar((np.arange(NUM_BINS) + 0.5) / NUM_BINS, counts, width=0.9 / NUM_BINS)
     lower.set(xlabel="confidence", ylabel="tiles", yscale="log", xlim=(0, 1))
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    upper.title.set_fontsize(9)
+    set_title(figure, f"{title}, calibration error {ece:.4f}")
     figure.savefig(file, dpi=DPI)
 
 
 def corruption_curves(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -> None:
-    """Accuracy and mean confidence by severity, one panel a kind."""
+    """Draw accuracy, confidence and share out of distribution by severity, a panel per kind."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows if row["severity"]))
     clean = next(row for row in rows if not row["severity"])
     columns = 4
-    lines = -(-len(kinds) // columns)
+    lines = math.ceil(len(kinds) / columns)
     figure = Figure(figsize=(2.8 * columns, 2.4 * lines), layout="constrained")
     flat = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes in flat[len(kinds) :]:
         axes.set_axis_off()
     for axes, kind in zip(flat, kinds, strict=False):
-        of_kind = [clean, *(row for row in rows if row["kind"] == kind)]
-        severity = [row["severity"] for row in of_kind]
-        for name, style in (("accuracy", "-"), ("confidence", "--"), ("unlike", ":")):
-            axes.plot(severity, [row[name] for row in of_kind], style, marker=".", label=name)
+        kind_rows = [clean, *(row for row in rows if row["kind"] == kind)]
+        severity = [row["severity"] for row in kind_rows]
+        for name, style in LINE_STYLES.items():
+            label = name.replace("_", " ")
+            axes.plot(severity, [row[name] for row in kind_rows], style, marker=".", label=label)
         axes.set_title(kind.replace("_", " "), fontsize=9)
         axes.grid(alpha=0.3)
         axes.set_ylim(0, 1.02)
     flat[0].legend(fontsize=7)
     figure.supxlabel("severity")
-    figure.suptitle(title, fontsize=10)
+    set_title(figure, title)
     figure.savefig(file, dpi=DPI)
 
 
 def training_curves(history: Sequence[Mapping[str, float]], title: str, file: Path) -> None:
-    """Loss and validation accuracy by epoch."""
+    """Draw loss and validation accuracy by epoch."""
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     epochs = range(1, len(history) + 1)
@@ -104,12 +126,12 @@ def training_curves(history: Sequence[Mapping[str, float]], title: str, file: Pa
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.suptitle(title)
+    set_title(figure, title)
     figure.savefig(file, dpi=DPI)
 
 
 def class_counts(counts: Mapping[str, Mapping[str, int]], title: str, file: Path) -> None:
-    """Stacked bars: tiles per class and fold."""
+    """Draw the number of tiles per class and fold as stacked bars."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots()
     classes = list(counts)
@@ -120,13 +142,14 @@ def class_counts(counts: Mapping[str, Mapping[str, int]], title: str, file: Path
         bottom += heights
     axes.bar_label(axes.containers[-1], [f"{int(total):,}" for total in bottom], fontsize=8)  # type: ignore[arg-type]
     axes.tick_params(axis="x", rotation=35)
-    axes.set(ylabel="tiles", title=title)
+    axes.set(ylabel="tiles")
     axes.legend()
+    set_title(figure, title)
     figure.savefig(file, dpi=DPI)
 
 
 def contact_sheet(rows: Mapping[str, npt.NDArray[np.uint8]], title: str, file: Path) -> None:
-    """One row of tiles, (n, H, W, C), under each name; the first three bands as RGB."""
+    """Draw a row of (n, H, W, C) tiles under each name."""
     columns = max(len(tiles) for tiles in rows.values())
     figure = Figure(figsize=(1.0 * columns + 1.6, 1.0 * len(rows) + 0.5), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False)
@@ -136,14 +159,15 @@ def contact_sheet(rows: Mapping[str, npt.NDArray[np.uint8]], title: str, file: P
         for axes, tile in zip(line, tiles, strict=False):
             axes.imshow(visible(tile), cmap="gray")
         line[0].set_title(name, fontsize=8, loc="left")
-    figure.suptitle(title, fontsize=10)
+    set_title(figure, title)
     figure.savefig(file, dpi=DPI)
 
 
 def visible(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Red, green and blue of (H, W, C), or the first band where it has none.
+    """Return the (H, W, 3) RGB bands of an (H, W, C) tile, or (H, W) of its first band.
 
-    Those are its first three bands, or Sentinel-2's own of its thirteen.
+    RGB are the red, green and blue bands of Sentinel-2's thirteen, or else the first three bands;
+    a tile of one or two bands has no colours.
     """
     if tile.shape[-1] == len(bands.NAMES):
         return tile[..., bands.rgb_indices()]
@@ -153,9 +177,9 @@ def visible(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
 def captioned_tiles(
     tiles_NHWC: npt.NDArray[np.uint8], captions: Sequence[str], title: str, file: Path
 ) -> None:
-    """Tiles in rows of five, each under its caption."""
+    """Draw tiles in rows of five, each under its caption."""
     columns = 5
-    lines = -(-len(captions) // columns)
+    lines = math.ceil(len(captions) / columns)
     figure = Figure(figsize=(2.6 * columns, 2.9 * lines + 0.4), layout="constrained")
     flat = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in flat:
@@ -163,7 +187,7 @@ def captioned_tiles(
     for axes, tile, caption in zip(flat, tiles_NHWC, captions, strict=False):
         axes.imshow(visible(tile), cmap="gray")
         axes.set_title(caption, fontsize=7)
-    figure.suptitle(title, fontsize=10)
+    set_title(figure, title)
     figure.savefig(file, dpi=DPI)
 
 
@@ -173,25 +197,25 @@ def band_histograms(
     title: str,
     file: Path,
 ) -> None:
-    """Per class: (C, 64) shares of pixels by level, and the mean colour as a patch."""
+    """Draw (C, 64) shares of pixels by grey level per class, and the mean colour as a patch."""
     columns = 5
-    lines = -(-len(histograms) // columns)
+    lines = math.ceil(len(histograms) / columns)
     figure = Figure(figsize=(3 * columns, 2.2 * lines), layout="constrained")
     flat = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
     for axes in flat[len(histograms) :]:
         axes.set_axis_off()
     for axes, (name, shares) in zip(flat, histograms.items(), strict=False):
-        bands = len(shares)
-        colours = ["tab:red", "tab:green", "tab:blue"] if bands == 3 else [None] * bands
+        num_bands = len(shares)
+        colours = ["tab:red", "tab:green", "tab:blue"] if num_bands == 3 else [None] * num_bands
         levels = (np.arange(shares.shape[1]) + 0.5) * 256 / shares.shape[1]
         for number, (line, colour) in enumerate(zip(shares, colours, strict=True)):
             axes.plot(levels, line, color=colour, label=f"band {number + 1}", linewidth=1)
-        red, green, blue = (means[name][:3] if bands >= 3 else means[name][[0, 0, 0]]) / 255
-        corner = Rectangle((0.86, 0.78), 0.12, 0.2, transform=axes.transAxes)
-        corner.set_facecolor((red, green, blue))
-        axes.add_patch(corner)
+        red, green, blue = (means[name][:3] if num_bands >= 3 else means[name][[0, 0, 0]]) / 255
+        patch = Rectangle((0.86, 0.78), 0.12, 0.2, transform=axes.transAxes)
+        patch.set_facecolor((red, green, blue))
+        axes.add_patch(patch)
         axes.set_title(name, fontsize=9)
         axes.set_yticks([])
     flat[0].legend(fontsize=7)
-    figure.suptitle(title)
+    set_title(figure, title)
     figure.savefig(file, dpi=DPI)

@@ -1,42 +1,45 @@
-"""What an evaluation tells: figures with intervals, confused classes, worst tiles, pictures."""
+"""The report of an evaluation: metrics with intervals, confused classes, worst tiles, plots."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from eurosat.evaluation import metrics
-from eurosat.evaluation import plots as pictures
+from eurosat.evaluation import metrics, plots, templating
 from eurosat.evaluation.calibration import evaluate
 from eurosat.evaluation.results import MAX_WORST, EvaluationResult
 
 MAX_CONFUSED_PAIRS = 8
 
 
-def summarise(judged: EvaluationResult) -> dict[str, Any]:
-    """Everything that can be told as values, for JSON."""
-    labels, probabilities, classes = judged.labels, judged.probabilities, judged.pack.classes
-    limits = metrics.intervals(labels, probabilities, classes)
+def summarise(result: EvaluationResult) -> dict[str, Any]:
+    """Return all values of the report, ready for JSON."""
+    labels, probabilities, classes = result.labels, result.probabilities, result.pack.classes
+    intervals = metrics.intervals(labels, probabilities, classes)
     counts = metrics.confusion(labels, probabilities.argmax(axis=1), len(classes))
     return {
-        "run": judged.run_id,
-        "fold": judged.fold,
+        "run": result.run_id,
+        "fold": result.fold,
         "tiles": len(labels),
-        "data_fingerprint": judged.pack.fingerprint,
-        "figures": {
-            name: {"value": value, "low": limits[name][0], "high": limits[name][1]}
+        "data_fingerprint": result.pack.fingerprint,
+        "metrics": {
+            name: {"value": value, "low": intervals[name][0], "high": intervals[name][1]}
             for name, value in metrics.evaluate(labels, probabilities, classes).items()
         },
-        "calibration": {"temperature": judged.calibration.temperature}
-        | evaluate(judged.calibration, judged.logits, labels),
+        "calibration": {"temperature": result.calibration.temperature}
+        | evaluate(result.calibration, result.logits, labels),
         "confused": _most_confused_pairs(counts, classes),
         "confusion": counts.tolist(),
-        "worst": _worst_tiles(judged),
+        "worst": _worst_tiles(result),
     }
 
 
-def _most_confused_pairs(counts: Any, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Pairs of classes by the tiles of either that were taken for the other."""
+def _most_confused_pairs(
+    counts: npt.NDArray[np.int64], classes: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Return pairs of classes, most confused first, with the tiles confused either way."""
     both = counts + counts.T
     pairs = [(int(both[i, j]), i, j) for i in range(len(classes)) for j in range(i)]
     return [
@@ -46,15 +49,15 @@ def _most_confused_pairs(counts: Any, classes: tuple[str, ...]) -> list[dict[str
     ]
 
 
-def _worst_tiles(judged: EvaluationResult) -> list[dict[str, Any]]:
-    """The tiles of the highest loss."""
-    probabilities, classes = judged.probabilities, judged.pack.classes
-    loss = metrics.per_tile_nll(judged.labels, probabilities)
-    tiles = judged.tiles
+def _worst_tiles(result: EvaluationResult) -> list[dict[str, Any]]:
+    """Return the tiles with the highest loss, worst first."""
+    probabilities, classes = result.probabilities, result.pack.classes
+    loss = metrics.per_tile_nll(result.labels, probabilities)
+    tiles = result.tiles
     return [
         {
             "tile": tiles[n],
-            "expected": classes[int(judged.labels[n])],
+            "expected": classes[int(result.labels[n])],
             "label": classes[int(probabilities[n].argmax())],
             "confidence": float(probabilities[n].max()),
             "loss": float(loss[n]),
@@ -63,91 +66,55 @@ def _worst_tiles(judged: EvaluationResult) -> list[dict[str, Any]]:
     ]
 
 
-def render_markdown(told: dict[str, Any]) -> str:
-    """The report as people read it."""
-    fold = f"unseen tiles of {told['data']}" if "data" in told else f"{told['fold']} fold"
-    lines = [f"# Run {told['run']}, {fold}, {told['tiles']:,} tiles", ""]
-    lines += ["| figure | value | 95 % interval |", "|---|---|---|"]
-    of_class: dict[str, dict[str, str]] = {}
-    for name, one in told["figures"].items():
-        text = f"{one['low']:.4f} to {one['high']:.4f}"
-        if "/" in name:
-            figure, _, label = name.partition("/")
-            of_class.setdefault(label, {})[figure] = f"{one['value']:.4f} ({text})"
+def render_markdown(summary: Mapping[str, Any]) -> str:
+    """Return the report as Markdown; `summarise` says what the summary contains."""
+    overall: dict[str, Any] = {}
+    per_class: dict[str, dict[str, Any]] = {}
+    for name, metric in summary["metrics"].items():
+        metric_name, _, label = name.partition("/")
+        if label:
+            per_class.setdefault(label, {})[metric_name] = metric
         else:
-            lines.append(f"| {name} | {one['value']:.4f} | {text} |")
-    columns = list(next(iter(of_class.values())))
-    lines += ["", f"| class | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {label} | {' | '.join(row.values())} |" for label, row in of_class.items()]
-    trust = told["calibration"]
-    lines += [
-        "",
-        f"Temperature {trust['temperature']:.3f}. Prediction sets hold the true class of "
-        f"{trust['coverage']:.4f} of the tiles ({trust['coverage_worst_class']:.4f} of the worst "
-        f"class), with {trust['set_size']:.2f} classes on average; {trust['unlike']:.4f} of the "
-        "tiles are told to be unlike the training data.",
-        "",
-        "| most confused | tiles |",
-        "|---|---|",
-    ]
-    lines += [f"| {' and '.join(one['classes'])} | {one['tiles']} |" for one in told["confused"]]
-    if against := told.get("against"):
-        lines += ["", *_against(against)]
-    if rows := told.get("corruptions"):
-        lines += ["", *_corruptions(rows)]
-    return "\n".join(lines) + "\n"
-
-
-def _against(against: dict[str, Any]) -> list[str]:
-    lines = [
-        f"Against run {against['run']}: {against['only_first']} tiles right here alone, "
-        f"{against['only_second']} there alone; exact McNemar p = {against['p_value']:.4g}.",
-        "",
-        "| difference | value | 95 % interval |",
-        "|---|---|---|",
-    ]
-    for name, value in against["difference"].items():
-        low, high = against["interval"][name]
-        lines.append(f"| {name} | {value:+.4f} | {low:+.4f} to {high:+.4f} |")
-    return lines
-
-
-def _corruptions(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a kind, one column a severity: accuracy / mean confidence / share told unlike."""
-    clean = next(row for row in rows if not row["severity"])
-    lines = [
-        f"Accuracy / mean confidence / share told unlike the training data, on {clean['tiles']} "
-        f"tiles; untouched {_cell(clean)}.",
-        "",
-        "| corruption | 1 | 2 | 3 | 4 | 5 |",
-        "|---|---|---|---|---|---|",
-    ]
-    kinds = dict.fromkeys(row["kind"] for row in rows if row["severity"])
-    for kind in kinds:
-        cells = [_cell(row) for row in rows if row["kind"] == kind]
-        lines.append(f"| {kind.replace('_', ' ')} | {' | '.join(cells)} |")
-    return lines
-
-
-def _cell(row: dict[str, Any]) -> str:
-    return f"{row['accuracy']:.3f} / {row['confidence']:.3f} / {row['unlike']:.2f}"
-
-
-def draw_plots(judged: EvaluationResult, told: dict[str, Any], folder: Path) -> None:
-    """confusion.png, confusion-shares.png, reliability.png, worst.png and corruptions.png."""
-    classes, counts = judged.pack.classes, np.asarray(told["confusion"])
-    title = f"{told['fold']} fold, accuracy {told['figures']['accuracy']['value']:.4f}"
-    pictures.confusion_matrix(counts, classes, title, folder / "confusion.png")
-    pictures.confusion_matrix(
-        counts, classes, title, folder / "confusion-shares.png", normalised=True
+            overall[name] = metric
+    rows = summary.get("corruptions", [])
+    corrupted: dict[str, list[Any]] = {}
+    for row in rows:
+        if row["severity"]:
+            corrupted.setdefault(row["kind"], []).append(row)
+    return templating.render(
+        "report.md",
+        **{"against": None, **summary},
+        tile_set=_tile_set(summary),
+        overall=overall,
+        per_class=per_class,
+        class_metrics=list(next(iter(per_class.values()))),
+        clean=next((row for row in rows if not row["severity"]), None),
+        corrupted=corrupted,
     )
-    pictures.reliability(judged.labels, judged.probabilities, title, folder / "reliability.png")
-    place = dict(zip(judged.tiles, judged.rows, strict=True))
-    pictures.captioned_tiles(
-        judged.pack.tiles_NHWC[[place[one["tile"]] for one in told["worst"]]],
-        [f"{one['tile']}\n{one['label']} {one['confidence']:.2f}" for one in told["worst"]],
-        f"{told['fold']} fold: the tiles of the highest loss",
+
+
+def _tile_set(summary: Mapping[str, Any]) -> str:
+    """Return which tiles were evaluated, in words."""
+    if "data" in summary:
+        return f"unseen tiles of {summary['data']}"
+    return f"{summary['fold']} fold"
+
+
+def draw_plots(result: EvaluationResult, summary: Mapping[str, Any], folder: Path) -> None:
+    """Write confusion, confusion-shares, reliability, worst and corruptions as PNG files."""
+    classes, counts = result.pack.classes, np.asarray(summary["confusion"])
+    accuracy = summary["metrics"]["accuracy"]["value"]
+    title = f"{_tile_set(summary)}, accuracy {accuracy:.4f}"
+    plots.confusion_matrix(counts, classes, title, folder / "confusion.png")
+    plots.confusion_matrix(counts, classes, title, folder / "confusion-shares.png", normalised=True)
+    plots.reliability(result.labels, result.probabilities, title, folder / "reliability.png")
+    row_of = dict(zip(result.tiles, result.rows, strict=True))
+    worst = summary["worst"]
+    plots.captioned_tiles(
+        result.pack.tiles_NHWC[[row_of[tile["tile"]] for tile in worst]],
+        [f"{tile['tile']}\n{tile['label']} {tile['confidence']:.2f}" for tile in worst],
+        f"{_tile_set(summary)}: the tiles with the highest loss",
         folder / "worst.png",
     )
-    if rows := told.get("corruptions"):
-        pictures.corruption_curves(rows, "Under corruptions", folder / "corruptions.png")
+    if rows := summary.get("corruptions"):
+        plots.corruption_curves(rows, "Corrupted tiles", folder / "corruptions.png")

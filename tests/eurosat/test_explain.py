@@ -1,4 +1,4 @@
-"""Explanations: heat where the evidence is, on a page that needs no other file."""
+"""Explanations: heat maps lie on the evidence, and a page needs no other file."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tests.support.recipes import TINY
 
 
 def texture_finder() -> Network:
-    """A network taught in a few steps to tell a patch of stripes from one of dots."""
+    """Train a network for a few steps to tell a patch of stripes from one of dots."""
     torch.manual_seed(0)
     net = create(
         ModelConfig(name="test_resnet"),
@@ -42,7 +42,7 @@ def texture_finder() -> Network:
 
 
 def patches(seed: int, count: int = 16) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Tiles, whether they hold stripes or dots, and whether these are in the right half."""
+    """Return tiles, labels (0 stripes, 1 dots), and whether the patch is in the right half."""
     rng = np.random.default_rng(seed)
     tiles = rng.integers(20, 60, (count, 3, 64, 64)).astype(np.float32)
     labels, right = rng.integers(0, 2, count), rng.integers(0, 2, count)
@@ -89,7 +89,7 @@ def test_convolutions_and_transformers_can_be_explained(name: str, size: int | N
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_page_is_written_and_kept_with_the_run(
+def test_a_page_is_written_and_stored_in_the_run(
     tiny_data: PreparedData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = compose([*TINY, "trainer.epochs=1"])
@@ -98,11 +98,11 @@ def test_a_page_is_written_and_kept_with_the_run(
     file = tmp_path / "Forest" / "mine <b>.png"
     file.parent.mkdir()
     Image.fromarray(tiny_data.pack.tiles_NHWC[0]).save(file)
-    named = tiny_data.pack.table["path"].iloc[7]
-    given = [run.run_id, str(file), named, "--out", str(tmp_path / "page")]
-    assert explain.main([*given, "--log-level", "warning"]) == exit_codes.OK
+    tile_name = tiny_data.pack.table["path"].iloc[7]
+    args = [run.run_id, str(file), tile_name, "--out", str(tmp_path / "page")]
+    assert explain.main([*args, "--log-level", "warning"]) == exit_codes.OK
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()[:2]]
-    assert [row[1] for row in rows] == ["Forest", named.split("/")[0]]
+    assert [row[1] for row in rows] == ["Forest", tile_name.split("/")[0]]
     text = (tmp_path / "page/explained.html").read_text()
     assert text.count("<img") >= 4
     assert "mine &lt;b&gt;.png" in text
@@ -110,11 +110,11 @@ def test_a_page_is_written_and_kept_with_the_run(
     assert "http" not in text
     with Image.open(tmp_path / "page/explained.png") as picture:
         assert picture.width > 500
-    assert explain.main([run.run_id, named, "--log-level", "warning"]) == exit_codes.OK
+    assert explain.main([run.run_id, tile_name, "--log-level", "warning"]) == exit_codes.OK
     with tracking.artifact(run.run_id, "explanations") as folder:
         first, second = folder.iterdir()
         for page in (first, second):
-            assert {f.name for f in page.iterdir()} == {"explained.html", "explained.png"}
+            assert {file.name for file in page.iterdir()} == {"explained.html", "explained.png"}
 
     with pytest.raises(DataError, match="Nowhere/x.jpg is neither a file nor a tile of synthetic"):
         explain.main([run.run_id, "Nowhere/x.jpg"])

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import torch
 
 from benchmarks import reports
-from benchmarks.steps import stepper
+from benchmarks.steps import make_step
 from eurosat.models import cpu_convolutions
 from eurosat.runtime import hardware, logs
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(hardware.cores())
     started = reports.now()
     arms = {
-        (recipe, name): stepper(recipe, within)
+        (recipe, name): make_step(recipe, within)
         for recipe in GOALS
         for name, within in CONTEXTS.items()
     }

@@ -14,50 +14,54 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-READY_BATCHES = 8
+START_BATCHES = 8
 """Before the first turn: kernels are chosen and worker processes are up."""
-WARM_BATCHES = 6
+WARMUP_BATCHES = 6
 """At the start of each turn: what loaders fetched ahead while they waited is not counted."""
 
 
-class Turns:
+class Interleaver:
     """``step(images)`` after each batch; blocks while it is not this arm's turn."""
 
     def __init__(self) -> None:
-        self._left = READY_BATCHES
+        self._unmeasured_batches = START_BATCHES
         self._until = 0.0
         self._running = False
 
     def step(self, images: int) -> None:
-        if self._left > 0:
-            self._left -= 1
-            if self._left == 0 and self._running:
-                self._started, self._images = settled(), 0
-            elif self._left == 0:
-                self._tell({"ready": True})
-                self._wait()
+        if self._unmeasured_batches > 0:
+            self._unmeasured_batches -= 1
+            if self._unmeasured_batches == 0 and self._running:
+                self._started, self._images = synchronised_time(), 0
+            elif self._unmeasured_batches == 0:
+                self._send({"ready": True})
+                self._wait_for_turn()
             return
         self._images += images
         if time.perf_counter() - self._started >= self._seconds:
-            told = {"images": self._images, "seconds": settled() - self._started}
-            self._tell(told | {"private_gb": private_gb()})
-            self._wait()
+            told = {"images": self._images, "seconds": synchronised_time() - self._started}
+            self._send(told | {"private_gb": private_gb()})
+            self._wait_for_turn()
 
-    def _wait(self) -> None:
+    def _wait_for_turn(self) -> None:
         words = sys.stdin.readline().split()
         if not words or words[0] == "stop":
             os._exit(0)  # mid-epoch, with loaders running: nothing here is worth an orderly end
-        self._seconds, self._running, self._left = float(words[1]), True, WARM_BATCHES
+        self._seconds, self._running, self._unmeasured_batches = (
+            float(words[1]),
+            True,
+            WARMUP_BATCHES,
+        )
 
-    def _tell(self, what: dict[str, Any]) -> None:
+    def _send(self, what: dict[str, Any]) -> None:
         print(f"\n{json.dumps(what)}", file=sys.__stdout__, flush=True)  # after any progress bar
 
 
-class TurnsCallback(Callback):
+class InterleaverCallback(Callback):
     """Turns of a Lightning training."""
 
     def __init__(self) -> None:
-        self._turns = Turns()
+        self._turns = Interleaver()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -66,7 +70,7 @@ class TurnsCallback(Callback):
         self._turns.step(len(labels))
 
 
-def settled() -> float:
+def synchronised_time() -> float:
     """The time at which all that was asked of a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

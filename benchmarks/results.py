@@ -19,7 +19,7 @@ from eurosat.config import PACKAGED, compose
 from eurosat.runtime import logs
 
 FILE = REPORTS / "results.json"
-FIGURES = ("accuracy", "macro_f1", "macro_auprc", "ece", "coverage")
+METRICS = ("accuracy", "macro_f1", "macro_auprc", "ece", "coverage")
 """Of the test fold; the mean of each over the seeds stands in the row."""
 TEACHER_SEED = 0
 """One teacher teaches all seeds of a recipe: it is part of the recipe, as a loss is."""
@@ -29,7 +29,7 @@ def arguments(recipe: str, protocol: str, seed: int) -> list[str]:
     return ["data=eurosat", f"recipe={recipe}", f"data.protocol={protocol}", f"seed={seed}"]
 
 
-def trained(given: Sequence[str]) -> str:
+def find_or_train(given: Sequence[str]) -> str:
     """The run of this configuration: one that has finished, or a new one."""
     config = compose(given)
     tags = {"config.digest": config.digest, "kind": "train"}
@@ -37,10 +37,10 @@ def trained(given: Sequence[str]) -> str:
         return held[0]
     command = [sys.executable, "-m", "eurosat.train", *given]
     print(f"$ {' '.join(['python', *command[1:]])}", flush=True)
-    return said(command).split()[-1]
+    return run_command(command).split()[-1]
 
 
-def said(command: Sequence[str]) -> str:
+def run_command(command: Sequence[str]) -> str:
     """What a verb of ours prints; ends with its exit code where it fails, as it has said why."""
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -51,16 +51,16 @@ def said(command: Sequence[str]) -> str:
 def validate() -> None:
     """Give the real tiles the receipt that training asks for."""
     print("validating the tiles", flush=True)
-    said([sys.executable, "-m", "expectations.validate", "data=eurosat"])
+    run_command([sys.executable, "-m", "expectations.validate", "data=eurosat"])
 
 
-def taught(recipe: str, protocol: str, seed: int) -> str:
+def train_recipe(recipe: str, protocol: str, seed: int) -> str:
     """The run of a recipe on the real tiles, after that of its teacher."""
     given = arguments(recipe, protocol, seed)
     teacher = compose(given).distill.teacher
     if teacher not in ("none", PACKAGED):
-        given.append(f"distill.teacher=runs:/{taught(teacher, protocol, TEACHER_SEED)}")
-    return trained(given)
+        given.append(f"distill.teacher=runs:/{train_recipe(teacher, protocol, TEACHER_SEED)}")
+    return find_or_train(given)
 
 
 def check(run: tracking.RunRecord) -> None:
@@ -75,12 +75,12 @@ def check(run: tracking.RunRecord) -> None:
         sys.exit(f"error: run {run.run_id} has other settings than {' '.join(given)}")
 
 
-def of_seed(run: tracking.RunRecord) -> dict[str, Any]:
+def seed_row(run: tracking.RunRecord) -> dict[str, Any]:
     """What one seed has reached."""
     one_view = (
         "test_one_view_accuracy" if int(run.params["model.tta_views"]) > 1 else "test_accuracy"
     )
-    metrics = {name: f"test_{name}" for name in FIGURES} | {"one_view_accuracy": one_view}
+    metrics = {name: f"test_{name}" for name in METRICS} | {"one_view_accuracy": one_view}
     return {
         "seed": int(run.params["seed"]),
         **{name: round(run.metrics[metric], 5) for name, metric in metrics.items()},
@@ -89,14 +89,14 @@ def of_seed(run: tracking.RunRecord) -> dict[str, Any]:
     }
 
 
-def row(runs: Sequence[tracking.RunRecord], held: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summarise(runs: Sequence[tracking.RunRecord], held: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """One line of the table, over runs of one recipe and split, and the seeds that it ``held``."""
     recipe, split = runs[0].params["recipe"], runs[0].params["data.protocol"]
     for run in runs:
         check(run)
         if (run.params["recipe"], run.params["data.protocol"]) != (recipe, split):
             sys.exit(f"error: run {run.run_id} is not of recipe {recipe} and split {split}")
-    by_seed = {one["seed"]: one for one in [*held, *map(of_seed, runs)]}
+    by_seed = {one["seed"]: one for one in [*held, *map(seed_row, runs)]}
     each = [by_seed[seed] for seed in sorted(by_seed)]
 
     def mean(name: str) -> float:
@@ -111,7 +111,7 @@ def row(runs: Sequence[tracking.RunRecord], held: Sequence[dict[str, Any]]) -> d
         "accuracy_mean": mean("accuracy"),
         "accuracy_std": round(statistics.stdev(accuracies), 4) if each[1:] else None,
         "views": int(runs[0].params["model.tta_views"]),
-        **{f"{name}_mean": mean(name) for name in ("one_view_accuracy", *FIGURES[1:])},
+        **{f"{name}_mean": mean(name) for name in ("one_view_accuracy", *METRICS[1:])},
         "epochs": int(max(run.metrics["epochs"] for run in runs)),
         "minutes": round(statistics.mean(one["minutes"] for one in each), 1),
         "hardware": runs[0].tags["compute.hardware"],
@@ -121,14 +121,16 @@ def row(runs: Sequence[tracking.RunRecord], held: Sequence[dict[str, Any]]) -> d
     }
 
 
-def kept() -> list[dict[str, Any]]:
+def read_rows() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else []
     return rows
 
 
-def keep(new: dict[str, Any]) -> None:
+def replace_row(new: dict[str, Any]) -> None:
     """Put the row in the place of the one it replaces."""
-    rows = [one for one in kept() if (one["recipe"], one["split"]) != (new["recipe"], new["split"])]
+    rows = [
+        one for one in read_rows() if (one["recipe"], one["split"]) != (new["recipe"], new["split"])
+    ]
     rows = sorted([*rows, new], key=lambda one: -one["accuracy_mean"])
     FILE.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -144,12 +146,14 @@ def main(argv: Sequence[str]) -> None:
     logs.setup("info")
     if not args.runs:
         validate()
-    ids = args.runs or [taught(args.recipe, args.protocol, seed) for seed in args.seeds]
-    held = [one for one in kept() if (one["recipe"], one["split"]) == (args.recipe, args.protocol)]
-    new = row(
+    ids = args.runs or [train_recipe(args.recipe, args.protocol, seed) for seed in args.seeds]
+    held = [
+        one for one in read_rows() if (one["recipe"], one["split"]) == (args.recipe, args.protocol)
+    ]
+    new = summarise(
         [tracking.get(run_id) for run_id in ids], held[0]["each"] if held and args.add else []
     )
-    keep(new)
+    replace_row(new)
     print(json.dumps(new, indent=1))
 
 

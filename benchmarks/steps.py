@@ -11,8 +11,8 @@ from eurosat.models.compute import has_bf16
 from eurosat.training.optimizers import make_optimizer
 
 
-def stepper(
-    recipe: str, within: Callable[[], AbstractContextManager[object]] = nullcontext
+def make_step(
+    recipe: str, forward_context: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> tuple[Callable[[], float], int]:
     """The step, which returns its loss, and the number of tiles in it.
 
@@ -38,7 +38,7 @@ def stepper(
     labels = torch.randint(0, 10, (len(tiles),))
 
     def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()), within():
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bf16()), forward_context():
             loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

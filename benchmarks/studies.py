@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reports import REPORTS, ROOT, now
-from benchmarks.results import said, trained, validate
+from benchmarks.results import find_or_train, run_command, validate
 from eurosat import tracking
 from eurosat.runtime import logs
 from eurosat.runtime.hardware import describe_hardware
 
 FILE = REPORTS / "results-extra.json"
 DOCS = ROOT / "docs"
-PASSES = {5: 20, 50: 6, 500: 1}
+REPEATS_PER_EPOCH = {5: 20, 50: 6, 500: 1}
 """Of few labels, in each epoch: more passes over fewer tiles, so that each count gets its steps."""
 
 Rows = list[dict[str, Any]]
@@ -33,16 +33,16 @@ Study = Callable[[Sequence[str]], Rows]
 def few_labels(further: Sequence[str]) -> Rows:
     """Test accuracy against labelled tiles a class, fine-tuned from packaged weights."""
     rows = []
-    for count, passes in PASSES.items():
+    for count, passes in REPEATS_PER_EPOCH.items():
         given = ["data=eurosat", "recipe=efficientnet-lite0-quick", f"data.per_class={count}"]
         given += [f"trainer.repeats_per_epoch={passes}", "trainer.epochs=4", "optim.batch_size=32"]
         given += ["model.tta_views=1", *further]
-        rows.append({"per_class": count, **_merits(tracking.get(trained(given)))})
-    _draw_few_labels(rows, DOCS / "few-labels.png")
+        rows.append({"per_class": count, **_metrics(tracking.get(find_or_train(given)))})
+    draw_few_labels(rows, DOCS / "few-labels.png")
     return rows
 
 
-def _draw_few_labels(rows: Rows, file: Path) -> None:
+def draw_few_labels(rows: Rows, file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -68,7 +68,9 @@ def curves(name: str) -> Study:
     """The curves of ``experiments/studies/NAME.yaml``: its metric by epoch for each value."""
 
     def ask(further: Sequence[str]) -> Rows:
-        run_id = said([sys.executable, "-m", "experiments.ablation", name, *further]).split()[-1]
+        run_id = run_command(
+            [sys.executable, "-m", "experiments.ablation", name, *further]
+        ).split()[-1]
         commit = tracking.get(run_id).tags["code.commit"]
         with tracking.artifact(run_id, "study.csv") as file:
             read = list(csv.DictReader(file.read_text().splitlines()))
@@ -97,11 +99,11 @@ def bands(further: Sequence[str]) -> Rows:
         given += ["distill.teacher=none", "data.dtype=uint16", "trainer.epochs=12"]
         given += ["data.synthetic.difficulty=2"]
         given += [f"data.bands={chosen}", "data.allow_unvalidated=true", "model.tta_views=1"]
-        rows.append({"bands": chosen, **_merits(tracking.get(trained([*given, *further])))})
+        rows.append({"bands": chosen, **_metrics(tracking.get(find_or_train([*given, *further])))})
     return rows
 
 
-def _merits(run: tracking.RunRecord) -> dict[str, Any]:
+def _metrics(run: tracking.RunRecord) -> dict[str, Any]:
     names = ("test_accuracy", "test_macro_f1", "test_macro_auprc")
     merits: dict[str, Any] = {name: round(run.metrics[name], 4) for name in names}
     return merits | {

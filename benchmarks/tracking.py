@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import reports
-from benchmarks.steps import stepper
+from benchmarks.steps import make_step
 from eurosat import tracking
 from eurosat.errors import TrackingError
 from eurosat.runtime import hardware, logs
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     args = parser.parse_args(argv)
     logs.setup("info")
     torch.set_num_threads(hardware.cores())
-    started, (step, _) = reports.now(), stepper("resnet18-quick")
+    started, (step, _) = reports.now(), make_step("resnet18-quick")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         os.environ["EUROSAT_CACHE"] = folder
         port = stack.enter_context(mlflow_server(Path(folder)))

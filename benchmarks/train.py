@@ -27,7 +27,7 @@ from eurosat.models.compute import has_bf16
 from eurosat.runtime import logs
 from eurosat.runtime.progress import track
 
-TOLD = {
+DESCRIPTIONS = {
     "plain": "Lightning, ImageFolder, transforms a picture, 2 workers",
     "plain-bf16": "the same with bf16 and channels_last",
     "torchgeo": "torchgeo's ClassificationTask and data module, 2 workers",
@@ -76,7 +76,9 @@ def write_geotiffs(data: PreparedData, folder: Path) -> None:
 
 
 @contextmanager
-def arm(name: str, python: str, folder: Path, log: str = "") -> Iterator["subprocess.Popen[str]"]:
+def started_arm(
+    name: str, python: str, folder: Path, log: str = ""
+) -> Iterator["subprocess.Popen[str]"]:
     """A process that stands ready to train."""
     log = f"{log or name}.log"
     environment = os.environ | {"PYTHONPATH": str(reports.ROOT), "EUROSAT_PROGRESS": "lines"}
@@ -91,7 +93,7 @@ def arm(name: str, python: str, folder: Path, log: str = "") -> Iterator["subpro
             env=environment,
         )
         try:
-            if not answer(process).get("ready"):
+            if not read_message(process).get("ready"):
                 last = (folder / log).read_text()[-2000:]
                 sys.exit(f"error: arm {name} did not start:\n{last}")
             print(f"{name} stands ready", flush=True)
@@ -101,7 +103,7 @@ def arm(name: str, python: str, folder: Path, log: str = "") -> Iterator["subpro
             process.wait()
 
 
-def answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
+def read_message(process: "subprocess.Popen[str]") -> dict[str, Any]:
     """The next line of JSON; whatever else an arm prints is passed over."""
     assert process.stdout is not None
     for line in process.stdout:
@@ -111,11 +113,11 @@ def answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
     return {}
 
 
-def turn(process: "subprocess.Popen[str]", seconds: float) -> dict[str, Any]:
+def run_turn(process: "subprocess.Popen[str]", seconds: float) -> dict[str, Any]:
     assert process.stdin is not None
     process.stdin.write(f"go {seconds}\n")
     process.stdin.flush()
-    return answer(process)
+    return read_message(process)
 
 
 def measure(
@@ -124,37 +126,39 @@ def measure(
     from contextlib import ExitStack
 
     with ExitStack() as stack:
-        arms = {name: stack.enter_context(arm(name, pythons[name], folder)) for name in names}
+        arms = {
+            name: stack.enter_context(started_arm(name, pythons[name], folder)) for name in names
+        }
         taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for number in range(rounds):
             shift = number % len(names)
             for name in [*names[shift:], *names[:shift]]:
-                told = turn(arms[name], seconds)
+                told = run_turn(arms[name], seconds)
                 taken[name].append(told)
                 rate = told["images"] / told["seconds"]
                 print(f"round {number + 1} of {rounds}: {name} {rate:,.0f} images/s", flush=True)
     return taken
 
 
-def pack_shared(python: str, folder: Path, seconds: float) -> float:
+def shared_pack_fraction(python: str, folder: Path, seconds: float) -> float:
     """Of the tiles that two trainings side by side have read, the share in pages of both.
 
     0 where a process has a copy of its own: that is no mapping of the file.
     """
     with (
-        arm("ours", python, folder, "one") as one,
-        arm("ours", python, folder, "other") as other,
+        started_arm("ours", python, folder, "one") as one,
+        started_arm("ours", python, folder, "other") as other,
     ):
         for process in (one, other):
-            turn(process, seconds)
+            run_turn(process, seconds)
         shares = []
         for process in (one, other):
-            mapped = _mapped_kb(process.pid, "tiles.npy")
+            mapped = mapping_kb(process.pid, "tiles.npy")
             shares.append(mapped["Shared_Clean"] / mapped["Rss"] if mapped["Rss"] else 0.0)
     return min(shares)
 
 
-def _mapped_kb(pid: int, file: str) -> Counter[str]:
+def mapping_kb(pid: int, file: str) -> Counter[str]:
     """What /proc says of the mappings of a file in a process: Rss, Shared_Clean and others."""
     total: Counter[str] = Counter()
     inside = False
@@ -174,7 +178,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=12)
     args = parser.parse_args(argv)
     logs.setup("info")
-    names = [name for name in TOLD if name != "torchgeo" or args.torchgeo]
+    names = [name for name in DESCRIPTIONS if name != "torchgeo" or args.torchgeo]
     pythons = dict.fromkeys(names, sys.executable)
     if args.torchgeo:
         pythons["torchgeo"] = args.torchgeo
@@ -182,7 +186,7 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         tiles = write_tiles(Path(temporary), geotiff=bool(args.torchgeo))
         taken = measure(names, pythons, Path(temporary), args.rounds, args.seconds)
-        shared = pack_shared(sys.executable, Path(temporary), args.seconds)
+        shared = shared_pack_fraction(sys.executable, Path(temporary), args.seconds)
     speeds = {
         name: [told["images"] / told["seconds"] for told in each] for name, each in taken.items()
     }
@@ -209,7 +213,7 @@ def main(argv: Sequence[str]) -> None:
         | {
             "ours_is_times": round(against(name), 2),
             "private_gb": round(taken[name][-1]["private_gb"], 2),
-            "what": TOLD[name],
+            "what": DESCRIPTIONS[name],
         }
         for name in names
     ]

@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.interleave import Turns, TurnsCallback
+from benchmarks.interleave import Interleaver, InterleaverCallback
 
 BATCHES = {"cpu": 64, "gpu": 1024}
 """Tiles a step. In 64, a GPU waits for Python in every arm, and nothing of it would be measured."""
 WORKERS = 2
 EPOCHS = 1000
 """More than any benchmark trains: the arm is stopped."""
-PASSES = 100
+REPEATS_PER_EPOCH = 100
 """Over the tiles in an epoch of ours, which ends with a validation: the peers have none."""
 SIZE, CLASSES = 64, 10
 
@@ -76,7 +76,7 @@ def plain(folder: Path, *, fast: bool) -> None:
         precision="bf16-mixed" if fast else "32-true",
         logger=False,
         enable_checkpointing=False,
-        callbacks=[TurnsCallback()],
+        callbacks=[InterleaverCallback()],
         accelerator=accelerator(),
     )
     trainer.fit(Plain(), loader)
@@ -104,7 +104,7 @@ def torchgeo(folder: Path) -> None:
         logger=False,
         enable_checkpointing=False,
         limit_val_batches=0,
-        callbacks=[TurnsCallback()],
+        callbacks=[InterleaverCallback()],
         accelerator=accelerator(),
     )
     trainer.fit(task, datamodule=data)
@@ -124,7 +124,7 @@ def ours(_: Path) -> None:
             "model.name=resnet18",
             "distill.teacher=none",
             f"trainer.epochs={EPOCHS}",
-            f"trainer.repeats_per_epoch={PASSES}",
+            f"trainer.repeats_per_epoch={REPEATS_PER_EPOCH}",
             f"optim.batch_size={batch_size()}",
             "data.allow_unvalidated=true",
         ]
@@ -132,7 +132,7 @@ def ours(_: Path) -> None:
     with tempfile.TemporaryDirectory() as store:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{store}/mlflow.db"
         with tracking.run("bench", "ours") as run:
-            fit(config, prepare(config), run, further=[TurnsCallback()])
+            fit(config, prepare(config), run, extra_callbacks=[InterleaverCallback()])
 
 
 def ceiling(_: Path) -> None:
@@ -165,7 +165,7 @@ def ceiling(_: Path) -> None:
     tiles = torch.rand(batch_size(), 3, SIZE, SIZE, device=compute.device) * 255
     tiles = tiles.contiguous(memory_format=compute.memory_format)
     labels = torch.randint(0, CLASSES, (batch_size(),), device=compute.device)
-    turns = Turns()
+    turns = Interleaver()
     while True:
         with compute.autocast(), cpu_convolutions.fast():
             loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)

@@ -72,8 +72,8 @@ def evaluate_and_log(
         plots.confusion_matrix(counts, classes, title, drawn / "confusion.png")
         plots.training_curves(fitted.history, config.recipe, drawn / "curves.png")
         plots.reliability(labels, probabilities, title, drawn / "reliability.png")
-        _draw_gallery(data, net, labels, probabilities, drawn / "explained.png")
-        predictions(data, labels, probabilities.astype(np.float32)).to_parquet(
+        _log_gallery(data, net, labels, probabilities, drawn / "explained.png")
+        predictions_table(data, labels, probabilities.astype(np.float32)).to_parquet(
             folder / "predictions.parquet", index=False
         )
         (folder / "calibration.json").write_text(json.dumps(calibrated.as_dict(), indent=1))
@@ -124,17 +124,17 @@ def _log_int8(
         lost = float((probabilities.argmax(axis=1) == labels).mean()) - accuracy
         difference = float(np.abs(answered - probabilities).mean())
         run.log_metrics({"int8_accuracy": accuracy, "int8_mean_difference": difference})
-        if lost > quantise.MAX_LOSS:
+        if lost > quantise.MAX_ACCURACY_LOSS:
             log.warning(
                 "the INT8 form is not kept: its accuracy is %.4f lower, over the %.4f allowed",
                 lost,
-                quantise.MAX_LOSS,
+                quantise.MAX_ACCURACY_LOSS,
             )
             return
         run.log_file(file)
 
 
-def _draw_gallery(
+def _log_gallery(
     data: PreparedData, network: "Network", labels: "Labels", probabilities: "Floats", file: Path
 ) -> None:
     """The hardest test tiles, the surest of each class, and where the network looked."""
@@ -152,7 +152,7 @@ def _draw_gallery(
     )
 
 
-def predictions(
+def predictions_table(
     data: PreparedData, labels: "npt.NDArray[np.int64]", probabilities: "npt.NDArray[np.float32]"
 ) -> "pd.DataFrame":
     """One row a test tile: tile, sha256, label, and ``p/Class`` for each class."""
@@ -179,7 +179,7 @@ def train(
     data: PreparedData,
     run: tracking.Run,
     on_epoch: "EpochHook | None" = None,
-    saved: CheckpointSlot | None = None,
+    slot: CheckpointSlot | None = None,
 ) -> dict[str, float]:
     """Fit and conclude in ``run``; returns the test metrics.
 
@@ -189,15 +189,15 @@ def train(
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        logs.copied_to((saved.directory if saved else Path(folder)) / "train.log") as file,
+        logs.copied_to((slot.directory if slot else Path(folder)) / "train.log") as file,
     ):
         try:
-            if saved is None or not saved.described:
+            if slot is None or not slot.is_described:
                 describe(config, data, run)
                 run.log_text(split_csv(data.pack.table, data.split), "split.csv")
-            if saved:
-                saved.mark_described()
-            fitted = launch.fit(config, data, run, on_epoch, saved)
+            if slot:
+                slot.mark_described()
+            fitted = launch.fit(config, data, run, on_epoch, slot)
             return evaluate_and_log(config, data, fitted, run)
         finally:
             run.log_file(file, "logs")
@@ -225,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
             tags={"kind": "train"},
         ) as run,
     ):
-        tested = train(config, data, run, saved=saved)
+        tested = train(config, data, run, slot=saved)
     print(summary(tested))
     print(f"run {run.run_id}")
     return exit_codes.OK

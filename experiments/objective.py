@@ -88,11 +88,11 @@ def run(
         tags["trial.retries"] = task.retries
     run_id = ""
     try:
-        with acquire(config, place, alone=True) as saved:
+        with acquire(config, place, exclusive=True) as saved:
             if left:
                 saved.import_from(left)
-            if saved.concluded:  # and its process was killed before it could tell
-                told = saved.concluded
+            if saved.outcome:  # and its process was killed before it could tell
+                told = saved.outcome
                 outcome = Outcome(
                     state=told.get("state", "complete"),
                     values=tuple(told["values"]),
@@ -150,7 +150,7 @@ def _trained(
             saved.record_outcome({"state": "pruned", "values": (), "run_id": run.run_id})
             raise Stopped(f"{why} after epoch {epoch + 1}")
 
-    if not saved.described and run.tag("config.digest") is None:  # nor where it was begun
+    if not saved.is_described and run.tag("config.digest") is None:  # nor where it was begun
         train.describe(config, data, run)
         saved.mark_described()
     fitted = launch.fit(config, data, run, on_epoch, saved)

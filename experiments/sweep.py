@@ -121,7 +121,7 @@ def _refitted(job: Job, study: "optuna.Study", data: PreparedData, parent: track
     tags = {"kind": "refit", "study": job.study, "trial.number": top.number}
     place = {**data.fingerprints, "study": job.study, "trial": "refit"}
     with (
-        acquire(best, place, alone=True) as saved,
+        acquire(best, place, exclusive=True) as saved,
         tracking.run(
             best.experiment,
             "refit of the best",
@@ -131,7 +131,7 @@ def _refitted(job: Job, study: "optuna.Study", data: PreparedData, parent: track
             tags=tags,
         ) as run,
     ):
-        tested = train.train(best, data, run, saved=saved)
+        tested = train.train(best, data, run, slot=saved)
     parent.log_metrics(tested)
     parent.set_tags({tracking.BEST_RUN: run.run_id, REFITTED: number})
     print(train.summary(tested))

@@ -1,1 +1,1 @@
-"""Networks: made, loaded, exported and run."""
+"""Build, load, run and export networks."""

@@ -1,4 +1,4 @@
-"""Precision and memory layout in which this machine computes fastest."""
+"""Choose the device, precision and memory layout in which this machine trains fastest."""
 
 import logging
 import time
@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBE_BATCH, PROBE_ROUNDS = 32, 3
-"""Large enough to fill two cores, small enough that all modes take about two seconds."""
-CLEARLY_FASTER = 1.5
+"""Tiles per step and steps per mode: they fill two cores, and all modes take about two seconds."""
+MIN_PROBE_SPEEDUP = 1.5
+"""A mode replaces the default one only if it is this many times as fast in the probe."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Compute:
+    """Where and how a network computes."""
+
     device: str
+    """'cuda' or 'cpu'."""
     bf16: bool
     channels_last: bool
 
@@ -43,12 +47,14 @@ class Compute:
 
 @lru_cache
 def choose_compute(spec: "NetworkSpec", precision: str, *, probe: bool = True) -> Compute:
-    """Take a GPU where there is one; on a CPU time a few training steps in each mode.
+    """Return the GPU if there is one, else the CPU's fastest mode.
 
-    ``precision`` is 'fp32', 'bf16' or 'auto'; the choice and its speeds are logged, once a
-    process. The mode that this processor was built for is left only for one that is
-    CLEARLY_FASTER: on a machine shared with others a probe of two seconds is a rough guide.
-    Without ``probe`` it is taken untried, as by several processes that must choose alike.
+    ``precision`` is 'fp32', 'bf16' or 'auto'. On a CPU a few training steps are timed in each mode
+    that it allows, and the choice is logged with the speeds, once per process. The default (bf16
+    if the processor multiplies it natively, channels last) is replaced only by a mode that is
+    `MIN_PROBE_SPEEDUP` times as fast, since the probe is inexact on a busy machine.
+
+    Without ``probe`` the default is returned untimed: several processes must choose alike.
     """
     import torch
 
@@ -61,30 +67,31 @@ def choose_compute(spec: "NetworkSpec", precision: str, *, probe: bool = True) -
         if precision == "auto" or bf16 == (precision == "bf16")
     ]
     bf16 = precision == "bf16" or (precision == "auto" and has_bf16())
-    usual = Compute(device="cpu", bf16=bf16, channels_last=True)
+    default = Compute(device="cpu", bf16=bf16, channels_last=True)
     if not probe:
-        return usual
+        return default
     speeds = _images_per_s(spec, modes)
     fastest = max(modes, key=lambda mode: speeds[mode])
-    if speeds[fastest] > CLEARLY_FASTER * speeds[usual]:  # or was it another process's work?
-        second = _images_per_s(spec, modes)
-        speeds = {mode: max(speeds[mode], second[mode]) for mode in modes}
+    if speeds[fastest] > MIN_PROBE_SPEEDUP * speeds[default]:  # or was the machine busy?
+        again = _images_per_s(spec, modes)
+        speeds = {mode: max(speeds[mode], again[mode]) for mode in modes}
         fastest = max(modes, key=lambda mode: speeds[mode])
-    chosen = fastest if speeds[fastest] > CLEARLY_FASTER * speeds[usual] else usual
-    told = ", ".join(f"{_name(mode)} {speed:,.0f}" for mode, speed in speeds.items())
-    log.info("training in %s on the CPU (images/s probed: %s)", _name(chosen), told)
+    chosen = fastest if speeds[fastest] > MIN_PROBE_SPEEDUP * speeds[default] else default
+    measured = ", ".join(f"{_mode_name(mode)} {speed:,.0f}" for mode, speed in speeds.items())
+    log.info("training in %s on the CPU (images/s probed: %s)", _mode_name(chosen), measured)
     return chosen
 
 
 def has_bf16() -> bool:
-    """Whether the processor multiplies bf16 matrices itself (AVX-512 BF16 or AMX)."""
+    """Return whether the processor multiplies bf16 matrices natively (AVX-512 BF16 or AMX)."""
     import torch
 
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
 
 
 def _images_per_s(spec: "NetworkSpec", modes: list[Compute]) -> dict[Compute, float]:
-    """Best of PROBE_ROUNDS training steps in each mode, the modes taken in turn."""
+    """Return the speed of each mode: the fastest of `PROBE_ROUNDS` interleaved training steps."""
     import torch
 
     from eurosat.models import cpu_convolutions
@@ -105,5 +112,5 @@ def _images_per_s(spec: "NetworkSpec", modes: list[Compute]) -> dict[Compute, fl
     return {mode: PROBE_BATCH / seconds for mode, seconds in fastest.items()}
 
 
-def _name(mode: Compute) -> str:
+def _mode_name(mode: Compute) -> str:
     return f"{'bf16' if mode.bf16 else 'fp32'} {'NHWC' if mode.channels_last else 'NCHW'}"

@@ -1,7 +1,7 @@
 """The network as one ONNX file: uint8 pixels in, probabilities out.
 
-The graph holds the network once. Before it, a switch turns tiles into all of their flips and turns
-where that is asked for; after it, their logits are averaged, calibrated, and told as probabilities.
+The graph holds the network once. Before it, the input ``tta`` chooses between the tiles themselves
+and all their flips and turns; after it, the logits of all views are averaged and calibrated.
 """
 
 import contextlib
@@ -21,94 +21,100 @@ from torch.nn import functional
 
 from eurosat.errors import ModelError
 from eurosat.models.network import Network, NetworkSpec
-from eurosat.models.onnx_session import TILES, open_session
+from eurosat.models.onnx_session import TILES, TTA, open_session
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 OPSET = 20
 TOLERANCE = 1e-4
-"""Largest difference of a probability between torch and ONNX Runtime, both in float32."""
-SAME_LOGIT = 1e-3
-"""Largest difference of a logit from the mean of its class's map, for the map to explain it."""
-BEFORE_FIRST = int(np.iinfo(np.int64).min)
-"""ONNX's end of a slice that goes backwards to the first element."""
+"""Largest accepted difference of a probability between torch and ONNX Runtime in float32."""
+MAX_LOGIT_DIFFERENCE = 1e-3
+"""A class's map is exported only if its mean differs from the logit by less than this."""
+SLICE_TO_START = int(np.iinfo(np.int64).min)
+"""End of an ONNX slice that runs backwards to the first element."""
 VIEWS, LOGITS, MAPS = "views_NHWC", "view_logits", "view_maps"
-"""Tensors of the graph: what the network in it is given, and what it gives."""
+"""Names of the input and the outputs of the network inside the graph."""
 
 
-class _OneView(nn.Module):
-    """Tiles to logits before calibration and, where the head is an average and one layer, to the
-    map of each class that its logit is the mean of (Zhou et al. 2016).
+class _SingleView(nn.Module):
+    """Maps views of tiles to logits before calibration and, if the backbone has them, class maps.
+
+    If the head is an average and one linear layer, each logit is the mean of a map of its class
+    (Zhou et al. 2016).
     """
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
-        self.mapped = False
+        self.has_maps = False
         head: Any = network.backbone.get_classifier()  # type: ignore[operator]
         self.head = head if isinstance(head, nn.Linear) else None
 
     def features(self, views_NHWC: Tensor) -> Tensor:
         backbone: Any = self.network.backbone
-        prepared = self.network.preprocess(views_NHWC.permute(0, 3, 1, 2))
-        features: Tensor = backbone.forward_features(prepared)
+        views = self.network.preprocess(views_NHWC.permute(0, 3, 1, 2))
+        features: Tensor = backbone.forward_features(views)
         return features
 
     def forward(self, views_NHWC: Tensor) -> tuple[Tensor, ...]:
         backbone: Any = self.network.backbone
         features = self.features(views_NHWC)
         logits = backbone.forward_head(features)
-        if not self.mapped or self.head is None:
+        if not self.has_maps or self.head is None:
             return (logits,)
         weight = self.head.weight[:, :, None, None]
         return logits, functional.conv2d(features, weight, self.head.bias)
 
     @torch.inference_mode()
-    def find_maps(self, views_NHWC: Tensor) -> None:
-        """Tell maps too, if the logits are their means."""
+    def detect_maps(self, views_NHWC: Tensor) -> None:
+        """Add the maps to the outputs if their means are the logits."""
         features = self.features(views_NHWC)
         if self.head is None or features.ndim != 4 or features.shape[1] != self.head.in_features:
             return
-        self.mapped = True
+        self.has_maps = True
         logits, maps = self(views_NHWC)
-        self.mapped = bool((maps.mean(dim=(2, 3)) - logits).abs().max() < SAME_LOGIT)
+        self.has_maps = bool((maps.mean(dim=(2, 3)) - logits).abs().max() < MAX_LOGIT_DIFFERENCE)
 
 
 def export_onnx(
     network: Network,
     file: Path,
     metadata: Mapping[str, str] | None = None,
-    alone: bytes | None = None,
+    core: bytes | None = None,
 ) -> float:
     """Write ``file`` and return the largest difference from torch on random tiles.
 
-    Input ``tiles_NHWC`` uint8 (N, H, W, C); ``tta``, a bool that need not be given, says whether to
-    look at all flips and turns, as the network itself does where its spec has more than one view.
-    Outputs ``probabilities`` (N, K), ``energy`` (N,) of the logits before calibration, and for a
-    network whose head is an average and one layer ``activation`` (N, K, h, w), where each class was
-    seen. The metadata carry ``classes``, ``tile_size``, ``bands`` and ``views`` as JSON.
-    ``alone`` is the network as `export_core` has made it, which takes seconds; None makes it here.
+    Inputs: ``tiles_NHWC``, uint8 (N, H, W, C), and optionally ``tta``, a bool: whether to average
+    over all flips and turns. By default it is true if the network's spec has more than one view.
+    Outputs: ``probabilities`` (N, K); ``energy`` (N,) of the logits before calibration; and, if
+    the head is an average and one linear layer, ``activation`` (N, K, h, w), the map of each class.
+    The metadata hold ``classes``, ``tile_size``, ``bands`` and ``views`` as JSON.
+    ``core`` is the result of `export_core`, which takes seconds; None computes it here.
 
     Raises:
-        ModelError: the file answers otherwise than the network.
+        ModelError: torch cannot export the network, or the file gives other probabilities.
     """
     import onnx
 
     network = network.eval().cpu()
-    model = onnx.load_from_string(alone or export_core(network))
+    model = onnx.load_from_string(core or export_core(network))
     onnx.save(wrap_with_tta(model, network, metadata or {}), str(file))
-    return _check(network, file)
+    return _largest_difference(network, file)
 
 
 def export_core(network: Network) -> bytes:
-    """The network alone as an ONNX model: views of tiles to logits and maps."""
-    module = _OneView(network.cpu()).eval()
+    """Return the network as a serialised ONNX model: views of tiles to logits and maps.
+
+    Raises:
+        ModelError: torch cannot export it.
+    """
+    module = _SingleView(network.cpu()).eval()
     tiles_NHWC = torch.from_numpy(_random_tiles(network.spec))
-    module.find_maps(tiles_NHWC)
-    outputs = [LOGITS, MAPS] if module.mapped else [LOGITS]
+    module.detect_maps(tiles_NHWC)
+    outputs = [LOGITS, MAPS] if module.has_maps else [LOGITS]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
+        warnings.simplefilter("ignore")  # the exporter warns about its own deprecations
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         file = Path(folder) / "one_view.onnx"
         try:
@@ -128,7 +134,7 @@ def export_core(network: Network) -> bytes:
             raise ModelError(
                 f"torch cannot export {network.spec.name} to ONNX "
                 f"({str(error).splitlines()[0]}): its weights are in the run, but it cannot be "
-                "served; take another model.name"
+                "served; set another model.name"
             ) from error
         return file.read_bytes()
 
@@ -136,71 +142,83 @@ def export_core(network: Network) -> bytes:
 def wrap_with_tta(
     model: "ModelProto", network: Network, metadata: Mapping[str, str]
 ) -> "ModelProto":
-    """``model`` of `export_core` between the switch of views and the average of their answers."""
+    """Return ``model`` of `export_core` with views before it and their average behind it."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     spec, graph = network.spec, model.graph
-    count = len(spec.classes)
     before = [
         helper.make_node("Shape", [TILES], ["tile_count"], start=0, end=1),
         helper.make_node(
-            "If", ["tta"], [VIEWS], then_branch=_all_views(spec), else_branch=_as_it_is()
+            "If", [TTA], [VIEWS], then_branch=_all_views(spec), else_branch=_identity_view()
         ),
     ]
-    after = [
-        helper.make_node("Concat", ["any", "tile_count", "class_count"], ["per_view"], axis=0),
-        helper.make_node("Reshape", [LOGITS, "per_view"], ["logits_VNK"]),
-        helper.make_node("ReduceMean", ["logits_VNK", "first_axis"], ["logits"], keepdims=0),
-        helper.make_node("Div", ["logits", "temperature"], ["calibrated"]),
-        helper.make_node("Softmax", ["calibrated"], ["probabilities"], axis=1),
-        helper.make_node("ReduceLogSumExp", ["logits", "last_axis"], ["knowing"], keepdims=0),
-        helper.make_node("Neg", ["knowing"], ["energy"]),
-    ]
-    outputs = [
-        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", count]),
-        helper.make_tensor_value_info("energy", TensorProto.FLOAT, ["N"]),
-    ]
-    if any(output.name == MAPS for output in graph.output):
-        after.append(helper.make_node("Slice", [MAPS, "none", "tile_count"], ["activation"]))
-        shape: list[str | int | None] = ["N", count, "h", "w"]
-        outputs.append(helper.make_tensor_value_info("activation", TensorProto.FLOAT, shape))
+    after, outputs = _average_views(graph, spec)
     constants = {
-        "any": np.array([-1]),
-        "none": np.array([0]),
-        "class_count": np.array([count]),
+        "any_size": np.array([-1]),
+        "zero": np.array([0]),
+        "class_count": np.array([len(spec.classes)]),
         "first_axis": np.array([0]),
         "last_axis": np.array([1]),
         "temperature": network.temperature.numpy().astype(np.float32),
-        "tta": np.array(spec.tta_views > 1),
+        TTA: np.array(spec.tta_views > 1),
     }
     initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    tiles: list[str | int | None] = ["N", *spec.tile_size, spec.bands]
-    whole = helper.make_graph(
+    tiles_shape: list[str | int | None] = ["N", *spec.tile_size, spec.bands]
+    wrapped = helper.make_graph(
         [*before, *graph.node, *after],
         spec.name,
-        [  # an input with an initializer need not be given
-            helper.make_tensor_value_info(TILES, TensorProto.UINT8, tiles),
-            helper.make_tensor_value_info("tta", TensorProto.BOOL, []),
+        [  # an input with an initializer is optional
+            helper.make_tensor_value_info(TILES, TensorProto.UINT8, tiles_shape),
+            helper.make_tensor_value_info(TTA, TensorProto.BOOL, []),
         ],
         outputs,
         [*graph.initializer, *initializers],
     )
-    made = helper.make_model(whole, opset_imports=model.opset_import, ir_version=model.ir_version)
-    described = {
+    result = helper.make_model(
+        wrapped, opset_imports=model.opset_import, ir_version=model.ir_version
+    )
+    description = {
         "classes": spec.classes,
         "tile_size": spec.tile_size,
         "bands": spec.bands,
         "views": spec.tta_views,
     }
-    told = {name: json.dumps(value) for name, value in described.items()} | dict(metadata)
-    helper.set_model_props(made, told)
-    onnx.checker.check_model(made)
-    return made
+    properties = {name: json.dumps(value) for name, value in description.items()} | dict(metadata)
+    helper.set_model_props(result, properties)
+    onnx.checker.check_model(result)
+    return result
+
+
+def _average_views(
+    graph: "GraphProto", spec: NetworkSpec
+) -> "tuple[list[NodeProto], list[ValueInfoProto]]":
+    """Return the nodes from the logits of all views to the outputs, and the outputs."""
+    from onnx import TensorProto, helper
+
+    count = len(spec.classes)
+    nodes = [
+        helper.make_node("Concat", ["any_size", "tile_count", "class_count"], ["per_view"], axis=0),
+        helper.make_node("Reshape", [LOGITS, "per_view"], ["logits_VNK"]),
+        helper.make_node("ReduceMean", ["logits_VNK", "first_axis"], ["logits"], keepdims=0),
+        helper.make_node("Div", ["logits", "temperature"], ["calibrated"]),
+        helper.make_node("Softmax", ["calibrated"], ["probabilities"], axis=1),
+        helper.make_node("ReduceLogSumExp", ["logits", "last_axis"], ["log_sum"], keepdims=0),
+        helper.make_node("Neg", ["log_sum"], ["energy"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", count]),
+        helper.make_tensor_value_info("energy", TensorProto.FLOAT, ["N"]),
+    ]
+    if any(output.name == MAPS for output in graph.output):  # those of the first view
+        nodes.append(helper.make_node("Slice", [MAPS, "zero", "tile_count"], ["activation"]))
+        shape: list[str | int | None] = ["N", count, "h", "w"]
+        outputs.append(helper.make_tensor_value_info("activation", TensorProto.FLOAT, shape))
+    return nodes, outputs
 
 
 def _all_views(spec: NetworkSpec) -> "GraphProto":
-    """As `eurosat.training.augment.dihedral_views`, one after another on the first axis."""
+    """Return a graph that stacks the views of `network.dihedral_views` on the first axis."""
     from onnx import TensorProto, helper, numpy_helper
 
     nodes: list[NodeProto] = []
@@ -213,10 +231,10 @@ def _all_views(spec: NetworkSpec) -> "GraphProto":
     views = [TILES]
     for name, axes in (("across", [2]), ("down", [1]), ("both", [1, 2])):
         backwards = [-1] * len(axes)
-        slicing = {"starts": backwards, "ends": [BEFORE_FIRST] * len(axes), "axes": axes}
+        slicing = {"starts": backwards, "ends": [SLICE_TO_START] * len(axes), "axes": axes}
         slicing["steps"] = backwards
-        said = [constant(f"{name}_{part}", values) for part, values in slicing.items()]
-        nodes.append(helper.make_node("Slice", [TILES, *said], [name]))
+        inputs = [constant(f"{name}_{part}", values) for part, values in slicing.items()]
+        nodes.append(helper.make_node("Slice", [TILES, *inputs], [name]))
         views.append(name)
     if spec.tile_size[0] == spec.tile_size[1]:
         for name in tuple(views):
@@ -229,7 +247,7 @@ def _all_views(spec: NetworkSpec) -> "GraphProto":
     return helper.make_graph(nodes, "all_views_of_a_tile", [], [info])
 
 
-def _as_it_is() -> "GraphProto":
+def _identity_view() -> "GraphProto":
     from onnx import TensorProto, helper
 
     node = helper.make_node("Identity", [TILES], ["one_view"])
@@ -243,23 +261,28 @@ def _random_tiles(spec: NetworkSpec) -> Any:
 
 
 @torch.inference_mode()
-def _check(network: Network, file: Path) -> float:
-    """In its own views, and looking once; a batch, and one tile."""
+def _largest_difference(network: Network, file: Path) -> float:
+    """Return the largest difference of a probability, with and without TTA, for 1 and 3 tiles.
+
+    Raises:
+        ModelError: it is above `TOLERANCE`.
+    """
     session = open_session(file)
     tiles_NHWC = _random_tiles(network.spec)
-    worst = 0.0
-    for given in ({TILES: tiles_NHWC}, {TILES: tiles_NHWC[:1]}):
-        tiles_NCHW = torch.from_numpy(given[TILES]).permute(0, 3, 1, 2)
-        (answered,) = session.run(["probabilities"], given)
+    largest = 0.0
+    for batch_NHWC in (tiles_NHWC, tiles_NHWC[:1]):
+        tiles_NCHW = torch.from_numpy(batch_NHWC).permute(0, 3, 1, 2)
+        inputs = {TILES: batch_NHWC}
         expected = network(tiles_NCHW).softmax(dim=1).numpy()
-        (once,) = session.run(["probabilities"], given | {"tta": np.array(False)})
+        (exported,) = session.run(["probabilities"], inputs)
         with network.single_view():
-            alone = network(tiles_NCHW).softmax(dim=1).numpy()
-        for one, other in ((answered, expected), (once, alone)):
-            worst = max(worst, float(np.abs(one - other).max()))
-    if not worst <= TOLERANCE:
+            expected_single = network(tiles_NCHW).softmax(dim=1).numpy()
+        (exported_single,) = session.run(["probabilities"], inputs | {TTA: np.array(False)})
+        for actual, reference in ((exported, expected), (exported_single, expected_single)):
+            largest = max(largest, float(np.abs(actual - reference).max()))
+    if not largest <= TOLERANCE:
         raise ModelError(
-            f"{file} differs from the network by {worst:.1e}, over the {TOLERANCE:.0e} allowed: "
-            "train in float32 or report this backbone"
+            f"{file} differs from the network by {largest:.1e}, over the {TOLERANCE:.0e} allowed: "
+            "train with trainer.precision=fp32, or report this backbone"
         )
-    return worst
+    return largest

@@ -1,4 +1,4 @@
-"""Ask a network that `eurosat.models.export` wrote."""
+"""Run a network that `eurosat.models.export` wrote."""
 
 from pathlib import Path
 from typing import Any
@@ -9,33 +9,33 @@ import numpy.typing as npt
 from eurosat.runtime.progress import track
 
 TILES = "tiles_NHWC"
-"""What it is given: uint8 (N, H, W, C)."""
+"""Input of the network: uint8 (N, H, W, C)."""
 TTA = "tta"
-"""Whether to look at all flips and turns; need not be given."""
-ERRORS_ALONE = 3
-"""ONNX Runtime's level of what it writes on stderr: it warns that ``tta`` is free to be given."""
+"""Optional input, a bool: whether to average over all flips and turns."""
+LOG_ERRORS_ONLY = 3
+"""ONNX Runtime's log level for errors alone: it warns that the input ``tta`` is optional."""
 
 
 def open_session(file: Path, threads: int = 0) -> Any:
-    """An ONNX Runtime session on the CPU; with 0 threads, it takes one for each core."""
+    """Return an ONNX Runtime session on the CPU; 0 threads means one per core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = ERRORS_ALONE
+    options.log_severity_level = LOG_ERRORS_ONLY
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def probabilities(
     file: Path, tiles_NHWC: npt.NDArray[np.uint8], batch: int = 32, *, one_view: bool = False
 ) -> Any:
-    """(N, K) probabilities, float32, of all the views that it takes or of ``one_view``."""
+    """Return float32 probabilities, (N, K), with the network's own views or with ``one_view``."""
     session = open_session(file)
-    turns = any(node.name == TTA for node in session.get_overridable_initializers())
-    given = {TTA: np.array(False)} if one_view and turns else {}
-    told: list[Any] = []
+    has_tta = any(node.name == TTA for node in session.get_overridable_initializers())
+    options = {TTA: np.array(False)} if one_view and has_tta else {}
+    outputs: list[Any] = []
     starts = range(0, len(tiles_NHWC), batch)
-    for start in track(starts, len(starts), f"asking {file.name}", f"x {batch} tiles"):
-        seen = {TILES: tiles_NHWC[start : start + batch]}
-        told += session.run(["probabilities"], seen | given)
-    return np.concatenate(told)
+    for start in track(starts, len(starts), f"running {file.name}", f"x {batch} tiles"):
+        inputs = {TILES: tiles_NHWC[start : start + batch]} | options
+        outputs += session.run(["probabilities"], inputs)
+    return np.concatenate(outputs)

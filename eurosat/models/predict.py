@@ -1,4 +1,4 @@
-"""What a network answers for the tiles of a fold."""
+"""Run a network on the tiles of a fold."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from eurosat.runtime.progress import track
 
 
 def logits(network: Network, batches: TileLoader) -> tuple[Floats, Labels]:
-    """(N, K) logits before calibration, and (N,) labels; on the GPU where there is one."""
+    """Return logits before calibration, (N, K), and labels, (N,); on a GPU if there is one."""
     (logits_NK,), labels = run_over(
         network, batches, lambda tiles_NCHW: (network.logits(tiles_NCHW),)
     )
@@ -22,29 +22,36 @@ def logits(network: Network, batches: TileLoader) -> tuple[Floats, Labels]:
 
 
 def logits_and_first_view(network: Network, batches: TileLoader) -> tuple[Floats, Floats, Labels]:
-    """`logits`, those of the first view alone, and labels, in one look at the tiles."""
+    """Return logits over all views and of the first view, each (N, K), and labels, (N,).
 
-    def ask(tiles_NCHW: Tensor) -> tuple[Tensor, Tensor]:
+    Each tile is passed through the network once per view.
+    """
+
+    def run_batch(tiles_NCHW: Tensor) -> tuple[Tensor, Tensor]:
         views = network.logits_per_view(tiles_NCHW)
         return views.mean(dim=0), views[0]
 
-    (logits_NK, first_NK), labels = run_over(network, batches, ask)
+    (logits_NK, first_NK), labels = run_over(network, batches, run_batch)
     return logits_NK, first_NK, labels
 
 
 def run_over(
-    network: Network, batches: TileLoader, ask: Callable[[Tensor], tuple[Tensor, ...]]
+    network: Network, batches: TileLoader, run_batch: Callable[[Tensor], tuple[Tensor, ...]]
 ) -> tuple[list[Floats], Labels]:
-    """What ``ask`` tells of each tile, with the network in its evaluation mode; and labels."""
-    each, labels = [], []
-    home = network.mean.device
+    """Return the outputs of ``run_batch`` over all batches, each as one array, and the labels.
+
+    The network is in evaluation mode, on a GPU if there is one, and is moved back afterwards.
+    """
+    outputs, labels = [], []
+    original_device = network.mean.device
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network.eval().to(device)  # weights that move in inference mode can never be changed again
+    network.eval().to(device)  # not in inference mode: weights moved there can never be trained
     with torch.inference_mode(), cpu_convolutions.fast():
         for tiles_NCHW, batch_labels in track(
             batches, len(batches), "predicting", f"x {batches.batch_size} tiles"
         ):
-            each.append([one.double().cpu().numpy() for one in ask(tiles_NCHW.to(device))])
+            results = run_batch(tiles_NCHW.to(device))
+            outputs.append([result.double().cpu().numpy() for result in results])
             labels.append(batch_labels.cpu().numpy())
-    network.to(home)
-    return [np.concatenate(ones) for ones in zip(*each, strict=True)], np.concatenate(labels)
+    network.to(original_device)
+    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)], np.concatenate(labels)

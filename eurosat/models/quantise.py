@@ -1,4 +1,4 @@
-"""The served network in whole numbers of 8 bits: several times as fast on CPUs that have VNNI."""
+"""Quantise a network to INT8 for serving: several times as fast on CPUs with VNNI."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     from eurosat.models.network import Network
 
 CALIBRATION_TILES = 512
+"""Tiles on which the ranges of the activations are measured."""
 CALIBRATION_BATCH = 64
-MAX_LOSS = 0.002
-"""Accuracy on the test fold that the quantised form may lack, or it is not kept."""
+MAX_ACCURACY_LOSS = 0.002
+"""Largest loss of test accuracy against FP32; with a larger one the INT8 model is not logged."""
 
 Tiles = npt.NDArray[np.uint8]
 
 
-class _Batches:
-    """What ONNX Runtime's calibration asks for its inputs, one batch after another."""
+class _CalibrationReader:
+    """Gives ONNX Runtime's calibration its inputs, batch by batch."""
 
     def __init__(self, tiles_NHWC: Tiles) -> None:
         starts = range(0, len(tiles_NHWC), CALIBRATION_BATCH)
@@ -36,9 +37,9 @@ class _Batches:
 
 
 def calibration_tiles(data: "PreparedData") -> Tiles:
-    """A draw of the train fold, always the same."""
-    drawn = np.random.default_rng(0).permutation(data.split.indices("train"))
-    tiles_NHWC: Tiles = data.pack.tiles_NHWC[np.sort(drawn[:CALIBRATION_TILES])]
+    """Return `CALIBRATION_TILES` random tiles of the train fold; the same in each call."""
+    shuffled = np.random.default_rng(0).permutation(data.split.indices("train"))
+    tiles_NHWC: Tiles = data.pack.tiles_NHWC[np.sort(shuffled[:CALIBRATION_TILES])]
     return tiles_NHWC
 
 
@@ -47,33 +48,33 @@ def export_int8(
     tiles_NHWC: Tiles,
     file: Path,
     metadata: Mapping[str, str] | None = None,
-    alone: bytes | None = None,
+    core: bytes | None = None,
 ) -> None:
-    """Write ``file``, of the same inputs and outputs as `eurosat.models.export.export_onnx` writes;
-    ``alone`` is as there.
+    """Write ``file`` with the inputs and outputs of `eurosat.models.export.export_onnx`.
 
-    Weights are rounded to int8 per channel, activations to uint8 over the range that they take on
-    ``tiles_NHWC``, which are tiles of the train fold.
+    Weights are rounded to int8 per channel, activations to uint8 over the range that they have on
+    ``tiles_NHWC``, which are tiles of the train fold. ``core`` is the result of
+    `eurosat.models.export.export_core`; None computes it here.
     """
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as folder:
-        plain, folded, whole = (
-            Path(folder) / f"{name}.onnx" for name in ("plain", "folded", "int8")
+        original, prepared, int8 = (
+            Path(folder) / f"{name}.onnx" for name in ("original", "prepared", "int8")
         )
-        plain.write_bytes(alone or export.export_core(network))
-        with logs.only_errors():  # it advises what has just been done
-            quant_pre_process(str(plain), str(folded), skip_symbolic_shape=True)
+        original.write_bytes(core or export.export_core(network))
+        with logs.only_errors():  # it recommends the preparation that was just done
+            quant_pre_process(str(original), str(prepared), skip_symbolic_shape=True)
             quantize_static(
-                str(folded),
-                str(whole),
-                _Batches(tiles_NHWC),
+                str(prepared),
+                str(int8),
+                _CalibrationReader(tiles_NHWC),
                 quant_format=QuantFormat.QDQ,
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
-        made = export.wrap_with_tta(onnx.load(str(whole)), network, metadata or {})
-        onnx.save(made, str(file))
+        model = export.wrap_with_tta(onnx.load(str(int8)), network, metadata or {})
+        onnx.save(model, str(file))

@@ -1,1 +1,1 @@
-"""Fitting a network to the training fold."""
+"""Train a network on the train fold."""

@@ -1,5 +1,6 @@
-"""What happens around the training steps: progress, the run's metrics, the moving average."""
+"""Lightning callbacks: moving average, freezing, logging, progress, best weights and profile."""
 
+import contextlib
 import logging
 import math
 import signal
@@ -15,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from eurosat.errors import NonFiniteLoss
 from eurosat.runtime.progress import bar
@@ -23,27 +25,30 @@ from eurosat.tracking import Run
 log = logging.getLogger(__name__)
 
 EMA_EVERY_STEPS = 8
-"""The average is memory-bound: at every step it would cost 10 % of a ResNet18 step on 2 cores."""
+"""Optimiser steps between two updates of the moving average. An update is limited by memory: at
+every step it would take 10 % of a ResNet18 step on 2 cores."""
+
+BAR_INTERVAL_S = 0.2
 
 EpochHook = Callable[[int, Mapping[str, float]], None]
-"""Called after each validation with the epoch and its metrics; may raise to stop training."""
+"""Called after each validation with the epoch (from 0) and its metrics; may raise to stop."""
 
 
 class MovingAverage(WeightAveraging):
-    """Exponential moving average of weights and batch statistics; validation sees the average.
+    """Exponential moving average of weights and batch statistics, used for validation.
 
-    The decay warms up as (1 + n) / (10 + n) over the first n updates (as in TensorFlow's), so
-    that a short training is not judged on its first steps.
+    After n updates the decay is at most (1 + n) / (10 + n), as in TensorFlow's
+    ExponentialMovingAverage: the first steps do not dominate the average of a short training.
     """
 
     def __init__(self, decay_per_step: float, device: str) -> None:
-        """``device`` is where training computes: Lightning would leave the average on the CPU."""
-        self._every = EMA_EVERY_STEPS
+        """``device`` is the training device; Lightning would leave the average on the CPU."""
+        self._update_every = EMA_EVERY_STEPS
         self._decay_per_step = decay_per_step
         super().__init__(device=device, multi_avg_fn=self._average)
 
     def on_train_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        self._every = min(EMA_EVERY_STEPS, int(trainer.num_training_batches))
+        self._update_every = min(EMA_EVERY_STEPS, int(trainer.num_training_batches))
 
     def state_dict(self) -> dict[str, Any]:
         assert self._average_model is not None
@@ -55,20 +60,22 @@ class MovingAverage(WeightAveraging):
         self._average_model.load_state_dict(state_dict["average"])
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        return step_idx is not None and (step_idx + 1) % self._every == 0
+        return step_idx is not None and (step_idx + 1) % self._update_every == 0
 
     def _average(self, averages: Any, currents: Any, updates: Tensor | int) -> None:
-        """Of all tensors of one type at once: each by itself would wait for a GPU each time."""
-        if not averages[0].is_floating_point():  # counts of batches
-            torch._foreach_copy_(averages, currents)
+        """Update all tensors of one type; on a GPU, one call for all of them."""
+        if not averages[0].is_floating_point():  # numbers of batches
+            for average, current in zip(averages, currents, strict=True):
+                average.copy_(current)
             return
-        warm = (1 + int(updates)) / (10 + int(updates))
-        decay = min(self._decay_per_step**self._every, warm)
-        torch._foreach_lerp_(averages, currents, 1 - decay)
+        warmup = (1 + int(updates)) / (10 + int(updates))
+        decay = min(self._decay_per_step**self._update_every, warmup)
+        update: Any = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        update(averages, currents, updates)
 
 
 class FreezeBackbone(lightning.Callback):
-    """For some epochs only the head learns: the backbone's weights and statistics stand still."""
+    """Trains the head alone for the first epochs; the backbone and its statistics stay fixed."""
 
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
@@ -84,9 +91,9 @@ class FreezeBackbone(lightning.Callback):
 
 
 class RunLogger(Logger):
-    """Lightning's metrics into our run. Metrics of a step carry the step, all others the epoch.
+    """Logs Lightning's metrics to the run: ``*_step`` by optimiser step, others by epoch.
 
-    One that is trained again, after its process was lost, keeps the point that it has.
+    An epoch that is trained again after its process was lost keeps the points that it has.
     """
 
     def __init__(self, run: Run) -> None:
@@ -102,45 +109,44 @@ class RunLogger(Logger):
         return self._run.run_id
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Nothing: the configuration is logged once, by `eurosat.train`."""
+        """Do nothing: `eurosat.train` logs the configuration."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         epoch = int(metrics.get("epoch", 0))
-        of_step = {k: v for k, v in metrics.items() if k.endswith("_step")}
-        of_epoch = {k.removesuffix("_epoch"): v for k, v in metrics.items() if k not in of_step}
-        of_epoch.pop("epoch", None)
-        if of_step:
-            self._run.log_metrics(of_step, step or 0, once=True)
-        if of_epoch:
-            self._run.log_metrics(of_epoch, epoch, once=True)
+        by_step = {k: v for k, v in metrics.items() if k.endswith("_step")}
+        by_epoch = {k.removesuffix("_epoch"): v for k, v in metrics.items() if k not in by_step}
+        by_epoch.pop("epoch", None)
+        if by_step:
+            self._run.log_metrics(by_step, step or 0, once=True)
+        if by_epoch:
+            self._run.log_metrics(by_epoch, epoch, once=True)
 
 
 class GracefulInterrupt(lightning.Callback):
-    """While it is entered, Ctrl-C ends training after the batch at hand; a second one, at once.
+    """Context manager: Ctrl-C ends training after the current batch, a second one immediately.
 
-    An interrupt in the middle of a request to the tracking store would leave that store locked.
+    An interrupt during a request to the tracking store would leave that store locked.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._request)
+            self._previous_handler = signal.signal(signal.SIGINT, self._request)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._before)
-        if kind is None:  # asked after the last batch
+            signal.signal(signal.SIGINT, self._previous_handler)
+        if kind is None:  # requested after the last batch
             self._raise_if_requested()
 
     def _request(self, *_: object) -> None:
-        if self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
+        self._raise_if_requested()
+        self._requested = True
 
     def _raise_if_requested(self) -> None:
-        if self._asked:
+        if self._requested:
             raise KeyboardInterrupt
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -151,19 +157,21 @@ class GracefulInterrupt(lightning.Callback):
 
 
 class ProgressLogger(lightning.Callback):
-    """A progress bar with images/s and time left, one log line an epoch, and the history."""
+    """Shows a progress bar, logs one line per epoch, and keeps the history of metrics."""
 
     def __init__(self, label: str, on_epoch: EpochHook | None = None) -> None:
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
-        """Spent on training by the processes before this one."""
+        """Training time of earlier processes, before this one resumed."""
         self._label, self._on_epoch = label, on_epoch
         self._bar = bar()
         self._started = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
-        spent = self.seconds + time.monotonic() - self._started
-        return {"history": self.history, "seconds": spent}
+        return {"history": self.history, "seconds": self._elapsed_s()}
+
+    def _elapsed_s(self) -> float:
+        return self.seconds + time.monotonic() - self._started
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.history, self.seconds = list(state_dict["history"]), state_dict["seconds"]
@@ -173,7 +181,7 @@ class ProgressLogger(lightning.Callback):
         self._task = self._bar.add_task(
             self._label, total=int(trainer.estimated_stepping_batches), note=""
         )
-        self._started = self._told = time.monotonic()
+        self._started = self._last_update = time.monotonic()
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self._epoch_started, self._epoch_images = time.monotonic(), 0
@@ -183,8 +191,8 @@ class ProgressLogger(lightning.Callback):
     ) -> None:
         self._epoch_images += len(batch[0])
         now = time.monotonic()
-        if now - self._told > 0.2:
-            self._told = now
+        if now - self._last_update > BAR_INTERVAL_S:
+            self._last_update = now
             images = self._epoch_images * trainer.world_size
             rate = images / max(now - self._epoch_started, 1e-9)
             self._bar.update(
@@ -205,8 +213,7 @@ class ProgressLogger(lightning.Callback):
         images = self._epoch_images * trainer.world_size
         row["images_per_s"] = images / max(self._train_s, 1e-9)
         self.history.append(row)
-        spent = self.seconds + time.monotonic() - self._started
-        left = spent / (epoch + 1) * ((trainer.max_epochs or 0) - epoch - 1)
+        remaining_s = self._elapsed_s() / (epoch + 1) * ((trainer.max_epochs or 0) - epoch - 1)
         log.info(
             "%s: epoch %d/%d val_accuracy %.4f val_loss %.4f, %.0f images/s, %.0f s left",
             self._label,
@@ -215,7 +222,7 @@ class ProgressLogger(lightning.Callback):
             row["val_accuracy"],
             row["val_loss"],
             row["images_per_s"],
-            left,
+            remaining_s,
         )
         if self._on_epoch:
             self._on_epoch(epoch, row)
@@ -232,10 +239,10 @@ class ProgressLogger(lightning.Callback):
 
 
 class BestWeights(lightning.Callback):
-    """Holds the weights of the best validated epoch, the later one of equals.
+    """Keeps the weights of the epoch with the highest validation accuracy, the later one of equals.
 
-    Stands before the moving average among the callbacks: at the end of a validation the
-    averaged weights are still in the module, and go out right after.
+    Must come before `MovingAverage` in the list of callbacks: at the end of a validation the
+    module still holds the averaged weights, and `MovingAverage` then swaps them out.
     """
 
     def __init__(self) -> None:
@@ -252,16 +259,16 @@ class BestWeights(lightning.Callback):
             self._weights = {name: value.detach().clone() for name, value in state.items()}
 
     @property
-    def found(self) -> bool:
+    def has_weights(self) -> bool:
         return bool(self._weights)
 
     def restore(self, network: nn.Module) -> None:
-        """Put the best weights into ``network``.
+        """Load the best weights into ``network``.
 
         Raises:
             NonFiniteLoss: no validation had a finite loss.
         """
-        if not self.found:
+        if not self.has_weights:
             raise NonFiniteLoss(
                 "no epoch ended with a finite validation loss: lower optim.lr, or set "
                 "optim.clip_norm=1"
@@ -276,50 +283,49 @@ class BestWeights(lightning.Callback):
 
 
 def has_finite_loss(trainer: lightning.Trainer) -> bool:
-    """Whether the last validation had a loss: weights that are not finite may guess a class."""
+    """Return whether the last validation loss is finite; accuracy alone would hide NaN weights."""
     return math.isfinite(float(trainer.callback_metrics["val_loss"]))
 
 
-class Profile(lightning.Callback):
-    """Traces some early steps: profile/trace.json for chrome://tracing, and a table."""
+class ProfileCallback(lightning.Callback):
+    """Profiles a few early steps and logs ``profile/trace.json`` and ``profile/operators.txt``.
 
-    WAIT, WARM, ACTIVE = 3, 2, 5
-    """Steps: the first ones build caches, and each traced one takes 2 MB."""
-    DEAREST = 10
+    Lightning's PyTorchProfiler also counts validation steps, and loses its trace where a validation
+    starts before all steps are recorded, as in short epochs.
+    """
+
+    WAIT, WARMUP, ACTIVE = 3, 2, 5
+    """Steps: the first ones build caches, and each recorded one takes 2 MB."""
+    TOP_OPERATORS = 10
 
     def __init__(self, run: Run) -> None:
+        schedule = torch.profiler.schedule(
+            wait=self.WAIT, warmup=self.WARMUP, active=self.ACTIVE, repeat=1
+        )
         self._run = run
-        self._profiler: torch.profiler.profile | None = None
+        self._profiler = torch.profiler.profile(
+            schedule=schedule, on_trace_ready=self._log_trace, acc_events=True
+        )
+        self._running = contextlib.ExitStack()  # may be closed twice, unlike the profiler
 
     def on_train_start(self, *_: Any) -> None:
-        steps = torch.profiler.schedule(
-            wait=self.WAIT, warmup=self.WARM, active=self.ACTIVE, repeat=1
-        )
-        self._profiler = torch.profiler.profile(
-            schedule=steps, on_trace_ready=self._keep, acc_events=True
-        )
-        self._profiler.start()
+        self._running.enter_context(self._profiler)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if self._profiler:
-            self._profiler.step()
+        self._profiler.step()
 
     def on_train_end(self, *_: Any) -> None:
-        self._stop()
+        self._running.close()
 
     def on_exception(self, *_: Any) -> None:
-        self._stop()
+        self._running.close()
 
-    def _stop(self) -> None:
-        if self._profiler:
-            self._profiler.stop()
-            self._profiler = None
-
-    def _keep(self, profiler: torch.profiler.profile) -> None:
+    def _log_trace(self, profiler: torch.profiler.profile) -> None:
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=order, row_limit=self.DEAREST)
+        table = profiler.key_averages().table(sort_by=order, row_limit=self.TOP_OPERATORS)
         with tempfile.TemporaryDirectory() as folder:
-            profiler.export_chrome_trace(f"{folder}/trace.json")
-            self._run.log_file(Path(folder) / "trace.json", "profile")
+            trace = Path(folder) / "trace.json"
+            profiler.export_chrome_trace(str(trace))
+            self._run.log_file(trace, "profile")
         self._run.log_text(str(table), "profile/operators.txt")
-        log.info("profiled %d steps: profile/ in the run", self.ACTIVE)
+        log.info("profiled %d steps: see profile/ in the run", self.ACTIVE)

@@ -1,4 +1,4 @@
-"""Trainings that were cut short: where they left their state, and how one is taken up again."""
+"""Where the state of an unfinished training is stored, and how the next process finds it."""
 
 import contextlib
 import hashlib
@@ -18,120 +18,123 @@ from eurosat.runtime import atomic, cache
 
 log = logging.getLogger(__name__)
 
-ORPHAN_S = 600
-"""What is trained once alone waits so long for a process whose parent was killed: it ends after
-the batch at hand, with its last words to a server that may be slow."""
-STATE, ABOUT, DESCRIBED, CONCLUDED = "state.pt", "run.json", "described", "concluded.json"
-DAMAGED = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
-"""What reading a state raises that was torn or tampered with."""
+ORPHAN_TIMEOUT_S = 600
+"""How long `acquire` waits, if exclusive, for a process whose parent was killed: it stops after the
+current batch and sends its last metrics to a server that may be slow."""
+STATE_FILE, IDENTITY_FILE = "state.pt", "run.json"
+DESCRIBED_FILE, OUTCOME_FILE = "described", "concluded.json"
+DAMAGED_STATE_ERRORS = (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
+"""Raised on reading a state that is incomplete or was tampered with."""
 
 
 class CheckpointSlot:
-    """The state of one training on this machine; held by one process at a time."""
+    """Folder with the state of one training on this machine; one process uses it at a time."""
 
-    def __init__(self, directory: Path, about: Mapping[str, str]) -> None:
+    def __init__(self, directory: Path, identity: Mapping[str, str]) -> None:
+        """``identity`` says what the state belongs to: fingerprints and tracking server."""
         self._directory = directory
-        self._about = dict(about)
+        self._identity = dict(identity)
         self.journal: str | None
-        """Of the run that stopped here, if it can go on."""
-        self.concluded: dict[str, Any] | None
-        """What `conclude` was told, where the process died after it."""
-        held = self._held()
-        self._take_up(held, held if tracking.can_continue(held) else None)
+        """Journal of the unfinished run, if it can be resumed."""
+        self.outcome: dict[str, Any] | None
+        """What `record_outcome` stored before the process died."""
+        stored = self._stored_journal()
+        self._load_run(stored, stored if tracking.can_continue(stored) else None)
 
-    def _take_up(self, held: str | None, journal: str | None) -> None:
-        self.journal, self.concluded = journal, None
-        if held:
-            with contextlib.suppress(OSError, ValueError):  # it died before that
-                self.concluded = json.loads((self._directory / CONCLUDED).read_text())
+    def _load_run(self, stored: str | None, journal: str | None) -> None:
+        self.journal, self.outcome = journal, None
+        if stored:
+            with contextlib.suppress(OSError, ValueError):  # the process died before writing it
+                self.outcome = json.loads((self._directory / OUTCOME_FILE).read_text())
 
-    def _held(self) -> str | None:
-        """Journal of the run that stopped here, if it was of the same data."""
+    def _stored_journal(self) -> str | None:
+        """Return the journal of the run that stopped here, if its identity is this one."""
         try:
-            held = json.loads((self._directory / ABOUT).read_text())
+            identity = json.loads((self._directory / IDENTITY_FILE).read_text())
         except (OSError, ValueError):
             return None
-        journal = held.pop("journal", None)
-        return str(journal) if held == self._about else None
+        journal = identity.pop("journal", None)
+        return str(journal) if identity == self._identity else None
 
     @property
     def directory(self) -> Path:
-        """What `adopt` takes over on another machine."""
+        """Folder that `import_from` can copy on another machine."""
         return self._directory
 
     def import_from(self, folder: Path) -> None:
-        """Take over what the same training left on another machine, where it got further there."""
-        if not (folder / ABOUT).exists():
+        """Copy the state of the same training on another machine, if it has more epochs."""
+        if not (folder / IDENTITY_FILE).exists():
             return
-        if self.journal is None or _epochs(folder) > _epochs(self._directory):
+        if self.journal is None or _completed_epochs(folder) > _completed_epochs(self._directory):
             copied = self._directory.with_name(f"{self._directory.name}.adopted")
             shutil.rmtree(copied, ignore_errors=True)
             shutil.copytree(folder, copied)
             shutil.rmtree(self._directory, ignore_errors=True)
             copied.rename(self._directory)
-            held = str(json.loads((self._directory / ABOUT).read_text())["journal"])
-            self._take_up(held, held)
+            stored = str(json.loads((self._directory / IDENTITY_FILE).read_text())["journal"])
+            self._load_run(stored, stored)
 
     def start_or_resume(self, name: str | None = None) -> str:
-        """The journal of the run: the one that goes on, or a new one, by the name that is given.
+        """Return the journal of the run: that of the unfinished run, or a new one.
 
-        A run of that name that was begun, and whose state is lost, goes on from its first epoch.
+        ``name`` is the new journal's name. If a run of that name is open but its state is lost, it
+        is trained again from the first epoch.
 
-        It is written here before there is a run, so that a process that is killed at any moment
-        leaves one run; what another run left here is dropped.
+        The journal is stored here before the run exists, so that a process killed at any moment
+        leaves one run. State of any other run is removed.
         """
         if self.journal:
             log.info("continuing the run of %s, which was cut short", self.journal)
-            for torn in self._directory.glob(".*"):  # what a killed process was writing
-                torn.unlink()
+            for incomplete in self._directory.glob(".*"):  # written by the killed process
+                incomplete.unlink()
             return self.journal
-        known = tracking.journal_state(name) if name else "over"
-        if name is None or known == "over":
+        status = tracking.journal_state(name) if name else "over"
+        if name is None or status == "over":
             name = tracking.new_journal()
-        self.journal = name if known == "open" else None
+        self.journal = name if status == "open" else None
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(parents=True)
-        about = json.dumps(self._about | {"journal": name})
-        atomic.atomic_write_text(self._directory / ABOUT, about)
+        identity = json.dumps(self._identity | {"journal": name})
+        atomic.atomic_write_text(self._directory / IDENTITY_FILE, identity)
         return name
 
-    def record_outcome(self, told: Mapping[str, Any]) -> None:
-        """Keep what came of it, before its run is ended: it is not trained again for that."""
-        atomic.atomic_write_text(self._directory / CONCLUDED, json.dumps(dict(told)))
+    def record_outcome(self, outcome: Mapping[str, Any]) -> None:
+        """Store the result before the run is ended, so that it need not be trained again."""
+        atomic.atomic_write_text(self._directory / OUTCOME_FILE, json.dumps(dict(outcome)))
 
     @property
-    def described(self) -> bool:
-        """Whether the run already holds its configuration and split: params cannot change."""
-        return (self._directory / DESCRIBED).exists()
+    def is_described(self) -> bool:
+        """Whether the run already holds its configuration and split, which are logged once."""
+        return (self._directory / DESCRIBED_FILE).exists()
 
     def mark_described(self) -> None:
-        (self._directory / DESCRIBED).touch()
+        (self._directory / DESCRIBED_FILE).touch()
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Replace the state by this one, or keep the last good one where that fails."""
+        """Replace the stored state; if writing fails, keep the earlier one and log a warning."""
         import torch
 
         try:
             atomic.atomic_write(
-                self._directory / STATE, lambda opened: torch.save(dict(state), opened)
+                self._directory / STATE_FILE, lambda opened: torch.save(dict(state), opened)
             )
-        except (OSError, RuntimeError) as error:  # torch wraps what the disk says
+        except (OSError, RuntimeError) as error:  # torch wraps the OSError
             reason = str(error).splitlines()[0]
             log.warning(
-                "the state of epoch %s could not be written to %s (%s): training goes on, and the "
-                "state before is kept; make room there",
+                "the state of epoch %s could not be written to %s (%s): training goes on and the "
+                "earlier state is kept; free some disk space there",
                 state["epoch"],
                 self._directory,
                 reason,
             )
 
     def load(self) -> dict[str, Any] | None:
-        """The state of the last whole epoch, or None where none was reached."""
+        """Return the state of the last completed epoch, or None if there is none."""
         try:
-            return _state(self._directory)
-        except DAMAGED as error:
-            file, kind = self._directory / STATE, type(error).__name__
-            log.warning("%s cannot be read (%s): training starts anew", file, kind)
+            return _read_state(self._directory)
+        except DAMAGED_STATE_ERRORS as error:
+            file, kind = self._directory / STATE_FILE, type(error).__name__
+            log.warning("%s cannot be read (%s): training starts from the first epoch", file, kind)
             return None
 
     def remove(self) -> None:
@@ -140,49 +143,50 @@ class CheckpointSlot:
 
 @contextmanager
 def acquire(
-    config: TrainConfig, fingerprints: Mapping[str, str], *, alone: bool = False
+    config: TrainConfig, fingerprints: Mapping[str, str], *, exclusive: bool = False
 ) -> Iterator[CheckpointSlot]:
-    """The state that a dead process left of the same training, or a place for a new one.
+    """Yield the slot of this training: with the state that a dead process left, or empty.
 
-    A process holds its place by a lock that ends with it, however it ends: a second training of
-    the same configuration beside a living one gets a place of its own. The place is removed when
-    the block ends without an exception. ``alone`` says that nobody else may train this: a process
-    that still does is waited for.
+    A lock, which ends with its process, reserves the slot. While another process trains the same
+    configuration, this one gets the next slot; if ``exclusive``, it first waits up to
+    `ORPHAN_TIMEOUT_S` for the other one. The slot is removed if the block ends without an
+    exception.
     """
     from filelock import FileLock, Timeout
 
     root = config.data.cache_dir / "unfinished"
     root.mkdir(parents=True, exist_ok=True)
     cache.prune_expired(root)
-    about = {**fingerprints, "tracking": tracking.tracking_uri()}
-    name = hashlib.sha256(json.dumps([config.digest, about], sort_keys=True).encode()).hexdigest()
+    identity = {**fingerprints, "tracking": tracking.tracking_uri()}
+    key = json.dumps([config.digest, identity], sort_keys=True)
+    name = hashlib.sha256(key.encode()).hexdigest()
     for number in itertools.count():
         directory = root / f"{name[:16]}-{number}"
-        lock = FileLock(f"{directory}.lock", timeout=ORPHAN_S if alone else 0)
+        lock = FileLock(f"{directory}.lock", timeout=ORPHAN_TIMEOUT_S if exclusive else 0)
         with contextlib.suppress(Timeout):
             lock.acquire()
             break
     try:
-        place = CheckpointSlot(directory, about)
-        yield place
-        place.remove()
+        slot = CheckpointSlot(directory, identity)
+        yield slot
+        slot.remove()
     finally:
         lock.release()
 
 
-def _state(directory: Path) -> dict[str, Any] | None:
+def _read_state(directory: Path) -> dict[str, Any] | None:
     import torch
 
-    file = directory / STATE
+    file = directory / STATE_FILE
     if not file.exists():
         return None
     state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     return state
 
 
-def _epochs(directory: Path) -> int:
-    """Whole epochs that were trained there, and can be taken up."""
-    with contextlib.suppress(*DAMAGED):
-        if state := _state(directory):
+def _completed_epochs(directory: Path) -> int:
+    """Return the number of completed epochs in a folder's state; 0 if it cannot be read."""
+    with contextlib.suppress(*DAMAGED_STATE_ERRORS):
+        if state := _read_state(directory):
             return int(state["epoch"])
     return 0

@@ -1,4 +1,4 @@
-"""What one network, the teacher, sees in each training tile and answers, as targets for another."""
+"""Knowledge distillation: a teacher network's outputs and features as training targets."""
 
 import contextlib
 import dataclasses
@@ -7,7 +7,7 @@ import json
 import logging
 import zipfile
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,77 +26,79 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TEACHER = "distill.teacher.run_id"
-"""Tag of the run: a training that is continued keeps its teacher."""
-AXES = 128
-"""Of a teacher's features, the widest; the log says how much of their variance they hold."""
-FORMAT = 1
-"""Of what is kept of a teacher: where it changes, teachers are asked anew."""
+TEACHER_TAG = "distill.teacher.run_id"
+"""Tag with the teacher's run: a resumed training keeps its teacher."""
+MAX_AXES = 128
+"""Principal axes of the teacher's features that are kept; the log gives their share of variance."""
+CACHE_VERSION = 1
+"""Version of the cached outputs: a change makes all teachers run again."""
 PACKAGED_SIZE = 128
-"""Side to which the packaged teacher's tiles are scaled, as in the recipe efficientnet-lite0."""
+"""Side of the packaged teacher's input in pixels, as in the recipe efficientnet-lite0."""
 
 
 def resolve_teacher(config: TrainConfig, data: PreparedData, run: tracking.Run) -> TrainConfig:
-    """The configuration with the one run that teaches, the same whenever ``run`` is continued.
+    """Return the configuration with the teacher as runs:/ID, the same whenever ``run`` resumes.
 
     Raises:
-        DataError: the teacher learned from another split: it may have seen this test fold.
+        DataError: the teacher was trained on another split: it may have seen this test fold.
         TrackingError: there is no such run.
     """
     if config.distill.teacher in ("none", PACKAGED):
         return config
-    run_id = run.tag(TEACHER) or find(config, data)
+    run_id = run.tag(TEACHER_TAG) or find_teacher(config, data)
     name = "split.fingerprint"
-    its, ours = tracking.get(run_id).tags.get(name), data.fingerprints[name]
-    if its != ours:
+    teacher_split, split = tracking.get(run_id).tags.get(name), data.fingerprints[name]
+    if teacher_split != split:
         raise DataError(
-            f"the teacher, run {run_id}, has {name} {its}, and the data here {ours}: it may have "
-            "learned from tiles of this test fold; train it on this split"
+            f"the teacher, run {run_id}, has {name} {teacher_split}, and the data here {split}: it "
+            "may have learned from tiles of this test fold; train a teacher on this split"
         )
-    run.set_tags({TEACHER: run_id})
+    run.set_tags({TEACHER_TAG: run_id})
     return replace(config, distill=replace(config.distill, teacher=f"runs:/{run_id}"))
 
 
 def targets(config: TrainConfig, data: PreparedData, compute: "Compute") -> "SoftTargets | None":
-    """A row for each tile of the pack, those of the train fold filled; None without a teacher.
+    """Return float32 targets with a row per tile of the pack; None without a teacher.
 
-    (N, K) shares of the classes and, where features are asked for, their principal axes behind
-    them. ``config`` is `resolve_teacher`. What a teacher has told is kept in the cache.
+    A row holds the K shares of the classes and, if ``distill.features`` is set, up to `MAX_AXES`
+    features. Rows outside the train fold are zero. ``config`` comes from `resolve_teacher`. The
+    teacher's outputs are cached.
 
     Raises:
-        ModelError: the teacher tells other classes apart, or reads other bands.
+        ModelError: the teacher has other classes or bands.
         TrackingError: there is no such run.
     """
     from eurosat.evaluation import calibration
 
-    teaching = config.distill
-    if teaching.teacher == "none" or not (teaching.share or teaching.features):
+    distill = config.distill
+    if distill.teacher == "none" or not (distill.share or distill.features):
         return None
     axes, logits = _cached_outputs(config, data, compute)
     rows = data.split.indices("train")
     labels = np.eye(len(data.pack.classes))[data.pack.labels[rows]]
-    answers = calibration.softmax(logits / teaching.temperature) if teaching.share else 0
-    parts = [teaching.share * answers + (1 - teaching.share) * labels]
-    if teaching.features:
+    soft = calibration.softmax(logits / distill.temperature) if distill.share else 0
+    parts = [distill.share * soft + (1 - distill.share) * labels]
+    if distill.features:
         parts.append(axes)
-    known = np.concatenate(parts, axis=1)
-    filled = np.zeros((len(data.pack.labels), known.shape[1]), np.float32)
-    filled[rows] = known
-    return filled
+    train_targets = np.concatenate(parts, axis=1)
+    all_targets = np.zeros((len(data.pack.labels), train_targets.shape[1]), np.float32)
+    all_targets[rows] = train_targets
+    return all_targets
 
 
 def principal_axes(features_NF: "Floats") -> "Floats":
-    """(N, `AXES`) at most: where the features differ most, around 0, in all at a variance of 1.
+    """Return the features (N, F) on their principal axes of largest variance, (N, `MAX_AXES`).
 
-    An axis points where its largest component is positive: another machine finds the same.
+    There are fewer axes if F is smaller. The result is centred, and its variance over all axes is
+    1. The largest component of each axis is positive, so that other machines get the same signs.
     """
     centred = features_NF - features_NF.mean(axis=0)
-    spreads, vectors = np.linalg.eigh(np.cov(centred, rowvar=False))
-    vectors = vectors[:, ::-1][:, :AXES]
+    variances, vectors = np.linalg.eigh(np.cov(centred, rowvar=False))
+    vectors = vectors[:, ::-1][:, :MAX_AXES]
     largest = np.take_along_axis(vectors, abs(vectors).argmax(axis=0)[None], axis=0)
     axes = centred @ (vectors * np.sign(largest))
-    held = spreads[::-1][:AXES].sum() / max(spreads.sum(), 1e-12)
-    log.info("%d axes hold %.2f of the variance of its features", axes.shape[1], held)
+    share = variances[::-1][:MAX_AXES].sum() / max(variances.sum(), 1e-12)
+    log.info("%d axes hold %.2f of the variance of the features", axes.shape[1], share)
     scaled: Floats = axes / max(axes.std(), 1e-12)
     return scaled
 
@@ -104,7 +106,7 @@ def principal_axes(features_NF: "Floats") -> "Floats":
 def _cached_outputs(
     config: TrainConfig, data: PreparedData, compute: "Compute"
 ) -> "tuple[Floats, Floats]":
-    """Principal axes and logits of the train fold, asked for once on this machine."""
+    """Return principal axes and logits of the train fold, from the cache or the teacher."""
     from filelock import FileLock
 
     teacher, features = config.distill.teacher, bool(config.distill.features)
@@ -113,26 +115,20 @@ def _cached_outputs(
     root = config.data.cache_dir / "teachers"
     root.mkdir(parents=True, exist_ok=True)
     cache.prune_expired(root)
-    asked = [
-        FORMAT,
-        AXES,
-        PACKAGED_SIZE,
-        teacher,
-        features,
-        data.fingerprints,
-        config.data.decode_options,
-    ]
-    key = json.dumps([*asked, dataclasses.asdict(compute)], sort_keys=True, default=str)
-    file = root / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
-    with FileLock(f"{file}.lock"):  # several trials or ranks need one answer
+    versions = [CACHE_VERSION, MAX_AXES, PACKAGED_SIZE]
+    inputs = [teacher, features, data.fingerprints, config.data.decode_options]
+    key = [*versions, *inputs, dataclasses.asdict(compute)]
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+    file = root / f"{digest[:16]}.npz"
+    with FileLock(f"{file}.lock"):  # several trials or ranks need the same outputs
         with contextlib.suppress(OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
-            with np.load(file, allow_pickle=False) as kept:
-                told = kept["axes"], kept["logits"]
-            with contextlib.suppress(OSError):  # another user's
+            with np.load(file, allow_pickle=False) as cached:
+                outputs = cached["axes"], cached["logits"]
+            with contextlib.suppress(OSError):  # another user's file
                 file.touch()
-            return told
+            return outputs
         axes, logits = _run_teacher(teacher, data, compute, features=features)
-        with contextlib.suppress(OSError):  # the next one asks again
+        with contextlib.suppress(OSError):  # not cached: the next training runs the teacher again
             atomic.atomic_write(file, lambda opened: np.savez(opened, axes=axes, logits=logits))
     return axes, logits
 
@@ -140,36 +136,38 @@ def _cached_outputs(
 def _run_teacher(
     teacher: str, data: PreparedData, compute: "Compute", *, features: bool
 ) -> "tuple[Floats, Floats]":
+    """Return principal axes (N, 0 without ``features``) and logits of the train fold."""
     from eurosat.data.loaders import TileLoader
     from eurosat.models import predict
 
-    net = _packaged(data) if teacher == PACKAGED else _load(teacher, data)
+    net = _packaged_teacher(data) if teacher == PACKAGED else _load_teacher(teacher, data)
     net.to(compute.device, memory_format=compute.memory_format)  # type: ignore[call-overload]
     batches = TileLoader(data.pack, data.split.indices("train"))
-    log.info("asking the teacher, %s, about %d tiles", teacher, len(data.split.indices("train")))
+    log.info("running the teacher, %s, on %d tiles", teacher, len(data.split.indices("train")))
     with compute.autocast():
         if not features:
             logits, _ = predict.logits(net, batches)
             return np.empty((len(logits), 0), np.float32), logits
-        colours = bands.rgb_indices() if net.spec.bands < data.pack.bands else slice(None)
-        (seen, logits), _ = predict.run_over(
-            net, batches, lambda tiles_NCHW: net.forward_with_features(tiles_NCHW[:, colours])
+        channels = bands.rgb_indices() if net.spec.bands < data.pack.bands else slice(None)
+        (head_inputs, logits), _ = predict.run_over(
+            net, batches, lambda tiles_NCHW: net.forward_with_features(tiles_NCHW[:, channels])
         )
-    return principal_axes(seen).astype(np.float32), logits
+    return principal_axes(head_inputs).astype(np.float32), logits
 
 
-def find(config: TrainConfig, data: PreparedData) -> str:
-    """The run that ``distill.teacher`` stands for.
+def find_teacher(config: TrainConfig, data: PreparedData) -> str:
+    """Return the id of the run that ``distill.teacher`` names.
 
     Raises:
-        TrackingError: no such run, or no finished one of that recipe on this data and split.
+        TrackingError: there is no such run, or no finished one of that recipe on this data and
+            split.
     """
     reference = config.distill.teacher
     if reference.startswith(("runs:/", "models:/")):
         return tracking.resolve_run(reference)
     tags = {"kind": "train", **data.fingerprints}
-    if found := tracking.finished_runs(config.experiment, tags, {"recipe": reference}):
-        return found[0]
+    if runs := tracking.finished_runs(config.experiment, tags, {"recipe": reference}):
+        return runs[0]
     raise TrackingError(
         f"distill.teacher={reference}: experiment {config.experiment} has no finished run of that "
         f"recipe on this data and split; train it first (python -m eurosat.train "
@@ -177,34 +175,35 @@ def find(config: TrainConfig, data: PreparedData) -> str:
     )
 
 
-def _load(run_id: str, data: PreparedData) -> "Network":
+def _load_teacher(run_id: str, data: PreparedData) -> "Network":
     from eurosat.models import network
 
     with tracking.artifact(run_id, "weights.safetensors") as file:
         teacher = network.load(file)
-    wanted: tuple[Any, ...] = (data.pack.classes, data.pack.bands)
-    if (teacher.spec.classes, teacher.spec.bands) != wanted:
+    spec, pack = teacher.spec, data.pack
+    if (spec.classes, spec.bands) != (pack.classes, pack.bands):
         raise ModelError(
-            f"the teacher, run {run_id}, tells {', '.join(teacher.spec.classes)} apart in "
-            f"{teacher.spec.bands} bands; the data hold {', '.join(wanted[0])} in {wanted[1]}"
+            f"the teacher, run {run_id}, has the classes {', '.join(spec.classes)} and "
+            f"{spec.bands} bands; the data have {', '.join(pack.classes)} and {pack.bands} bands: "
+            "set another distill.teacher"
         )
     return teacher
 
 
-def _packaged(data: PreparedData) -> "Network":
-    """EfficientNet-Lite0 as it came from ImageNet; it sees the colours of a tile."""
+def _packaged_teacher(data: PreparedData) -> "Network":
+    """Return EfficientNet-Lite0 with its ImageNet weights, for the colours of a tile."""
     from eurosat.models import pretrained
 
-    if data.pack.bands not in (pretrained.COLOURS, len(bands.NAMES)):
+    if data.pack.bands not in (pretrained.RGB_BANDS, len(bands.NAMES)):
         raise ModelError(
-            f"the teacher {PACKAGED} sees red, green and blue, or those of {len(bands.NAMES)} "
-            f"bands; the data hold {data.pack.bands} bands: say distill.teacher=none"
+            f"the teacher {PACKAGED} takes 3 bands (red, green, blue) or {len(bands.NAMES)}; the "
+            f"data have {data.pack.bands}: set distill.teacher=none"
         )
     return pretrained.create(
         ModelConfig(name=pretrained.PACKAGED_MODEL, input_size=PACKAGED_SIZE),
         PACKAGED,
         classes=data.pack.classes,
-        bands=pretrained.COLOURS,
+        bands=pretrained.RGB_BANDS,
         tile_size=(PACKAGED_SIZE, PACKAGED_SIZE),
         mean=pretrained.IMAGENET_MEAN,
         std=pretrained.IMAGENET_STD,

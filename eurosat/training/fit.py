@@ -1,11 +1,12 @@
-"""Fit one network to the train fold, in this process or as one of several."""
+"""Train one network on the train fold, in this process or as one of several."""
 
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -24,7 +25,7 @@ from eurosat.models.compute import Compute, choose_compute
 from eurosat.runtime import exit_codes, hardware, logs
 from eurosat.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from eurosat.training import callbacks, distillation
-from eurosat.training.callbacks import EpochHook
+from eurosat.training.callbacks import EpochHook, RunLogger
 from eurosat.training.checkpoints import CheckpointSlot
 from eurosat.training.module import LOG_EVERY_STEPS, Classifier
 from eurosat.training.resume import CheckpointCallback
@@ -35,12 +36,13 @@ class FitResult:
     network: network.Network
     """With the weights of the best epoch."""
     history: list[dict[str, float]]
-    """Per epoch: train_loss, val_loss, val_accuracy, images_per_s."""
+    """Metrics of each epoch: train_loss, val_loss, val_accuracy, val_macro_f1, images_per_s."""
     seconds: float
+    """Training time, that of earlier processes included."""
 
     @property
     def best(self) -> dict[str, float]:
-        """The epoch of the highest validation accuracy; the later one of equals."""
+        """Metrics of the epoch with the highest validation accuracy; the later one of equals."""
         return max(reversed(self.history), key=lambda row: row["val_accuracy"])
 
 
@@ -49,43 +51,107 @@ def fit(
     data: PreparedData,
     run: tracking.Run,
     on_epoch: EpochHook | None = None,
-    saved: CheckpointSlot | None = None,
+    slot: CheckpointSlot | None = None,
     ranks: DistributedContext = SINGLE_PROCESS,
-    further: Sequence[lightning.Callback] = (),
+    extra_callbacks: Sequence[lightning.Callback] = (),
 ) -> FitResult:
-    """Train on the train fold, choosing by the val fold alone; logs metrics as they come.
+    """Train on the train fold, select the epoch on the val fold, and log metrics to ``run``.
 
-    With ``saved`` the state is kept there after each epoch, and taken up from there. As one of
-    several ``ranks`` it trains on its share of every batch; only the first logs and saves.
-    ``further`` callbacks watch it. A teacher is named by its run: see
-    `eurosat.training.distillation.resolve_teacher`.
+    With a ``slot`` the state is saved there after each epoch and resumed from there. As one of
+    several ``ranks`` it trains on its share of every batch; only the first rank logs and saves.
+    ``config`` must name the teacher by its run (`eurosat.training.distillation.resolve_teacher`).
 
     Raises:
         NonFiniteLoss: training diverged.
-        ModelError: the network, its weights or its teacher cannot be had.
+        ModelError: the network, its weights or its teacher cannot be loaded.
     """
     logs.quiet_libraries()
     hardware.disable_malloc_trim()
-    torch.set_num_threads(
-        config.trainer.threads or max(1, hardware.cores() // ranks.local_world_size)
-    )
+    threads = config.trainer.threads or max(1, hardware.cores() // ranks.local_world_size)
+    torch.set_num_threads(threads)
     lightning.seed_everything(config.seed, verbose=False)
-    pack, size = data.pack, data.pack.tiles_NHWC.shape[1:3]
-    mean, std = band_statistics(pack, data.split.indices("train"))
-    net = pretrained.create(
+    net = _create_network(config, data)
+    state = slot.load() if slot else None
+    compute = _resume_or_choose_compute(config, net, state, ranks)
+    net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
+    _tag_compute(run, compute)
+    targets = distillation.targets(config, data, compute)
+    loaders = TileDataModule(
+        data.pack,
+        data.split,
+        batch_size=config.optim.batch_size,
+        seed=config.seed,
+        distributed=ranks,
+        soft_targets=targets,
+        repeats_per_epoch=config.trainer.repeats_per_epoch,
+    )
+    best_weights, interrupt = callbacks.BestWeights(), callbacks.GracefulInterrupt()
+    progress = callbacks.ProgressLogger(f"train {config.recipe}", on_epoch)
+    configured = _configured_callbacks(config, compute, run, ranks)
+    checkpoint = CheckpointCallback(slot if ranks.is_first else None, run, compute, state)
+    trainer = _create_trainer(
+        config,
+        compute,
+        run,
+        ranks,
+        steps_per_epoch=len(loaders.train_dataloader()),
+        # best_weights comes before the moving average, which swaps its weights out
+        callbacks=[best_weights, *configured, progress, interrupt, *extra_callbacks]
+        + [checkpoint] * bool(slot),
+    )
+    teacher_axes = targets.shape[1] - len(data.pack.classes) if targets is not None else 0
+    # Seeded again: the network, the probe and the teacher have drawn, and each rank augments in
+    # its own way.
+    lightning.seed_everything(config.seed + ranks.rank, verbose=False)
+    module = Classifier(net, config.optim, config.augment, teacher_axes, config.distill.features)
+    started = time.monotonic()
+    with interrupt, net.single_view():
+        try:
+            _run_trainer(trainer, module, loaders)
+        except NonFiniteLoss:
+            if best_weights.has_weights:
+                best_weights.restore(net)
+                _log_last_good(net, run)
+            raise
+        finally:
+            if torch.distributed.is_initialized() and ranks.owns_process_group:
+                torch.distributed.destroy_process_group()
+    best_weights.restore(net)
+    seconds = progress.seconds + time.monotonic() - started
+    fitted = FitResult(network=net.cpu(), history=progress.history, seconds=seconds)
+    run.log_metrics({f"best_{key}": value for key, value in fitted.best.items()})
+    run.log_metrics({"train_seconds": fitted.seconds, "epochs": len(fitted.history)})
+    return fitted
+
+
+def _create_network(config: TrainConfig, data: PreparedData) -> network.Network:
+    height, width = data.pack.tiles_NHWC.shape[1:3]
+    mean, std = band_statistics(data.pack, data.split.indices("train"))
+    return pretrained.create(
         config.model,
         config.weights,
-        classes=pack.classes,
-        bands=pack.bands,
-        tile_size=(int(size[0]), int(size[1])),
+        classes=data.pack.classes,
+        bands=data.pack.bands,
+        tile_size=(int(height), int(width)),
         mean=mean,
         std=std,
     )
-    state = saved.load() if saved else None
+
+
+def _resume_or_choose_compute(
+    config: TrainConfig,
+    net: network.Network,
+    state: Mapping[str, Any] | None,
+    ranks: DistributedContext,
+) -> Compute:
+    """Return the mode of the saved state, since a second probe may choose another one."""
     compute = choose_compute(net.spec, config.trainer.precision, probe=ranks.world_size == 1)
     if state and state["compute"]["device"] == compute.device:
-        compute = Compute(**state["compute"])  # another probe may choose otherwise
-    net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
+        return Compute(**state["compute"])
+    return compute
+
+
+def _tag_compute(run: tracking.Run, compute: Compute) -> None:
     run.set_tags(
         {
             "compute.device": compute.device,
@@ -94,82 +160,49 @@ def fit(
             "compute.hardware": hardware.describe_hardware(),
         }
     )
-    targets = distillation.targets(config, data, compute)
-    loaders = TileDataModule(
-        pack,
-        data.split,
-        batch_size=config.optim.batch_size,
-        seed=config.seed,
-        distributed=ranks,
-        soft_targets=targets,
-        repeats_per_epoch=config.trainer.repeats_per_epoch,
-    )
-    watch = callbacks.ProgressLogger(f"train {config.recipe}", on_epoch)
-    kept = callbacks.BestWeights()
-    extra: list[lightning.Callback] = [kept]  # before the average, which swaps its weights out
+
+
+def _configured_callbacks(
+    config: TrainConfig, compute: Compute, run: tracking.Run, ranks: DistributedContext
+) -> list[lightning.Callback]:
+    """Return the callbacks that the configuration switches on."""
+    enabled: list[lightning.Callback] = []
     if config.optim.freeze_epochs:
-        extra.append(callbacks.FreezeBackbone(config.optim.freeze_epochs))
+        enabled.append(callbacks.FreezeBackbone(config.optim.freeze_epochs))
     if config.optim.ema:
-        extra.append(callbacks.MovingAverage(config.optim.ema, compute.device))
+        enabled.append(callbacks.MovingAverage(config.optim.ema, compute.device))
     if config.trainer.patience:
-        extra.append(EarlyStopping("val_accuracy", mode="max", patience=config.trainer.patience))
+        enabled.append(EarlyStopping("val_accuracy", mode="max", patience=config.trainer.patience))
     if config.profile and ranks.is_first:
-        extra.append(callbacks.Profile(run))
-    interrupt = callbacks.GracefulInterrupt()
-    resume = [CheckpointCallback(saved if ranks.is_first else None, run, compute, state)]
-    trainer = lightning.Trainer(
+        enabled.append(callbacks.ProfileCallback(run))
+    return enabled
+
+
+def _create_trainer(
+    config: TrainConfig,
+    compute: Compute,
+    run: tracking.Run,
+    ranks: DistributedContext,
+    *,
+    steps_per_epoch: int,
+    callbacks: list[lightning.Callback],
+) -> lightning.Trainer:
+    return lightning.Trainer(
         accelerator="gpu" if compute.device == "cuda" else "cpu",
         devices=ranks.local_world_size,
         num_nodes=ranks.world_size // ranks.local_world_size,
         strategy=_strategy(config, compute, ranks),
         precision="bf16-mixed" if compute.bf16 else "32-true",
         max_epochs=config.trainer.epochs,
-        callbacks=[*extra, watch, interrupt, *further, *(resume if saved else [])],
-        logger=callbacks.RunLogger(run) if ranks.is_first else False,
-        log_every_n_steps=min(LOG_EVERY_STEPS, len(loaders.train_dataloader())),
+        callbacks=callbacks,
+        logger=RunLogger(run) if ranks.is_first else False,
+        log_every_n_steps=min(LOG_EVERY_STEPS, steps_per_epoch),
         gradient_clip_val=config.optim.clip_norm or None,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    axes = targets.shape[1] - len(pack.classes) if targets is not None else 0
-    # the network, the probe and perhaps a teacher drew from it; each rank augments in its own way
-    lightning.seed_everything(config.seed + ranks.rank, verbose=False)
-    module = Classifier(net, config.optim, config.augment, axes, config.distill.features)
-    started = time.monotonic()
-    with interrupt, net.single_view(), warnings.catch_warnings():
-        # Lightning 2.6 calls what torch 2.13 deprecated
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-        try:
-            trainer.fit(module, datamodule=loaders)
-        except NonFiniteLoss:
-            if kept.found:
-                kept.restore(net)
-                _keep_last_good(net, run)
-            raise
-        except SIGTERMException as stopped:
-            raise SystemExit(exit_codes.TERMINATED) from stopped
-        except SystemExit as stopped:
-            if stopped.code == exit_codes.TERMINATED:
-                raise
-            raise KeyboardInterrupt from stopped  # what Lightning makes of Ctrl-C
-        finally:
-            if torch.distributed.is_initialized() and ranks.owns_process_group:
-                torch.distributed.destroy_process_group()
-    kept.restore(net)
-    seconds = watch.seconds + time.monotonic() - started
-    fitted = FitResult(network=net.cpu(), history=watch.history, seconds=seconds)
-    run.log_metrics({f"best_{key}": value for key, value in fitted.best.items()})
-    run.log_metrics({"train_seconds": fitted.seconds, "epochs": len(fitted.history)})
-    return fitted
-
-
-def _keep_last_good(net: network.Network, run: tracking.Run) -> None:
-    """Leave the best weights in a run that failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        network.save(net, Path(folder) / "weights.safetensors")
-        run.log_file(Path(folder) / "weights.safetensors", "last_good")
 
 
 def _strategy(config: TrainConfig, compute: Compute, ranks: DistributedContext) -> Strategy | str:
@@ -180,3 +213,30 @@ def _strategy(config: TrainConfig, compute: Compute, ranks: DistributedContext) 
         cluster_environment=TorchElasticEnvironment(),
         find_unused_parameters=config.optim.freeze_epochs > 0,
     )
+
+
+def _run_trainer(trainer: lightning.Trainer, module: Classifier, loaders: TileDataModule) -> None:
+    """Train, and turn Lightning's reactions to signals into those of this project.
+
+    Raises:
+        SystemExit: with `exit_codes.TERMINATED`, after SIGTERM.
+        KeyboardInterrupt: after Ctrl-C, which Lightning turns into another SystemExit.
+    """
+    with warnings.catch_warnings():
+        # Lightning 2.6 calls what torch 2.13 deprecated
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        try:
+            trainer.fit(module, datamodule=loaders)
+        except SIGTERMException as error:
+            raise SystemExit(exit_codes.TERMINATED) from error
+        except SystemExit as error:
+            if error.code == exit_codes.TERMINATED:
+                raise
+            raise KeyboardInterrupt from error
+
+
+def _log_last_good(net: network.Network, run: tracking.Run) -> None:
+    """Log the best weights so far to a run that failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        network.save(net, Path(folder) / "weights.safetensors")
+        run.log_file(Path(folder) / "weights.safetensors", "last_good")

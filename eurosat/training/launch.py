@@ -1,4 +1,4 @@
-"""Fit on one device, on several of this machine, or on a Ray cluster."""
+"""Train on one device, on several of this machine, or on a Ray cluster."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,10 +24,10 @@ from eurosat.training import distillation
 from eurosat.training.callbacks import EpochHook
 from eurosat.training.checkpoints import CheckpointSlot
 from eurosat.training.fit import FitResult
-from eurosat.training.fit import fit as fit_alone
+from eurosat.training.fit import fit as fit_in_process
 
 SHUTDOWN_GRACE_S = 10
-"""A rank that fails by itself is given so long to say why before it counts as lost."""
+"""A failing rank has this long to log its error before it counts as lost."""
 
 
 def fit(
@@ -35,13 +35,13 @@ def fit(
     data: PreparedData,
     run: tracking.Run,
     on_epoch: EpochHook | None = None,
-    saved: CheckpointSlot | None = None,
+    slot: CheckpointSlot | None = None,
 ) -> FitResult:
-    """As `eurosat.training.fit.fit`, on as many devices and where the configuration says.
+    """Train as `eurosat.training.fit.fit` does, with the configuration's launcher and devices.
 
     Raises:
-        EuroSATError: a process of several was lost.
-        DataError: the first weights or the teacher come from a run that may know this test fold.
+        EuroSATError: one of several processes was lost.
+        DataError: the initial weights or the teacher may have learned from this test fold.
     """
     config = pretrained.resolve_initial_run(
         distillation.resolve_teacher(config, data, run), data, run
@@ -49,30 +49,31 @@ def fit(
     if config.launcher == "ray":
         return _fit_on_ray(config, run)
     if config.trainer.devices == 1:
-        return fit_alone(config, data, run, on_epoch, saved)
+        return fit_in_process(config, data, run, on_epoch, slot)
     world = config.trainer.devices
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with (
-        _variables(launcher_environment(0, world, port)),
-        _worker_processes(config, world, port, saved) as others,
+        _environment(launcher_environment(0, world, port)),
+        _worker_processes(config, world, port, slot) as workers,
     ):
         try:
             ranks = DistributedContext.from_environment(owns_process_group=True)
-            return fit_alone(config, data, run, on_epoch, saved, ranks)
-        except RuntimeError as error:  # what gloo and NCCL raise when a peer is gone
-            for other in others:
-                other.join(timeout=SHUTDOWN_GRACE_S)
-            if lost := [other.name for other in others if other.exitcode]:
+            return fit_in_process(config, data, run, on_epoch, slot, ranks)
+        except RuntimeError as error:  # gloo and NCCL raise it if a peer is gone
+            for worker in workers:
+                worker.join(timeout=SHUTDOWN_GRACE_S)
+            if lost := [worker.name for worker in workers if worker.exitcode]:
                 raise EuroSATError(
-                    f"{', '.join(lost)} of {world} processes was lost: see the log above, and "
-                    "start the same command again to continue"
+                    f"{', '.join(lost)} of {world} processes failed: see the log above, and run "
+                    "the same command again to continue"
                 ) from error
             raise
 
 
 @contextmanager
-def _variables(values: Any) -> Iterator[None]:
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables while the context is active."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -87,54 +88,54 @@ def _variables(values: Any) -> Iterator[None]:
 
 @contextmanager
 def _worker_processes(
-    config: TrainConfig, world: int, port: int, saved: CheckpointSlot | None
+    config: TrainConfig, world: int, port: int, slot: CheckpointSlot | None
 ) -> Iterator[list[BaseProcess]]:
-    """All ranks but the first, ended with the block."""
+    """Start all ranks but the first; they are joined, or killed after an error, at the end."""
     context = multiprocessing.get_context("spawn")
     level = logging.getLevelName(logging.getLogger().level).lower()
-    others: list[BaseProcess] = [
+    workers: list[BaseProcess] = [
         context.Process(
             target=_worker_main,
-            args=(config, dict(launcher_environment(rank, world, port)), saved, level),
+            args=(config, dict(launcher_environment(rank, world, port)), slot, level),
             name=f"rank {rank}",
         )
         for rank in range(1, world)
     ]
-    for other in others:
-        other.start()
+    for worker in workers:
+        worker.start()
     try:
-        yield others
-        for other in others:
-            other.join()
+        yield workers
+        for worker in workers:
+            worker.join()
     finally:
-        for other in others:
-            if other.is_alive():
-                other.kill()
-            other.join()
+        for worker in workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
 
 
 def _worker_main(
-    config: TrainConfig, variables: dict[str, str], saved: CheckpointSlot | None, level: str
+    config: TrainConfig, variables: dict[str, str], slot: CheckpointSlot | None, level: str
 ) -> None:
-    """One of the ranks after the first: its share of every batch, and not a word in the run."""
+    """Train as one of the ranks after the first, which log nothing to the run."""
     os.environ.update(variables)
-    os.environ[STYLE] = "lines"  # the terminal has one bar, the first rank's
+    os.environ[STYLE] = "lines"  # only the first rank draws a progress bar
     logs.setup("warning" if level == "info" else level)
 
     def train() -> int:
         ranks = DistributedContext.from_environment(owns_process_group=True)
-        fit_alone(config, prepare(config), tracking.NullRun(), None, saved, ranks)
+        fit_in_process(config, prepare(config), tracking.NullRun(), None, slot, ranks)
         return exit_codes.OK
 
     process.run(train)
 
 
 def _fit_on_ray(config: TrainConfig, run: tracking.Run) -> FitResult:
-    """Workers of Ray Train; the first logs into the run and hands its weights back.
+    """Train with workers of Ray Train; the first one logs to the run and returns its weights.
 
-    ``RAY_ADDRESS`` names the cluster; without it one is started on this machine. Data and the
-    tracking server must be within reach of every node, and so must ``RAY_STORAGE``, the
-    folder or bucket that the weights come back through.
+    ``RAY_ADDRESS`` names the cluster; without it one is started on this machine. All nodes must
+    reach the data, the tracking server and ``RAY_STORAGE``, the folder or bucket through which the
+    weights are returned.
     """
     import ray
     from ray.train import RunConfig, ScalingConfig
@@ -143,7 +144,7 @@ def _fit_on_ray(config: TrainConfig, run: tracking.Run) -> FitResult:
     ray_cluster.join(os.environ.get("RAY_ADDRESS"), tracking.tracking_uri())
     resources: Any = ray.cluster_resources  # untyped
     gpus = resources().get("GPU", 0) >= config.trainer.devices
-    with tempfile.TemporaryDirectory() as here:
+    with tempfile.TemporaryDirectory() as local:
         trainer = TorchTrainer(
             _ray_worker,
             train_loop_config={
@@ -153,36 +154,37 @@ def _fit_on_ray(config: TrainConfig, run: tracking.Run) -> FitResult:
             },
             scaling_config=ScalingConfig(num_workers=config.trainer.devices, use_gpu=gpus),
             run_config=RunConfig(
-                name=run.run_id, storage_path=os.environ.get("RAY_STORAGE") or here
+                name=run.run_id, storage_path=os.environ.get("RAY_STORAGE") or local
             ),
         )
         checkpoint = trainer.fit().checkpoint
         if checkpoint is None:
-            raise EuroSATError("Ray's workers ended without weights: see the log above")
+            raise EuroSATError(
+                "Ray's workers ended without weights: see the log above, and run the command again"
+            )
         with checkpoint.as_directory() as folder:
-            told = json.loads(Path(folder, "fitted.json").read_text())
-            return FitResult(network=network.load(Path(folder, "weights.safetensors")), **told)
+            result = json.loads(Path(folder, "fitted.json").read_text())
+            return FitResult(network=network.load(Path(folder, "weights.safetensors")), **result)
 
 
-def _ray_worker(given: dict[str, Any]) -> None:
+def _ray_worker(job: dict[str, Any]) -> None:
+    """Train as one worker of Ray Train; ``job`` is the ``train_loop_config``."""
     import ray.train
     from ray.train import Checkpoint
 
     telemetry.turn_off()
-    os.environ["MLFLOW_TRACKING_URI"] = given["server"]
+    os.environ["MLFLOW_TRACKING_URI"] = job["server"]
     os.environ[STYLE] = "lines"
     logs.setup("info")
     ranks = DistributedContext.from_environment(owns_process_group=False)
-    config: TrainConfig = given["config"]
-    with (
-        tracking.append_to(given["run"]) if ranks.is_first else nullcontext(tracking.NullRun())
-    ) as run:
-        fitted = fit_alone(config, prepare(config), run, ranks=ranks)
+    config: TrainConfig = job["config"]
+    with tracking.append_to(job["run"]) if ranks.is_first else nullcontext(tracking.NullRun()) as run:
+        fitted = fit_in_process(config, prepare(config), run, ranks=ranks)
     if not ranks.is_first:
         ray.train.report({})
         return
     with tempfile.TemporaryDirectory() as folder:
         network.save(fitted.network, Path(folder, "weights.safetensors"))
-        told = {"history": fitted.history, "seconds": fitted.seconds}
-        Path(folder, "fitted.json").write_text(json.dumps(told))
+        result = {"history": fitted.history, "seconds": fitted.seconds}
+        Path(folder, "fitted.json").write_text(json.dumps(result))
         ray.train.report({}, checkpoint=Checkpoint.from_directory(folder))

@@ -1,10 +1,14 @@
-"""Optimisers, their groups of parameters, and the schedule of their rate."""
+"""Optimisers, their parameter groups, and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from timm.optim import (  # type: ignore[attr-defined]
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.overrides import TorchFunctionMode
@@ -15,11 +19,11 @@ from eurosat.models.network import Network
 MOMENTUM = 0.9
 
 
-class _InOrder(TorchFunctionMode):
-    """Gives fused steps their tensors in the order in which memory has them.
+class _MemoryOrder(TorchFunctionMode):
+    """Passes tensors to fused steps in the order of their memory.
 
-    PyTorch 2.13 copies each gradient that is channels last before a fused step on a CPU, which
-    costs more than the step. It works on each number by itself, so that any order will do.
+    Before a fused step on a CPU, PyTorch 2.13 copies each gradient that is channels last, which
+    costs more than the step. A step works element by element, so the order does not matter.
     """
 
     def __torch_function__(
@@ -30,38 +34,39 @@ class _InOrder(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         if func in (torch._fused_sgd_, torch._fused_adamw_) and args[0][0].device.type == "cpu":
-            orders = [_order(parameter) for parameter in args[0]]
-            args = [_ordered(given, orders) if isinstance(given, list) else given for given in args]
+            orders = [_memory_axes(parameter) for parameter in args[0]]
+            args = [_permuted(arg, orders) if isinstance(arg, list) else arg for arg in args]
         return func(*args, **(kwargs or {}))
 
 
-def _order(parameter: Tensor) -> tuple[int, ...]:
+def _memory_axes(parameter: Tensor) -> tuple[int, ...]:
+    """Return the axes of ``parameter`` in the order of its memory."""
     if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         return 0, 2, 3, 1
     return tuple(range(parameter.ndim))
 
 
-def _ordered(tensors: list[Tensor], orders: list[tuple[int, ...]]) -> list[Tensor]:
-    """Views whose axes stand in these orders, of all but numbers, such as the count of steps."""
+def _permuted(tensors: list[Tensor], orders: list[tuple[int, ...]]) -> list[Tensor]:
+    """Return permuted views of the tensors; scalars, such as step counts, stay as they are."""
     return [
         tensor.permute(order) if tensor.ndim == len(order) else tensor
-        for tensor, order in zip(tensors, orders, strict=False)  # a list that is not used is empty
+        for tensor, order in zip(tensors, orders, strict=False)  # unused lists are empty
     ]
 
 
-def _laid_out(values: Tensor, parameter: Tensor) -> Tensor:
-    """The same values in the memory order of ``parameter``: themselves, if they have it."""
+def _match_layout(values: Tensor, parameter: Tensor) -> Tensor:
+    """Return the values in the memory order of ``parameter``; no copy if they have it already."""
     strides = zip(values.shape, values.stride(), parameter.stride(), strict=True)
-    if all(ours == theirs for size, ours, theirs in strides if size > 1):
+    if all(current == target for size, current, target in strides if size > 1):
         return values
     return torch.empty_like(parameter.detach()).copy_(values)
 
 
-class _InOrderStep(Optimizer):
-    """A step whose gradients and state lie in memory as their parameters do.
+class _MemoryOrderStep(Optimizer):
+    """Optimiser step that gives gradients and state the memory order of their parameters.
 
-    Where they do not, PyTorch 2.13 mixes up their numbers: with a gradient that somebody has set,
-    or a state that was saved on a GPU.
+    A fused step of PyTorch 2.13 mixes up elements if the orders differ: after somebody set a
+    gradient, or with a state that was saved on a GPU.
     """
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -69,7 +74,7 @@ class _InOrderStep(Optimizer):
         for parameter, state in self.state.items():
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    state[name] = _laid_out(value, parameter)
+                    state[name] = _match_layout(value, parameter)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None
@@ -79,24 +84,25 @@ class _InOrderStep(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.grad = _laid_out(parameter.grad, parameter)
-        with _InOrder():
+                    parameter.grad = _match_layout(parameter.grad, parameter)
+        with _MemoryOrder():
             super().step()
         return loss
 
 
-class InOrderSGD(_InOrderStep, SGD):
-    """SGD whose fused step copies nothing."""
+class MemoryOrderSGD(_MemoryOrderStep, SGD):
+    """SGD whose fused step copies no gradients."""
 
 
-class InOrderAdamW(_InOrderStep, AdamW):
-    """AdamW whose fused step copies nothing."""
+class MemoryOrderAdamW(_MemoryOrderStep, AdamW):
+    """AdamW whose fused step copies no gradients."""
 
 
 def make_optimizer(network: Network, config: OptimConfig) -> Optimizer:
-    """Weight decay on kernels only: on biases and norms it costs accuracy (He et al. 2019).
+    """Return the optimiser, with weight decay on kernels only.
 
-    Fused, the step passes over the weights once: half the time of the usual one on a CPU.
+    On biases and norms, weight decay costs accuracy (He et al. 2019). A fused step passes over the
+    weights once, which takes half the time of the default one on a CPU.
     """
     groups = [
         {
@@ -104,21 +110,19 @@ def make_optimizer(network: Network, config: OptimConfig) -> Optimizer:
             "weight_decay": group["weight_decay"],
             "lr": config.lr * group.get("lr_scale", 1.0),
         }
-        for group in _groups(network, config)
+        for group in _parameter_groups(network, config)
     ]
     if config.name == "sgd":
-        return InOrderSGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True, fused=True)
-    return InOrderAdamW(groups, lr=config.lr, fused=True)
+        return MemoryOrderSGD(groups, lr=config.lr, momentum=MOMENTUM, nesterov=True, fused=True)
+    return MemoryOrderAdamW(groups, lr=config.lr, fused=True)
 
 
-def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
-    """Parameters with and without weight decay, per stage of the backbone where rates differ.
+def _parameter_groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
+    """Return groups with and without weight decay; with ``layer_decay`` also one per stage.
 
-    The head stands apart: while it learns alone, the momentum of all others is not there yet, and
-    a fused step takes groups that have it or have it not.
+    The head has groups of its own: while it is trained alone, only its parameters have momentum,
+    and a fused step needs groups in which all or none have it.
     """
-    from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
-
     decay = config.weight_decay
     groups: list[dict[str, Any]]
     if config.layer_decay < 1:
@@ -130,13 +134,13 @@ def _groups(network: Network, config: OptimConfig) -> list[dict[str, Any]]:
     parts = []
     for group in groups:
         for in_head in (False, True):
-            some = [p for p in group["params"] if (id(p) in head) == in_head]
-            parts += [{**group, "params": some}] if some else []
+            members = [p for p in group["params"] if (id(p) in head) == in_head]
+            parts += [{**group, "params": members}] if members else []
     return parts
 
 
 def one_cycle(step: int, *, total: int, warmup: float) -> float:
-    """Share of the peak rate: a line up over ``warmup`` of all steps, half a cosine down."""
+    """Return the share of the peak rate: linear rise over ``warmup`` of all steps, cosine decay."""
     rise = warmup * total
     if step < rise:
         return (step + 1) / (rise + 1)

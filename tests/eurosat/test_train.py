@@ -59,7 +59,9 @@ def test_a_run_carries_all_that_judges_and_serves_it(
         held = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
         assert held - {"model.int8.onnx"} == ARTIFACTS
         lost = run.metrics["test_accuracy"] - run.metrics["int8_accuracy"]
-        assert ("model.int8.onnx" in held) == (lost <= quantise.MAX_LOSS), "kept if as accurate"
+        assert ("model.int8.onnx" in held) == (lost <= quantise.MAX_ACCURACY_LOSS), (
+            "kept if as accurate"
+        )
         config = from_mapping(TrainConfig, yaml.safe_load((folder / "config.yaml").read_text()))
         split = pd.read_csv(folder / "split.csv")
         predicted = pd.read_parquet(folder / "predictions.parquet")
@@ -247,7 +249,7 @@ def test_a_training_that_diverges_leaves_its_best_weights(
         pytest.raises(NonFiniteLoss),
         tracking.run("e", "r", system_metrics=False) as run,
     ):
-        fit(tiny_config, tiny_data, run, further=[Poison()])
+        fit(tiny_config, tiny_data, run, extra_callbacks=[Poison()])
     with tracking.artifact(run.run_id, "last_good/weights.safetensors") as file:
         kept = load(file)
     loader = TileDataModule(tiny_data.pack, tiny_data.split, batch_size=2, seed=0).val_dataloader()

@@ -76,7 +76,7 @@ def dense(
         cpu_convolutions.fast() if fast else nullcontext(),
     ):
         out = torch.conv2d(x, weight, None, (stride,) * 2, (padding,) * 2, (1, 1), 1)
-    assert (type(out.grad_fn).__name__ == "_AsProductBackward") == fast
+    assert (type(out.grad_fn).__name__ == "_ProductConvBackward") == fast
     (out * torch.randn(out.shape, generator=generator)).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     assert weight.grad is not None
@@ -154,7 +154,7 @@ def test_the_fast_way_is_taken_under_autocast_and_nowhere_else() -> None:
     usual = "ConvolutionBackward0"
     assert way(4, 4) == usual
     with torch.autocast("cpu", torch.bfloat16):
-        assert way(4, 4) == "_DepthwiseBackward"
+        assert way(4, 4) == "_DepthwiseConvBackward"
         assert way(4, 1) == usual
         assert way(8, 4) == usual
         assert way(4, 4, padding="same") == usual

@@ -139,7 +139,7 @@ def test_packaged_imagenet_weights_are_loaded_with_their_normalisation() -> None
 
 
 def test_packaged_weights_are_refused_for_another_network() -> None:
-    with pytest.raises(ModelError, match="holds tf_efficientnet_lite0 .*say model.name=tf_eff"):
+    with pytest.raises(ModelError, match="holds tf_efficientnet_lite0 .*set model.name=tf_eff"):
         build("test_resnet", weights="efficientnet-lite")
 
 
@@ -172,7 +172,7 @@ def test_a_pickle_is_refused_and_not_executed(
     monkeypatch.chdir(tmp_path)
     torch.save({"state": Malicious()}, tmp_path / "w.pt")
     for load in (network.load, lambda file: build(weights=str(file))):
-        with pytest.raises(ModelError, match="is not weights of ours"):
+        with pytest.raises(ModelError, match="is not a weights file"):
             load(tmp_path / "w.pt")
     assert not (tmp_path / "owned").exists()
 
@@ -182,7 +182,7 @@ def test_a_file_that_is_missing_or_damaged_is_named(tmp_path: Path, content: byt
     file = tmp_path / "w.safetensors"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(ModelError, match="w.safetensors is not weights of ours"):
+    with pytest.raises(ModelError, match="w.safetensors is not a weights file"):
         network.load(file)
 
 
@@ -194,7 +194,7 @@ def test_an_unknown_model_is_named_with_ones_like_it() -> None:
 def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real download code; ``HF_HUB_OFFLINE`` only spares its 40 seconds of retries."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelError, match="ImageNet weights of test_resnet.*say weights=none"):
+    with pytest.raises(ModelError, match="ImageNet weights of test_resnet.*set weights=none"):
         build(weights="imagenet")
 
 

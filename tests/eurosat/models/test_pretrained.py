@@ -39,7 +39,7 @@ def test_a_run_is_where_another_starts_and_is_named_by_it(
     earlier: str, tiny_data: PreparedData
 ) -> None:
     result, run_id = fitted(from_there(f"runs:/{earlier}", "optim.ema=0"), tiny_data)
-    assert tracking.get(run_id).tags[pretrained.START] == earlier
+    assert tracking.get(run_id).tags[pretrained.START_TAG] == earlier
     with tracking.artifact(earlier, "weights.safetensors") as file:
         start = pretrained._from_file(file, "it").backbone
     learned = dict(result.network.backbone.named_parameters())
@@ -67,7 +67,7 @@ def test_a_run_that_has_learned_from_tiles_of_this_test_fold_is_refused(
     earlier: str, tiny_data: PreparedData
 ) -> None:
     other = dataclasses.replace(tiny_data, split=make_split(tiny_data.pack.table, seed=1))
-    with pytest.raises(DataError, match=r"has learned from \d+ of the 40 tiles of this test fold"):
+    with pytest.raises(DataError, match=r"was trained on \d+ of the 40 tiles of this test fold"):
         fitted(from_there(f"runs:/{earlier}"), other)
 
 

@@ -21,11 +21,12 @@ from eurosat import tracking, train
 from eurosat.config import TrainConfig, compose
 from eurosat.data.prepare import PreparedData
 from eurosat.errors import ModelError
-from eurosat.models.pretrained import find
+from eurosat.models.pretrained import find_weights
 from eurosat.runtime import cli, exit_codes
 from eurosat.training.callbacks import RunLogger
 from eurosat.training.checkpoints import CheckpointSlot, acquire
 from eurosat.training.fit import fit
+from eurosat.training.resume import with_current_names
 from tests.support.recipes import TINY
 
 PRELOAD = [
@@ -165,8 +166,8 @@ def test_nothing_in_a_state_or_in_weights_is_executed(config: TrainConfig, tmp_p
         place.save({"epoch": Trap(sprung)})
         assert place.load() is None
     torch.save({"weights": Trap(sprung)}, tmp_path / "weights.safetensors")
-    with pytest.raises(ModelError, match="is not weights of ours"):
-        find(str(tmp_path / "weights.safetensors"), "resnet18")
+    with pytest.raises(ModelError, match="is not a weights file"):
+        find_weights(str(tmp_path / "weights.safetensors"), "resnet18")
     assert not sprung.exists()
 
 
@@ -246,6 +247,26 @@ def test_a_second_training_beside_a_living_one_has_a_place_of_its_own(
 def test_a_training_that_is_killed_ends_as_if_it_never_was(tmp_path: Path, kills: int) -> None:
     settings = ["trainer.epochs=16", "trainer.patience=15", "augment.cutmix=0.5", "optim.ema=0.9"]
     check_killed_training([*TINY, *settings], tmp_path, epoch_s=0.5, kills=kills)
+
+
+def test_a_state_with_the_names_of_an_earlier_version_is_read_under_the_current_ones() -> None:
+    weight, average = torch.ones(1), torch.zeros(1)
+    state = {
+        "epoch": 2,
+        "module": {"network.mean": weight, "retold.weight": weight},
+        "callbacks": {
+            "Watch": {"seconds": 1.0},
+            "KeepBest": {"accuracy": 0.5},
+            "MovingAverage": {"average": {"module.retold.weight": average, "n_averaged": weight}},
+        },
+    }
+    current = with_current_names(state)
+    assert current["epoch"] == 2
+    assert current["module"].keys() == {"network.mean", "feature_projection.weight"}
+    assert current["callbacks"].keys() == {"ProgressLogger", "BestWeights", "MovingAverage"}
+    averages = current["callbacks"]["MovingAverage"]["average"]
+    assert averages.keys() == {"module.feature_projection.weight", "n_averaged"}
+    assert with_current_names(current) == current
 
 
 class Cut(Exception):

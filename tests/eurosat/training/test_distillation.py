@@ -66,12 +66,12 @@ def test_features_are_the_teachers_principal_axes_and_are_asked_for_once(
         one, again = (distillation.targets(config, tiny_data, CPU) for _ in range(2))
     assert one is not None
     assert again is not None
-    assert caplog.text.count("asking the teacher") == 1
+    assert caplog.text.count("running the teacher") == 1
     np.testing.assert_array_equal(one, again)
     labels = np.eye(10)[tiny_data.pack.labels[rows]]
     np.testing.assert_array_equal(one[rows][:, :10], labels, "nothing of its answers is wanted")
     told = one[rows][:, 10:]
-    assert told.shape[1] <= distillation.AXES
+    assert told.shape[1] <= distillation.MAX_AXES
     np.testing.assert_allclose(told.mean(axis=0), 0, atol=1e-4)
     assert told.std() == pytest.approx(1, rel=1e-3)
     spread = told.var(axis=0)
@@ -103,7 +103,7 @@ def test_a_teacher_of_whom_nothing_is_wanted_is_not_asked(
     tiny_data: PreparedData, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert distillation.targets(student(*PACKAGED_TEACHER), tiny_data, CPU) is None
-    assert "asking the teacher" not in caplog.text
+    assert "running the teacher" not in caplog.text
 
 
 @pytest.mark.parametrize("settings", [["data.reflectance_max=5000"], ["data.dtype=uint16"]])
@@ -116,7 +116,7 @@ def test_tiles_that_are_read_otherwise_are_shown_to_the_teacher_anew(
     caplog.clear()
     with caplog.at_level("INFO"):
         distillation.targets(student(*given, *settings), tiny_data, CPU)
-    assert "asking the teacher" in caplog.text
+    assert "running the teacher" in caplog.text
 
 
 @pytest.mark.usefixtures("tracking_store")
@@ -125,7 +125,7 @@ def test_the_packaged_network_does_not_guess_which_of_four_bands_are_colours(
 ) -> None:
     four = np.asarray(tiny_data.pack.tiles_NHWC)[..., [0, 1, 2, 2]]
     pack = dataclasses.replace(tiny_data.pack, tiles_NHWC=four, fingerprint="four")
-    with pytest.raises(ModelError, match="the data hold 4 bands: say distill.teacher=none"):
+    with pytest.raises(ModelError, match="data have 4: set distill.teacher=none"):
         distillation.targets(
             student(*PACKAGED_TEACHER, "distill.features=1"),
             dataclasses.replace(tiny_data, pack=pack),
@@ -176,9 +176,9 @@ def test_a_recipe_stands_for_its_latest_finished_run_and_a_continued_run_keeps_i
     with tracking.run("eurosat", "s", system_metrics=False) as run:
         fitted = launch.fit(config, tiny_data, run)
         assert fitted.history
-        assert run.tag(distillation.TEACHER) == teacher, "found among those that are none"
+        assert run.tag(distillation.TEACHER_TAG) == teacher, "found among those that are none"
         pretend(tiny_data, "resnet18-quick")
-        assert distillation.find(config, tiny_data) != teacher, "a later one"
+        assert distillation.find_teacher(config, tiny_data) != teacher, "a later one"
         settled = distillation.resolve_teacher(config, tiny_data, run)
     assert settled.distill.teacher == f"runs:/{teacher}", "as it began"
 
@@ -202,7 +202,9 @@ def test_a_teacher_of_another_split_is_refused(teacher: str, tiny_data: Prepared
 
 def test_a_teacher_of_other_classes_is_refused(teacher: str, tiny_data: PreparedData) -> None:
     pack = dataclasses.replace(tiny_data.pack, classes=tuple("abcdefghij"))
-    with pytest.raises(ModelError, match="tells AnnualCrop, .* apart in 3 bands; .* a, b, c"):
+    with pytest.raises(
+        ModelError, match="has the classes AnnualCrop, .* and 3 bands; the data have a, b, c"
+    ):
         refused(
             student(f"distill.teacher=runs:/{teacher}"),
             dataclasses.replace(tiny_data, pack=pack),

@@ -8,11 +8,11 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from eurosat.training.optimizers import InOrderAdamW, InOrderSGD
+from eurosat.training.optimizers import MemoryOrderAdamW, MemoryOrderSGD
 
 PAIRS: list[tuple[type[Optimizer], type[Optimizer], dict[str, Any]]] = [
-    (InOrderSGD, SGD, {"momentum": 0.9, "nesterov": True}),
-    (InOrderAdamW, AdamW, {}),
+    (MemoryOrderSGD, SGD, {"momentum": 0.9, "nesterov": True}),
+    (MemoryOrderAdamW, AdamW, {}),
 ]
 
 

@@ -178,7 +178,8 @@ def _ray_worker(job: dict[str, Any]) -> None:
     logs.setup("info")
     ranks = DistributedContext.from_environment(owns_process_group=False)
     config: TrainConfig = job["config"]
-    with tracking.append_to(job["run"]) if ranks.is_first else nullcontext(tracking.NullRun()) as run:
+    shared_run = tracking.append_to(job["run"]) if ranks.is_first else None
+    with shared_run or nullcontext(tracking.NullRun()) as run:
         fitted = fit_in_process(config, prepare(config), run, ranks=ranks)
     if not ranks.is_first:
         ray.train.report({})

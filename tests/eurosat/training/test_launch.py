@@ -144,7 +144,7 @@ def test_ray_workers_train_and_hand_their_weights_back(tiny_data: PreparedData) 
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
-    with pytest.raises(ConfigError, match="batch_size=20 cannot be shared evenly by .*devices=3"):
+    with pytest.raises(ConfigError, match="batch_size=20 must be a multiple of .*devices=3"):
         compose([*TINY, "trainer.devices=3"])
 
 

@@ -1,1 +1,1 @@
-"""What is for servers and the cloud: images, backups."""
+"""For servers and the cloud: the platform, its images, secrets, users and backups."""

@@ -1,5 +1,6 @@
-"""One archive of the platform: its databases and its artifacts. See docs/backup.md."""
+"""Save, verify, restore the platform's databases and artifacts as one archive (docs/backup.md)."""
 
+import argparse
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -30,56 +31,66 @@ def _open_archive(url: str, setting: str) -> Iterator[tuple[BinaryIO, int]]:
         yield stream, info.size
 
 
-def _told(manifest: archive.Manifest) -> str:
-    rows = manifest.told["databases"]["mlflow"]["rows"]
+def _summary(manifest: archive.Manifest) -> str:
+    """Return the contents of an archive in one line."""
+    rows = manifest.metadata["databases"]["mlflow"]["rows"]
     artifacts = manifest.below(archive.ARTIFACTS)
     size = sum(member.size for member in artifacts)
     return (
         f"{rows['runs']} runs, {rows['metrics']} metric points, {rows['model_versions']} model "
         f"versions, {len(artifacts)} artifacts ({size / 1e6:,.1f} MB), "
-        f"of {manifest.told['created']}"
+        f"of {manifest.metadata['created']}"
     )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.parser(
+        "deploy.backup",
+        "Save the platform's databases and artifacts as one archive, verify or restore it. Reads "
+        "EUROSAT_DATABASE_URI, EUROSAT_AUTH_DATABASE_URI, PGPASSFILE, EUROSAT_ARTIFACTS and "
+        "STORAGE_EMULATOR_HOST.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    save_parser = commands.add_parser("save", help="save an archive, also while runs are written")
+    save_parser.add_argument("--to", required=True, metavar="DIR|gs://BUCKET/PREFIX")
+    verify_parser = commands.add_parser(
+        "verify", help="read a whole archive; exit 2 if it is incomplete or damaged"
+    )
+    verify_parser.add_argument("file", metavar="FILE|gs://BUCKET/NAME")
+    restore_parser = commands.add_parser("restore", help="restore an archive; stop MLflow first")
+    restore_parser.add_argument(
+        "--from", required=True, dest="file", metavar="FILE|gs://BUCKET/NAME"
+    )
+    restore_parser.add_argument(
+        "--replace", action="store_true", help="replace present data, and keep it under new names"
+    )
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.parser(
-        "deploy.backup",
-        "Databases and artifacts of the platform as one archive. Reads EUROSAT_DATABASE_URI, "
-        "EUROSAT_AUTH_DATABASE_URI, PGPASSFILE, EUROSAT_ARTIFACTS, STORAGE_EMULATOR_HOST.",
-    )
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    saving = verbs.add_parser("save", help="while runs are being written")
-    saving.add_argument("--to", required=True, metavar="DIR|gs://BUCKET/PREFIX")
-    verifying = verbs.add_parser("verify", help="read all of an archive; exit 2 if it is not whole")
-    verifying.add_argument("file", metavar="FILE|gs://BUCKET/NAME")
-    restoring = verbs.add_parser("restore", help="with the MLflow server stopped")
-    restoring.add_argument("--from", required=True, dest="file", metavar="FILE|gs://BUCKET/NAME")
-    restoring.add_argument(
-        "--replace", action="store_true", help="what the target holds is kept beside"
-    )
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     logs.setup(args.log_level)
-    if args.verb == "verify":
+    if args.command == "verify":
         with _open_archive(args.file, "verify") as (stream, size):
-            print(f"whole: {_told(archive.verify(stream, size))}")
+            print(f"complete: {_summary(archive.verify(stream, size))}")
         return exit_codes.OK
-    found = databases.configured(os.environ)
-    if not (uri := os.environ.get(ARTIFACTS)):
-        raise ConfigError(f"{ARTIFACTS} is not set: gs://bucket/prefix, or a folder")
-    artifacts = open_checked(uri, ARTIFACTS)
-    if args.verb == "save":
-        address, manifest = save(found, artifacts, open_checked(args.to, "--to"))
-        log.info("saved %s", _told(manifest))
+    configured = databases.from_environment(os.environ)
+    if not (url := os.environ.get(ARTIFACTS)):
+        raise ConfigError(f"{ARTIFACTS} is not set: give gs://bucket/prefix, or a folder")
+    artifacts = open_checked(url, ARTIFACTS)
+    if args.command == "save":
+        address, manifest = save(configured, artifacts, open_checked(args.to, "--to"))
+        log.info("saved %s", _summary(manifest))
         print(address)
         return exit_codes.OK
     with _open_archive(args.file, "--from") as (stream, size):
-        manifest, left = restore(stream, size, found, artifacts, replace=args.replace)
-    print(f"restored {_told(manifest)}")
-    for name in left:
-        print(f"kept of before: {name}")
-    for database in found:
-        if advice := schema.upgrade(database, manifest.told["databases"]):
-            print(advice)
+        manifest, kept = restore(stream, size, configured, artifacts, replace=args.replace)
+    print(f"restored {_summary(manifest)}")
+    for name in kept:
+        print(f"kept from before: {name}")
+    for database in configured:
+        if hint := schema.upgrade_hint(database, manifest.metadata["databases"]):
+            print(hint)
     return exit_codes.OK
 
 

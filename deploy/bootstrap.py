@@ -1,6 +1,6 @@
-"""Introduce the platform's services to its MLflow: their users, the model's names, the webhook.
+"""Set up the platform's services in its MLflow: their users, the names of the models, the webhook.
 
-It can be run at every start: what is there already stays, and passwords become those of the files.
+It may run at every start: it keeps what exists, and sets the services' passwords to the secrets.
 """
 
 import os
@@ -13,44 +13,47 @@ from deploy import secrets, users
 from eurosat.errors import ConfigError
 from eurosat.runtime import cli, exit_codes, logs
 
-SERVICES = {"promoter": "promoter", "serving": "reader", "trainer": "writer"}
-"""Their roles."""
+SERVICE_ROLES = {"promoter": "promoter", "serving": "reader", "trainer": "writer"}
 MODELS = ("eurosat", "eurosat.ledger")
-"""MLflow does not tell a reader that a name is free from that it is not for him."""
+"""Models that must exist: to a reader, MLflow reports a missing model as a forbidden one."""
 
 
-def introduce(server: users.Server, folder: Path, webhook: str) -> None:
-    """``webhook`` is where the promoter listens.
+def bootstrap(admin: users.UserAdmin, folder: Path, webhook: str) -> None:
+    """Create users, models and the webhook; ``folder`` holds the secrets.
+
+    ``webhook`` is the URL on which the promoter listens.
 
     Raises:
         TrackingError: the server cannot be reached, or refuses.
         ConfigError: a secret is missing, or the webhook cannot be installed.
     """
-    for name, role in SERVICES.items():
+    for name, role in SERVICE_ROLES.items():
         password = secrets.read(f"{name}_password", folder)
-        if not server.add(name, role, password):
-            server.reset(name, password)  # its file may have been made anew
+        if not admin.add(name, role, password):
+            admin.set_password(name, password)  # the secret may have been generated anew
     for model in MODELS:
-        server.ask("POST", "2.0/mlflow/registered-models/create", absent=400, name=model)
-    done = subprocess.run(
+        admin.request("POST", "2.0/mlflow/registered-models/create", none_on=400, name=model)
+    result = subprocess.run(
         [sys.executable, "-m", "registry.webhooks", "install", webhook],
         env=os.environ | {"MLFLOW_WEBHOOK_SECRET": secrets.read("webhook_secret", folder)},
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        raise ConfigError(f"the webhook cannot be installed: {done.stderr.strip()[-300:]}")
+    if result.returncode:
+        raise ConfigError(f"the webhook cannot be installed: {result.stderr.strip()[-300:]}")
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.parser("deploy.bootstrap", "Introduce the platform's services to its MLflow.")
-    parser.add_argument("--webhook", required=True, metavar="URL", help="the promoter's")
-    parser.add_argument("--secrets", type=Path, default=secrets.FOLDER, metavar="FOLDER")
+    parser = cli.parser("deploy.bootstrap", "Set up the platform's services in its MLflow.")
+    parser.add_argument("--webhook", required=True, metavar="URL", help="of the promoter")
+    parser.add_argument(
+        "--secrets", type=Path, default=secrets.FOLDER, metavar="FOLDER", help="of make secrets"
+    )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     os.environ.setdefault("MLFLOW_TRACKING_PASSWORD", secrets.read("admin_password", args.secrets))
     os.environ.setdefault("MLFLOW_TRACKING_USERNAME", "admin")
-    introduce(users.administrator(), args.secrets, args.webhook)
+    bootstrap(users.from_environment(), args.secrets, args.webhook)
     return exit_codes.OK
 
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL of one's own on loopback, from the programs that Debian or PATH has."""
+"""A PostgreSQL server on loopback, from the programs of Debian or on PATH."""
 
 import os
 import shutil
@@ -10,73 +10,79 @@ from pathlib import Path
 from eurosat.errors import ConfigError
 
 INSTALLED = Path("/usr/lib/postgresql")
-UNPRIVILEGED = "nobody"
-"""Who runs it where the user is root, as whom PostgreSQL refuses to run."""
+SERVER_USER = "nobody"
+"""User of the server if we are root, as which PostgreSQL refuses to run."""
 
 
-def program(name: str) -> str | None:
-    """Such as initdb, the newest that Debian has; None where PostgreSQL is not installed."""
-    found = sorted(INSTALLED.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[-3]))
-    return str(found[-1]) if found else shutil.which(name)
+def find_program(name: str) -> str | None:
+    """Return the newest program, such as initdb; None if PostgreSQL is not installed."""
+    programs = sorted(INSTALLED.glob(f"*/bin/{name}"), key=lambda path: float(path.parts[-3]))
+    return str(programs[-1]) if programs else shutil.which(name)
 
 
-def programs() -> Path:
-    """The folder of them.
+def programs_folder() -> Path:
+    """Return the folder of PostgreSQL's programs.
 
     Raises:
         ConfigError: PostgreSQL is not installed.
     """
-    if not (found := program("initdb")):
+    if not (initdb := find_program("initdb")):
         raise ConfigError("PostgreSQL is not installed: apt-get install postgresql")
-    return Path(found).parent
+    return Path(initdb).parent
 
 
-def as_user(*flags: str) -> list[str]:
-    """What its commands begin with; ``flags`` are of setpriv."""
+def unprivileged_prefix(*flags: str) -> list[str]:
+    """Return the prefix that runs a command as `SERVER_USER`, with ``flags`` of setpriv."""
     if os.geteuid() == 0:
-        return ["setpriv", f"--reuid={UNPRIVILEGED}", "--clear-groups", *flags]
+        return ["setpriv", f"--reuid={SERVER_USER}", "--clear-groups", *flags]
     return ["setpriv", *flags] if flags and shutil.which("setpriv") else []
 
 
 def initialise(data: Path, user: str, password_file: Path | None = None) -> None:
-    """An empty cluster of databases in ``data``; without a password everybody here is trusted.
+    """Create an empty database cluster in ``data``.
+
+    Without ``password_file`` every local user may connect.
 
     Raises:
-        ConfigError: PostgreSQL is not installed, or cannot make it.
+        ConfigError: PostgreSQL is not installed, or initdb fails.
     """
     data.mkdir(parents=True, exist_ok=True)
     if os.geteuid() == 0:
-        shutil.chown(data, UNPRIVILEGED)
-    command = [str(programs() / "initdb"), "-D", str(data), "-U", user, "--encoding=UTF8"]
+        shutil.chown(data, SERVER_USER)
+    command = [str(programs_folder() / "initdb"), "-D", str(data), "-U", user, "--encoding=UTF8"]
     if not password_file:
         run([*command, "--auth=trust", "--no-sync"])
         return
-    with tempfile.NamedTemporaryFile() as copy:  # which whoever runs it may read
+    with tempfile.NamedTemporaryFile() as copy:  # readable for SERVER_USER
         copy.write(password_file.read_bytes())
         copy.flush()
         if os.geteuid() == 0:
-            shutil.chown(copy.name, UNPRIVILEGED)
+            shutil.chown(copy.name, SERVER_USER)
         run([*command, "--auth=scram-sha-256", f"--pwfile={copy.name}"])
 
 
-def serve(data: Path, port: int) -> list[str]:
-    """The command of the server, in the foreground."""
-    told = {
+def server_command(data: Path, port: int) -> list[str]:
+    """Return the command that runs the server in the foreground."""
+    options = {
         "listen_addresses": "127.0.0.1",
         "unix_socket_directories": "",
         "log_destination": "stderr",
     }
-    settings = [part for name, value in told.items() for part in ("-c", f"{name}={value}")]
-    return [str(programs() / "postgres"), "-D", str(data), "-p", str(port), *settings]
+    settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+    return [str(programs_folder() / "postgres"), "-D", str(data), "-p", str(port), *settings]
 
 
 def run(command: Sequence[str]) -> None:
-    """A program of it, to its end.
+    """Run a program of PostgreSQL until it ends.
 
     Raises:
         ConfigError: it failed.
     """
-    done = subprocess.run([*as_user(), *command], cwd="/", capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip().splitlines()
-        raise ConfigError(f"{Path(command[0]).name} failed: {said[-1] if said else 'no reason'}")
+    result = subprocess.run(
+        [*unprivileged_prefix(), *command], cwd="/", capture_output=True, text=True
+    )
+    if result.returncode:
+        messages = (result.stderr or result.stdout).strip().splitlines()
+        raise ConfigError(
+            f"{Path(command[0]).name} failed: {messages[-1] if messages else 'it gave no reason'}"
+        )

@@ -1,7 +1,7 @@
-"""Databases and artifacts into one archive, while runs go on.
+"""Save the databases and the artifacts into one archive while runs are being written.
 
-The databases are dumped in one snapshot first and the artifacts copied then: whatever the snapshot
-names was there before it, and so is in the archive.
+The databases are dumped in one snapshot first, and the artifacts are copied afterwards: whatever
+the snapshot refers to existed before, and so is in the archive.
 """
 
 import logging
@@ -14,10 +14,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import Any, BinaryIO
 
 import eurosat
-from deploy import archive, databases
+from deploy import archive, databases, dumps
 from deploy.databases import Database
 from deploy.transfer import spooled
 from eurosat.errors import ConfigError, StorageError
@@ -27,98 +27,113 @@ from eurosat.storage.object_store import WORKERS
 
 log = logging.getLogger(__name__)
 
-TRIES = 10
-"""How often an artifact that is overwritten while it is read is read anew."""
+Artifact = tuple[ObjectInfo, BinaryIO | None]
+"""An artifact and its content; None if it was deleted meanwhile."""
+MAX_READ_ATTEMPTS = 10
+"""How often an artifact that is overwritten while it is read is read again."""
 ABANDONED_S = 86_400.0
-"""After so long without a byte, what a killed backup left in a folder is removed by the next."""
+"""Age after which the next backup deletes the unfinished file of a killed one."""
 
 
 def save(
-    found: Sequence[Database], artifacts: ObjectStore, to: ObjectStore
+    sources: Sequence[Database], artifacts: ObjectStore, target: ObjectStore
 ) -> tuple[str, archive.Manifest]:
-    """Returns the archive's address too.
+    """Write an archive to ``target``, and return its address and manifest.
 
     Raises:
-        ConfigError, StorageError: something of it cannot be read or written; no archive is left.
+        ConfigError, StorageError, TrackingError: something cannot be read or written. No archive
+            is left then.
     """
-    if f"{to.url}/".startswith(f"{artifacts.url}/"):
-        raise ConfigError(f"{to.url} lies within the artifacts: each backup would hold the last")
-    if isinstance(to, FolderStore):
-        _remove_abandoned(to.root)
-    key = f"eurosat-{archive.stamp()}.tar"
-    if to.find(key):
-        raise ConfigError(f"{to.url}/{key} exists: say it again")
-    manifest = to.create(key, lambda out: _write(out, found, artifacts))
-    return f"{to.url}/{key}", manifest
+    if f"{target.url}/".startswith(f"{artifacts.url}/"):
+        raise ConfigError(
+            f"{target.url} lies within the artifacts, so each backup would hold the last one: "
+            "name another folder"
+        )
+    if isinstance(target, FolderStore):
+        _delete_abandoned(target.root)
+    key = f"eurosat-{archive.timestamp()}.tar"
+    if target.find(key):
+        raise ConfigError(f"{target.url}/{key} exists already: run the command again")
+    manifest = target.create(key, lambda out: _write(out, sources, artifacts))
+    return f"{target.url}/{key}", manifest
 
 
-def _write(out: BinaryIO, found: Sequence[Database], artifacts: ObjectStore) -> archive.Manifest:
+def _write(out: BinaryIO, sources: Sequence[Database], artifacts: ObjectStore) -> archive.Manifest:
     if hasattr(out, "fileno"):
-        os.fchmod(out.fileno(), 0o600)  # it holds the hashes of passwords
+        os.fchmod(out.fileno(), 0o600)  # it holds hashes of passwords
     writer = archive.Writer(out)
-    told: dict[str, object] = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "eurosat": eurosat.__version__,
-        "databases": (of := {}),
-    }
-    for database in found:
-        with tempfile.TemporaryFile() as spool:
-            of[database.kind.name] = databases.dump(database, spool)
-            size = spool.seek(0, os.SEEK_END)
-            spool.seek(0)
-            writer.add(archive.dump_of(database.kind.name), spool, size)
-    if away := databases.elsewhere(found[0], artifacts.url):
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    dumps = {database.spec.name: _add_database(writer, database) for database in sources}
+    if count := databases.count_external(sources[0], artifacts.url):
         log.warning(
-            "the artifacts of %d runs and models are not in %s and so not in the backup",
-            away,
+            "%d runs and models have their artifacts outside %s: these are not in the backup",
+            count,
             artifacts.url,
         )
-    listed = list(artifacts.list_objects())
-    gone = 0
-    for stored, content in progress.track(
-        _fetched(artifacts, listed), len(listed), "copying artifacts", "artifacts"
-    ):
-        if content is None:
-            gone += 1
-            continue
-        with content:
-            name = archive.ARTIFACTS + stored.key
-            writer.add(name, content, stored.size, stored.generation)
-    if gone:
-        log.warning("%d artifacts were deleted while the backup was made: it lacks them", gone)
-    told["artifacts"] = {"from": artifacts.url, "deleted_meanwhile": gone}
-    return writer.finish(told)
-
-
-def _fetched(
-    place: ObjectStore, listed: Iterable[ObjectInfo]
-) -> Iterator[tuple[ObjectInfo, IO[bytes] | None]]:
-    """In the order of ``listed``, a few ahead."""
-    waiting: deque[Future[tuple[ObjectInfo, IO[bytes] | None]]] = deque()
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for stored in listed:
-            waiting.append(pool.submit(_fetch, place, stored))
-            if len(waiting) > WORKERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _fetch(place: ObjectStore, stored: ObjectInfo) -> tuple[ObjectInfo, IO[bytes] | None]:
-    """One content of an artifact, whole; None if it was deleted."""
-    for _ in range(TRIES):
-        try:
-            return stored, spooled(partial(place.read, stored))
-        except ObjectChanged:
-            if (now := place.find(stored.key)) is None:
-                return stored, None
-            stored = now
-    raise StorageError(
-        f"{place.url}/{stored.key} was overwritten {TRIES} times while it was read: say it again"
+    deleted = _add_artifacts(writer, artifacts)
+    if deleted:
+        log.warning("%d artifacts were deleted during the backup and are not in it", deleted)
+    return writer.finish(
+        {
+            "created": created,
+            "eurosat": eurosat.__version__,
+            "databases": dumps,
+            "artifacts": {"from": artifacts.url, "deleted_meanwhile": deleted},
+        }
     )
 
 
-def _remove_abandoned(folder: Path) -> None:
+def _add_database(writer: archive.Writer, database: Database) -> dict[str, Any]:
+    with tempfile.TemporaryFile() as spool:
+        metadata = dumps.dump(database, spool)
+        size = spool.seek(0, os.SEEK_END)
+        spool.seek(0)
+        writer.add(archive.dump_name(database.spec.name), spool, size)
+    return metadata
+
+
+def _add_artifacts(writer: archive.Writer, artifacts: ObjectStore) -> int:
+    """Add every artifact, and return how many were deleted meanwhile."""
+    objects, deleted = artifacts.list_objects(), 0
+    for info, content in progress.track(
+        _read_all(artifacts, objects), len(objects), "copying artifacts", "artifacts"
+    ):
+        if content is None:
+            deleted += 1
+            continue
+        with content:
+            writer.add(archive.ARTIFACTS + info.key, content, info.size, info.generation)
+    return deleted
+
+
+def _read_all(store: ObjectStore, objects: Iterable[ObjectInfo]) -> Iterator[Artifact]:
+    """Yield the content of the objects in their order, and read a few ahead."""
+    pending: deque[Future[Artifact]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for info in objects:
+            pending.append(pool.submit(_read_whole, store, info))
+            if len(pending) > WORKERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def _read_whole(store: ObjectStore, info: ObjectInfo) -> Artifact:
+    """Return the content of one generation of an object, the newest if it has changed."""
+    for _ in range(MAX_READ_ATTEMPTS):
+        try:
+            return info, spooled(partial(store.read, info))
+        except ObjectChanged:
+            if (newest := store.find(info.key)) is None:
+                return info, None
+            info = newest
+    raise StorageError(
+        f"{store.url}/{info.key} was overwritten {MAX_READ_ATTEMPTS} times while it was read: "
+        "run the command again"
+    )
+
+
+def _delete_abandoned(folder: Path) -> None:
     for unfinished in folder.glob(".eurosat-*.tar.*"):
         if time.time() - unfinished.stat().st_mtime > ABANDONED_S:
             unfinished.unlink(missing_ok=True)

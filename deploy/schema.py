@@ -1,4 +1,4 @@
-"""Which schema of MLflow's is newer: told by the migrations of the MLflow that is installed."""
+"""The order of MLflow's database schemas, read from the migrations of the installed MLflow."""
 
 import importlib.util
 import re
@@ -6,52 +6,56 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deploy.databases import KINDS, Database, Kind
+from deploy.databases import Database, DatabaseSpec
 from eurosat.errors import ConfigError
 
 
-def revisions(kind: Kind) -> dict[str, str | None]:
-    """Of the MLflow installed here: each, and the one before it.
+def previous_revisions(spec: DatabaseSpec) -> dict[str, str | None]:
+    """Return every revision of the installed MLflow, with the one before it.
 
     Raises:
         ConfigError: MLflow is not installed.
     """
-    found = importlib.util.find_spec("mlflow")  # which is not imported: it takes a second
-    if found is None or not found.submodule_search_locations:
-        raise ConfigError("MLflow is not installed here, and it tells which schema is newer")
-    before: dict[str, str | None] = {}
-    for file in (Path(found.submodule_search_locations[0]) / kind.migrations).glob("*.py"):
+    package = importlib.util.find_spec("mlflow")  # not imported: that takes a second
+    if package is None or not package.submodule_search_locations:
+        raise ConfigError(
+            "MLflow is not installed, and its migrations are needed to compare schemas: install it"
+        )
+    previous: dict[str, str | None] = {}
+    for file in (Path(package.submodule_search_locations[0]) / spec.migrations).glob("*.py"):
         text = file.read_text(encoding="utf-8")
-        named = dict(re.findall(r'^(revision|down_revision) = ["\'](\w+)["\']', text, re.M))
-        if "revision" in named:
-            before[named["revision"]] = named.get("down_revision")
-    return before
+        values = dict(re.findall(r'^(revision|down_revision) = ["\'](\w+)["\']', text, re.M))
+        if "revision" in values:
+            previous[values["revision"]] = values.get("down_revision")
+    return previous
 
 
-def reaches(kind: Kind, newest: str | None, schema: str) -> bool:
-    """Whether a server of the schema ``newest`` can be given ``schema``, upgrading it if need be.
+def can_upgrade(spec: DatabaseSpec, newest: str | None, schema: str) -> bool:
+    """Return whether a server of the schema ``newest`` can use ``schema``, upgrading it if needed.
 
-    ``newest`` is None where no server has been: then the MLflow that is installed here counts.
+    ``newest`` is None for an empty database: then the installed MLflow counts.
     """
-    before = revisions(kind)
-    if newest not in before:  # none, or one that is newer than ours
-        return schema in before
-    line: set[str] = set()
-    at: str | None = newest
-    while at and at not in line:
-        line.add(at)
-        at = before.get(at)
-    return schema in line
+    previous = previous_revisions(spec)
+    if newest not in previous:  # None, or newer than the installed MLflow
+        return schema in previous
+    ancestors: set[str] = set()
+    revision: str | None = newest
+    while revision and revision not in ancestors:
+        ancestors.add(revision)
+        revision = previous.get(revision)
+    return schema in ancestors
 
 
-def upgrade(database: Database, told: Mapping[str, Any]) -> str | None:
-    """The command that a server wants before it starts on an older schema."""
-    schema, before = told[database.kind.name]["schema"], revisions(database.kind)
-    if schema not in before.values():
+def upgrade_hint(database: Database, databases: Mapping[str, Any]) -> str | None:
+    """Return the command that upgrades a restored database; None if its schema is the newest.
+
+    ``databases`` is that part of the archive's manifest. A server refuses an older schema.
+    """
+    schema = databases[database.spec.name]["schema"]
+    if schema not in previous_revisions(database.spec).values():
         return None
-    command = (
-        "mlflow db upgrade"
-        if database.kind is KINDS[0]
-        else ("python -m mlflow.server.auth db upgrade --url")
-    )
-    return f"the schema is older than this MLflow's: {command} {database.uri}"
+    commands = {
+        "mlflow": "mlflow db upgrade",
+        "auth": "python -m mlflow.server.auth db upgrade --url",
+    }
+    return f"the schema is older than this MLflow's: {commands[database.spec.name]} {database.uri}"

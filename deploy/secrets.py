@@ -1,7 +1,7 @@
-"""The platform's secrets, as files of a folder that only its owner enters: made once.
+"""The platform's secrets: files that are generated once, in a folder that only its owner can enter.
 
-The folder is closed (mode 700); the files in it can be read by whom they are handed to, as the
-containers of docker compose run as users of their own.
+The folder has mode 700. The files have mode 644, because docker compose mounts single files into
+containers, which run as other users.
 """
 
 import datetime
@@ -17,16 +17,16 @@ from eurosat.runtime import atomic, cli, exit_codes, logs
 
 FOLDER = Path(".platform/secrets")
 ROOT = Path(__file__).resolve().parents[1]
-READABLE = 0o644
-BYTES = 32
-VALID_DAYS = 825
-"""What browsers accept of a certificate at most."""
+FILE_MODE = 0o644
+PASSWORD_BYTES = 32
+CERTIFICATE_DAYS = 825
+"""The longest validity that browsers accept."""
 HOSTS = ("localhost", "proxy")
-"""Whom the self-made certificate is for, 127.0.0.1 aside."""
+"""Hosts of the self-signed certificate, besides 127.0.0.1."""
 
 
 def _password() -> bytes:
-    return secrets.token_urlsafe(BYTES).encode()
+    return secrets.token_urlsafe(PASSWORD_BYTES).encode()
 
 
 def _fernet_key() -> bytes:
@@ -35,7 +35,7 @@ def _fernet_key() -> bytes:
     return Fernet.generate_key()
 
 
-MADE: dict[str, Callable[[], bytes]] = {
+GENERATORS: dict[str, Callable[[], bytes]] = {
     "postgres_password": _password,
     "admin_password": _password,
     "promoter_password": _password,
@@ -46,48 +46,49 @@ MADE: dict[str, Callable[[], bytes]] = {
     "webhook_key": _fernet_key,
     "gcs_credentials": lambda: b"{}",
 }
-"""Webhooks are signed with the secret, and MLflow keeps it encrypted with the key. Credentials of
-Google Cloud are given, not made: the file is there to be filled."""
+"""`webhook_secret` signs webhooks, and MLflow stores it encrypted with `webhook_key`.
+`gcs_credentials` is a file to be filled: Google Cloud issues its content."""
 KEY, CERTIFICATE = "tls.key", "tls.crt"
 API_KEY, API_KEYS = "serving_key", "serving_keys"
-"""A client's key to serving, and the file of hashes that serving reads."""
+"""A client's API key for serving, and the file of hashes that serving reads."""
 
 
-def make(folder: Path = FOLDER) -> list[str]:
-    """Those that were missing are made; their names.
+def make_missing(folder: Path = FOLDER) -> list[str]:
+    """Generate the secrets that are missing, and return their names.
 
     Raises:
-        ConfigError: the folder is not the user's alone, or cannot be written.
+        ConfigError: the folder cannot be written, or belongs to another user.
     """
     folder = folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        made = [name for name in MADE if not (folder / name).exists()]
+        made = [name for name in GENERATORS if not (folder / name).exists()]
         for name in made:
-            atomic.atomic_write(folder / name, lambda file, name=name: file.write(MADE[name]()))  # type: ignore[misc]
+            _write(folder / name, GENERATORS[name]())
         if not ((folder / KEY).exists() and (folder / CERTIFICATE).exists()):
             key, certificate = self_signed()
-            atomic.atomic_write(folder / KEY, lambda file: file.write(key))
-            atomic.atomic_write(folder / CERTIFICATE, lambda file: file.write(certificate))
+            _write(folder / KEY, key)
+            _write(folder / CERTIFICATE, certificate)
             made += [KEY, CERTIFICATE]
         if not ((folder / API_KEY).exists() and (folder / API_KEYS).exists()):
-            atomic.atomic_write(
-                folder / API_KEY, lambda file: file.write(_api_key(folder / API_KEYS))
-            )
+            _write(folder / API_KEY, _api_key(folder / API_KEYS))
             made += [API_KEY, API_KEYS]
-        for name in (*MADE, KEY, CERTIFICATE, API_KEY, API_KEYS):
-            (folder / name).chmod(READABLE)
+        for name in (*GENERATORS, KEY, CERTIFICATE, API_KEY, API_KEYS):
+            (folder / name).chmod(FILE_MODE)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot hold secrets: {error.strerror or error}") from error
+        raise ConfigError(
+            f"{folder} cannot hold secrets ({error.strerror or error}): "
+            "set its permissions, or give another folder"
+        ) from error
     return made
 
 
 def read(name: str, folder: Path = FOLDER) -> str:
-    """One of them.
+    """Return a secret.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the file is missing or cannot be read.
     """
     try:
         return (folder / name).read_text().strip()
@@ -95,19 +96,24 @@ def read(name: str, folder: Path = FOLDER) -> str:
         raise ConfigError(f"{folder / name} cannot be read: run `make secrets`") from error
 
 
+def _write(file: Path, content: bytes) -> None:
+    atomic.atomic_write(file, lambda out: out.write(content))
+
+
 def _api_key(hashes: Path) -> bytes:
+    """Generate an API key, and write its hash to ``hashes``."""
     hashes.unlink(missing_ok=True)
     command = ["-m", "serving.keys", "platform", f"--file={hashes}"]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise ConfigError(f"no API key can be made: {done.stderr.strip()[-300:]}")
-    return done.stdout.strip().encode()
+    if result.returncode:
+        raise ConfigError(f"no API key can be generated: {result.stderr.strip()[-300:]}")
+    return result.stdout.strip().encode()
 
 
 def self_signed(hosts: Sequence[str] = HOSTS) -> tuple[bytes, bytes]:
-    """Key and certificate, PEM. Clients name the certificate as the authority that they trust."""
+    """Return a key and a certificate, both PEM. Clients trust the certificate as an authority."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -124,8 +130,8 @@ def self_signed(hosts: Sequence[str] = HOSTS) -> tuple[bytes, bytes]:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))  # clocks that are a little behind
-        .not_valid_after(now + datetime.timedelta(days=VALID_DAYS))
+        .not_valid_before(now - datetime.timedelta(hours=1))  # some clocks are behind
+        .not_valid_after(now + datetime.timedelta(days=CERTIFICATE_DAYS))
         .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .sign(key, hashes.SHA256())
@@ -141,12 +147,12 @@ def self_signed(hosts: Sequence[str] = HOSTS) -> tuple[bytes, bytes]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.parser("deploy.secrets", "Make the platform's secrets, those that are missing.")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser = cli.parser("deploy.secrets", "Generate the platform's secrets that are missing.")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"default: {FOLDER}")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    made = make(args.folder)
-    print(f"{args.folder}: {', '.join(made) or 'nothing was missing'}")
+    generated = make_missing(args.folder)
+    print(f"{args.folder}: {', '.join(generated) or 'nothing was missing'}")
     return exit_codes.OK
 
 

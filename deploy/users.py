@@ -1,4 +1,4 @@
-"""Users of the platform's MLflow and what each may do: `make user NAME=ada ROLE=writer`."""
+"""Users of the platform's MLflow and their roles: `make user NAME=ada ROLE=writer`."""
 
 import os
 import secrets
@@ -16,158 +16,171 @@ ROLES = {
     "writer": {"experiment": "EDIT", "registered_model": "EDIT"},
     "promoter": {"experiment": "EDIT", "registered_model": "MANAGE"},
 }
-"""What MLflow grants. `role_policy.py` refuses a writer who moves an alias or approves."""
+"""Permissions that MLflow grants. `mlflow/role_policy.py` refuses writers who move an alias or
+approve."""
 WORKSPACE = "default"
 TIMEOUT_S = 30
-BYTES = 18
-LEAST = 12
-"""Characters of a password: what MLflow itself asks for."""
+PASSWORD_BYTES = 18
+MIN_PASSWORD_LENGTH = 12
+"""Characters; MLflow's own limit."""
 
 
-class Server:
-    """MLflow's own REST calls for users and roles, as its administrator makes them.
+class UserAdmin:
+    """Client of MLflow's REST API for users and roles, logged in as an administrator.
 
-    Raises:
-        TrackingError: the server cannot be reached, or refuses.
+    Every method raises TrackingError if the server cannot be reached, or refuses.
     """
 
     def __init__(self, url: str, name: str, password: str, verify: str | bool = True) -> None:
         self.url = url.rstrip("/")
         self._session = requests.Session()
         self._session.auth = (name, password)
-        self._verify = verify  # of each request: a session's own yields to REQUESTS_CA_BUNDLE
+        self._verify = (
+            verify  # given with each request, as REQUESTS_CA_BUNDLE overrides the session's
+        )
 
-    def ask(
-        self, method: str, call: str, absent: int | None = None, **told: str | int
+    def request(
+        self, method: str, path: str, none_on: int | None = None, **fields: str | int
     ) -> dict[str, Any] | None:
-        """None where the server answers with the status ``absent``."""
-        asks = method == "GET"
+        """Return the JSON answer; None if the server answers with the status ``none_on``."""
+        is_get = method == "GET"
         try:
-            answer = self._session.request(
+            response = self._session.request(
                 method,
-                f"{self.url}/api/{call}",
-                params=told if asks else None,
-                json=None if asks else told,
+                f"{self.url}/api/{path}",
+                params=fields if is_get else None,
+                json=None if is_get else fields,
                 timeout=TIMEOUT_S,
                 verify=self._verify,
             )
         except requests.RequestException as error:
             raise TrackingError(f"{self.url} cannot be reached: {type(error).__name__}") from error
-        if answer.status_code == absent:
+        if response.status_code == none_on:
             return None
-        if not answer.ok:
+        if not response.ok:
             raise TrackingError(
-                f"{self.url} refused {call} with {answer.status_code}: {answer.text[:300].strip()}"
+                f"{self.url} refused {path} with {response.status_code}: "
+                f"{response.text[:300].strip()}"
             )
-        read: dict[str, Any] = answer.json() if answer.content else {}
-        return read
+        payload: dict[str, Any] = response.json() if response.content else {}
+        return payload
 
-    def role(self, name: str) -> int:
-        """Its id; it and its grants are made where they are not there."""
-        listed = self.ask("GET", "3.0/mlflow/roles/list", workspace=WORKSPACE) or {}
-        known = {role["name"]: int(role["id"]) for role in listed["roles"]}
-        if name not in known:
-            call = "3.0/mlflow/roles/create"
-            made = self.ask("POST", call, workspace=WORKSPACE, name=name) or {}
-            known[name] = int(made["role"]["id"])
-        number = known[name]
-        told = self.ask("GET", "3.0/mlflow/roles/permissions/list", role_id=number) or {}
-        granted = {one["resource_type"] for one in told["role_permissions"]}
-        for kind, grant in ROLES[name].items():
-            if kind not in granted:
-                self.ask(
+    def ensure_role(self, name: str) -> int:
+        """Return the id of a role, which is created with its permissions if it is missing."""
+        payload = self.request("GET", "3.0/mlflow/roles/list", workspace=WORKSPACE) or {}
+        ids = {role["name"]: int(role["id"]) for role in payload["roles"]}
+        if name not in ids:
+            created = self.request(
+                "POST", "3.0/mlflow/roles/create", workspace=WORKSPACE, name=name
+            )
+            ids[name] = int((created or {})["role"]["id"])
+        role_id = ids[name]
+        payload = self.request("GET", "3.0/mlflow/roles/permissions/list", role_id=role_id) or {}
+        granted = {entry["resource_type"] for entry in payload["role_permissions"]}
+        for resource_type, permission in ROLES[name].items():
+            if resource_type not in granted:
+                self.request(
                     "POST",
                     "3.0/mlflow/roles/permissions/add",
-                    role_id=number,
-                    resource_type=kind,
+                    role_id=role_id,
+                    resource_type=resource_type,
                     resource_pattern="*",
-                    permission=grant,
+                    permission=permission,
                 )
-        return number
+        return role_id
 
     def add(self, name: str, role: str, password: str) -> bool:
-        """Whether the user is new; one who is there changes roles."""
-        number = self.role(role)
-        new = not self.ask("GET", "2.0/mlflow/users/get", absent=404, username=name)
-        if new:
-            self.ask("POST", "2.0/mlflow/users/create", username=name, password=password)
-        listed = self.ask("GET", "3.0/mlflow/users/roles/list", username=name) or {}
-        has = {one["name"]: int(one["id"]) for one in listed["roles"]}
-        if role not in has:
-            self.ask("POST", "3.0/mlflow/roles/assign", username=name, role_id=number)
-        for other in has.keys() & ROLES.keys() - {role}:
-            self.ask("DELETE", "3.0/mlflow/roles/unassign", username=name, role_id=has[other])
-        return new
+        """Create a user, or give an existing user the role; return whether the user is new."""
+        role_id = self.ensure_role(role)
+        is_new = not self.request("GET", "2.0/mlflow/users/get", none_on=404, username=name)
+        if is_new:
+            self.request("POST", "2.0/mlflow/users/create", username=name, password=password)
+        role_ids = self._role_ids(name)
+        if role not in role_ids:
+            self.request("POST", "3.0/mlflow/roles/assign", username=name, role_id=role_id)
+        for other in role_ids.keys() & ROLES.keys() - {role}:
+            self.request(
+                "DELETE", "3.0/mlflow/roles/unassign", username=name, role_id=role_ids[other]
+            )
+        return is_new
 
-    def reset(self, name: str, password: str) -> None:
-        call = "2.0/mlflow/users/update-password"
-        self.ask("PATCH", call, username=name, password=password)
+    def set_password(self, name: str, password: str) -> None:
+        path = "2.0/mlflow/users/update-password"
+        self.request("PATCH", path, username=name, password=password)
 
     def remove(self, name: str) -> None:
-        self.ask("DELETE", "2.0/mlflow/users/delete", username=name)
+        self.request("DELETE", "2.0/mlflow/users/delete", username=name)
 
-    def all(self) -> dict[str, str]:
-        """Role, or "administrator", or nothing, by name."""
-        listed = self.ask("GET", "2.0/mlflow/users/list") or {}
-        return {user["username"]: self._role_of(user) for user in listed["users"]}
+    def roles_by_user(self) -> dict[str, str]:
+        """Return each user's role: one of `ROLES`, ``administrator``, or empty."""
+        payload = self.request("GET", "2.0/mlflow/users/list") or {}
+        return {user["username"]: self._role_of(user) for user in payload["users"]}
 
     def _role_of(self, user: dict[str, Any]) -> str:
         if user["is_admin"]:
             return "administrator"
-        told = self.ask("GET", "3.0/mlflow/users/roles/list", username=user["username"]) or {}
-        return ", ".join(sorted({role["name"] for role in told["roles"]} & ROLES.keys()))
+        return ", ".join(sorted(self._role_ids(user["username"]).keys() & ROLES.keys()))
+
+    def _role_ids(self, name: str) -> dict[str, int]:
+        payload = self.request("GET", "3.0/mlflow/users/roles/list", username=name) or {}
+        return {role["name"]: int(role["id"]) for role in payload["roles"]}
 
 
-def administrator() -> Server:
-    """The server, asked as the user whom the environment names.
+def from_environment() -> UserAdmin:
+    """Return a client for the server and the administrator that the environment names.
 
     Raises:
-        ConfigError: it names no server or nobody.
+        ConfigError: MLFLOW_TRACKING_URI, _USERNAME or _PASSWORD is not set.
     """
-    told = {
+    login = {
         name: os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("URI", "USERNAME", "PASSWORD")
     }
-    if missing := [f"MLFLOW_TRACKING_{name}" for name, value in told.items() if not value]:
+    if missing := [f"MLFLOW_TRACKING_{name}" for name, value in login.items() if not value]:
         raise ConfigError(
-            f"{' and '.join(missing)} are not set: start the platform (make platform), or "
+            f"{' and '.join(missing)} not set: start the platform (make platform), or "
             "name the server and its administrator"
         )
     verify = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or True
-    return Server(str(told["URI"]), str(told["USERNAME"]), str(told["PASSWORD"]), verify)
+    return UserAdmin(str(login["URI"]), str(login["USERNAME"]), str(login["PASSWORD"]), verify)
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.parser("deploy.users", "Users of the platform's MLflow, and what each may do.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    add = verbs.add_parser("add", help="a new user, whose password is printed; or another role")
+    parser = cli.parser("deploy.users", "Add, remove and list the users of the platform's MLflow.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("add", help="add a user and print the password; or change a role")
     add.add_argument("name", metavar="NAME")
     add.add_argument("--role", choices=ROLES, default="reader")
-    add.add_argument("--password-file", type=Path, metavar="FILE", help="default: one is made")
-    remove = verbs.add_parser("remove", help="lock a user out")
+    add.add_argument(
+        "--password-file", type=Path, metavar="FILE", help="default: a random password"
+    )
+    remove = commands.add_parser("remove", help="delete a user")
     remove.add_argument("name", metavar="NAME")
-    verbs.add_parser("list", help="names and roles")
+    commands.add_parser("list", help="list names and roles")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    server = administrator()
-    if args.verb == "add":
-        return _add(server, args.name, args.role, args.password_file)
-    if args.verb == "remove":
-        server.remove(args.name)
+    admin = from_environment()
+    if args.command == "add":
+        return _add(admin, args.name, args.role, args.password_file)
+    if args.command == "remove":
+        admin.remove(args.name)
     else:
-        for name, role in server.all().items():
+        for name, role in admin.roles_by_user().items():
             print(f"{name}\t{role or 'no role: sees nothing'}")
     return exit_codes.OK
 
 
-def _add(server: Server, name: str, role: str, file: Path | None) -> int:
+def _add(admin: UserAdmin, name: str, role: str, file: Path | None) -> int:
     try:
-        password = file.read_text().strip() if file else secrets.token_urlsafe(BYTES)
+        password = file.read_text().strip() if file else secrets.token_urlsafe(PASSWORD_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read as a password: {error}") from error
-    if len(password) < LEAST:
-        raise ConfigError(f"{file} holds {len(password)} characters; at least {LEAST} are needed")
-    new = server.add(name, role, password)
-    if new and not file:
+    if len(password) < MIN_PASSWORD_LENGTH:
+        raise ConfigError(
+            f"the password in {file} has {len(password)} characters; at least "
+            f"{MIN_PASSWORD_LENGTH} are needed"
+        )
+    is_new = admin.add(name, role, password)
+    if is_new and not file:
         print(f"MLFLOW_TRACKING_USERNAME={name}\nMLFLOW_TRACKING_PASSWORD={password}")
     else:
         print(f"{name} is a {role}")

@@ -16,7 +16,7 @@ from eurosat.data.split import make_split
 from eurosat.runtime import telemetry
 from tests.support import platforms
 from tests.support.offline import sitecustomize
-from tests.support.postgres import running
+from tests.support.postgres import postgres_server
 from tests.support.recipes import TINY
 
 OFFLINE = str(Path(sitecustomize.__file__).parent)
@@ -94,8 +94,8 @@ def model(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session")
 def platform(isolated: None) -> "Iterator[platforms.Platform]":
     """A running `make platform`, shared by all tests that use it."""
-    with platforms.place() as folder:
-        yield platforms.started(folder)
+    with platforms.platform_folder() as folder:
+        yield platforms.start_platform(folder)
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +125,9 @@ def eurosat_root() -> Path:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """The URL of a PostgreSQL server; if it is not installed, the test is skipped."""
-    if postgresql.program("initdb") is None:
+    if postgresql.find_program("initdb") is None:
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
-    with running() as url:
+    with postgres_server() as url:
         yield url
 
 

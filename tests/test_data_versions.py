@@ -22,7 +22,7 @@ from eurosat.data.split import split_csv
 from eurosat.errors import EuroSATError
 from eurosat.storage import open_store
 from expectations import validate
-from tests.support.object_stores import fake_gcs, make_bucket
+from tests.support.object_stores import fake_gcs_server, make_bucket
 from tests.support.recipes import TINY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with fake_gcs(tmp_path_factory.mktemp("objects")) as url, pytest.MonkeyPatch.context() as patch:
+    with (
+        fake_gcs_server(tmp_path_factory.mktemp("objects")) as url,
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         yield url
 
@@ -123,7 +126,7 @@ def versions(tiles: str, store: Path, tmp_path_factory: pytest.TempPathFactory) 
     return made
 
 
-def test_a_version_goes_to_the_bucket_and_comes_back(versions: Versions, server: str) -> None:
+def test_a_data_version_is_pushed_and_pulled_unchanged(versions: Versions, server: str) -> None:
     count = len(list((versions.folder / "data/tiles").glob("*/*")))
     names = ("pack.json", "tiles.parquet", "split.csv", "validation.json")
     written = {name: (versions.folder / "data" / name).read_bytes() for name in names}
@@ -139,7 +142,7 @@ def test_a_version_goes_to_the_bucket_and_comes_back(versions: Versions, server:
         assert (versions.folder / "data" / name).read_bytes() == content
 
 
-def test_the_lock_names_the_fingerprint_of_the_bucket_that_a_training_would_be_tagged_with(
+def test_the_lock_has_the_fingerprint_that_a_training_run_is_tagged_with(
     versions: Versions, tiles: str
 ) -> None:
     ready = prepare(compose(["data=folder", f"data.root={tiles}"]))
@@ -152,7 +155,7 @@ def test_the_lock_names_the_fingerprint_of_the_bucket_that_a_training_would_be_t
     assert (versions.folder / "data/split.csv").read_text() == told
 
 
-def test_what_changed_runs_what_depends_on_it_and_nothing_else(
+def test_a_change_runs_only_the_stages_that_depend_on_it(
     versions: Versions, tiles: str, tmp_path: Path
 ) -> None:
     before = versions.locked
@@ -170,13 +173,13 @@ def test_what_changed_runs_what_depends_on_it_and_nothing_else(
 
 
 @pytest.mark.real_data
-def test_the_version_that_is_committed_is_that_of_the_genuine_tiles(real_pack: Pack) -> None:
+def test_the_committed_lock_has_the_fingerprint_of_the_real_tiles(real_pack: Pack) -> None:
     fingerprint = real_pack.fingerprint
     assert locked(ROOT / "dvc.lock") == {"validate": fingerprint, "split": fingerprint}
 
 
 @pytest.mark.slow
-def test_a_version_without_a_bucket_of_its_own_is_not_pushed(versions: Versions) -> None:
+def test_a_push_without_a_configured_bucket_is_refused(versions: Versions) -> None:
     (versions.folder / ".dvc/config.local").unlink(missing_ok=True)
     said = versions.make("data-push", code=2)
     assert "set-EUROSAT_BUCKET-and-run-make-dvc-remote" in said
@@ -184,7 +187,7 @@ def test_a_version_without_a_bucket_of_its_own_is_not_pushed(versions: Versions)
 
 
 @pytest.mark.slow
-def test_a_tile_that_is_gone_from_the_bucket_is_gone_from_the_version(
+def test_a_tile_deleted_from_the_bucket_is_deleted_from_the_version(
     versions: Versions, tiles: str
 ) -> None:
     store = open_store(tiles)
@@ -195,7 +198,7 @@ def test_a_tile_that_is_gone_from_the_bucket_is_gone_from_the_version(
 
 
 @pytest.mark.slow
-def test_data_that_fail_their_validation_are_no_version(
+def test_data_that_fail_validation_do_not_become_a_version(
     tiles: str, store: Path, tmp_path: Path
 ) -> None:
     broken = Versions(tmp_path, tiles)
@@ -209,7 +212,7 @@ def test_data_that_fail_their_validation_are_no_version(
 
 
 @pytest.mark.slow
-def test_tiles_in_a_bucket_are_validated_and_trained_on(
+def test_tiles_in_a_bucket_can_be_validated_and_trained_on(
     tiles: str, tracking_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
@@ -224,7 +227,7 @@ def test_tiles_in_a_bucket_are_validated_and_trained_on(
     assert run.data.tags["data.validation"] == "passed"
 
 
-def test_a_place_that_is_not_a_folder_is_named(tmp_path: Path) -> None:
+def test_a_target_that_is_not_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(EuroSATError, match="taken"):
         commands.main(

@@ -1,4 +1,4 @@
-"""A platform of the benchmark's own, in a folder that is gone afterwards."""
+"""A platform for the benchmark alone, in a temporary folder."""
 
 import os
 import shutil
@@ -19,82 +19,84 @@ from benchmarks.reports import ROOT
 from deploy import platform, users
 from eurosat.errors import ConfigError, TrackingError
 
-PASSWORD = "of nobody but this benchmark"  # noqa: S105 - on loopback, and gone with its folder
-GONE_S = 60.0
-ANONYMOUS = "Pss_Anon"
-"""Of smaps_rollup: what no file backs, a page of several processes counted once. PostgreSQL's
-shared buffers, which are of one size for good, are not in it."""
+PASSWORD = "of nobody but this benchmark"  # noqa: S105 - on loopback, in a temporary folder
+STOP_TIMEOUT_S = 60.0
+ANONYMOUS_MEMORY = "Pss_Anon"
+"""Field of smaps_rollup: memory that no file backs; a page shared by several processes counts
+once. It excludes PostgreSQL's shared buffers, whose size is constant."""
 
 
 @dataclass(frozen=True)
-class Stand:
+class PlatformFixture:
+    """A running platform: its users, database, processes and faults."""
+
     folder: Path
     env: dict[str, str]
-    """What `.platform/env` says."""
+    """Content of the platform's file `env`."""
 
     @property
     def url(self) -> str:
         return self.env["MLFLOW_TRACKING_URI"]
 
-    def administrator(self) -> users.Server:
-        told = (self.env[f"MLFLOW_TRACKING_{name}"] for name in ("URI", "USERNAME", "PASSWORD"))
-        return users.Server(*told)
+    def administrator(self) -> users.UserAdmin:
+        login = (self.env[f"MLFLOW_TRACKING_{name}"] for name in ("URI", "USERNAME", "PASSWORD"))
+        return users.UserAdmin(*login)
 
     def user(self, role: str) -> tuple[str, str]:
-        """Name and password of one with that role."""
+        """Create a user with the role; return name and password."""
         self.administrator().add(f"bench-{role}", role, PASSWORD)
         return f"bench-{role}", PASSWORD
 
     def connection(self) -> Any:
-        """To its database, of psycopg2.
+        """Open a psycopg2 connection to the database.
 
         Raises:
-            psycopg2.OperationalError: it does not answer.
+            psycopg2.OperationalError: the database does not answer.
         """
         import psycopg2
 
-        told = self.env["EUROSAT_DATABASE_URI"].replace("+psycopg2", "")
-        made = psycopg2.connect(told, passfile=self.env["PGPASSFILE"], connect_timeout=5)
-        made.autocommit = True
-        return made
+        uri = self.env["EUROSAT_DATABASE_URI"].replace("+psycopg2", "")
+        connection = psycopg2.connect(uri, passfile=self.env["PGPASSFILE"], connect_timeout=5)
+        connection.autocommit = True
+        return connection
 
     def processes(self) -> dict[str, psutil.Process]:
-        """The first process of each service that runs at this moment."""
-        signs = {
+        """Return the first process of each service that is running."""
+        patterns = {
             "postgres": str(self.folder / "postgres"),
             "store": f"={self.folder / 'store'}",
             "mlflow": "--serve-artifacts",
             "promoter": "registry.receiver",
             "serving": "serving.server",
         }
-        found: dict[str, psutil.Process] = {}
-        for child in psutil.Process(platform.running(self.folder)).children():
+        processes: dict[str, psutil.Process] = {}
+        for child in psutil.Process(platform.running_pid(self.folder)).children():
             try:
-                told = " ".join(child.cmdline())
+                command = " ".join(child.cmdline())
             except psutil.Error:
                 continue
-            found |= {name: child for name, sign in signs.items() if sign in told}
-        return found
+            processes |= {name: child for name, pattern in patterns.items() if pattern in command}
+        return processes
 
-    def end(self, service: str) -> None:
-        """At once; returns when it is gone. Whoever looks after it starts it again.
+    def kill(self, service: str) -> None:
+        """Kill a service and wait until it has ended; the platform restarts it.
 
         Raises:
-            TrackingError: it does not go.
+            TrackingError: it does not end.
         """
         process = self.processes()[service]
         if service == "postgres":
-            process.send_signal(signal.SIGINT)  # its clients are cut off
+            process.send_signal(signal.SIGINT)  # disconnects its clients
         else:
             os.killpg(process.pid, signal.SIGKILL)
         try:
-            process.wait(GONE_S)
+            process.wait(STOP_TIMEOUT_S)
         except psutil.TimeoutExpired as error:
-            raise TrackingError(f"{service} did not end within {GONE_S:g} s") from error
+            raise TrackingError(f"{service} did not end within {STOP_TIMEOUT_S:g} s") from error
 
     @contextmanager
-    def cut(self, service: str) -> Iterator[None]:
-        """It is there and says nothing."""
+    def cut_off(self, service: str) -> Iterator[None]:
+        """Suspend a service: it keeps its port, and does not answer."""
         process = self.processes()[service]
         process.suspend()
         try:
@@ -102,8 +104,8 @@ class Stand:
         finally:
             process.resume()
 
-    def is_there(self, service: str) -> bool:
-        """Whether it answers; of postgres, mlflow and store."""
+    def answers(self, service: str) -> bool:
+        """Return whether postgres, mlflow or store answers."""
         import psycopg2
 
         if service == "postgres":
@@ -123,7 +125,7 @@ class Stand:
             return False
 
     def memory_mb(self) -> dict[str, float]:
-        """Of each service with its children."""
+        """Return the memory of each service and its children, in MiB."""
         return {name: _memory_mb(process) for name, process in self.processes().items()}
 
 
@@ -135,37 +137,43 @@ def _memory_mb(first: psutil.Process) -> float:
     total_kb = 0
     for process in tree:
         try:
-            told = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
         except OSError:  # it has ended since
             continue
-        total_kb += sum(int(x.split()[1]) for x in told.splitlines() if x.startswith(ANONYMOUS))
+        total_kb += sum(
+            int(line.split()[1])
+            for line in rollup.splitlines()
+            if line.startswith(ANONYMOUS_MEMORY)
+        )
     return total_kb / 1024
 
 
-def _said(verb: str, folder: Path, *flags: str) -> int:
-    """The exit status of `deploy.platform`, as a user says it."""
-    command = [sys.executable, "-m", "deploy.platform", verb, f"--folder={folder}", *flags]
+def _platform_command(name: str, folder: Path, *flags: str) -> int:
+    """Run `python -m deploy.platform`, and return its exit code."""
+    command = [sys.executable, "-m", "deploy.platform", name, f"--folder={folder}", *flags]
     return subprocess.run(command, cwd=ROOT).returncode
 
 
 @contextmanager
-def standing() -> Iterator[Stand]:
-    """Up, in a folder that PostgreSQL's own user can enter.
+def running_platform() -> Iterator[PlatformFixture]:
+    """Start a platform in a temporary folder; stop it and delete the folder at the end.
 
     Raises:
-        ConfigError: it does not come up.
+        ConfigError: it does not start.
     """
     folder = Path(tempfile.mkdtemp(prefix="bench-platform"))
-    folder.chmod(0o755)
+    folder.chmod(0o755)  # PostgreSQL's user enters it
     try:
-        if _said("up", folder, "--free-ports"):
-            raise ConfigError("the platform did not come up: the lines above say why")
+        if _platform_command("up", folder, "--free-ports"):
+            raise ConfigError("the platform did not start: see the lines above")
         lines = (folder / "env").read_text().splitlines()
-        yield Stand(folder, dict(line.split("=", 1) for line in lines))
+        yield PlatformFixture(folder, dict(line.split("=", 1) for line in lines))
     except BaseException:
-        for log in sorted((folder / "logs").glob("*.log")):
-            print(f"--- the end of {log.name}\n{log.read_text()[-1500:]}", file=sys.stderr)
+        for log_file in sorted((folder / "logs").glob("*.log")):
+            print(
+                f"--- the end of {log_file.name}\n{log_file.read_text()[-1500:]}", file=sys.stderr
+            )
         raise
     finally:
-        _said("down", folder)
+        _platform_command("down", folder)
         shutil.rmtree(folder, ignore_errors=True)

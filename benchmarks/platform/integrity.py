@@ -1,4 +1,4 @@
-"""What of that which was acknowledged is in the database and in the bucket."""
+"""Compare what the writers got acknowledged with the database and the bucket."""
 
 import hashlib
 import json
@@ -8,96 +8,98 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.platform.fixture import Stand
+from benchmarks.platform.fixture import PlatformFixture
 from benchmarks.platform.writer import EXPERIMENT
 from eurosat.runtime.progress import track
 from eurosat.tracking.journal import PREFIX
 
 Point = tuple[str, int, float]
-"""Name, step and value of a metric."""
+"""Name, step and value of a metric's point."""
 
 
 @dataclass
 class Acknowledged:
-    """Of one run, what its writer's calls have returned from."""
+    """The data of one run whose logging calls have returned."""
 
     points: list[Point] = field(default_factory=list)
     params: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    """sha256 by path."""
+    """sha256 by artifact path."""
 
 
 @dataclass
-class Held:
-    """Of one run, what the platform has."""
+class Stored:
+    """The data of one run that the platform has stored."""
 
     points: list[Point]
     params: dict[str, str]
     digest: Callable[[str], str | None]
-    """sha256 of the artifact at a path; None where there is none."""
+    """Return the sha256 of an artifact by its path; None if it is missing."""
 
 
 def read(lines: Iterable[str]) -> dict[str, Acknowledged]:
-    """A writer's record, by the id of the journal."""
-    found: defaultdict[str, Acknowledged] = defaultdict(Acknowledged)
+    """Parse a writer's record; return the acknowledged data by journal id."""
+    runs: defaultdict[str, Acknowledged] = defaultdict(Acknowledged)
     for line in lines:
-        told = json.loads(line)
-        one = found[told["journal"].removeprefix(PREFIX)]
-        one.points += [(key, told["step"], v) for key, v in told.get("metrics", {}).items()]
-        one.params |= told.get("params", {})
-        if "path" in told:
-            one.files[told["path"]] = told["sha256"]
-    return dict(found)
+        entry = json.loads(line)
+        run = runs[entry["journal"].removeprefix(PREFIX)]
+        run.points += [(key, entry["step"], v) for key, v in entry.get("metrics", {}).items()]
+        run.params |= entry.get("params", {})
+        if "path" in entry:
+            run.files[entry["path"]] = entry["sha256"]
+    return dict(runs)
 
 
-def compare(told: Acknowledged, held: Held | None) -> Counter[str]:
-    """What was acknowledged, and ``lost`` of it; ``twice`` are points that nobody logged.
+def compare(acknowledged: Acknowledged, stored: Stored | None) -> Counter[str]:
+    """Count what was acknowledged, what of it is ``lost``, and surplus points (``twice``).
 
-    A run that is not there has lost itself too.
+    A missing run counts as lost too, with all its data.
     """
-    found = Counter(
-        runs=1, points=len(told.points), params=len(told.params), artifacts=len(told.files)
-    )
-    if held is None:
-        found["lost"] = found.total()
-        return found
-    there = set(held.points)
-    lost = [point for point in told.points if point not in there]
-    found["lost"] = len(lost) + len(told.params.items() - held.params.items())
-    found["lost"] += sum(held.digest(path) != sha256 for path, sha256 in told.files.items())
-    found["twice"] = len(held.points) - (len(told.points) - len(lost))
-    return found
+    points, params, files = acknowledged.points, acknowledged.params, acknowledged.files
+    counts = Counter(runs=1, points=len(points), params=len(params), artifacts=len(files))
+    if stored is None:
+        counts["lost"] = counts.total()
+        return counts
+    stored_points = set(stored.points)
+    num_lost_points = sum(point not in stored_points for point in points)
+    num_lost_params = len(params.items() - stored.params.items())
+    num_lost_files = sum(stored.digest(path) != sha256 for path, sha256 in files.items())
+    counts["lost"] = num_lost_points + num_lost_params + num_lost_files
+    counts["twice"] = len(stored.points) - (len(points) - num_lost_points)
+    return counts
 
 
-def counted(stand: Stand, records: Sequence[Path]) -> Counter[str]:
-    """All runs of all writers; ``stuck`` are those that are not FINISHED."""
+def count(platform: PlatformFixture, records: Sequence[Path]) -> Counter[str]:
+    """Sum `compare` over all runs of all writers; ``stuck`` counts runs that are not FINISHED."""
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import storage
 
-    name, _, root = stand.env["EUROSAT_ARTIFACTS"].removeprefix("gs://").partition("/")
-    endpoint = {"api_endpoint": stand.env["STORAGE_EMULATOR_HOST"]}
-    nobody = AnonymousCredentials()  # type: ignore[no-untyped-call]
-    made = storage.Client("bench", nobody, client_options=endpoint)
-    bucket, connection = made.bucket(name), stand.connection()
+    name, _, root = platform.env["EUROSAT_ARTIFACTS"].removeprefix("gs://").partition("/")
+    endpoint = {"api_endpoint": platform.env["STORAGE_EMULATOR_HOST"]}
+    anonymous = AnonymousCredentials()  # type: ignore[no-untyped-call]
+    client = storage.Client("bench", anonymous, client_options=endpoint)
+    bucket, connection = client.bucket(name), platform.connection()
     cursor = connection.cursor()
     try:
-        runs, found = _runs(cursor), Counter[str]()
-        found["stuck"] = sum(status != "FINISHED" for _, status, _ in runs.values())
+        runs, counts = _runs(cursor), Counter[str]()
+        counts["stuck"] = sum(status != "FINISHED" for _, status, _ in runs.values())
         for record in track(records, len(records), "comparing", "records"):
-            for journal, told in read(record.read_text().splitlines()).items():
-                held = _held(cursor, bucket, root, runs[journal]) if journal in runs else None
-                found += compare(told, held)
-                found["stuck"] += held is None
+            for journal, acknowledged in read(record.read_text().splitlines()).items():
+                run = runs.get(journal)
+                stored = _stored(cursor, bucket, root, run) if run else None
+                counts += compare(acknowledged, stored)
+                counts["stuck"] += stored is None
     finally:
         connection.close()
-        made.close()
-    return found
+        client.close()
+    return counts
 
 
 def _runs(cursor: Any) -> Mapping[str, tuple[str, str, str]]:
-    """Id, status and place of the artifacts by the journal's id.
+    """Return run id, status and artifact location by journal id.
 
-    A second run of the same journal is stuck, as nobody will end it: its key is its own id.
+    A second run of the same journal gets the status ``made twice`` and its own id as the key: it
+    counts as stuck, as nobody will end it.
     """
     cursor.execute(
         "SELECT coalesce(t.value, r.run_uuid), r.run_uuid, r.status, r.artifact_uri FROM runs r "
@@ -106,23 +108,23 @@ def _runs(cursor: Any) -> Mapping[str, tuple[str, str, str]]:
         "ORDER BY r.start_time, r.run_uuid",
         (EXPERIMENT,),
     )
-    found: dict[str, tuple[str, str, str]] = {}
-    for journal, run_id, status, place in cursor.fetchall():
-        if journal in found:
-            found[run_id] = (run_id, "made twice", place)
+    runs: dict[str, tuple[str, str, str]] = {}
+    for journal, run_id, status, location in cursor.fetchall():
+        if journal in runs:
+            runs[run_id] = (run_id, "made twice", location)
         else:
-            found[journal] = (run_id, status, place)
-    return found
+            runs[journal] = (run_id, status, location)
+    return runs
 
 
-def _held(cursor: Any, bucket: Any, root: str, run: tuple[str, str, str]) -> Held:
+def _stored(cursor: Any, bucket: Any, root: str, run: tuple[str, str, str]) -> Stored:
     from google.api_core.exceptions import NotFound
 
-    run_id, _, place = run
+    run_id, _, location = run
     cursor.execute("SELECT key, step, value FROM metrics WHERE run_uuid = %s", (run_id,))
     points = cursor.fetchall()
     cursor.execute("SELECT key, value FROM params WHERE run_uuid = %s", (run_id,))
-    folder = f"{root}/{place.partition(':/')[2].strip('/')}"
+    folder = f"{root}/{location.partition(':/')[2].strip('/')}"
 
     def digest(path: str) -> str | None:
         try:
@@ -131,4 +133,4 @@ def _held(cursor: Any, bucket: Any, root: str, run: tuple[str, str, str]) -> Hel
             return None
         return hashlib.sha256(content).hexdigest()
 
-    return Held(points=points, params=dict(cursor.fetchall()), digest=digest)
+    return Stored(points=points, params=dict(cursor.fetchall()), digest=digest)

@@ -1,4 +1,4 @@
-"""Whether the platform's memory is flat."""
+"""Growth of the platform's memory during the load."""
 
 import statistics
 import threading
@@ -6,55 +6,57 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from benchmarks.platform.fixture import Stand
+from benchmarks.platform.fixture import PlatformFixture
 
-SAMPLE_S = 1.0
+SAMPLE_INTERVAL_S = 1.0
 
 Sample = dict[str, float]
-"""MB by service."""
+"""MiB by service."""
 
-LEAST = 10
-"""Samples that fifths are taken of."""
+MIN_SAMPLES = 10
+"""Samples that `fifths` needs."""
 
 
 @contextmanager
-def sampled(stand: Stand) -> Iterator[list[Sample]]:
-    """The list grows by one sample a second until the block ends."""
+def sampled(platform: PlatformFixture) -> Iterator[list[Sample]]:
+    """Yield a list that grows by one sample per second until the block ends."""
     samples: list[Sample] = []
-    over = threading.Event()
+    stop = threading.Event()
 
-    def look() -> None:
-        begun = time.monotonic()
-        while not over.wait(max(0.0, begun + len(samples) * SAMPLE_S - time.monotonic())):
-            samples.append(stand.memory_mb())
+    def sample() -> None:
+        start = time.monotonic()
+        while not stop.wait(max(0.0, start + len(samples) * SAMPLE_INTERVAL_S - time.monotonic())):
+            samples.append(platform.memory_mb())
 
-    thread = threading.Thread(target=look, name="memory", daemon=True)
+    thread = threading.Thread(target=sample, name="memory", daemon=True)
     thread.start()
     try:
         yield samples
     finally:
-        over.set()
+        stop.set()
         thread.join()
 
 
 def fifths(samples: Sequence[Sample]) -> tuple[Sample, Sample]:
-    """Of each service the median of the second fifth, after it has warmed up, and of the last."""
+    """Return each service's median in the second fifth, after the warm-up, and in the last."""
     names = sorted({name for sample in samples for name in sample})
     count = len(samples)
-    if count < LEAST:
-        raise ValueError(f"{count} samples are no fifths: at least {LEAST}, so a longer time")
+    if count < MIN_SAMPLES:
+        raise ValueError(
+            f"{count} samples are too few, at least {MIN_SAMPLES} are needed: run the load longer"
+        )
 
     def median(part: Sequence[Sample]) -> Sample:
-        known = {name: [one[name] for one in part if name in one] for name in names}
-        return {name: statistics.median(values) for name, values in known.items() if values}
+        by_name = {name: [sample[name] for sample in part if name in sample] for name in names}
+        return {name: statistics.median(values) for name, values in by_name.items() if values}
 
     return median(samples[count // 5 : 2 * count // 5]), median(samples[4 * count // 5 :])
 
 
 def growth(samples: Sequence[Sample]) -> float:
-    """All services together in the last fifth of the time, over the second fifth.
+    """Return the memory of all services in the last fifth, divided by that in the second fifth.
 
-    A service that was away for the whole of one of them is left out of both.
+    A service that was down for a whole fifth is left out of both.
     """
     before, after = fifths(samples)
     both = before.keys() & after.keys()

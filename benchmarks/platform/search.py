@@ -1,4 +1,4 @@
-"""Searches over many runs, by the REST API of the platform's MLflow."""
+"""Searches over many runs, through the REST API of the platform's MLflow."""
 
 import io
 import time
@@ -11,64 +11,67 @@ import numpy as np
 import requests
 from numpy.typing import NDArray
 
-from benchmarks.platform.fixture import Stand
+from benchmarks.platform.fixture import PlatformFixture
 from eurosat.errors import TrackingError
 from eurosat.runtime.progress import track
 
 EXPERIMENT = "bench-platform-search"
 METRICS, PARAMS, TAGS = 100, 10, 3
 GROUPS = 10
-"""Values of the param ``p0``: a tenth of the runs has each."""
-CHUNK = 500
+"""Number of values of the param ``p0``: a tenth of the runs has each."""
+CHUNK_RUNS = 500
 TIMEOUT_S = 120
 PAGE, LARGE_PAGE = 100, 1000
+"""Runs per page."""
 
 
 class Searcher:
-    """One user who searches the runs of an experiment."""
+    """A user who searches the runs of an experiment."""
 
-    def __init__(self, stand: Stand, who: tuple[str, str], experiment_id: str) -> None:
+    def __init__(
+        self, platform: PlatformFixture, login: tuple[str, str], experiment_id: str
+    ) -> None:
         self._session = requests.Session()
-        self._session.auth = who
-        self._url = f"{stand.url}/api/2.0/mlflow/runs/search"
+        self._session.auth = login
+        self._url = f"{platform.url}/api/2.0/mlflow/runs/search"
         self._experiment_id = experiment_id
 
-    def search(self, **asked: Any) -> dict[str, Any]:
-        """The answer.
+    def search(self, **query: Any) -> dict[str, Any]:
+        """Search runs, and return the JSON answer.
 
         Raises:
-            requests.RequestException: there is none, or it is an error.
+            requests.RequestException: there is no answer, or it is an error.
         """
-        body = {"experiment_ids": [self._experiment_id], **asked}
-        answer = self._session.post(self._url, json=body, timeout=TIMEOUT_S)
-        answer.raise_for_status()
-        read: dict[str, Any] = answer.json()
-        return read
+        body = {"experiment_ids": [self._experiment_id], **query}
+        response = self._session.post(self._url, json=body, timeout=TIMEOUT_S)
+        response.raise_for_status()
+        payload: dict[str, Any] = response.json()
+        return payload
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One sort of search; both functions are given the number of a metric."""
+class SearchKind:
+    """One kind of search. Both functions take the number of a metric."""
 
     name: str
-    asked: Callable[[int], dict[str, Any]]
-    found: Callable[[NDArray[np.float64], int], int]
-    """How many of the runs answer, given their values (runs, metrics): before paging."""
+    query: Callable[[int], dict[str, Any]]
+    num_matches: Callable[[NDArray[np.float64], int], int]
+    """Return how many runs match, before paging, from their metrics (runs, METRICS)."""
     page: int = PAGE
 
 
-KINDS = (
-    Kind(
+SEARCH_KINDS = (
+    SearchKind(
         "filter by a metric",
         lambda m: {"filter": f"metrics.m{m:02} > 0.99"},
         lambda values_RM, m: int((values_RM[:, m] > 0.99).sum()),
     ),
-    Kind(
+    SearchKind(
         "order by a metric",
         lambda m: {"order_by": [f"metrics.m{m:02} DESC"]},
         lambda values_RM, m: len(values_RM),
     ),
-    Kind(
+    SearchKind(
         "filter by metric and param, order by metric",
         lambda m: {
             "filter": f"metrics.m{m:02} > 0.5 AND params.p0 = '{m % GROUPS}'",
@@ -76,13 +79,13 @@ KINDS = (
         },
         lambda values_RM, m: int((values_RM[m % GROUPS :: GROUPS, m] > 0.5).sum()),
     ),
-    Kind(
+    SearchKind(
         "the latest, a page of 1,000",
         lambda m: {"order_by": ["attributes.start_time DESC"]},
         lambda values_RM, m: len(values_RM),
         page=LARGE_PAGE,
     ),
-    Kind(
+    SearchKind(
         "order by a metric, a page of 1,000",
         lambda m: {"order_by": [f"metrics.m{m:02} DESC"]},
         lambda values_RM, m: len(values_RM),
@@ -91,18 +94,18 @@ KINDS = (
 )
 
 
-def fill(stand: Stand, runs: int) -> tuple[str, NDArray[np.float64]]:
-    """Make an experiment with so many runs; returns its id and their metrics (runs, METRICS)."""
-    asked = stand.administrator()
-    made = asked.ask("POST", "2.0/mlflow/experiments/create", name=EXPERIMENT) or {}
-    experiment_id = str(made["experiment_id"])
+def fill(platform: PlatformFixture, runs: int) -> tuple[str, NDArray[np.float64]]:
+    """Create an experiment with ``runs`` runs; return its id and their metrics (runs, METRICS)."""
+    admin = platform.administrator()
+    created = admin.request("POST", "2.0/mlflow/experiments/create", name=EXPERIMENT) or {}
+    experiment_id = str(created["experiment_id"])
     values_RM = np.random.default_rng(0).random((runs, METRICS))
-    connection = stand.connection()
+    connection = platform.connection()
     try:
         cursor = connection.cursor()
-        chunks = list(range(0, runs, CHUNK))
+        chunks = list(range(0, runs, CHUNK_RUNS))
         for first in track(chunks, len(chunks), f"writing runs of {METRICS} metrics", "chunks"):
-            for table, rows in _tables(experiment_id, first, values_RM[first : first + CHUNK]):
+            for table, rows in _tables(experiment_id, first, values_RM[first : first + CHUNK_RUNS]):
                 columns = ", ".join(rows[0])
                 text = "".join("\t".join(map(str, row.values())) + "\n" for row in rows)
                 cursor.copy_expert(f"COPY {table} ({columns}) FROM STDIN", io.StringIO(text))
@@ -115,7 +118,7 @@ def fill(stand: Stand, runs: int) -> tuple[str, NDArray[np.float64]]:
 def _tables(
     experiment_id: str, first: int, values_RM: NDArray[np.float64]
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Rows of MLflow's tables by name; a run's number is in its start time and its ``p0``."""
+    """Yield rows of MLflow's tables; a run's start time and ``p0`` contain its number."""
     start_ms = 1_700_000_000_000
     numbered = [(first + i, uuid.uuid4().hex) for i in range(len(values_RM))]
     yield (
@@ -167,23 +170,23 @@ def _tables(
     yield "latest_metrics", metrics
 
 
-def timed(
+def time_searches(
     searcher: Searcher, values_RM: NDArray[np.float64], rounds: int
 ) -> dict[str, Sequence[float]]:
-    """Milliseconds of each search by kind; the kinds take turns, after one that is not counted.
+    """Return the milliseconds of each search, by kind; a first round is not counted.
 
     Raises:
-        TrackingError: an answer has not as many runs as there are.
+        TrackingError: an answer has another number of runs than match.
     """
-    took: dict[str, list[float]] = {kind.name: [] for kind in KINDS}
+    durations_ms: dict[str, list[float]] = {kind.name: [] for kind in SEARCH_KINDS}
     for number in track(range(rounds + 1), rounds + 1, "searching", "rounds"):
-        for kind in KINDS:
+        for kind in SEARCH_KINDS:
             started = time.perf_counter()
-            answer = searcher.search(max_results=kind.page, **kind.asked(number))
+            payload = searcher.search(max_results=kind.page, **kind.query(number))
             took_ms = 1000 * (time.perf_counter() - started)
-            wanted = min(kind.page, kind.found(values_RM, number))
-            if (found := len(answer.get("runs", []))) != wanted:
-                raise TrackingError(f"{kind.name}: {found} runs were found of {wanted}")
+            expected = min(kind.page, kind.num_matches(values_RM, number))
+            if (found := len(payload.get("runs", []))) != expected:
+                raise TrackingError(f"{kind.name}: {found} of {expected} runs were found")
             if number:
-                took[kind.name].append(took_ms)
-    return dict(took)
+                durations_ms[kind.name].append(took_ms)
+    return dict(durations_ms)

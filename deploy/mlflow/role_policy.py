@@ -1,7 +1,8 @@
-"""Who may move an alias or approve: MLflow's permissions do not tell a writer from a promoter.
+"""Authentication plugin of MLflow's server: only promoters may move aliases or approve.
 
-Its server calls `authenticate` on every request, in the place of its own basic authentication
-(``authorization_function`` of auth.ini), and only what that lets pass meets MLflow's permissions.
+MLflow's own permissions do not separate logging from promoting. Its server calls `authenticate` for
+every request, in place of its basic authentication (``authorization_function`` in auth.ini). Only
+requests that pass here are checked against MLflow's permissions.
 """
 
 import json
@@ -11,82 +12,92 @@ from flask import Response, request
 from mlflow.server import auth
 from werkzeug.datastructures import Authorization
 
-ROLE, WRITERS = "promoter", {"writer", "promoter"}
-REFUSED = "{} is for users with the role {}: ask an administrator (make user NAME=... ROLE={})"
-ALIAS = "/mlflow/registered-models/alias"
-ENDS = {
+PROMOTER, WRITERS = "promoter", {"writer", "promoter"}
+REFUSAL = "{} needs the role {}: ask an administrator (make user NAME=... ROLE={})"
+ALIAS_ROUTE = "/mlflow/registered-models/alias"
+PROMOTER_ROUTES = {
     "/mlflow/registered-models/rename": "renaming a model",
     "/mlflow/registered-models/delete": "deleting a model",
-    "/mlflow/registered-models/update": "a model's description",
-    "/mlflow/registered-models/set-tag": "a tag of a model",
-    "/mlflow/registered-models/delete-tag": "a tag of a model",
+    "/mlflow/registered-models/update": "changing a model's description",
+    "/mlflow/registered-models/set-tag": "changing a model's tags",
+    "/mlflow/registered-models/delete-tag": "changing a model's tags",
     "/mlflow/model-versions/delete": "deleting a version",
-    "/mlflow/model-versions/update": "a version's description",
-    "/mlflow/model-versions/transition-stage": "moving a stage",
-    "/mlflow/model-versions/set-tag": "a tag of a version",
-    "/mlflow/model-versions/delete-tag": "a tag of a version",
+    "/mlflow/model-versions/update": "changing a version's description",
+    "/mlflow/model-versions/transition-stage": "changing a version's stage",
+    "/mlflow/model-versions/set-tag": "changing a version's tags",
+    "/mlflow/model-versions/delete-tag": "changing a version's tags",
 }
-CREATE = "/mlflow/model-versions/create"
-NEW = ("/mlflow/experiments/create", "/mlflow/registered-models/create")
-"""MLflow lets everybody make these whom it knows."""
-OURS = {"approval", "retired", "verdict"}
-"""Tags that the registry's verbs believe (registry/approvals.py, registry/versions.py)."""
-PROMPT = "mlflow.prompt."
-"""How tags begin that make MLflow take a model for a prompt, and hide it from all others."""
-LEDGER = ".ledger"
-"""How the name of a model ends that holds the history of another (registry/ledger.py)."""
+VERSION_ROUTE = "/mlflow/model-versions/create"
+CREATE_ROUTES = ("/mlflow/experiments/create", "/mlflow/registered-models/create")
+"""Routes that MLflow opens to every user, also to one without a role."""
+RESERVED_TAGS = {"approval", "retired", "verdict"}
+"""Tags that the registry's commands trust (registry/approvals.py, registry/versions.py)."""
+PROMPT_PREFIX = "mlflow.prompt."
+"""Prefix of tags that make MLflow treat a model as a prompt, and hide it from the others."""
+LEDGER_SUFFIX = ".ledger"
+"""Suffix of a model that holds the ledger of another (registry/ledger.py)."""
 
 
 def authenticate() -> Authorization | Response:
-    told = auth.authenticate_request_basic_auth()
-    if isinstance(told, Response):
-        return told
-    name = str(told.username)
-    if (what := _for_promoters()) and not _has(name, {ROLE}):
-        return _refused(what, ROLE)
-    if _rule().endswith(NEW) and not _has(name, WRITERS):
-        return _refused("making one", "writer")
-    return told
+    """Return the user of the present request, or the answer 401 or 403."""
+    authorization = auth.authenticate_request_basic_auth()
+    if isinstance(authorization, Response):
+        return authorization
+    name = str(authorization.username)
+    if (action := _promoter_action()) and not _has_role(name, {PROMOTER}):
+        return _refusal(action, PROMOTER)
+    if _route().endswith(CREATE_ROUTES) and not _has_role(name, WRITERS):
+        return _refusal("creating an experiment or model", "writer")
+    return authorization
 
 
-def _refused(what: str, role: str) -> Response:
-    return Response(REFUSED.format(what, role, role) + "\n", status=403, mimetype="text/plain")
+def _refusal(action: str, role: str) -> Response:
+    return Response(REFUSAL.format(action, role, role) + "\n", status=403, mimetype="text/plain")
 
 
-def _has(name: str, roles: set[str]) -> bool:
+def _has_role(name: str, roles: set[str]) -> bool:
     user = auth.store.get_user(name)
-    return user.is_admin or bool(roles & {one.name for one in auth.store.list_user_roles(user.id)})
+    return user.is_admin or bool(
+        roles & {role.name for role in auth.store.list_user_roles(user.id)}
+    )
 
 
-def _rule() -> str:
+def _route() -> str:
     return request.url_rule.rule if request.url_rule else request.path
 
 
-def _for_promoters() -> str:
-    """What of the request is; empty where nothing is."""
-    rule = _rule()
-    if request.method == "GET" or not ("/registered-models/" in rule or "/model-versions/" in rule):
+def _promoter_action() -> str:
+    """Return what the request does that only promoters may do; empty if nothing."""
+    route = _route()
+    if request.method == "GET" or not (
+        "/registered-models/" in route or "/model-versions/" in route
+    ):
         return ""
-    if rule.endswith(ALIAS):
+    if route.endswith(ALIAS_ROUTE):
         return "moving an alias"
-    for end, what in ENDS.items():
-        if rule.endswith(end):
-            return what
-    asked = _asked()
-    names = [str(asked.get("name", "")), *request.args.getlist("name")]
-    if any(name.endswith(LEDGER) for name in names):
-        return "the ledger"
-    if rule.endswith(CREATE):
-        tags = asked.get("tags") or []
+    for suffix, action in PROMOTER_ROUTES.items():
+        if route.endswith(suffix):
+            return action
+    body = _json_body()
+    names = [str(body.get("name", "")), *request.args.getlist("name")]
+    if any(name.endswith(LEDGER_SUFFIX) for name in names):
+        return "writing the ledger"
+    if route.endswith(VERSION_ROUTE):
+        tags = body.get("tags") or []
         keys = {str(tag.get("key")) for tag in tags if isinstance(tag, dict)}
-        forged = sorted(key for key in keys if key in OURS or key.startswith(PROMPT))
+        forged = sorted(
+            key for key in keys if key in RESERVED_TAGS or key.startswith(PROMPT_PREFIX)
+        )
         if forged:
-            return f"the tag {forged[0]}"
+            return f"setting the tag {forged[0]}"
     return ""
 
 
-def _asked() -> dict[str, Any]:
-    """The body as MLflow reads it: of any content type, and JSON within JSON from old clients."""
+def _json_body() -> dict[str, Any]:
+    """Return the body as MLflow reads it.
+
+    MLflow accepts every content type, and a JSON string that holds JSON, as old clients send.
+    """
     body = request.get_json(force=True, silent=True)
     if isinstance(body, str):
         try:

@@ -1,4 +1,4 @@
-"""A restore drill on a real server, database and object store; archives that are refused."""
+"""Backup and restore with a real server, database and object store; damaged archives."""
 
 import contextlib
 import hashlib
@@ -20,15 +20,15 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from deploy import archive, backup, databases, save, schema, transfer
+from deploy import archive, backup, databases, dumps, save, schema, transfer
 from eurosat.errors import ConfigError, TrackingError
 from eurosat.runtime import exit_codes
 from eurosat.storage import GcsStore, ObjectChanged, ObjectStore
 from registry import ledger
 from tests.support.mlflow_server import mlflow_server
-from tests.support.object_stores import fake_gcs
+from tests.support.object_stores import fake_gcs_server
 from tests.support.paths import ROOT
-from tests.support.postgres import create
+from tests.support.postgres import create_database
 from tests.support.registry import MLFLOW_WARNS, challenge, exit_code, run_promote
 from tests.support.serving import until
 
@@ -40,7 +40,7 @@ USER, PASSWORD = "cartographer", "correct-horse-battery"
 pytestmark = [*MLFLOW_WARNS]
 
 
-# An archive alone.
+# Archives.
 
 
 def written(*contents: bytes) -> bytes:
@@ -57,8 +57,8 @@ def verified(data: bytes) -> archive.Manifest:
 
 
 def resealed(data: bytes) -> bytes:
-    """With the seal that whoever altered it would write."""
-    body = data[: -archive.TAIL]
+    """Replace the seal by one that fits the data, as a forger would."""
+    body = data[: -archive.TAIL_BYTES]
     seal = hashlib.sha256(body).hexdigest()
     return body + archive._tail(seal)
 
@@ -72,14 +72,14 @@ def test_an_archive_is_a_tar_whose_manifest_has_the_checksums() -> None:
         assert tar.getnames()[-2:] == [archive.MANIFEST, archive.SEAL]
 
 
-def test_every_altered_byte_and_every_cut_is_refused() -> None:
+def test_every_changed_byte_and_every_cut_is_refused() -> None:
     data = written(b"one", b"another")
     assert verified(data)
     for at in range(len(data)):
-        altered = bytearray(data)
-        altered[at] ^= 1 << at % 8
+        changed = bytearray(data)
+        changed[at] ^= 1 << at % 8
         with pytest.raises(archive.ArchiveError):
-            verified(bytes(altered))
+            verified(bytes(changed))
     for length in range(0, len(data), 97):
         with pytest.raises(archive.ArchiveError):
             verified(data[:length])
@@ -94,7 +94,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("added", "told"),
+    ("added", "message"),
     [
         (member("artifacts/more"), "not those of its manifest"),
         (member("artifacts/0"), "not those of its manifest"),
@@ -106,12 +106,12 @@ def member(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
         (member("artifacts/device", tarfile.CHRTYPE), "no file below a folder"),
     ],
 )
-def test_a_member_that_was_added_is_refused_under_a_new_seal_too(added: bytes, told: str) -> None:
-    with pytest.raises(archive.ArchiveError, match=told):
+def test_an_added_member_is_refused_even_with_a_new_seal(added: bytes, message: str) -> None:
+    with pytest.raises(archive.ArchiveError, match=message):
         verified(resealed(added + written(b"one")))
 
 
-def test_a_name_that_could_not_be_unpacked_is_not_archived() -> None:
+def test_a_name_that_cannot_be_unpacked_safely_is_not_archived() -> None:
     for name in ("../x", "/x", "a//b", "a/./b", "a/\0", "é" * 600, "\udcff"):
         with pytest.raises(archive.ArchiveError, match="cannot be unpacked safely"):
             archive.Writer(io.BytesIO()).add(name, io.BytesIO(b""), 0)
@@ -122,55 +122,56 @@ def test_a_name_that_could_not_be_unpacked_is_not_archived() -> None:
     assert verified(out.getvalue()).members[0].name == long
 
 
-# What the environment says.
+# Settings.
 
 
-def test_a_password_is_taken_out_of_the_address_that_programs_are_given() -> None:
+def test_a_password_is_removed_from_the_uri_that_programs_get() -> None:
     uri = "postgresql+psycopg2://mlflow:s%2Fcret@db:5433/mlflow?sslmode=require"
-    (found,) = databases.configured({"EUROSAT_DATABASE_URI": uri})
-    assert found.uri == "postgresql://mlflow@db:5433/mlflow?sslmode=require"
-    assert found.environment()["PGPASSWORD"] == "s/cret"
-    assert found.called("other").uri == "postgresql://mlflow@db:5433/other?sslmode=require"
+    (database,) = databases.from_environment({"EUROSAT_DATABASE_URI": uri})
+    assert database.uri == "postgresql://mlflow@db:5433/mlflow?sslmode=require"
+    assert database.environment()["PGPASSWORD"] == "s/cret"
+    assert database.renamed("other").uri == "postgresql://mlflow@db:5433/other?sslmode=require"
 
 
-def test_one_database_that_keeps_both_is_saved_once() -> None:
+def test_a_database_that_is_configured_twice_is_saved_once() -> None:
     uri = "postgresql://mlflow@db/mlflow"
     both = {"EUROSAT_DATABASE_URI": uri, "EUROSAT_AUTH_DATABASE_URI": uri}
-    assert len(databases.configured(both)) == 1
+    assert len(databases.from_environment(both)) == 1
 
 
 @pytest.mark.parametrize("uri", ["", "sqlite:///mlflow.db", "postgresql://user:word@host"])
-def test_no_postgresql_is_one_line(uri: str) -> None:
+def test_a_uri_that_is_not_of_postgresql_is_refused_in_one_line(uri: str) -> None:
     with pytest.raises(ConfigError, match="postgresql://user@host/database") as raised:
-        databases.configured({"EUROSAT_DATABASE_URI": uri})
+        databases.from_environment({"EUROSAT_DATABASE_URI": uri})
     assert "word" not in str(raised.value)
 
 
-def test_a_program_older_than_the_server_is_refused_with_its_remedy() -> None:
+def test_a_program_older_than_the_server_is_refused_with_a_remedy() -> None:
     with pytest.raises(ConfigError, match="pg_dump .*apt-get install postgresql-client-99"):
-        databases.program("pg_dump", 99, "mlflow is served by PostgreSQL 99")
+        dumps.find_program("pg_dump", 99, "mlflow is served by PostgreSQL 99")
 
 
-def test_a_schema_is_older_where_migrations_lead_on_from_it() -> None:
-    kind = databases.KINDS[0]
-    first = next(one for one, before in schema.revisions(kind).items() if before is None)
-    (newest,) = {*schema.revisions(kind)} - {*schema.revisions(kind).values()}
-    assert schema.reaches(kind, newest, first)
-    assert not schema.reaches(kind, first, newest)
-    assert schema.reaches(kind, None, newest)
-    assert not schema.reaches(kind, None, "f" * 12)
+def test_a_schema_is_older_if_migrations_start_from_it() -> None:
+    spec = databases.DATABASE_SPECS[0]
+    previous = schema.previous_revisions(spec)
+    first = next(revision for revision, before in previous.items() if before is None)
+    (newest,) = {*previous} - {*previous.values()}
+    assert schema.can_upgrade(spec, newest, first)
+    assert not schema.can_upgrade(spec, first, newest)
+    assert schema.can_upgrade(spec, None, newest)
+    assert not schema.can_upgrade(spec, None, "f" * 12)
 
 
-def test_the_verb_is_light_enough_for_a_small_image() -> None:
+def test_the_command_imports_no_heavy_package() -> None:
     heavy = "{'torch', 'mlflow', 'google.cloud', 'numpy', 'pandas'}"
-    asked = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", f"import sys, deploy.backup; print({heavy} & {{*sys.modules}})"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert asked.stdout.strip() == "set()"
+    assert result.stdout.strip() == "set()"
 
 
 # The platform.
@@ -178,7 +179,7 @@ def test_the_verb_is_light_enough_for_a_small_image() -> None:
 
 @dataclass(frozen=True)
 class Platform:
-    """Two databases and a bucket."""
+    """The two databases and the bucket of a platform."""
 
     name: str
     postgres: str
@@ -204,8 +205,8 @@ class Platform:
 
     @contextlib.contextmanager
     def users(self) -> "Iterator[UserStore]":
-        """MLflow's own, as its server with basic auth has them."""
-        with warnings.catch_warnings(action="ignore"):  # MLflow's server, of newer libraries
+        """Yield MLflow's store of users, as its server with basic auth uses it."""
+        with warnings.catch_warnings(action="ignore"):  # MLflow's server warns of newer libraries
             from mlflow.server.auth.sqlalchemy_store import SqlAlchemyStore
 
             store = SqlAlchemyStore()
@@ -216,31 +217,31 @@ class Platform:
             store.engine.dispose()
 
     def databases(self) -> list[databases.Database]:
-        return databases.configured(self.environment)
+        return databases.from_environment(self.environment)
 
     def artifacts(self) -> ObjectStore:
-        return transfer.open_checked(self.environment["EUROSAT_ARTIFACTS"], "here")
+        return transfer.open_checked(self.environment["EUROSAT_ARTIFACTS"], "EUROSAT_ARTIFACTS")
 
     def objects(self) -> dict[str, str]:
-        """Of the whole bucket: names and checksums."""
+        """Return the checksum of every object of the bucket, by name."""
         from google.cloud.storage import Client
 
         return {blob.name: blob.crc32c for blob in Client().list_blobs(self.name)}
 
-    def asked(self, query: str, database: str | None = None) -> list[Any]:
-        with self.databases()[0].called(database or self.name).connected() as opened:
+    def query(self, query: str, database: str | None = None) -> list[Any]:
+        with self.databases()[0].renamed(database or self.name).connected() as opened:
             cursor = opened.cursor()
             cursor.execute(query)
             return list(cursor.fetchall())
 
     def every_database(self) -> set[str]:
-        return {name for (name,) in self.asked("SELECT datname FROM pg_database", "postgres")}
+        return {name for (name,) in self.query("SELECT datname FROM pg_database", "postgres")}
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("platform")
-    with fake_gcs(folder / "gcs") as url, pytest.MonkeyPatch.context() as patch:
+    with fake_gcs_server(folder / "gcs") as url, pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         yield folder
 
@@ -249,8 +250,8 @@ def platform(name: str, postgres: str, folder: Path) -> Platform:
     from google.cloud.storage import Client
 
     Client().create_bucket(name)
-    create(postgres, name)
-    create(postgres, f"{name}_auth")
+    create_database(postgres, name)
+    create_database(postgres, f"{name}_auth")
     return Platform(name, postgres, folder)
 
 
@@ -259,10 +260,10 @@ class Saved:
     source: Platform
     url: str
     file: Path
-    before: int
+    steps_before: int
     """Steps that the writer had logged when the backup began."""
     writer: str
-    """Its run."""
+    """Id of the writer's run."""
 
 
 def content(step: int) -> str:
@@ -270,7 +271,7 @@ def content(step: int) -> str:
 
 
 def write_on(run_id: str, steps: list[int], stop: threading.Event, folder: Path) -> None:
-    """An artifact and then its point, and one artifact over and over."""
+    """Log an artifact and then a point per step, and overwrite one artifact in every step."""
     client, step = MlflowClient(), 0
     while not stop.is_set():
         client.log_text(run_id, content(step), f"states/{step}.txt")
@@ -281,9 +282,9 @@ def write_on(run_id: str, steps: list[int], stop: threading.Event, folder: Path)
 
 
 @pytest.fixture(scope="module")
-def saved(postgres: str, stored: Path) -> Iterator[Saved]:
-    """A platform in use and a backup that was made while a run was written."""
-    source = platform("first", postgres, stored)
+def saved(postgres: str, server_folder: Path) -> Iterator[Saved]:
+    """A platform in use, and a backup that was saved while a run was being written."""
+    source = platform("first", postgres, server_folder)
     with source.served() as url, pytest.MonkeyPatch.context() as patch:
         for name, value in {**source.environment, "MLFLOW_TRACKING_URI": url}.items():
             patch.setenv(name, value)
@@ -291,7 +292,7 @@ def saved(postgres: str, stored: Path) -> Iterator[Saved]:
             users.create_user("admin", "a password of before", is_admin=True)
             users.create_user(USER, PASSWORD)
         client = MlflowClient()
-        scratch = stored / "scratch"
+        scratch = server_folder / "scratch"
         scratch.mkdir()
         challenge(scratch, MODEL, 30)
         assert run_promote(MODEL, "--why", "the first") == exit_codes.OK
@@ -317,34 +318,36 @@ def saved(postgres: str, stored: Path) -> Iterator[Saved]:
         try:
             until(lambda: len(steps) > 5, 60, "a run that is written")
             before = len(steps)
-            assert exit_code(backup.main, "save", "--to", str(stored / "kept")) == exit_codes.OK
+            assert (
+                exit_code(backup.main, "save", "--to", str(server_folder / "kept")) == exit_codes.OK
+            )
             until(lambda: len(steps) > before + 1, 60, "a run that goes on")
         finally:
             stop.set()
             thread.join()
-        (file,) = (stored / "kept").iterdir()
+        (file,) = (server_folder / "kept").iterdir()
         yield Saved(source, url, file, before, writer)
 
 
 def every_run(client: MlflowClient) -> dict[str, Run]:
-    experiments = [one.experiment_id for one in client.search_experiments()]
+    experiments = [found.experiment_id for found in client.search_experiments()]
     return {run.info.run_id: run for run in client.search_runs(experiments)}
 
 
-def told(run: Run) -> str:
-    return json.dumps(run.to_dictionary(), sort_keys=True)  # NaN is like itself here
+def as_json(run: Run) -> str:
+    return json.dumps(run.to_dictionary(), sort_keys=True)  # in JSON, NaN equals itself
 
 
 def points(client: MlflowClient, run: Run) -> set[tuple[Any, ...]]:
     return {
-        (one.key, str(one.value), one.timestamp, one.step)
+        (point.key, str(point.value), point.timestamp, point.step)
         for key in run.data.metrics
-        for one in client.get_metric_history(run.info.run_id, key)
+        for point in client.get_metric_history(run.info.run_id, key)
     }
 
 
-def sums(client: MlflowClient, run_id: str, folder: Path) -> dict[str, str]:
-    """Of every artifact, as a client downloads it."""
+def checksums(client: MlflowClient, run_id: str, folder: Path) -> dict[str, str]:
+    """Download every artifact of a run; return the sha256 by path."""
     folder.mkdir()
     client.download_artifacts(run_id, "", str(folder))
     return {
@@ -355,7 +358,7 @@ def sums(client: MlflowClient, run_id: str, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.postgres
-def test_a_restored_platform_is_the_one_that_was_saved(saved: Saved, tmp_path: Path) -> None:
+def test_a_restored_platform_equals_the_saved_one(saved: Saved, tmp_path: Path) -> None:
     source = saved.source
     second = platform("second", source.postgres, source.folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -376,71 +379,76 @@ def test_a_restored_platform_is_the_one_that_was_saved(saved: Saved, tmp_path: P
         for run_id, run in restored.items():
             if run_id == saved.writer:
                 continue
-            assert told(run) == told(runs[run_id])
+            assert as_json(run) == as_json(runs[run_id])
             assert points(new, run) == points(old, runs[run_id])
-            downloaded = sums(new, run_id, tmp_path / f"new-{run_id}")
-            assert downloaded == sums(old, run_id, tmp_path / f"old-{run_id}")
+            downloaded = checksums(new, run_id, tmp_path / f"new-{run_id}")
+            assert downloaded == checksums(old, run_id, tmp_path / f"old-{run_id}")
             assert downloaded
         written = restored[saved.writer]
         steps = sorted(step for _, _, _, step in points(new, written))
         assert steps == list(range(len(steps)))
-        assert len(steps) >= saved.before, "what was logged before the backup is in it"
+        assert len(steps) >= saved.steps_before, "what was logged before the backup is in it"
         assert points(new, written) <= points(old, runs[saved.writer])
-        kept = sums(new, saved.writer, tmp_path / saved.writer)
+        downloaded = checksums(new, saved.writer, tmp_path / saved.writer)
         for step in steps:
-            wanted = hashlib.sha256(content(step).encode()).hexdigest()
-            assert kept[f"states/{step}.txt"] == wanted
-        assert kept["last.txt"] in {
+            expected = hashlib.sha256(content(step).encode()).hexdigest()
+            assert downloaded[f"states/{step}.txt"] == expected
+        assert downloaded["last.txt"] in {
             hashlib.sha256(content(step).encode()).hexdigest() for step in range(10_000)
-        }, "whole, whichever it is"
+        }, "it is the content of one step"
         for name in (MODEL, ledger.name_of(MODEL)):
             model, again = old.get_registered_model(name), new.get_registered_model(name)
             assert again.aliases == model.aliases
             assert again.tags == model.tags
             versions = [
                 sorted(
-                    (str(one.version), one.run_id, one.source, sorted(one.tags.items()))
-                    for one in client.search_model_versions(f"name='{name}'")
+                    (
+                        str(version.version),
+                        version.run_id,
+                        version.source,
+                        sorted(version.tags.items()),
+                    )
+                    for version in client.search_model_versions(f"name='{name}'")
                 )
                 for client in (old, new)
             ]
             assert versions[0] == versions[1]
-        assert new.get_registered_model(MODEL).aliases, "there are some"
+        assert new.get_registered_model(MODEL).aliases, "the comparison is not empty"
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("MLFLOW_TRACKING_URI", saved.url)
-            entered = ledger.entries(MODEL)
+            entries = ledger.entries(MODEL)
             patch.setenv("MLFLOW_TRACKING_URI", url)
-            assert ledger.entries(MODEL) == entered
-        assert len(entered) == 2
+            assert ledger.entries(MODEL) == entries
+        assert len(entries) == 2
 
 
-def altered(data: bytes, at: int) -> bytes:
+def changed(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
 
 
 def with_schema(file: Path, revision: str) -> bytes:
-    """The same archive, saved from an MLflow of another schema."""
+    """Return the archive with another schema of MLflow in its manifest."""
     manifest = verified(file.read_bytes())
-    manifest.told["databases"]["mlflow"]["schema"] = revision
+    manifest.metadata["databases"]["mlflow"]["schema"] = revision
     writer = archive.Writer(out := io.BytesIO())
     with tarfile.open(file) as tar:
-        for one in manifest.members:
-            content = tar.extractfile(one.name)
+        for member in manifest.members:
+            content = tar.extractfile(member.name)
             assert content
-            writer.add(one.name, content, one.size)
-    writer.finish(manifest.told)
+            writer.add(member.name, content, member.size)
+    writer.finish(manifest.metadata)
     return out.getvalue()
 
 
 @pytest.mark.postgres
-def test_what_is_not_whole_is_refused_before_anything_is_touched(
+def test_a_damaged_archive_is_refused_before_anything_is_touched(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = platform("third", saved.source.postgres, saved.source.folder)
     databases_before = target.every_database()
     data = saved.file.read_bytes()
     with tarfile.open(saved.file) as tar:
-        (manifest,) = (one for one in tar if one.name == archive.MANIFEST)
+        (manifest,) = (member for member in tar if member.name == archive.MANIFEST)
     file = tmp_path / "eurosat.tar"
     added = tmp_path / "added.tar"
     added.write_bytes(data)
@@ -448,11 +456,11 @@ def test_what_is_not_whole_is_refused_before_anything_is_touched(
         tar.addfile(tarfile.TarInfo("artifacts/more"))
     cases = [
         *(data[: int(len(data) * share)] for share in (0, 0.3, 0.9)),
-        *(data[:-cut] for cut in (1, 1024, archive.TAIL)),
-        *(altered(data, int(len(data) * share)) for share in (0, 0.001, 0.2, 0.6)),
-        *(altered(data, manifest.offset_data + at) for at in (5, manifest.size // 2)),
-        altered(data, len(data) - archive.TAIL + 520),
-        altered(data, len(data) - 1),
+        *(data[:-cut] for cut in (1, 1024, archive.TAIL_BYTES)),
+        *(changed(data, int(len(data) * share)) for share in (0, 0.001, 0.2, 0.6)),
+        *(changed(data, manifest.offset_data + at) for at in (5, manifest.size // 2)),
+        changed(data, len(data) - archive.TAIL_BYTES + 520),
+        changed(data, len(data) - 1),
         added.read_bytes(),
         with_schema(saved.file, "f" * 12),
     ]
@@ -462,11 +470,11 @@ def test_what_is_not_whole_is_refused_before_anything_is_touched(
         for case in cases:
             file.write_bytes(case)
             assert exit_code(backup.main, "restore", "--from", str(file), "--replace") == 2
-            (line,) = (one for one in capsys.readouterr().err.splitlines() if "error:" in one)
+            (line,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)
             assert "archive" in line
     assert "with the MLflow that it was saved from, or a newer one" in line, "the last of them"
     assert target.every_database() == databases_before
-    assert not target.asked("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+    assert not target.query("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
     assert not target.objects()
 
 
@@ -487,32 +495,32 @@ def command(*arguments: str, environment: dict[str, str]) -> Iterator["subproces
 
 
 @pytest.mark.postgres
-def test_a_backup_that_is_killed_leaves_nothing_that_looks_whole(
-    saved: Saved, tmp_path: Path
-) -> None:
+def test_a_killed_backup_leaves_no_file_that_looks_complete(saved: Saved, tmp_path: Path) -> None:
     with command(
         "-m", "deploy.backup", "save", "--to", str(tmp_path), environment=saved.source.environment
     ) as process:
         until(
-            lambda: sum(one.stat().st_size for one in tmp_path.iterdir()) > 1 << 20,
+            lambda: sum(file.stat().st_size for file in tmp_path.iterdir()) > 1 << 20,
             60,
             "a backup that is being written",
         )
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=30) == -signal.SIGKILL
-    assert not list(tmp_path.glob("*.tar")), "pathlib's star matches hidden names too"
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".")
-    assert exit_code(backup.main, "verify", str(left)) == exit_codes.BAD_INPUT
-    os.utime(left, (0, 0))
+    assert not list(tmp_path.glob("*.tar")), (
+        "not even a hidden one, which pathlib's star matches too"
+    )
+    (unfinished,) = tmp_path.iterdir()
+    assert unfinished.name.startswith(".")
+    assert exit_code(backup.main, "verify", str(unfinished)) == exit_codes.BAD_INPUT
+    os.utime(unfinished, (0, 0))
     assert exit_code(backup.main, "save", "--to", str(tmp_path)) == exit_codes.OK
-    (whole,) = tmp_path.iterdir()
-    assert whole.suffix == ".tar"
-    assert whole.stat().st_mode & 0o077 == 0, "it holds the hashes of passwords"
+    (complete,) = tmp_path.iterdir()
+    assert complete.suffix == ".tar"
+    assert complete.stat().st_mode & 0o077 == 0, "it holds hashes of passwords"
 
 
 @pytest.mark.postgres
-def test_a_bucket_gets_a_whole_archive_or_none(
+def test_a_bucket_gets_a_complete_archive_or_none(
     saved: Saved, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from google.cloud.storage import Client
@@ -534,25 +542,25 @@ def test_a_bucket_gets_a_whole_archive_or_none(
     assert exit_code(backup.main, "verify", address) == exit_codes.OK
     data = blob.download_as_bytes()
     assert verified(data).seal
-    bucket.blob(blob.name).upload_from_string(altered(data, len(data) // 2))
+    bucket.blob(blob.name).upload_from_string(changed(data, len(data) // 2))
     assert exit_code(backup.main, "verify", address) == exit_codes.BAD_INPUT
 
 
 KILLED_AT = {
-    "with one database restored": "databases.restore = dies_after(databases.restore)",
-    "with all restored beside": "restore._lay_over = dies",
-    "with the artifacts laid over": "databases.swap = dies",
-    "after the swap": "restore._clean_up = dies",
+    "with one database restored": "dumps.restore = dies_after(dumps.restore)",
+    "with everything restored beside": "restore.Restore._swap_artifacts = dies",
+    "with the artifacts copied into place": "databases.swap = dies",
+    "after the swap": "restore.Restore.clean_up = dies",
 }
-"""What a process that is to be killed there runs before the verb."""
+"""Point at which a restore is killed, and the code that kills it there."""
 DYING = """
 import os
-from deploy import backup, databases, restore
+from deploy import backup, databases, dumps, restore
 from eurosat.runtime import cli
 def dies(*_):
     os.kill(os.getpid(), 9)
 def dies_after(work):
-    return lambda *given: (work(*given), dies())
+    return lambda *args: (work(*args), dies())
 exec(%r)
 cli.run_command(backup.main)
 """
@@ -564,7 +572,7 @@ cli.run_command(backup.main)
     [[*KILLED_AT][2:], pytest.param([*KILLED_AT], marks=pytest.mark.slow)],
     ids=["late", "everywhere"],
 )
-def test_a_platform_in_use_is_replaced_on_request_however_often_that_is_killed(
+def test_a_restore_that_is_killed_at_any_point_completes_when_run_again(
     saved: Saved, points: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "other.tar"
@@ -577,13 +585,13 @@ def test_a_platform_in_use_is_replaced_on_request_however_often_that_is_killed(
         dying = DYING % "databases.swap = dies"
         with command("-c", dying, *arguments, environment={}) as process:
             assert process.wait(timeout=60) == -signal.SIGKILL
-        assert target.objects(), "the empty place was being filled"
-        assert exit_code(backup.main, *arguments) == exit_codes.OK, "and may be filled once more"
-        target.artifacts().write("1/new/artifacts/of-now.txt", io.BytesIO(b"new"))
+        assert target.objects(), "the empty bucket was being filled"
+        assert exit_code(backup.main, *arguments) == exit_codes.OK, "and may be filled again"
+        target.artifacts().write("1/new/artifacts/present.txt", io.BytesIO(b"new"))
         first = manifest.below(archive.ARTIFACTS)[0].name
         target.artifacts().write(first.removeprefix("artifacts/"), io.BytesIO(b"changed"))
         with target.databases()[0].connected() as opened:
-            opened.cursor().execute("UPDATE runs SET name = 'of now'")
+            opened.cursor().execute("UPDATE runs SET name = 'present'")
             opened.commit()
         now = target.objects()
         assert exit_code(backup.main, *arguments) == exit_codes.BAD_INPUT
@@ -596,113 +604,116 @@ def test_a_platform_in_use_is_replaced_on_request_however_often_that_is_killed(
         for point in points:
             with command("-c", DYING % KILLED_AT[point], *replacing, environment={}) as process:
                 assert process.wait(timeout=60) == -signal.SIGKILL, (point, process.stderr)
-            names = {name for (name,) in target.asked("SELECT name FROM runs")}
+            names = {name for (name,) in target.query("SELECT name FROM runs")}
             if point == "after the swap":
-                assert "of now" not in names
-                same = manifest.told["databases"]["mlflow"]["schema"]
+                assert "present" not in names
+                same = manifest.metadata["databases"]["mlflow"]["schema"]
                 other.write_bytes(with_schema(saved.file, same))
                 assert (
                     exit_code(backup.main, "restore", "--from", str(other)) == exit_codes.BAD_INPUT
                 )
-                assert "--replace" in capsys.readouterr().err, "it is no restore of that one"
+                assert "--replace" in capsys.readouterr().err, (
+                    "the unfinished restore is of another archive"
+                )
                 continue
-            assert names == {"of now"}, f"{point} the database is the one of before"
-            there = target.objects()
-            assert there.keys() >= now.keys(), f"{point} nothing of before is missing"
+            assert names == {"present"}, f"{point} the database is the old one"
+            objects = target.objects()
+            assert objects.keys() >= now.keys(), f"{point} no old artifact is missing"
         assert exit_code(backup.main, *replacing) == exit_codes.OK
-        told = capsys.readouterr().out.splitlines()
-    kept = [one.removeprefix("kept of before: ") for one in told if "kept of before" in one]
-    assert [one.split("_before_")[0] for one in kept[:2]] == [
+        output = capsys.readouterr().out.splitlines()
+    prefix = "kept from before: "
+    kept = [line.removeprefix(prefix) for line in output if line.startswith(prefix)]
+    assert [name.split("_before_")[0] for name in kept[:2]] == [
         f"database {target.name}",
         f"database {target.name}_auth",
     ]
-    assert target.asked("SELECT DISTINCT name FROM runs", kept[0].split()[1]) == [("of now",)]
-    there = target.objects()
-    assert {name for name in there if name.startswith("artifacts/")} == {
-        one.name for one in manifest.below(archive.ARTIFACTS)
+    assert target.query("SELECT DISTINCT name FROM runs", kept[0].split()[1]) == [("present",)]
+    objects = target.objects()
+    assert {name for name in objects if name.startswith("artifacts/")} == {
+        member.name for member in manifest.below(archive.ARTIFACTS)
     }
-    oldest = min(name.split("/")[0] for name in there if ".before-" in name)
-    assert {name: there[name.replace("artifacts", oldest, 1)] for name in now} == now
-    assert not [name for name in there if name.startswith("artifacts.resto")]
+    oldest = min(name.split("/")[0] for name in objects if ".before-" in name)
+    assert {name: objects[name.replace("artifacts", oldest, 1)] for name in now} == now
+    assert not [name for name in objects if name.startswith("artifacts.resto")]
     assert not any("restoring" in name for name in target.every_database())
-    for one in manifest.below(archive.ARTIFACTS):
+    artifacts = target.artifacts()
+    for member in manifest.below(archive.ARTIFACTS):
         spool = io.BytesIO()
-        place = target.artifacts()
-        found = place.find(one.name.removeprefix("artifacts/"))
-        assert found
-        place.read(found, spool)
-        assert hashlib.sha256(spool.getvalue()).hexdigest() == one.sha256
+        info = artifacts.find(member.name.removeprefix("artifacts/"))
+        assert info
+        artifacts.read(info, spool)
+        assert hashlib.sha256(spool.getvalue()).hexdigest() == member.sha256
 
 
 @pytest.fixture(params=["folder", "bucket"])
-def place(request: pytest.FixtureRequest, stored: Path, tmp_path: Path) -> ObjectStore:
+def store(request: pytest.FixtureRequest, server_folder: Path, tmp_path: Path) -> ObjectStore:
     if request.param == "folder":
-        return transfer.open_checked(str(tmp_path / "artifacts"), "here")
+        return transfer.open_checked(str(tmp_path / "artifacts"), "EUROSAT_ARTIFACTS")
     from google.cloud.storage import Client
 
     bucket = Client().bucket("places")
     if not bucket.exists():
         bucket.create()
-    return transfer.open_checked("gs://places/artifacts", "here")
+    return transfer.open_checked("gs://places/artifacts", "EUROSAT_ARTIFACTS")
 
 
-def test_an_artifact_that_is_overwritten_is_taken_whole_from_one_generation(
-    place: ObjectStore,
+def test_an_overwritten_artifact_is_read_from_one_generation(
+    store: ObjectStore,
 ) -> None:
-    place.write("a/b", io.BytesIO(b"first"))
-    (listed,) = place.list_objects()
-    place.write("a/b", io.BytesIO(b"second, and longer"))
+    store.write("a/b", io.BytesIO(b"first"))
+    (listed,) = store.list_objects()
+    store.write("a/b", io.BytesIO(b"second, and longer"))
     with pytest.raises(ObjectChanged):
-        place.read(listed, io.BytesIO())
-    taken, content = save._fetch(place, listed)
+        store.read(listed, io.BytesIO())
+    info, content = save._read_whole(store, listed)
     assert content
     with content:
         assert content.read() == b"second, and longer"
-    assert taken.size == 18
-    assert taken.generation != listed.generation
-    place.delete("a/b")
-    assert save._fetch(place, listed) == (listed, None)
-    assert not list(place.list_objects())
+    assert info.size == 18
+    assert info.generation != listed.generation
+    store.delete("a/b")
+    assert save._read_whole(store, listed) == (listed, None)
+    assert not store.list_objects()
 
 
-def test_what_is_copied_beside_is_apart(place: ObjectStore) -> None:
-    kept = place.sibling(".before-now")
-    place.write("a/b", io.BytesIO(b"first"))
-    place.copy("a/b", kept)
-    place.write("a/b", io.BytesIO(b"second"))
-    assert [stored.key for stored in place.list_objects()] == ["a/b"]
-    (stored,) = kept.list_objects()
-    with kept.open(stored) as opened:
-        assert opened.read() == b"first"
-    transfer.delete_all(kept)
-    assert not list(kept.list_objects())
-    (stored,) = place.list_objects()
-    with place.open(stored) as opened:
-        assert opened.read() == b"second"
-    transfer.delete_all(place)
+def test_a_copy_in_a_sibling_is_independent(store: ObjectStore) -> None:
+    copy = store.sibling(".before-now")
+    store.write("a/b", io.BytesIO(b"first"))
+    store.copy("a/b", copy)
+    store.write("a/b", io.BytesIO(b"second"))
+    assert [info.key for info in store.list_objects()] == ["a/b"]
+    (info,) = copy.list_objects()
+    with copy.open(info) as stream:
+        assert stream.read() == b"first"
+    transfer.delete_all(copy)
+    assert not copy.list_objects()
+    (info,) = store.list_objects()
+    with store.open(info) as stream:
+        assert stream.read() == b"second"
+    transfer.delete_all(store)
 
 
-def test_a_stream_that_breaks_leaves_nothing_under_its_name(place: ObjectStore) -> None:
-    def breaks(out: Any) -> None:
+def test_a_stream_that_fails_leaves_no_object(store: ObjectStore) -> None:
+    def fail(out: Any) -> None:
         out.write(b"x" * (20 << 20))
         raise TrackingError("gone")
 
     with pytest.raises(TrackingError, match="gone"):
-        place.create("archive.tar", breaks)
-    assert not list(place.list_objects())
+        store.create("archive.tar", fail)
+    assert not store.list_objects()
 
 
-def test_a_backup_within_the_artifacts_is_refused(place: ObjectStore) -> None:
+def test_a_backup_within_the_artifacts_is_refused(store: ObjectStore) -> None:
     within = (
-        place.sibling("/backups")
-        if isinstance(place, GcsStore)
-        else transfer.open_checked(f"{place.url}/x", "")
+        store.sibling("/backups")
+        if isinstance(store, GcsStore)
+        else transfer.open_checked(f"{store.url}/x", "")
     )
     with pytest.raises(ConfigError, match="lies within the artifacts"):
-        save.save([], place, within)
+        save.save([], store, within)
 
 
-def test_a_bucket_that_is_not_there_is_one_line(stored: Path) -> None:
+def test_a_missing_bucket_is_refused_in_one_line(server_folder: Path) -> None:
     with pytest.raises(ConfigError, match="there is no bucket gs://nowhere"):
         transfer.open_checked("gs://nowhere/x", "--to")
     with pytest.raises(ConfigError, match="neither a folder nor gs://"):

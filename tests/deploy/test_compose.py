@@ -44,7 +44,7 @@ def dockerfiles() -> list[Path]:
     return sorted((ROOT / "deploy").glob("*/Dockerfile"))
 
 
-def test_up_starts_the_platform_and_the_rest_is_asked_for() -> None:
+def test_up_starts_the_platform_and_profiles_start_the_rest() -> None:
     assert {name for name, service in services().items() if "profiles" not in service} == ALWAYS
 
 
@@ -66,7 +66,7 @@ def test_every_service_is_locked_down() -> None:
         assert not service.get("privileged"), name
 
 
-def test_nobody_is_root() -> None:
+def test_no_service_runs_as_root() -> None:
     for name, service in services().items():
         if user := service.get("user"):
             assert not user.startswith("0"), name
@@ -97,7 +97,7 @@ def test_every_dockerfile_starts_from_pinned_images_and_installs_from_a_lock(fil
 
 
 @pytest.mark.parametrize("name", ["mlflow", "postgres", "serving"])
-def test_the_locks_of_images_hold_the_products_own_releases(name: str) -> None:
+def test_the_locks_of_images_have_the_versions_of_the_main_lock(name: str) -> None:
     ours, theirs = pins(ROOT / "requirements.lock"), pins(ROOT / f"deploy/{name}/requirements.lock")
     assert theirs
     differing = {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
@@ -107,12 +107,12 @@ def test_the_locks_of_images_hold_the_products_own_releases(name: str) -> None:
         assert services()["mlflow"]["image"].endswith(f":{theirs['mlflow']}")
 
 
-def test_nothing_but_the_proxy_is_published_and_that_on_loopback() -> None:
+def test_only_the_proxy_is_published_and_on_loopback() -> None:
     published = {name: s["ports"] for name, s in services().items() if "ports" in s}
     assert published == {"proxy": ["${PLATFORM_BIND:-127.0.0.1}:${PLATFORM_PORT:-8443}:8443"]}
 
 
-def test_the_database_can_be_reached_by_those_who_need_it_alone() -> None:
+def test_only_services_that_need_the_database_can_reach_it() -> None:
     read = yaml.safe_load(COMPOSE.read_text())
     assert read["networks"]["database"]["internal"]
     inside = {name for name, s in services().items() if "database" in s.get("networks", [])}
@@ -120,7 +120,7 @@ def test_the_database_can_be_reached_by_those_who_need_it_alone() -> None:
     assert inside <= {"postgres", "mlflow", "upgrade", "backup"}
 
 
-def test_no_secret_is_written_down() -> None:
+def test_no_secret_is_in_the_compose_file() -> None:
     for name, service in services().items():
         for key, value in service.get("environment", {}).items():
             if re.search("PASSWORD|SECRET|TOKEN|_KEY", key):
@@ -128,8 +128,8 @@ def test_no_secret_is_written_down() -> None:
     assert not re.search(r"://[^\s/@]*:[^\s/@]*@", COMPOSE.read_text()), "a URL holds a password"
 
 
-def test_every_secret_is_a_file_that_make_secrets_makes(tmp_path: Path) -> None:
-    made = set(secrets.make(tmp_path))
+def test_every_secret_is_a_file_that_make_secrets_generates(tmp_path: Path) -> None:
+    made = set(secrets.make_missing(tmp_path))
     read = yaml.safe_load(COMPOSE.read_text())["secrets"]
     assert set(read) <= made
     for name, secret in read.items():
@@ -157,14 +157,14 @@ def test_services_wait_until_what_they_need_is_healthy() -> None:
     assert needed["proxy"] == {"mlflow": healthy}
 
 
-def test_what_has_to_survive_lies_on_named_volumes() -> None:
+def test_persistent_data_is_on_named_volumes() -> None:
     volumes = set(yaml.safe_load(COMPOSE.read_text())["volumes"])
     for name in ("postgres", "gcs", "promoter", "prometheus", "alertmanager"):
         mounted = {str(volume).split(":")[0] for volume in services()[name]["volumes"]}
         assert mounted & volumes, f"{name} keeps nothing on a named volume"
 
 
-def test_the_server_asks_who_it_is_answers_to_its_names_alone_and_tells_nobody() -> None:
+def test_mlflow_has_authentication_allowed_hosts_and_no_telemetry() -> None:
     serve = (ROOT / "deploy/mlflow/serve").read_text()
     assert "--app-name=basic-auth" in serve
     names = "mlflow:5000,localhost:*,127.0.0.1:*,$PLATFORM_HOST,$PLATFORM_HOST:*"
@@ -174,7 +174,7 @@ def test_the_server_asks_who_it_is_answers_to_its_names_alone_and_tells_nobody()
     assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
 
 
-def test_the_dashboard_and_the_rules_ask_for_metrics_that_serving_gives() -> None:
+def test_the_dashboard_and_the_alerts_use_metrics_that_serving_exports() -> None:
     from serving.metrics import Metrics
 
     told = Metrics().text()

@@ -19,7 +19,7 @@ import requests
 from mlflow import MlflowClient
 
 from benchmarks.platform import load
-from benchmarks.platform.fixture import Stand
+from benchmarks.platform.fixture import PlatformFixture
 from deploy import users
 from tests.support.images import encoded
 from tests.support.mlflow_server import free_port
@@ -93,8 +93,8 @@ class Stack:
     def secret(self, name: str) -> str:
         return (self.folder / ".platform/secrets" / name).read_text()
 
-    def administrator(self) -> users.Server:
-        return users.Server(self.url, "admin", self.secret("admin_password"), self.certificate)
+    def administrator(self) -> users.UserAdmin:
+        return users.UserAdmin(self.url, "admin", self.secret("admin_password"), self.certificate)
 
     def compose(self, *arguments: str, timeout: float = 300) -> str:
         return run("docker", "compose", "-p", PROJECT, *arguments, at=self, timeout=timeout)
@@ -135,12 +135,12 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Containers(Stand):
+class Containers(PlatformFixture):
     """What bench-platform lays its load upon, in containers."""
 
     stack: Stack
 
-    def administrator(self) -> users.Server:
+    def administrator(self) -> users.UserAdmin:
         return self.stack.administrator()
 
     def connection(self) -> Any:
@@ -156,7 +156,7 @@ class Containers(Stand):
         made.autocommit = True
         return made
 
-    def end(self, service: str) -> None:
+    def kill(self, service: str) -> None:
         if service == "postgres":
             self.stack.compose("restart", service)
             return
@@ -177,7 +177,7 @@ class Containers(Stand):
         )
 
     @contextmanager
-    def cut(self, service: str) -> Iterator[None]:
+    def cut_off(self, service: str) -> Iterator[None]:
         self.stack.compose("pause", SERVICES[service])
         try:
             yield
@@ -254,7 +254,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         run(*compose, "down", "-v", "--remove-orphans", at=folder, env=env)
 
 
-def test_it_is_up_within_three_minutes(stack: Stack) -> None:
+def test_the_stack_is_healthy_within_three_minutes(stack: Stack) -> None:
     print(f"up after {stack.seconds:.0f} s")
     assert stack.seconds < UP_S
     states = {c["Name"]: c["State"] for c in stack.containers()}
@@ -264,7 +264,7 @@ def test_it_is_up_within_three_minutes(stack: Stack) -> None:
         assert not state["Restarting"], name
 
 
-def test_the_containers_are_held_as_tight_as_the_file_says(stack: Stack) -> None:
+def test_the_containers_are_locked_down_as_the_file_says(stack: Stack) -> None:
     for container in stack.containers():
         name, host = container["Name"], container["HostConfig"]
         assert container["Config"]["User"] not in ("", "0", "root"), f"{name} is root"
@@ -280,7 +280,7 @@ def test_the_containers_are_held_as_tight_as_the_file_says(stack: Stack) -> None
             assert not published, name
 
 
-def test_no_secret_stands_in_what_docker_tells_or_in_a_log(stack: Stack) -> None:
+def test_no_secret_is_in_what_docker_shows_or_in_a_log(stack: Stack) -> None:
     told = json.dumps(stack.containers())
     told += stack.compose("logs", "--no-color") + stack.compose("config")
     for file in (stack.folder / ".platform/secrets").iterdir():
@@ -289,7 +289,7 @@ def test_no_secret_stands_in_what_docker_tells_or_in_a_log(stack: Stack) -> None
             assert value not in told, file.name
 
 
-def test_the_serving_image_is_small_and_knows_no_torch(stack: Stack) -> None:
+def test_the_serving_image_is_small_and_has_no_torch(stack: Stack) -> None:
     (image,) = json.loads(run("docker", "image", "inspect", "eurosat-serving:0.1.0", at=stack))
     print(f"the serving image has {image['Size'] / 1e6:.0f} MB")
     assert image["Size"] < IMAGE_BYTES
@@ -304,7 +304,7 @@ def test_the_serving_image_is_small_and_knows_no_torch(stack: Stack) -> None:
     assert found.strip() == "[]"
 
 
-def test_strangers_are_kept_out(stack: Stack) -> None:
+def test_requests_without_a_login_are_refused(stack: Stack) -> None:
     def ask(path: str, method: str = "GET", **told: Any) -> int:
         url, trusted = f"{stack.url}/{path}", stack.certificate
         return requests.request(method, url, verify=trusted, timeout=30, **told).status_code
@@ -326,7 +326,7 @@ def test_strangers_are_kept_out(stack: Stack) -> None:
     assert unencrypted.status_code == 400
 
 
-def test_an_alert_says_that_there_is_no_champion(stack: Stack) -> None:
+def test_an_alert_reports_that_there_is_no_champion(stack: Stack) -> None:
     def told() -> bool:
         logs = ["docker", "logs", f"{PROJECT}-listener"]
         return b"NoChampion" in subprocess.run(logs, capture_output=True, check=True).stdout
@@ -334,7 +334,7 @@ def test_an_alert_says_that_there_is_no_champion(stack: Stack) -> None:
     until(told, WAIT_S, "the alert comes out of Alertmanager's webhook")
 
 
-def test_a_large_artifact_comes_back_as_it_went(
+def test_a_large_artifact_is_downloaded_unchanged(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in stack.client("writer").items():
@@ -353,7 +353,9 @@ def test_a_large_artifact_comes_back_as_it_went(
     assert len(digests) == 1
 
 
-def test_a_training_elsewhere_ends_as_an_answer_here(stack: Stack, tmp_path: Path) -> None:
+def test_a_model_that_was_trained_outside_is_promoted_and_served(
+    stack: Stack, tmp_path: Path
+) -> None:
     """Training through TLS and a password, registration, webhook, promotion, hot swap, a tile."""
     assert stack.champion_served() is None
     told = stack.client("writer")
@@ -372,7 +374,7 @@ def test_a_training_elsewhere_ends_as_an_answer_here(stack: Stack, tmp_path: Pat
     until(lambda: seen in stack.compose("logs", "promoter"), WAIT_S, "the promoter has seen it")
 
 
-def test_the_trainers_container_trains(stack: Stack) -> None:
+def test_the_trainer_container_validates_and_trains(stack: Stack) -> None:
     """Entries of MLproject in the image of the profile ``trainer``, against the platform."""
     stack.compose("--profile", "trainer", "build", "trainer", timeout=BUILD_S)
 
@@ -400,13 +402,13 @@ def test_the_trainers_container_trains(stack: Stack) -> None:
     entry("validate", few)
     said = entry("train", "recipe=demo", few)
     run_id = re.findall(r"^run ([0-9a-f]{32})$", said, re.MULTILINE)[-1]
-    run = stack.administrator().ask("GET", "2.0/mlflow/runs/get", run_id=run_id)
+    run = stack.administrator().request("GET", "2.0/mlflow/runs/get", run_id=run_id)
     assert run
     assert run["run"]["info"]["status"] == "FINISHED"
     assert "test_accuracy" in {metric["key"] for metric in run["run"]["data"]["metrics"]}
 
 
-def test_a_backup_is_whole(stack: Stack) -> None:
+def test_a_backup_is_complete(stack: Stack) -> None:
     stack.compose("run", "--rm", "-T", "backup")
     stored = stack.compose(
         "run", "--rm", "-T", "--entrypoint", "sh", "backup", "-c", "ls /backups/*.tar"
@@ -415,7 +417,7 @@ def test_a_backup_is_whole(stack: Stack) -> None:
     stack.compose("run", "--rm", "-T", "backup", "verify", file)
 
 
-def test_nothing_acknowledged_is_lost_though_containers_fall_over(
+def test_nothing_acknowledged_is_lost_when_containers_are_killed(
     stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one-minute form of `make bench-platform`."""
@@ -437,7 +439,7 @@ def test_nothing_acknowledged_is_lost_though_containers_fall_over(
         rate=RATE,
     )
     print(*(f"{row['what']}: {row['value']} {row['unit']}" for row in outcome.faults), sep="\n")
-    print(dict(outcome.found), f"{outcome.arrived_s:.0f} s until the last had arrived")
+    print(dict(outcome.counts), f"{outcome.arrived_s:.0f} s until the last had arrived")
     assert len(outcome.faults) == 4
-    assert min(outcome.found[name] for name in ("runs", "points", "params", "artifacts")) > 0
-    assert all(outcome.found[name] == 0 for name in ("lost", "stuck", "twice"))
+    assert min(outcome.counts[name] for name in ("runs", "points", "params", "artifacts")) > 0
+    assert all(outcome.counts[name] == 0 for name in ("lost", "stuck", "twice"))

@@ -25,7 +25,7 @@ from tests.support import platforms
 from tests.support.images import encoded
 from tests.support.mlflow_server import free_port
 from tests.support.platforms import Platform
-from tests.support.postgres import create
+from tests.support.postgres import create_database
 from tests.support.registry import MLFLOW_WARNS, make_run
 from tests.support.serving import until
 
@@ -33,7 +33,7 @@ pytestmark = [
     *MLFLOW_WARNS,
     pytest.mark.postgres,
     pytest.mark.skipif(
-        postgresql.program("initdb") is None, reason="PostgreSQL is not installed: no platform"
+        postgresql.find_program("initdb") is None, reason="PostgreSQL is not installed: no platform"
     ),
 ]
 WAIT_S = 90.0
@@ -71,7 +71,7 @@ def pid_of(platform: Platform, service: str) -> int:
     raise AssertionError(f"no {service} runs")
 
 
-def test_it_says_how_to_reach_it_to_its_owner_alone(platform: Platform) -> None:
+def test_the_addresses_are_written_for_the_owner_only(platform: Platform) -> None:
     assert stat.S_IMODE((platform.folder / "env").stat().st_mode) == 0o600
     assert stat.S_IMODE((platform.folder / "secrets").stat().st_mode) == 0o700
     for name in ("MLFLOW_TRACKING_URI", "EUROSAT_SERVING_URL", "EUROSAT_PROMOTER_URL"):
@@ -80,10 +80,10 @@ def test_it_says_how_to_reach_it_to_its_owner_alone(platform: Platform) -> None:
 
 def test_nobody_gets_in_without_a_password(platform: Platform) -> None:
     for who in (("admin", "wrong but long enough"), ("nobody", "nobody"), ("", "")):
-        assert platform.ask(who, "GET", "experiments/get", experiment_id="0") == 401
+        assert platform.status(who, "GET", "experiments/get", experiment_id="0") == 401
 
 
-def test_its_database_asks_for_the_password_too(platform: Platform) -> None:
+def test_the_database_requires_a_password(platform: Platform) -> None:
     import psycopg2
 
     told = platform.env["EUROSAT_DATABASE_URI"].replace("+psycopg2", "")
@@ -126,11 +126,11 @@ ALL, WRITERS, PROMOTERS, NOBODY = (
         ("POST", "users/create", {"username": "u", "password": "p" * 20}, NOBODY),
     ],
 )
-def test_each_role_may_do_what_it_is_for(
+def test_each_role_has_its_permissions_and_no_others(
     platform: Platform, method: str, path: str, told: dict[str, object], may: tuple[bool, ...]
 ) -> None:
     for role, allowed in zip(("reader", "writer", "promoter"), may, strict=True):
-        status = platform.ask(platform.user(role), method, path, **told)
+        status = platform.status(platform.user(role), method, path, **told)
         assert (status != 403) is allowed, f"{role}: {status}"
         assert status != 401
 
@@ -146,7 +146,7 @@ def test_each_role_may_do_what_it_is_for(
 )
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", ""])
 @pytest.mark.parametrize("prefix", ["api", "ajax-api"])
-def test_a_writer_forges_nothing_whatever_the_request_looks_like(
+def test_a_writer_cannot_forge_tags_or_the_ledger_in_any_request_format(
     platform: Platform, body: bytes, kind: str, prefix: str
 ) -> None:
     answer = requests.post(
@@ -161,29 +161,29 @@ def test_a_writer_forges_nothing_whatever_the_request_looks_like(
 
 
 def test_a_user_without_a_role_sees_nothing(platform: Platform) -> None:
-    platform.administrator().ask(
+    platform.administrator().request(
         "POST", "2.0/mlflow/users/create", username="nobody", password=platforms.PASSWORD
     )
     who = ("nobody", platforms.PASSWORD)
-    assert platform.ask(who, "GET", "registered-models/get", name="eurosat") == 403
-    assert platform.ask(who, *CREATE_RUN[:2], experiment_id="0") == 403
+    assert platform.status(who, "GET", "registered-models/get", name="eurosat") == 403
+    assert platform.status(who, *CREATE_RUN[:2], experiment_id="0") == 403
 
 
-def test_a_changed_role_takes_the_place_of_the_former(platform: Platform) -> None:
+def test_a_new_role_replaces_the_old_one(platform: Platform) -> None:
     who = ("changing", platforms.PASSWORD)
     call = ("POST", "registered-models/alias")
     told = {"name": "eurosat", "alias": "champion", "version": "1"}
     for role, may in (("promoter", True), ("writer", False), ("promoter", True)):
         platform.administrator().add(*who[:1], role, who[1])
-        assert platform.administrator().all()["changing"] == role
-        assert (platform.ask(who, *call, **told) != 403) is may
+        assert platform.administrator().roles_by_user()["changing"] == role
+        assert (platform.status(who, *call, **told) != 403) is may
 
 
 def test_what_a_writer_registers_is_judged_promoted_and_served(
     platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    platform.become(monkeypatch, platform.user("writer"))
+    platform.log_in(monkeypatch, platform.user("writer"))
     number = register.register(make_run(tmp_path), "eurosat", "challenger")
     client = MlflowClient()
     serving = platform.env["EUROSAT_SERVING_URL"]
@@ -204,7 +204,7 @@ def test_what_a_writer_registers_is_judged_promoted_and_served(
 
 
 @pytest.mark.parametrize("role", ["administrator", "writer", "reader"])
-def test_the_doctor_finds_nothing_wrong_with_it(
+def test_the_doctor_finds_no_fault(
     role: str,
     platform: Platform,
     tmp_path: Path,
@@ -215,7 +215,7 @@ def test_the_doctor_finds_nothing_wrong_with_it(
     for name, value in platform.env.items():
         monkeypatch.setenv(name, value)
     if role != "administrator":
-        platform.become(monkeypatch, platform.user(role))
+        platform.log_in(monkeypatch, platform.user(role))
     assert doctor.main(["--json"]) == exit_codes.OK
     checks = json.loads(capsys.readouterr().out)["checks"]
     told = {one["name"]: one["verdict"] for one in checks}
@@ -235,13 +235,13 @@ def test_the_doctor_finds_nothing_wrong_with_it(
         wanted += ["model version", "webhook"]
     assert [name for name in wanted if told[name] != "ok"] == [], checks
     for kind in ("experiments", "registered-models"):
-        found = platform.administrator().ask(
+        found = platform.administrator().request(
             "GET", f"2.0/mlflow/{kind}/search", max_results=1000, filter="name LIKE 'doctor-%'"
         )
         assert found == {}, "something was left behind"
 
 
-def test_a_service_that_is_killed_is_started_again(platform: Platform) -> None:
+def test_a_killed_service_is_restarted(platform: Platform) -> None:
     before = pid_of(platform, "promoter")
     os.kill(before, signal.SIGKILL)
     health = f"{platform.env['EUROSAT_PROMOTER_URL']}/health"
@@ -257,62 +257,62 @@ def test_a_service_that_is_killed_is_started_again(platform: Platform) -> None:
     assert pid_of(platform, "promoter") != before
 
 
-def test_a_second_start_finds_it_up(platform: Platform) -> None:
-    done = platforms.command("up", platform.folder, "--free-ports")
+def test_a_second_start_reports_that_the_platform_is_up(platform: Platform) -> None:
+    done = platforms.platform_command("up", platform.folder, "--free-ports")
     assert done.returncode == 0
     assert "up already" in done.stderr
 
 
 def test_a_port_that_is_taken_is_named(platform: Platform) -> None:
-    with platforms.place() as folder:
+    with platforms.platform_folder() as folder:
         taken = platform.url.rpartition(":")[2]
-        done = platforms.command("up", folder, "--free-ports", f"--mlflow-port={taken}")
+        done = platforms.platform_command("up", folder, "--free-ports", f"--mlflow-port={taken}")
         assert done.returncode == 2
-        assert f"port {taken} of 127.0.0.1 is taken: say --mlflow-port" in done.stderr
+        assert f"port {taken} of 127.0.0.1 is taken: give --mlflow-port" in done.stderr
         assert not (folder / "env").exists()
-        assert not platforms.left(folder)
+        assert not platforms.remaining_processes(folder)
 
 
-def test_its_end_or_its_death_leaves_no_process_and_no_data_is_lost() -> None:
-    with platforms.place() as folder:
-        platform = platforms.started(folder)
+def test_stopping_or_killing_it_leaves_no_process_and_loses_no_data() -> None:
+    with platforms.platform_folder() as folder:
+        platform = platforms.start_platform(folder)
         who = platform.user("writer")
-        assert platform.ask(who, "POST", "experiments/create", name="kept") == 200
-        assert platforms.command("down", folder).returncode == 0
+        assert platform.status(who, "POST", "experiments/create", name="kept") == 200
+        assert platforms.platform_command("down", folder).returncode == 0
         assert not (folder / "env").exists()
-        assert not platforms.left(folder)
+        assert not platforms.remaining_processes(folder)
 
-        platform = platforms.started(folder)
+        platform = platforms.start_platform(folder)
         who = ("a-writer", platforms.PASSWORD)
         kept = ("GET", "experiments/get-by-name")
-        assert platform.ask(who, *kept, experiment_name="kept") == 200
+        assert platform.status(who, *kept, experiment_name="kept") == 200
         os.kill(platform.pid, signal.SIGKILL)
-        until(lambda: not platforms.left(folder), WAIT_S, "its services end with it")
+        until(lambda: not platforms.remaining_processes(folder), WAIT_S, "its services end with it")
 
-        platform = platforms.started(folder)
-        assert platform.ask(who, *kept, experiment_name="kept") == 200
+        platform = platforms.start_platform(folder)
+        assert platform.status(who, *kept, experiment_name="kept") == 200
 
 
-def test_secrets_are_made_once(tmp_path: Path) -> None:
-    made = secrets.make(tmp_path / "s")
+def test_secrets_are_generated_once(tmp_path: Path) -> None:
+    made = secrets.make_missing(tmp_path / "s")
     assert {"postgres_password", "webhook_key", "tls.key", "tls.crt"} <= set(made)
     before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
     assert len(set(before.values())) == len(before)
-    assert secrets.make(tmp_path / "s") == []
+    assert secrets.make_missing(tmp_path / "s") == []
     (tmp_path / "s" / "flask_key").unlink()
-    assert secrets.make(tmp_path / "s") == ["flask_key"]
+    assert secrets.make_missing(tmp_path / "s") == ["flask_key"]
     after = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
     assert {name for name in before if before[name] != after[name]} == {"flask_key"}
     with pytest.raises(ConfigError, match="run `make secrets`"):
         secrets.read("another", tmp_path / "s")
 
 
-def test_the_certificate_is_what_a_client_can_trust(tmp_path: Path) -> None:
+def test_clients_can_trust_the_self_signed_certificate(tmp_path: Path) -> None:
     import ssl
     import threading
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
-    secrets.make(tmp_path)
+    secrets.make_missing(tmp_path)
     server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "tls.crt", tmp_path / "tls.key")
@@ -347,14 +347,14 @@ def test_a_server_does_not_start_on_an_older_schema_and_says_what_to_do(
     assert "mlflow db upgrade" in done.stderr
 
 
-def test_an_older_schema_is_upgraded_with_all_that_is_in_it(postgres: str) -> None:
+def test_upgrading_an_older_schema_keeps_all_data(postgres: str) -> None:
     """What the compose file's `upgrade` runs, on a database as an MLflow of 2023 left it."""
     import sqlalchemy
     from alembic import command
     from mlflow.store.db.utils import _get_alembic_config
     from mlflow.store.tracking.dbmodels.initial_models import Base
 
-    url = create(postgres, "older_schema")
+    url = create_database(postgres, "older_schema")
     engine = sqlalchemy.create_engine(url)
     Base.metadata.create_all(engine)
     command.upgrade(_get_alembic_config(url), OLD_SCHEMA)

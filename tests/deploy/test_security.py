@@ -18,7 +18,7 @@ from tests.support.platforms import Platform
 pytestmark = [
     pytest.mark.postgres,
     pytest.mark.skipif(
-        postgresql.program("initdb") is None, reason="PostgreSQL is not installed: no platform"
+        postgresql.find_program("initdb") is None, reason="PostgreSQL is not installed: no platform"
     ),
 ]
 ARTIFACTS = "/api/2.0/mlflow-artifacts/artifacts"
@@ -84,7 +84,7 @@ def test_no_query_of_artifacts_reads_a_file_of_the_server(
     platform: Platform, path: str, call: str
 ) -> None:
     created = (
-        platform.administrator().ask("POST", "2.0/mlflow/runs/create", experiment_id="0") or {}
+        platform.administrator().request("POST", "2.0/mlflow/runs/create", experiment_id="0") or {}
     )
     run_id = created["run"]["info"]["run_id"]
     place = "/get-artifact" if call == "get-artifact" else "/api/2.0/mlflow/artifacts/list"
@@ -128,7 +128,7 @@ def test_no_process_unpickles(platform: Platform) -> None:
     assert set(told.values()) == {"false"}
 
 
-def test_no_secret_stands_in_a_log_or_a_command(platform: Platform) -> None:
+def test_no_secret_is_in_a_log_or_a_command_line(platform: Platform) -> None:
     told = "".join(
         file.read_text(errors="replace") for file in (platform.folder / "logs").iterdir()
     )
@@ -139,7 +139,7 @@ def test_no_secret_stands_in_a_log_or_a_command(platform: Platform) -> None:
             assert secret not in told, file.name
 
 
-def test_its_files_are_its_owners(platform: Platform) -> None:
+def test_secrets_and_addresses_are_readable_for_their_owner_only(platform: Platform) -> None:
     for file in (platform.folder / "secrets", platform.folder / "env"):
         assert not file.stat().st_mode & 0o077, file
         assert file.stat().st_uid == os.geteuid()
@@ -148,16 +148,16 @@ def test_its_files_are_its_owners(platform: Platform) -> None:
     assert (ROOT / ".dockerignore").read_text().splitlines()[1] == "*"
 
 
-def test_ci_audits_the_locks_of_all_that_is_installed(tmp_path: Path) -> None:
+def test_ci_audits_every_lock_file(tmp_path: Path) -> None:
     assert "make audit\n" in (ROOT / ".ci/run").read_text()
     locks = {file.relative_to(ROOT) for file in (ROOT / "deploy").glob("*/requirements.lock")}
-    assert locks | {Path("requirements.lock")} == set(audit.LOCKS)
+    assert locks | {Path("requirements.lock")} == set(audit.LOCK_FILES)
     (tmp_path / "lock").write_text("no requirement at all\n")
     with pytest.raises(ConfigError, match="cannot be audited"):
         audit.main([str(tmp_path / "lock")])
 
 
-def test_every_defence_in_the_docs_names_a_test_that_is_there() -> None:
+def test_every_test_that_the_docs_name_exists() -> None:
     told = (ROOT / "docs/security.md").read_text()
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", told)
     assert len(named) >= 10

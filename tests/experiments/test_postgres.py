@@ -10,7 +10,7 @@ from mlflow import MlflowClient
 from eurosat import tracking
 from eurosat.runtime import exit_codes
 from tests.support.mlflow_server import mlflow_server
-from tests.support.postgres import create
+from tests.support.postgres import create_database
 from tests.support.sweeps import SWEEP, children, saying, until
 
 pytestmark = pytest.mark.postgres
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.postgres
 def test_two_drivers_work_on_one_study(
     postgres: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage, backend = create(postgres, "studies"), create(postgres, "mlflow")
+    storage, backend = create_database(postgres, "studies"), create_database(postgres, "mlflow")
     with mlflow_server(tmp_path, backend) as port:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
         given = (*SWEEP, "study=s", f"storage={storage}", "trial_epochs=30", "pruner=none")

@@ -1,4 +1,4 @@
-"""Google's object store as two emulators speak it, and what goes wrong between one and a client."""
+"""Two emulators of Google Cloud Storage, and faults between a server and its client."""
 
 import contextlib
 import json
@@ -16,26 +16,26 @@ from pathlib import Path
 
 import requests
 
-from deploy.service import object_store
+from deploy.service import object_store_command
 from tests.support.mlflow_server import free_port
 
 START_S = 30.0
 
 
 @contextmanager
-def fake_gcs(folder: Path) -> Iterator[str]:
-    """fake-gcs-server with its objects in ``folder``; yields what STORAGE_EMULATOR_HOST says."""
+def fake_gcs_server(folder: Path) -> Iterator[str]:
+    """Run fake-gcs-server with its objects in ``folder``; yield its STORAGE_EMULATOR_HOST."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with _serving(url, *object_store(port, folder)):
+    with _running(url, *object_store_command(port, folder)):
         yield url
 
 
 @contextmanager
-def gcp_emulator() -> Iterator[str]:
-    """gcp-storage-emulator with its objects in memory; yields what STORAGE_EMULATOR_HOST says."""
+def gcp_storage_emulator() -> Iterator[str]:
+    """Run gcp-storage-emulator with its objects in memory; yield its STORAGE_EMULATOR_HOST."""
     port = free_port()
-    with _serving(
+    with _running(
         url := f"http://127.0.0.1:{port}",
         sys.executable,
         "-m",
@@ -52,7 +52,7 @@ def gcp_emulator() -> Iterator[str]:
 
 
 @contextmanager
-def _serving(url: str, *command: str) -> Iterator[None]:
+def _running(url: str, *command: str) -> Iterator[None]:
     environment = {name: value for name, value in os.environ.items() if "EMULATOR" not in name}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -73,46 +73,46 @@ def _serving(url: str, *command: str) -> Iterator[None]:
 
 
 class Proxy:
-    """A TCP proxy before a server. It counts what passes, cuts connections and spoils bytes."""
+    """A TCP proxy in front of a server. It counts bytes, cuts connections and changes bytes."""
 
     def __init__(self, server: str) -> None:
         self._server = server.removeprefix("http://").split(":")
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
         self.cuts = 0
-        """Connections still to be cut, once ``cut_after`` bytes have passed in one direction."""
+        """Connections still to be cut, each after ``cut_after`` bytes in one direction."""
         self.cut_after = 1 << 20
         self.dead_after = math.inf
-        """Bytes to the client after which the line is dead for good."""
+        """Bytes to the client after which every connection is cut."""
         self.spoil = (b"", b"")
-        """What is replaced in the server's answers, and by what."""
+        """Bytes that are replaced in the server's answers, and their replacement."""
         self.sent = self.received = 0
-        """Bytes from and to the client."""
+        """Bytes from the client, and to the client."""
         self._lock = threading.Lock()
         self._open: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Proxy":
-        self._begin(self._accept)
+        self._start(self._accept)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for one in (self._listening, *tuple(self._open)):
-            _hang_up(one)
+        for connection in (self._listening, *tuple(self._open)):
+            _hang_up(connection)
         for thread in self._threads:
             thread.join(10)
         self._listening.close()
 
-    def _begin(self, target: Callable[..., None], *given: object) -> threading.Thread:
-        thread = threading.Thread(target=target, args=given)
+    def _start(self, target: Callable[..., None], *args: object) -> threading.Thread:
+        thread = threading.Thread(target=target, args=args)
         self._threads.append(thread)
         thread.start()
         return thread
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):  # it was hung up
+        with contextlib.suppress(OSError):  # the proxy is closing
             while True:
-                self._begin(self._connect, self._listening.accept()[0])
+                self._start(self._connect, self._listening.accept()[0])
 
     def _connect(self, client: socket.socket) -> None:
         host, port = self._server
@@ -122,7 +122,7 @@ class Proxy:
             socket.create_connection((host, int(port))) as server,
         ):
             self._open |= {client, server}
-            back = self._begin(self._relay, server, client, False)
+            back = self._start(self._relay, server, client, False)
             self._relay(client, server, True)
             back.join()
             self._open -= {client, server}
@@ -148,21 +148,21 @@ class Proxy:
         _hang_up(target)
 
 
-def _hang_up(one: socket.socket) -> None:
-    """Whoever waits for it hears of it; closing alone would leave them waiting."""
+def _hang_up(connection: socket.socket) -> None:
+    """Shut a connection down, so that threads that wait for it wake up; closing would not do."""
     with contextlib.suppress(OSError):  # no longer connected
-        one.shutdown(socket.SHUT_RDWR)
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
-def refusing(status: int, reason: str) -> Iterator[str]:
-    """A server that answers every request as Google's does where credentials do not suffice."""
+def refusing_server(status: int, reason: str) -> Iterator[str]:
+    """Run a server that answers every request with Google's JSON for refused credentials."""
 
     class Refusal(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            said = {"error": {"code": status, "message": reason, "errors": []}}
-            body = json.dumps(said).encode()
+            error = {"code": status, "message": reason, "errors": []}
+            body = json.dumps({"error": error}).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
@@ -172,7 +172,7 @@ def refusing(status: int, reason: str) -> Iterator[str]:
         do_POST = do_PUT = do_GET
 
         def log_message(self, *_: object) -> None:
-            """Nothing on the tests' output."""
+            """Print nothing."""
 
     class Server(ThreadingHTTPServer):
         daemon_threads = False  # closing it waits for them
@@ -184,9 +184,9 @@ def refusing(status: int, reason: str) -> Iterator[str]:
 
 
 def make_bucket(url: str, name: str) -> str:
-    """Its address."""
-    made = requests.post(
+    """Create a bucket, and return its gs:// address."""
+    response = requests.post(
         f"{url}/storage/v1/b", params={"project": "test"}, json={"name": name}, timeout=10
     )
-    made.raise_for_status()
+    response.raise_for_status()
     return f"gs://{name}"

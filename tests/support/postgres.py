@@ -1,4 +1,4 @@
-"""A PostgreSQL of the tests' own, where its programs are installed."""
+"""A PostgreSQL server for tests, if its programs are installed."""
 
 import contextlib
 import shutil
@@ -17,30 +17,33 @@ START_S = 60.0
 
 
 @contextmanager
-def running() -> Iterator[str]:
-    """Yields its URL up to the name of a database."""
+def postgres_server() -> Iterator[str]:
+    """Start a server; yield its URL without the name of a database."""
     port = free_port()
     folder = Path(tempfile.mkdtemp(prefix="pg"))
-    folder.chmod(0o755)  # its own user enters it
+    folder.chmod(0o755)  # PostgreSQL's user enters it
     try:
         postgresql.initialise(folder / "data", "eurosat")
-        with (folder / "log").open("wb") as said:
+        with (folder / "log").open("wb") as log_file:
             process = subprocess.Popen(
-                [*postgresql.as_user(), *postgresql.serve(folder / "data", port)],
-                stdout=said,
-                stderr=said,
+                [
+                    *postgresql.unprivileged_prefix(),
+                    *postgresql.server_command(folder / "data", port),
+                ],
+                stdout=log_file,
+                stderr=log_file,
             )
         try:
             _wait_for(port, process, folder / "log")
             yield f"postgresql+psycopg2://eurosat@127.0.0.1:{port}"
         finally:
-            process.send_signal(signal.SIGQUIT)  # at once
+            process.send_signal(signal.SIGQUIT)  # immediate shutdown
             process.wait(timeout=30)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for(port: int, process: "subprocess.Popen[bytes]", said: Path) -> None:
+def _wait_for(port: int, process: "subprocess.Popen[bytes]", log_file: Path) -> None:
     import psycopg2
 
     deadline = time.monotonic() + START_S
@@ -48,12 +51,13 @@ def _wait_for(port: int, process: "subprocess.Popen[bytes]", said: Path) -> None
         with contextlib.suppress(psycopg2.OperationalError):
             psycopg2.connect(f"postgresql://eurosat@127.0.0.1:{port}/postgres").close()
             return
-        assert process.poll() is None, said.read_text()
-        assert time.monotonic() < deadline, said.read_text()
+        assert process.poll() is None, log_file.read_text()
+        assert time.monotonic() < deadline, log_file.read_text()
         time.sleep(0.05)
 
 
-def create(url: str, database: str) -> str:
+def create_database(url: str, database: str) -> str:
+    """Create an empty database, and return its URL."""
     import psycopg2
 
     server = url.replace("postgresql+psycopg2", "postgresql")

@@ -35,7 +35,7 @@ from eurosat.runtime import cli, exit_codes
 from registry import receiver, versions, webhooks, worker
 from registry.event_queue import Inbox
 from tests.support.mlflow_server import Proxy, free_port, mlflow_server, proxy
-from tests.support.object_stores import fake_gcs, make_bucket
+from tests.support.object_stores import fake_gcs_server, make_bucket
 from tests.support.paths import ROOT
 from tests.support.recipes import TINY
 from tests.support.registry import MLFLOW_WARNS
@@ -746,7 +746,7 @@ def test_the_served_version_is_compared_with_the_champion(
 @pytest.fixture(scope="module")
 def store() -> Iterator[int]:
     """Run a fake-gcs-server with a bucket mlflow, as `make platform` does; yield its port."""
-    with tempfile.TemporaryDirectory() as folder, fake_gcs(Path(folder)) as url:
+    with tempfile.TemporaryDirectory() as folder, fake_gcs_server(Path(folder)) as url:
         make_bucket(url, "mlflow")
         yield int(url.rpartition(":")[2])
 

@@ -22,7 +22,13 @@ from eurosat.storage.checksums import file_crc32c
 from eurosat.storage.object_store import WORKERS
 from eurosat.storage.partial import UNFINISHED
 from tests.support.mlflow_server import free_port
-from tests.support.object_stores import Proxy, fake_gcs, gcp_emulator, make_bucket, refusing
+from tests.support.object_stores import (
+    Proxy,
+    fake_gcs_server,
+    gcp_storage_emulator,
+    make_bucket,
+    refusing_server,
+)
 
 EMULATORS = ("fake-gcs-server", "gcp-storage-emulator")
 MEGABYTE = 1_000_000
@@ -30,7 +36,7 @@ MEGABYTE = 1_000_000
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    with fake_gcs(tmp_path_factory.mktemp("objects")) as fake, gcp_emulator() as gcp:
+    with fake_gcs_server(tmp_path_factory.mktemp("objects")) as fake, gcp_storage_emulator() as gcp:
         yield dict(zip(EMULATORS, (fake, gcp), strict=True))
 
 
@@ -93,7 +99,7 @@ def noise(size: int) -> bytes:
     return b"".join(drawn.randbytes(min(MEGABYTE, size - at)) for at in range(0, size, MEGABYTE))
 
 
-def test_what_is_uploaded_is_listed_and_comes_back(store: ObjectStore, tmp_path: Path) -> None:
+def test_uploaded_files_are_listed_and_downloaded(store: ObjectStore, tmp_path: Path) -> None:
     given = written(tmp_path / "given", Forest__1=b"a", Forest__2=b"", River__ö=b"c")
     store.upload(given, sorted(held(given)))
     objects = store.list_objects()
@@ -109,7 +115,7 @@ def test_what_is_uploaded_is_listed_and_comes_back(store: ObjectStore, tmp_path:
     assert held(tmp_path / "back") == held(given)
 
 
-def test_a_mirror_fetches_what_changed_and_drops_what_is_gone(
+def test_a_mirror_downloads_changed_files_and_deletes_missing_ones(
     store: ObjectStore, tmp_path: Path
 ) -> None:
     given = written(tmp_path / "given", A__1=b"a", A__2=b"b", B__1=b"c", A__notes=b"no tile")
@@ -131,7 +137,7 @@ def test_a_mirror_fetches_what_changed_and_drops_what_is_gone(
     assert set(held(tmp_path / "tiles")) == {"A/3.PNG", "C/only.png"}
 
 
-def test_a_file_that_was_damaged_here_is_fetched_anew(store: ObjectStore, tmp_path: Path) -> None:
+def test_a_damaged_local_file_is_downloaded_again(store: ObjectStore, tmp_path: Path) -> None:
     store.upload(written(tmp_path / "given", A__1=b"right"), ["A/1"])
     mirror(store, tmp_path / "here")
     written(tmp_path / "here", A__1=b"wrong")
@@ -140,7 +146,7 @@ def test_a_file_that_was_damaged_here_is_fetched_anew(store: ObjectStore, tmp_pa
 
 
 @pytest.mark.parametrize("size", [20, pytest.param(300, marks=pytest.mark.slow)])
-def test_a_large_object_goes_and_comes_without_being_held_in_memory(
+def test_a_large_object_is_never_held_in_memory(
     bucket: GcsStore, tmp_path: Path, size: int
 ) -> None:
     written(tmp_path / "given", large=noise(size * MEGABYTE))
@@ -171,7 +177,7 @@ print(peak() - before)
     assert float(done.stdout) < 100, "megabytes of memory"
 
 
-def test_a_connection_cut_in_the_middle_is_taken_up_where_it_broke(
+def test_a_broken_connection_resumes_where_it_broke(
     bucket: GcsStore, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     piece, size = 1 << 20, 9 << 20  # what is over 8 MiB goes up in pieces
@@ -189,7 +195,7 @@ def test_a_connection_cut_in_the_middle_is_taken_up_where_it_broke(
     assert proxy.received < size + piece, "only what was missing again"
 
 
-def test_a_download_that_gave_up_goes_on_with_the_pieces_it_lacks(
+def test_a_failed_download_resumes_with_its_missing_chunks(
     bucket: GcsStore, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     piece, pieces = 1 << 18, WORKERS + 4
@@ -211,7 +217,7 @@ def test_a_download_that_gave_up_goes_on_with_the_pieces_it_lacks(
     assert proxy.received < (pieces - here) * piece + 20_000
 
 
-def test_a_server_that_is_not_there_is_said_in_one_line(
+def test_an_unreachable_server_is_reported_in_one_line(
     bucket: GcsStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free_port()}")
@@ -226,7 +232,9 @@ def test_a_server_that_is_not_there_is_said_in_one_line(
         assert "\n" not in str(said.value)
 
 
-def test_a_missing_bucket_is_named_with_what_makes_it(bucket: GcsStore, tmp_path: Path) -> None:
+def test_a_missing_bucket_is_named_with_the_command_that_creates_it(
+    bucket: GcsStore, tmp_path: Path
+) -> None:
     there = written(tmp_path, a=b"a")
     bucket.upload(there, ["a"])
     (info,) = bucket.list_objects()
@@ -243,7 +251,7 @@ def test_a_missing_bucket_is_named_with_what_makes_it(bucket: GcsStore, tmp_path
         assert "\n" not in str(said.value)
 
 
-def test_an_object_removed_before_it_came_is_named(bucket: GcsStore, tmp_path: Path) -> None:
+def test_an_object_deleted_before_its_download_is_named(bucket: GcsStore, tmp_path: Path) -> None:
     bucket.upload(written(tmp_path / "given", a=b"a"), ["a"])
     objects = bucket.list_objects()
     bucket.delete("a")
@@ -256,10 +264,10 @@ def test_an_object_removed_before_it_came_is_named(bucket: GcsStore, tmp_path: P
     ("status", "reason"),
     [(401, "Invalid Credentials"), (403, "x@y does not have storage.objects.list access")],
 )
-def test_refused_credentials_are_told_with_the_remedy(
+def test_refused_credentials_are_reported_with_a_remedy(
     status: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with refusing(status, reason) as url:
+    with refusing_server(status, reason) as url:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
         store = open_store("gs://private/tiles", patience_s=5)
         given = written(tmp_path, a=b"a")
@@ -277,7 +285,7 @@ def test_refused_credentials_are_told_with_the_remedy(
             assert "\n" not in str(said.value)
 
 
-def test_a_key_that_google_does_not_take_is_refused_before_anything_is_sent(
+def test_an_invalid_key_is_refused_before_anything_is_sent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from cryptography.hazmat.primitives import serialization
@@ -288,7 +296,7 @@ def test_a_key_that_google_does_not_take_is_refused_before_anything_is_sent(
     )
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
-    with refusing(400, "invalid_grant") as url:
+    with refusing_server(400, "invalid_grant") as url:
         written(
             tmp_path,
             **{
@@ -310,7 +318,7 @@ def test_a_key_that_google_does_not_take_is_refused_before_anything_is_sent(
         open_store("gs://private").list_objects()
 
 
-def test_a_download_that_was_spoilt_on_its_way_never_reaches_its_place(
+def test_a_download_that_arrives_damaged_replaces_nothing(
     bucket: GcsStore, proxy: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given = written(tmp_path / "given", a=b"spotless", b=b"fine")
@@ -327,7 +335,7 @@ def test_a_download_that_was_spoilt_on_its_way_never_reaches_its_place(
     assert held(back) == held(given)
 
 
-def test_an_object_written_anew_in_between_is_not_taken_for_the_old_one(
+def test_an_object_overwritten_since_its_listing_is_not_downloaded(
     bucket: GcsStore, tmp_path: Path
 ) -> None:
     bucket.upload(written(tmp_path / "given", a=b"old"), ["a"])
@@ -338,7 +346,7 @@ def test_an_object_written_anew_in_between_is_not_taken_for_the_old_one(
     assert "a" not in held(tmp_path / "back")
 
 
-def test_new_files_do_not_replace_what_is_there(
+def test_new_files_do_not_replace_existing_ones(
     servers: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Asked of the emulator that honours generations, and of a folder."""
@@ -356,7 +364,7 @@ def test_new_files_do_not_replace_what_is_there(
 
 
 @pytest.mark.parametrize("path", ["../a", "/a", "A/../../a"])
-def test_a_name_that_leads_out_of_the_folder_is_refused(
+def test_a_key_that_leads_out_of_the_folder_is_refused(
     path: str, bucket: GcsStore, tmp_path: Path
 ) -> None:
     bucket.upload(written(tmp_path / "given", a=b"a"), ["a"])
@@ -377,7 +385,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         open_store(f"{tmp_path}/none")
 
 
-def test_a_place_that_cannot_be_written_is_named(bucket: GcsStore, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(bucket: GcsStore, tmp_path: Path) -> None:
     bucket.upload(written(tmp_path / "given", a=b"a"), ["a"])
     (tmp_path / "back").write_text("a file where a folder should be")
     with pytest.raises(StorageError, match=f"{tmp_path}/back.*: .*name another folder"):
@@ -388,7 +396,7 @@ def dataset(root: str, cache: Path, source: str = "folder") -> DataConfig:
     return from_mapping(DataConfig, {"source": source, "root": root, "cache": str(cache)}, "data")
 
 
-def test_tiles_of_a_bucket_are_those_of_the_folder_they_came_from(
+def test_a_bucket_has_the_fingerprint_of_the_folder_that_was_uploaded(
     bucket: GcsStore, tmp_path: Path
 ) -> None:
     tiles = source_tiles(tmp_path / "tiles")
@@ -400,7 +408,7 @@ def test_tiles_of_a_bucket_are_those_of_the_folder_they_came_from(
     assert again.directory == far.directory, "nothing came, and nothing was read again"
 
 
-def test_a_tile_that_changed_in_the_bucket_is_what_comes_and_counts(
+def test_only_a_tile_that_changed_in_the_bucket_is_downloaded(
     bucket: GcsStore, tmp_path: Path
 ) -> None:
     tiles = source_tiles(tmp_path / "tiles")
@@ -417,9 +425,7 @@ def test_a_tile_that_changed_in_the_bucket_is_what_comes_and_counts(
     assert newer == ["River_1.jpg"]
 
 
-def test_a_zip_in_a_bucket_is_a_data_set_and_eurosat_is_found_as_in_a_folder(
-    bucket: GcsStore, tmp_path: Path
-) -> None:
+def test_a_zip_in_a_bucket_is_a_data_set(bucket: GcsStore, tmp_path: Path) -> None:
     tiles = source_tiles(tmp_path / "tiles")
     near = open_pack(dataset(str(tiles), tmp_path / "near")).fingerprint
     archive = tmp_path / "up" / "EuroSAT_RGB.zip"
@@ -436,9 +442,7 @@ def test_a_zip_in_a_bucket_is_a_data_set_and_eurosat_is_found_as_in_a_folder(
         assert open_pack(dataset(root, tmp_path / "far", source)).fingerprint == near
 
 
-def test_tiles_that_are_not_in_the_bucket_are_missed_by_their_address(
-    bucket: GcsStore, tmp_path: Path
-) -> None:
+def test_an_empty_bucket_is_named_in_the_error(bucket: GcsStore, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"no tiles at {bucket.url}"):
         open_pack(dataset(bucket.url, tmp_path))
     with pytest.raises(DataError, match=f"no zip of tiles at {bucket.url}/none.zip"):

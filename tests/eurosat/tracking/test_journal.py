@@ -30,7 +30,7 @@ from eurosat.tracking import journal_index, mlflow_client, uploader
 from eurosat.tracking.journal import Journal, now_ms, root
 from tests.support.mlflow_server import Proxy, free_port, mlflow_server, proxy
 from tests.support.paths import ROOT
-from tests.support.postgres import create
+from tests.support.postgres import create_database
 from tests.support.recipes import TINY
 
 STEPS = 400
@@ -47,7 +47,7 @@ def ports(
     backends: list[str | None] = [None, None]
     if request.param == "postgres":
         url = request.getfixturevalue("postgres")
-        backends = [create(url, f"journal_{name}") for name in ("first", "second")]
+        backends = [create_database(url, f"journal_{name}") for name in ("first", "second")]
     with ExitStack() as stack:
         yield [
             stack.enter_context(mlflow_server(tmp_path_factory.mktemp("server"), backend))

@@ -1,4 +1,4 @@
-"""A version of the data, end to end: DVC itself, our verbs, and a bucket of an emulator."""
+"""Versions of the data, end to end: DVC, our commands, and an emulator's bucket."""
 
 import json
 import os
@@ -39,7 +39,7 @@ VERSIONED = (
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Of these tests alone: other modules' count on tiles that were never validated."""
+    """A cache for these tests alone: other tests rely on tiles that were never validated."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EUROSAT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -57,18 +57,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def tiles(server: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two hundred procedural tiles in a bucket: their address."""
+    """Address of two hundred procedural tiles in a bucket."""
     folder = tmp_path_factory.mktemp("tiles")
-    given = [one for one in TINY if one.startswith("data.synthetic")]
-    commands.fetch(open_source(compose(["data=synthetic", *given]).data), folder)
+    overrides = [override for override in TINY if override.startswith("data.synthetic")]
+    commands.fetch(open_source(compose(["data=synthetic", *overrides]).data), folder)
     bucket = make_bucket(server, "tiles")
     store = open_store(f"{bucket}/tiles")
-    store.upload(folder, sorted(f"{one.parent.name}/{one.name}" for one in folder.glob("*/*")))
+    store.upload(folder, sorted(f"{file.parent.name}/{file.name}" for file in folder.glob("*/*")))
     return f"{bucket}/tiles"
 
 
 class Versions:
-    """A git repository with our pipeline, whose tiles are in a bucket."""
+    """A git repository with our DVC pipeline, whose tiles are in a bucket."""
 
     def __init__(self, folder: Path, tiles: str) -> None:
         self.folder = folder
@@ -77,31 +77,34 @@ class Versions:
             shutil.copy(ROOT / name, folder / name)
         for name in ("eurosat", "expectations"):
             (folder / name).symlink_to(ROOT / name)
-        self.say(source=f"data=folder data.root={tiles}", tiles="data=folder data.root=data/tiles")
+        self.set_params(
+            source=f"data=folder data.root={tiles}", tiles="data=folder data.root=data/tiles"
+        )
         self.run("git", "init", "--quiet")
 
-    def say(self, **params: str) -> None:
+    def set_params(self, **params: str) -> None:
         file = self.folder / "params.yaml"
         file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | params))
 
     def run(self, *command: str, code: int = 0) -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         environment = os.environ | {"PATH": path, "MAKEFLAGS": ""}
-        done = subprocess.run(
+        result = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True
         )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        output = result.stdout + result.stderr
+        assert result.returncode == code, output
+        return output
 
     def make(self, *words: str, code: int = 0) -> str:
-        """Of the product's Makefile, with this environment for the one that it would install."""
+        """Run a target of the Makefile, with the present environment instead of a fresh one."""
         bin_folder = f"BIN={Path(sys.executable).parent}"
         return self.run("make", "-o", ".venv/dev", bin_folder, *words, code=code)
 
     def repro(self) -> set[str]:
-        """The stages that ran."""
-        said = self.make("data").splitlines()
-        return {line.split("'")[1] for line in said if line.startswith("Running stage")}
+        """Run the pipeline; return the stages that ran."""
+        lines = self.make("data").splitlines()
+        return {line.split("'")[1] for line in lines if line.startswith("Running stage")}
 
     @property
     def locked(self) -> dict[str, str]:
@@ -109,21 +112,21 @@ class Versions:
 
 
 def locked(lock: Path) -> dict[str, str]:
-    """The data's fingerprint in the lock of each stage that hangs on it."""
+    """Return the data's fingerprint in the lock of each stage that depends on it."""
     stages = yaml.safe_load(lock.read_text())["stages"]
-    named = {name: stage.get("params", {}) for name, stage in stages.items()}
+    params_by_stage = {name: stage.get("params", {}) for name, stage in stages.items()}
     return {
         name: params["data/pack.json"]["fingerprint"]
-        for name, params in named.items()
+        for name, params in params_by_stage.items()
         if "data/pack.json" in params
     }
 
 
 @pytest.fixture(scope="module")
 def versions(tiles: str, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Versions:
-    made = Versions(tmp_path_factory.mktemp("versions"), tiles)
-    assert made.repro() == STAGES
-    return made
+    repository = Versions(tmp_path_factory.mktemp("versions"), tiles)
+    assert repository.repro() == STAGES
+    return repository
 
 
 def test_a_data_version_is_pushed_and_pulled_unchanged(versions: Versions, server: str) -> None:
@@ -147,20 +150,20 @@ def test_the_lock_has_the_fingerprint_that_a_training_run_is_tagged_with(
 ) -> None:
     ready = prepare(compose(["data=folder", f"data.root={tiles}"]))
     fingerprint = ready.tags["data.fingerprint"]
-    assert ready.validation == "passed", "the stage has left the receipt that training asks for"
+    assert ready.validation == "passed", "the stage has written the record that training requires"
     assert versions.locked == {"validate": fingerprint, "split": fingerprint}
     summary = json.loads((versions.folder / "data/pack.json").read_text())
     assert summary["fingerprint"] == fingerprint
-    told = split_csv(ready.pack.table, ready.split)
-    assert (versions.folder / "data/split.csv").read_text() == told
+    expected = split_csv(ready.pack.table, ready.split)
+    assert (versions.folder / "data/split.csv").read_text() == expected
 
 
 def test_a_change_runs_only_the_stages_that_depend_on_it(
     versions: Versions, tiles: str, tmp_path: Path
 ) -> None:
     before = versions.locked
-    versions.say(split="data.protocol=60/20/20 data.split_seed=1")
-    assert versions.repro() == {"fetch", "split"}, "the source is asked, and has nothing new"
+    versions.set_params(split="data.protocol=60/20/20 data.split_seed=1")
+    assert versions.repro() == {"fetch", "split"}, "the source has nothing new"
     store = open_store(tiles)
     info = next(info for info in store.list_objects() if info.key.startswith("River/"))
     store.download([info], tmp_path)
@@ -181,8 +184,8 @@ def test_the_committed_lock_has_the_fingerprint_of_the_real_tiles(real_pack: Pac
 @pytest.mark.slow
 def test_a_push_without_a_configured_bucket_is_refused(versions: Versions) -> None:
     (versions.folder / ".dvc/config.local").unlink(missing_ok=True)
-    said = versions.make("data-push", code=2)
-    assert "set-EUROSAT_BUCKET-and-run-make-dvc-remote" in said
+    output = versions.make("data-push", code=2)
+    assert "set-EUROSAT_BUCKET-and-run-make-dvc-remote" in output
     assert "which bucket?" in versions.make("dvc-remote", code=2)
 
 
@@ -191,10 +194,10 @@ def test_a_tile_deleted_from_the_bucket_is_deleted_from_the_version(
     versions: Versions, tiles: str
 ) -> None:
     store = open_store(tiles)
-    gone = store.list_objects()[0].key
-    store.delete(gone)
+    deleted = store.list_objects()[0].key
+    store.delete(deleted)
     assert versions.repro() == STAGES
-    assert not (versions.folder / "data/tiles" / gone).exists()
+    assert not (versions.folder / "data/tiles" / deleted).exists()
 
 
 @pytest.mark.slow
@@ -206,9 +209,9 @@ def test_data_that_fail_validation_do_not_become_a_version(
     (tmp_path / "reference.json").write_text(json.dumps(reference))
     text = (tmp_path / "dvc.yaml").read_text()
     (tmp_path / "dvc.yaml").write_text(text.replace("report=", "reference=reference.json report="))
-    said = broken.make("data", code=2)
-    assert "expectations failed" in said
-    assert "failed to reproduce 'validate'" in said
+    output = broken.make("data", code=2)
+    assert "expectations failed" in output
+    assert "failed to reproduce 'validate'" in output
 
 
 @pytest.mark.slow
@@ -216,14 +219,14 @@ def test_tiles_in_a_bucket_can_be_validated_and_trained_on(
     tiles: str, tracking_store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
-    given = ["data=folder", f"data.root={tiles}"]
-    assert validate.main([*given, "report=told/verdict.json"]) == 0
-    told = json.loads(Path("told/verdict.json").read_text())
-    assert told["success"]
-    recipe = [one for one in TINY if not one.startswith("data")]
-    assert train.main([*given, *recipe, "trainer.epochs=1"]) == 0
+    data = ["data=folder", f"data.root={tiles}"]
+    assert validate.main([*data, "report=validated/verdict.json"]) == 0
+    verdict = json.loads(Path("validated/verdict.json").read_text())
+    assert verdict["success"]
+    recipe = [override for override in TINY if not override.startswith("data")]
+    assert train.main([*data, *recipe, "trainer.epochs=1"]) == 0
     (run,) = MlflowClient().search_runs(["1"], "tags.kind = 'train'")
-    assert run.data.tags["data.fingerprint"] == told["fingerprint"]
+    assert run.data.tags["data.fingerprint"] == verdict["fingerprint"]
     assert run.data.tags["data.validation"] == "passed"
 
 

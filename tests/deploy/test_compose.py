@@ -1,4 +1,4 @@
-"""What docker-compose.yml promises: pinned, healthy in order, locked down, with no secret in it."""
+"""docker-compose.yml: pinned images, health checks, locked down, without secrets."""
 
 import json
 import os
@@ -25,14 +25,14 @@ ALWAYS = {
     "alertmanager",
     "proxy",
 }
-"""Those that `docker compose up` starts; the others are asked for by a profile."""
+"""Services that `docker compose up` starts; the others need a profile."""
 PINNED_IMAGE = re.compile(r"[^:@\s]+:v?\d[\w.-]*")
 PINNED_REQUIREMENT = re.compile(r"([\w.-]+)==([\w.]+)")
 
 
 def services() -> dict[str, dict[str, Any]]:
-    read: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
-    return read
+    parsed: dict[str, dict[str, Any]] = yaml.safe_load(COMPOSE.read_text())["services"]
+    return parsed
 
 
 def pins(requirements: Path) -> dict[str, str]:
@@ -50,10 +50,10 @@ def test_up_starts_the_platform_and_profiles_start_the_rest() -> None:
 
 def test_every_service_has_a_healthcheck_a_restart_policy_and_a_memory_limit() -> None:
     for name, service in services().items():
-        assert service.get("mem_limit"), f"{name} may take all memory"
-        once = service["restart"] == "no"
-        assert once == (name in {"upgrade", "trainer", "backup"}), f"{name} does not come back"
-        assert once or service.get("healthcheck", {}).get("test"), f"{name} has no healthcheck"
+        assert service.get("mem_limit"), f"{name} has no memory limit"
+        runs_once = service["restart"] == "no"
+        assert runs_once == (name in {"upgrade", "trainer", "backup"}), f"{name} is not restarted"
+        assert runs_once or service.get("healthcheck", {}).get("test"), f"{name} has no healthcheck"
 
 
 def test_every_service_is_locked_down() -> None:
@@ -73,14 +73,14 @@ def test_no_service_runs_as_root() -> None:
         else:
             lines = (ROOT / service["build"]["dockerfile"]).read_text().splitlines()
             users = [line.split()[1] for line in lines if line.startswith("USER ")]
-            assert users, f"{name}: nobody is named"
+            assert users, f"{name}: the Dockerfile names no user"
             assert users[-1] == "10001:10001", name
 
 
 def test_every_image_is_pinned_to_a_release() -> None:
     for name, service in services().items():
         image = service.get("image", "")
-        assert PINNED_IMAGE.fullmatch(image), f"{name}: {image!r} names no release"
+        assert PINNED_IMAGE.fullmatch(image), f"{name}: {image!r} has no version"
 
 
 @pytest.mark.parametrize("file", dockerfiles(), ids=lambda file: file.parent.name)
@@ -90,21 +90,21 @@ def test_every_dockerfile_starts_from_pinned_images_and_installs_from_a_lock(fil
     bases = re.findall(r"^FROM\s+(\S+)", text, re.MULTILINE)
     assert bases, f"{file} has no FROM"
     for base in bases:
-        assert base in stages or PINNED_IMAGE.fullmatch(base), f"{base!r} names no release"
+        assert base in stages or PINNED_IMAGE.fullmatch(base), f"{base!r} has no version"
     if "pip install" in text:
-        assert len(bases) > 1, "what installs packages stays behind"
+        assert len(bases) > 1, "the stage that installs packages is not the final one"
         assert "--require-hashes" in text
 
 
 @pytest.mark.parametrize("name", ["mlflow", "postgres", "serving"])
 def test_the_locks_of_images_have_the_versions_of_the_main_lock(name: str) -> None:
-    ours, theirs = pins(ROOT / "requirements.lock"), pins(ROOT / f"deploy/{name}/requirements.lock")
-    assert theirs
-    differing = {key for key in ours.keys() & theirs.keys() if ours[key] != theirs[key]}
+    main, image = pins(ROOT / "requirements.lock"), pins(ROOT / f"deploy/{name}/requirements.lock")
+    assert image
+    differing = {key for key in main.keys() & image.keys() if main[key] != image[key]}
     assert not differing
-    assert "torch" not in theirs
+    assert "torch" not in image
     if name == "mlflow":
-        assert services()["mlflow"]["image"].endswith(f":{theirs['mlflow']}")
+        assert services()["mlflow"]["image"].endswith(f":{image['mlflow']}")
 
 
 def test_only_the_proxy_is_published_and_on_loopback() -> None:
@@ -113,8 +113,8 @@ def test_only_the_proxy_is_published_and_on_loopback() -> None:
 
 
 def test_only_services_that_need_the_database_can_reach_it() -> None:
-    read = yaml.safe_load(COMPOSE.read_text())
-    assert read["networks"]["database"]["internal"]
+    parsed = yaml.safe_load(COMPOSE.read_text())
+    assert parsed["networks"]["database"]["internal"]
     inside = {name for name, s in services().items() if "database" in s.get("networks", [])}
     assert services()["postgres"]["networks"] == ["database"]
     assert inside <= {"postgres", "mlflow", "upgrade", "backup"}
@@ -129,14 +129,14 @@ def test_no_secret_is_in_the_compose_file() -> None:
 
 
 def test_every_secret_is_a_file_that_make_secrets_generates(tmp_path: Path) -> None:
-    made = set(secrets.make_missing(tmp_path))
-    read = yaml.safe_load(COMPOSE.read_text())["secrets"]
-    assert set(read) <= made
-    for name, secret in read.items():
+    generated = set(secrets.make_missing(tmp_path))
+    declared = yaml.safe_load(COMPOSE.read_text())["secrets"]
+    assert set(declared) <= generated
+    for name, secret in declared.items():
         file = re.sub(r"\$\{\w+:-([^}]+)\}", r"\1", secret["file"])
         assert file == f"{secrets.FOLDER}/{name}"
     used = {name for service in services().values() for name in service.get("secrets", [])}
-    assert used == set(read)
+    assert used == set(declared)
 
 
 def test_the_example_environment_names_every_variable_with_its_default() -> None:
@@ -150,18 +150,18 @@ def test_the_example_environment_names_every_variable_with_its_default() -> None
 
 def test_services_wait_until_what_they_need_is_healthy() -> None:
     healthy = {"condition": "service_healthy"}
-    needed = {name: s.get("depends_on", {}) for name, s in services().items()}
-    assert needed["mlflow"] == {"postgres": healthy, "gcs": healthy}
-    assert needed["promoter"] == {"mlflow": healthy}
-    assert needed["serving"] == {"promoter": healthy}
-    assert needed["proxy"] == {"mlflow": healthy}
+    dependencies = {name: s.get("depends_on", {}) for name, s in services().items()}
+    assert dependencies["mlflow"] == {"postgres": healthy, "gcs": healthy}
+    assert dependencies["promoter"] == {"mlflow": healthy}
+    assert dependencies["serving"] == {"promoter": healthy}
+    assert dependencies["proxy"] == {"mlflow": healthy}
 
 
 def test_persistent_data_is_on_named_volumes() -> None:
     volumes = set(yaml.safe_load(COMPOSE.read_text())["volumes"])
     for name in ("postgres", "gcs", "promoter", "prometheus", "alertmanager"):
         mounted = {str(volume).split(":")[0] for volume in services()[name]["volumes"]}
-        assert mounted & volumes, f"{name} keeps nothing on a named volume"
+        assert mounted & volumes, f"{name} has no named volume"
 
 
 def test_mlflow_has_authentication_allowed_hosts_and_no_telemetry() -> None:
@@ -177,15 +177,15 @@ def test_mlflow_has_authentication_allowed_hosts_and_no_telemetry() -> None:
 def test_the_dashboard_and_the_alerts_use_metrics_that_serving_exports() -> None:
     from serving.metrics import Metrics
 
-    told = Metrics().text()
-    known = set(re.findall(r"^# HELP (eurosat_\w+)", told.decode(), re.MULTILINE))
-    known |= {f"{name}_bucket" for name in known}
+    text = Metrics().text().decode()
+    exported = set(re.findall(r"^# HELP (eurosat_\w+)", text, re.MULTILINE))
+    exported |= {f"{name}_bucket" for name in exported}
     dashboard = (ROOT / "deploy/grafana/serving.json").read_text()
     assert json.loads(dashboard)["panels"]
-    asked = set(re.findall(r"eurosat_\w+", dashboard.replace("eurosat-serving", "")))
-    asked |= set(re.findall(r"eurosat_\w+", (ROOT / "deploy/prometheus/rules.yml").read_text()))
-    assert asked
-    assert asked <= known, asked - known
+    used = set(re.findall(r"eurosat_\w+", dashboard.replace("eurosat-serving", "")))
+    used |= set(re.findall(r"eurosat_\w+", (ROOT / "deploy/prometheus/rules.yml").read_text()))
+    assert used
+    assert used <= exported, used - exported
 
 
 def compose_config(**variables: str) -> "subprocess.CompletedProcess[str]":
@@ -204,5 +204,5 @@ def compose_config(**variables: str) -> "subprocess.CompletedProcess[str]":
 
 
 def test_docker_compose_accepts_the_file() -> None:
-    asked = compose_config()
-    assert asked.returncode == 0, asked.stderr
+    result = compose_config()
+    assert result.returncode == 0, result.stderr

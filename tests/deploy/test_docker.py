@@ -1,4 +1,4 @@
-"""The whole of docker-compose.yml on a real engine: `make test-docker` (needs docker compose)."""
+"""All of docker-compose.yml on a real Docker engine: `make test-docker`."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ from tests.support.serving import until
 pytestmark = [*MLFLOW_WARNS, pytest.mark.docker]
 PROJECT = "eurosat-test"
 UP_S = 180.0
-"""From built images to a platform that is healthy, all of it."""
+"""Limit for the start of all services from built images."""
 BUILD_S = 1800
 WAIT_S = 180.0
 LARGE_BYTES = 300_000_000
@@ -60,9 +60,9 @@ SMALL = (
     "trainer.epochs=10",
     "trainer.precision=fp32",
 )
-"""Past the gates' floors within seconds of training."""
+"""Passes the gates' floors after seconds of training."""
 SERVICES = {"postgres": "postgres", "mlflow": "mlflow", "store": "gcs"}
-"""In docker-compose.yml, by their names in bench-platform."""
+"""Names of services in docker-compose.yml, by their names in bench-platform."""
 LOAD_S, WRITERS, READERS, RATE = 60, 16, 4, 200
 EMPTY: Mapping[str, str] = {}
 ALERTS = """
@@ -75,12 +75,14 @@ receivers:
 
 @dataclass(frozen=True)
 class Stack:
+    """The running containers."""
+
     folder: Path
-    """A copy of the repository, with secrets of its own."""
+    """A copy of the repository, with its own secrets."""
     port: int
     env: dict[str, str]
     seconds: float
-    """That `docker compose up --wait` took."""
+    """Duration of `docker compose up --wait`."""
 
     @property
     def url(self) -> str:
@@ -100,18 +102,17 @@ class Stack:
         return run("docker", "compose", "-p", PROJECT, *arguments, at=self, timeout=timeout)
 
     def container(self, service: str) -> dict[str, Any]:
-        (read,) = json.loads(
-            run("docker", "inspect", self.compose("ps", "-aq", service).strip(), at=self)
-        )
-        return dict(read)
+        output = run("docker", "inspect", self.compose("ps", "-aq", service).strip(), at=self)
+        (container,) = json.loads(output)
+        return dict(container)
 
     def containers(self) -> list[dict[str, Any]]:
         ids = self.compose("ps", "-aq").split()
-        read: list[dict[str, Any]] = json.loads(run("docker", "inspect", *ids, at=self))
-        return read
+        containers: list[dict[str, Any]] = json.loads(run("docker", "inspect", *ids, at=self))
+        return containers
 
     def client(self, role: str) -> dict[str, str]:
-        """What a user's shell says."""
+        """Create a user with the role; return the environment of the user's shell."""
         self.administrator().add(f"a-{role}", role, PASSWORD)
         return {
             "MLFLOW_TRACKING_URI": self.url,
@@ -121,7 +122,7 @@ class Stack:
         }
 
     def champion_served(self) -> str | None:
-        answer = requests.post(
+        response = requests.post(
             f"{self.url}/serving/predict",
             encoded("River", "JPEG"),
             timeout=30,
@@ -131,12 +132,12 @@ class Stack:
                 "Authorization": f"Bearer {self.secret('serving_key')}",
             },
         )
-        return str(answer.json()["model_version"]) if answer.ok else None
+        return str(response.json()["model_version"]) if response.ok else None
 
 
 @dataclass(frozen=True)
 class Containers(PlatformFixture):
-    """What bench-platform lays its load upon, in containers."""
+    """The containers as a platform for the load of bench-platform."""
 
     stack: Stack
 
@@ -146,22 +147,22 @@ class Containers(PlatformFixture):
     def connection(self) -> Any:
         import psycopg2
 
-        made = psycopg2.connect(
+        connection = psycopg2.connect(
             host=address(self.stack, "postgres"),
             user="mlflow",
             dbname="mlflow",
             password=self.stack.secret("postgres_password"),
             connect_timeout=5,
         )
-        made.autocommit = True
-        return made
+        connection.autocommit = True
+        return connection
 
     def kill(self, service: str) -> None:
         if service == "postgres":
             self.stack.compose("restart", service)
             return
-        begun = self.stack.container(service)["State"]["StartedAt"]
-        # From within, as a crash is: what `docker kill` ends, Docker leaves as it is.
+        started_at = self.stack.container(service)["State"]["StartedAt"]
+        # From inside, like a crash: Docker does not restart what `docker kill` has ended.
         compose = ("docker", "compose", "-p", PROJECT, "exec", "-T")
         subprocess.run(
             [*compose, service, "sh", "-c", "kill -9 -1"],
@@ -171,9 +172,9 @@ class Containers(PlatformFixture):
             timeout=60,
         )
         until(
-            lambda: self.stack.container(service)["State"]["StartedAt"] != begun,
+            lambda: self.stack.container(service)["State"]["StartedAt"] != started_at,
             WAIT_S,
-            f"{service} is started again",
+            f"{service} is restarted",
         )
 
     @contextmanager
@@ -185,11 +186,11 @@ class Containers(PlatformFixture):
             self.stack.compose("unpause", SERVICES[service])
 
     def memory_mb(self) -> dict[str, float]:
-        return {}  # a minute tells nothing of it: `make bench-platform` does
+        return {}  # a minute is too short; `make bench-platform` measures it
 
 
 def address(stack: Stack, service: str) -> str:
-    """Of its container, on a network of Docker's, to which this machine belongs too."""
+    """Return the address of a container on Docker's network, which this machine can reach."""
     networks = stack.container(service)["NetworkSettings"]["Networks"]
     return str(next(iter(networks.values()))["IPAddress"])
 
@@ -198,17 +199,19 @@ def run(
     *command: str, at: "Stack | Path", timeout: float = 300, env: Mapping[str, str] = EMPTY
 ) -> str:
     folder = at if isinstance(at, Path) else at.folder
-    known = EMPTY if isinstance(at, Path) else at.env
-    done = subprocess.run(
+    stack_env = EMPTY if isinstance(at, Path) else at.env
+    result = subprocess.run(
         command,
         cwd=folder,
-        env={**os.environ, **known, **env},
+        env={**os.environ, **stack_env, **env},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
-    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
-    return done.stdout
+    assert result.returncode == 0, (
+        f"{' '.join(command)}: {result.stdout[-2000:]}{result.stderr[-4000:]}"
+    )
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -227,10 +230,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     compose = ("docker", "compose", "-p", PROJECT)
     run(*compose, "down", "-v", "--remove-orphans", at=folder, env=env)
     run(*compose, "--profile", "backup", "build", at=folder, timeout=BUILD_S, env=env)
-    begun = time.monotonic()
+    start = time.monotonic()
     try:
         run(*compose, "up", "--wait", at=folder, timeout=600, env=env)
-        stack = Stack(folder, port, env, time.monotonic() - begun)
+        stack = Stack(folder, port, env, time.monotonic() - start)
         run(
             "docker",
             "run",
@@ -273,27 +276,27 @@ def test_the_containers_are_locked_down_as_the_file_says(stack: Stack) -> None:
         assert not host["CapAdd"], name
         assert "no-new-privileges:true" in host["SecurityOpt"], name
         assert host["Memory"] > 0, name
-        published = [one for bound in host["PortBindings"].values() for one in bound]
+        published = [port for ports in host["PortBindings"].values() for port in ports]
         if "proxy" in name:
-            assert [one["HostIp"] for one in published] == ["127.0.0.1"]
+            assert [port["HostIp"] for port in published] == ["127.0.0.1"]
         else:
             assert not published, name
 
 
 def test_no_secret_is_in_what_docker_shows_or_in_a_log(stack: Stack) -> None:
-    told = json.dumps(stack.containers())
-    told += stack.compose("logs", "--no-color") + stack.compose("config")
+    texts = json.dumps(stack.containers())
+    texts += stack.compose("logs", "--no-color") + stack.compose("config")
     for file in (stack.folder / ".platform/secrets").iterdir():
         value = file.read_text().strip()
         if len(value) > 8 and file.name not in ("tls.crt", "serving_keys"):
-            assert value not in told, file.name
+            assert value not in texts, file.name
 
 
 def test_the_serving_image_is_small_and_has_no_torch(stack: Stack) -> None:
     (image,) = json.loads(run("docker", "image", "inspect", "eurosat-serving:0.1.0", at=stack))
     print(f"the serving image has {image['Size'] / 1e6:.0f} MB")
     assert image["Size"] < IMAGE_BYTES
-    found = stack.compose(
+    output = stack.compose(
         "exec",
         "-T",
         "serving",
@@ -301,37 +304,37 @@ def test_the_serving_image_is_small_and_has_no_torch(stack: Stack) -> None:
         "-c",
         "import importlib.util as u; print([n for n in ('torch', 'ray') if u.find_spec(n)])",
     )
-    assert found.strip() == "[]"
+    assert output.strip() == "[]"
 
 
 def test_requests_without_a_login_are_refused(stack: Stack) -> None:
-    def ask(path: str, method: str = "GET", **told: Any) -> int:
+    def status(path: str, method: str = "GET", **options: Any) -> int:
         url, trusted = f"{stack.url}/{path}", stack.certificate
-        return requests.request(method, url, verify=trusted, timeout=30, **told).status_code
+        return requests.request(method, url, verify=trusted, timeout=30, **options).status_code
 
     search = "api/2.0/mlflow/experiments/get?experiment_id=0"
-    assert ask(search) == 401
-    assert ask(search, auth=("admin", "wrong")) == 401
-    for place in ("prometheus/", "alertmanager/"):
-        assert ask(place) == 401
+    assert status(search) == 401
+    assert status(search, auth=("admin", "wrong")) == 401
+    for path in ("prometheus/", "alertmanager/"):
+        assert status(path) == 401
     admin = ("admin", stack.secret("admin_password"))
-    assert ask(search, auth=admin) == 200
-    assert ask("prometheus/-/ready", auth=admin) == 200
-    assert ask("alertmanager/-/ready", auth=admin) == 200
-    assert ask(search, auth=admin, headers={"Host": "evil.example"}) == 403
-    assert ask("serving/predict", "POST", data=b"x") in (401, 403)
+    assert status(search, auth=admin) == 200
+    assert status("prometheus/-/ready", auth=admin) == 200
+    assert status("alertmanager/-/ready", auth=admin) == 200
+    assert status(search, auth=admin, headers={"Host": "evil.example"}) == 403
+    assert status("serving/predict", "POST", data=b"x") in (401, 403)
     with pytest.raises(requests.exceptions.SSLError):
-        requests.get(stack.url, timeout=30)  # who does not know the certificate
+        requests.get(stack.url, timeout=30)  # the client does not trust the certificate
     unencrypted = requests.get(f"http://127.0.0.1:{stack.port}/", timeout=30)
     assert unencrypted.status_code == 400
 
 
 def test_an_alert_reports_that_there_is_no_champion(stack: Stack) -> None:
-    def told() -> bool:
+    def has_alert() -> bool:
         logs = ["docker", "logs", f"{PROJECT}-listener"]
         return b"NoChampion" in subprocess.run(logs, capture_output=True, check=True).stdout
 
-    until(told, WAIT_S, "the alert comes out of Alertmanager's webhook")
+    until(has_alert, WAIT_S, "Alertmanager's webhook delivers the alert")
 
 
 def test_a_large_artifact_is_downloaded_unchanged(
@@ -340,16 +343,16 @@ def test_a_large_artifact_is_downloaded_unchanged(
     for name, value in stack.client("writer").items():
         monkeypatch.setenv(name, value)
     file = tmp_path / "large.bin"
-    with file.open("wb") as opened:
+    with file.open("wb") as out:
         for _ in range(LARGE_BYTES // 1_000_000):
-            opened.write(os.urandom(1_000_000))
+            out.write(os.urandom(1_000_000))
     client = MlflowClient()
     run_id = client.create_run("0").info.run_id
     client.log_artifact(run_id, str(file))
     client.set_terminated(run_id)
-    back = Path(client.download_artifacts(run_id, file.name, str(tmp_path / "back")))
-    with file.open("rb") as sent, back.open("rb") as got:
-        digests = {hashlib.file_digest(one, "sha256").hexdigest() for one in (sent, got)}
+    downloaded = Path(client.download_artifacts(run_id, file.name, str(tmp_path / "back")))
+    with file.open("rb") as sent, downloaded.open("rb") as received:
+        digests = {hashlib.file_digest(f, "sha256").hexdigest() for f in (sent, received)}
     assert len(digests) == 1
 
 
@@ -358,20 +361,24 @@ def test_a_model_that_was_trained_outside_is_promoted_and_served(
 ) -> None:
     """Training through TLS and a password, registration, webhook, promotion, hot swap, a tile."""
     assert stack.champion_served() is None
-    told = stack.client("writer")
+    login = stack.client("writer")
     cache = {"EUROSAT_CACHE": str(tmp_path / "cache"), "EUROSAT_COMMIT": "c" * 40}
     path = os.pathsep.join([str(stack.folder), os.environ.get("PYTHONPATH", "")])
-    environment = told | cache | {"PYTHONPATH": path}
+    environment = login | cache | {"PYTHONPATH": path}
 
-    def verb(*arguments: str) -> str:
+    def command(*arguments: str) -> str:
         return run(sys.executable, "-m", *arguments, at=stack.folder, timeout=900, env=environment)
 
-    verb("expectations.validate", *SMALL)
-    run_id = verb("eurosat.train", *SMALL).split()[-1]
-    number = verb("registry.register", run_id).split()[-1]
+    command("expectations.validate", *SMALL)
+    run_id = command("eurosat.train", *SMALL).split()[-1]
+    number = command("registry.register", run_id).split()[-1]
     until(lambda: stack.champion_served() == number, WAIT_S, "serving answers with it")
-    seen = "served by http://serving:5001"
-    until(lambda: seen in stack.compose("logs", "promoter"), WAIT_S, "the promoter has seen it")
+    message = "served by http://serving:5001"
+    until(
+        lambda: message in stack.compose("logs", "promoter"),
+        WAIT_S,
+        "the promoter has checked that serving answers",
+    )
 
 
 def test_the_trainer_container_validates_and_trains(stack: Stack) -> None:
@@ -379,7 +386,7 @@ def test_the_trainer_container_validates_and_trains(stack: Stack) -> None:
     stack.compose("--profile", "trainer", "build", "trainer", timeout=BUILD_S)
 
     def entry(name: str, *params: str) -> str:
-        given = [word for param in params for word in ("-P", param)]
+        options = [word for param in params for word in ("-P", param)]
         return stack.compose(
             "--profile",
             "trainer",
@@ -394,14 +401,14 @@ def test_the_trainer_container_validates_and_trains(stack: Stack) -> None:
             "local",
             "-e",
             name,
-            *given,
+            *options,
             timeout=900,
         )
 
     few = "overrides=data.synthetic.tiles=300"
     entry("validate", few)
-    said = entry("train", "recipe=demo", few)
-    run_id = re.findall(r"^run ([0-9a-f]{32})$", said, re.MULTILINE)[-1]
+    output = entry("train", "recipe=demo", few)
+    run_id = re.findall(r"^run ([0-9a-f]{32})$", output, re.MULTILINE)[-1]
     run = stack.administrator().request("GET", "2.0/mlflow/runs/get", run_id=run_id)
     assert run
     assert run["run"]["info"]["status"] == "FINISHED"
@@ -410,10 +417,10 @@ def test_the_trainer_container_validates_and_trains(stack: Stack) -> None:
 
 def test_a_backup_is_complete(stack: Stack) -> None:
     stack.compose("run", "--rm", "-T", "backup")
-    stored = stack.compose(
+    listing = stack.compose(
         "run", "--rm", "-T", "--entrypoint", "sh", "backup", "-c", "ls /backups/*.tar"
     )
-    (file,) = stored.split()
+    (file,) = listing.split()
     stack.compose("run", "--rm", "-T", "backup", "verify", file)
 
 
@@ -426,20 +433,20 @@ def test_nothing_acknowledged_is_lost_when_containers_are_killed(
     store, is_local = address(stack, "gcs"), sitecustomize.is_local
     # Docker's networks are on this machine.
     monkeypatch.setattr(sitecustomize, "is_local", lambda host: host == store or is_local(host))
-    told = {
+    env = {
         "MLFLOW_TRACKING_URI": stack.url,
         "EUROSAT_ARTIFACTS": "gs://mlflow/artifacts",
         "STORAGE_EMULATOR_HOST": f"http://{store}:4443",
     }
     outcome = load.run(
-        Containers(tmp_path, told, stack),
+        Containers(tmp_path, env, stack),
         seconds=LOAD_S,
         writers=WRITERS,
         readers=READERS,
         rate=RATE,
     )
     print(*(f"{row['what']}: {row['value']} {row['unit']}" for row in outcome.faults), sep="\n")
-    print(dict(outcome.counts), f"{outcome.arrived_s:.0f} s until the last had arrived")
+    print(dict(outcome.counts), f"{outcome.arrived_s:.0f} s until all data had arrived")
     assert len(outcome.faults) == 4
     assert min(outcome.counts[name] for name in ("runs", "points", "params", "artifacts")) > 0
     assert all(outcome.counts[name] == 0 for name in ("lost", "stuck", "twice"))

@@ -1,4 +1,4 @@
-"""`make platform`: PostgreSQL, an object store, MLflow, the promoter and serving, on loopback."""
+"""`make platform` starts PostgreSQL, an object store, MLflow, the promoter and serving."""
 
 import contextlib
 import json
@@ -38,7 +38,7 @@ pytestmark = [
 ]
 WAIT_S = 90.0
 OLD_SCHEMA = "acf3f17fdcc7"
-"""Of MLflow 2.9, of 2023."""
+"""Schema of MLflow 2.9, from 2023."""
 OLD_ROWS = """
 INSERT INTO experiments (experiment_id, name, artifact_location, lifecycle_stage)
     VALUES (1, 'maps', 'mlflow-artifacts:/1', 'active');
@@ -57,18 +57,18 @@ INSERT INTO registered_model_aliases (name, alias, version) VALUES ('eurosat', '
 
 
 def pid_of(platform: Platform, service: str) -> int:
-    """Of the one whose log says where it listens, by the port in its command."""
-    port = {"promoter": "EUROSAT_PROMOTER_URL", "serving": "EUROSAT_SERVING_URL"}[service]
-    flag = f"--port={platform.env[port].rpartition(':')[2]}"
+    """Return a service's process id, found by the port in its command line."""
+    variable = {"promoter": "EUROSAT_PROMOTER_URL", "serving": "EUROSAT_SERVING_URL"}[service]
+    flag = f"--port={platform.env[variable].rpartition(':')[2]}"
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
-                told = (process / "cmdline").read_bytes().split(b"\0")
+                words = (process / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if flag.encode() in told:
+            if flag.encode() in words:
                 return int(process.name)
-    raise AssertionError(f"no {service} runs")
+    raise AssertionError(f"{service} does not run")
 
 
 def test_the_addresses_are_written_for_the_owner_only(platform: Platform) -> None:
@@ -79,16 +79,16 @@ def test_the_addresses_are_written_for_the_owner_only(platform: Platform) -> Non
 
 
 def test_nobody_gets_in_without_a_password(platform: Platform) -> None:
-    for who in (("admin", "wrong but long enough"), ("nobody", "nobody"), ("", "")):
-        assert platform.status(who, "GET", "experiments/get", experiment_id="0") == 401
+    for login in (("admin", "wrong but long enough"), ("nobody", "nobody"), ("", "")):
+        assert platform.status(login, "GET", "experiments/get", experiment_id="0") == 401
 
 
 def test_the_database_requires_a_password(platform: Platform) -> None:
     import psycopg2
 
-    told = platform.env["EUROSAT_DATABASE_URI"].replace("+psycopg2", "")
+    uri = platform.env["EUROSAT_DATABASE_URI"].replace("+psycopg2", "")
     with pytest.raises(psycopg2.OperationalError, match="password"):
-        psycopg2.connect(told, password="wrong")
+        psycopg2.connect(uri, password="wrong")
 
 
 CREATE_RUN = ("POST", "runs/create", {"experiment_id": "0"})
@@ -96,7 +96,7 @@ MODEL = {"name": "eurosat"}
 VERSION = MODEL | {"version": "1"}
 CREATE = MODEL | {"source": "runs:/x/y"}
 PROMPT = {"key": "mlflow.prompt.other", "value": "true"}
-MINE = {"tags": [{"key": "approval", "value": "{}"}]}
+APPROVAL = {"tags": [{"key": "approval", "value": "{}"}]}
 ALL, WRITERS, PROMOTERS, NOBODY = (
     (True,) * 3,
     (False, True, True),
@@ -106,14 +106,14 @@ ALL, WRITERS, PROMOTERS, NOBODY = (
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "told", "may"),
+    ("method", "path", "fields", "allowed"),
     [
         ("GET", "registered-models/get", MODEL, ALL),
         (*CREATE_RUN, WRITERS),
         ("POST", "registered-models/alias", VERSION | {"alias": "champion"}, PROMOTERS),
         ("DELETE", "registered-models/alias", MODEL | {"alias": "champion"}, PROMOTERS),
         ("POST", "model-versions/set-tag", VERSION | {"key": "approval", "value": "{}"}, PROMOTERS),
-        ("POST", "model-versions/create", CREATE | MINE, PROMOTERS),
+        ("POST", "model-versions/create", CREATE | APPROVAL, PROMOTERS),
         ("POST", "model-versions/create", CREATE | {"name": "eurosat.ledger"}, PROMOTERS),
         ("DELETE", "model-versions/delete", VERSION, PROMOTERS),
         ("PATCH", "model-versions/update", VERSION | {"description": "passed"}, PROMOTERS),
@@ -127,11 +127,11 @@ ALL, WRITERS, PROMOTERS, NOBODY = (
     ],
 )
 def test_each_role_has_its_permissions_and_no_others(
-    platform: Platform, method: str, path: str, told: dict[str, object], may: tuple[bool, ...]
+    platform: Platform, method: str, path: str, fields: dict[str, object], allowed: tuple[bool, ...]
 ) -> None:
-    for role, allowed in zip(("reader", "writer", "promoter"), may, strict=True):
-        status = platform.status(platform.user(role), method, path, **told)
-        assert (status != 403) is allowed, f"{role}: {status}"
+    for role, is_allowed in zip(("reader", "writer", "promoter"), allowed, strict=True):
+        status = platform.status(platform.user(role), method, path, **fields)
+        assert (status != 403) is is_allowed, f"{role}: {status}"
         assert status != 401
 
 
@@ -139,44 +139,44 @@ def test_each_role_has_its_permissions_and_no_others(
     "body",
     [
         b'"{\\"name\\": \\"eurosat\\", \\"source\\": \\"runs:/x/y\\",'
-        b' \\"tags\\": [{\\"key\\": \\"approval\\", \\"value\\": \\"{}\\"}]}"',  # as old clients
+        b' \\"tags\\": [{\\"key\\": \\"approval\\", \\"value\\": \\"{}\\"}]}"',  # of old clients
         b'{"name": "eurosat", "source": "s", "tags": [{"key": "appro\\u0076al", "value": "{}"}]}',
         b'{"name": "eurosat.ledger", "source": "s"}',
     ],
 )
-@pytest.mark.parametrize("kind", ["application/json", "text/plain", ""])
+@pytest.mark.parametrize("media_type", ["application/json", "text/plain", ""])
 @pytest.mark.parametrize("prefix", ["api", "ajax-api"])
 def test_a_writer_cannot_forge_tags_or_the_ledger_in_any_request_format(
-    platform: Platform, body: bytes, kind: str, prefix: str
+    platform: Platform, body: bytes, media_type: str, prefix: str
 ) -> None:
-    answer = requests.post(
+    response = requests.post(
         f"{platform.url}/{prefix}/2.0/mlflow/model-versions/create",
         body,
         auth=platform.user("writer"),
-        headers={"Content-Type": kind},
+        headers={"Content-Type": media_type},
         timeout=30,
     )
-    assert answer.status_code == 403
-    assert "promoter" in answer.text
+    assert response.status_code == 403
+    assert "promoter" in response.text
 
 
 def test_a_user_without_a_role_sees_nothing(platform: Platform) -> None:
     platform.administrator().request(
         "POST", "2.0/mlflow/users/create", username="nobody", password=platforms.PASSWORD
     )
-    who = ("nobody", platforms.PASSWORD)
-    assert platform.status(who, "GET", "registered-models/get", name="eurosat") == 403
-    assert platform.status(who, *CREATE_RUN[:2], experiment_id="0") == 403
+    login = ("nobody", platforms.PASSWORD)
+    assert platform.status(login, "GET", "registered-models/get", name="eurosat") == 403
+    assert platform.status(login, *CREATE_RUN[:2], experiment_id="0") == 403
 
 
 def test_a_new_role_replaces_the_old_one(platform: Platform) -> None:
-    who = ("changing", platforms.PASSWORD)
-    call = ("POST", "registered-models/alias")
-    told = {"name": "eurosat", "alias": "champion", "version": "1"}
-    for role, may in (("promoter", True), ("writer", False), ("promoter", True)):
-        platform.administrator().add(*who[:1], role, who[1])
+    login = ("changing", platforms.PASSWORD)
+    route = ("POST", "registered-models/alias")
+    fields = {"name": "eurosat", "alias": "champion", "version": "1"}
+    for role, allowed in (("promoter", True), ("writer", False), ("promoter", True)):
+        platform.administrator().add(login[0], role, login[1])
         assert platform.administrator().roles_by_user()["changing"] == role
-        assert (platform.status(who, *call, **told) != 403) is may
+        assert (platform.status(login, *route, **fields) != 403) is allowed
 
 
 def test_what_a_writer_registers_is_judged_promoted_and_served(
@@ -189,18 +189,18 @@ def test_what_a_writer_registers_is_judged_promoted_and_served(
     serving = platform.env["EUROSAT_SERVING_URL"]
 
     def served() -> bool:
-        answer = requests.post(
+        response = requests.post(
             f"{serving}/predict",
             encoded("River", "JPEG"),
             headers={"Content-Type": "image/jpeg"},
             timeout=10,
         )
-        return answer.ok and answer.json()["model_version"] == number
+        return response.ok and response.json()["model_version"] == number
 
     until(served, WAIT_S, "serving answers with what was registered")
     assert client.get_model_version_by_alias("eurosat", "champion").version == number
-    entry = client.search_model_versions("name = 'eurosat.ledger'")
-    assert entry, "the promotion stands in the ledger"
+    entries = client.search_model_versions("name = 'eurosat.ledger'")
+    assert entries, "the promotion is in the ledger"
 
 
 @pytest.mark.parametrize("role", ["administrator", "writer", "reader"])
@@ -218,8 +218,8 @@ def test_the_doctor_finds_no_fault(
         platform.log_in(monkeypatch, platform.user(role))
     assert doctor.main(["--json"]) == exit_codes.OK
     checks = json.loads(capsys.readouterr().out)["checks"]
-    told = {one["name"]: one["verdict"] for one in checks}
-    wanted = [
+    verdicts = {check["name"]: check["verdict"] for check in checks}
+    expected = [
         "secrets",
         "tracking server",
         "version",
@@ -230,15 +230,15 @@ def test_the_doctor_finds_no_fault(
         "bucket",
     ]
     if role != "reader":
-        wanted += ["run and metric", "artifact", "removal"]
+        expected += ["run and metric", "artifact", "removal"]
     if role == "administrator":
-        wanted += ["model version", "webhook"]
-    assert [name for name in wanted if told[name] != "ok"] == [], checks
-    for kind in ("experiments", "registered-models"):
-        found = platform.administrator().request(
-            "GET", f"2.0/mlflow/{kind}/search", max_results=1000, filter="name LIKE 'doctor-%'"
+        expected += ["model version", "webhook"]
+    assert [name for name in expected if verdicts[name] != "ok"] == [], checks
+    for resource in ("experiments", "registered-models"):
+        remaining = platform.administrator().request(
+            "GET", f"2.0/mlflow/{resource}/search", max_results=1000, filter="name LIKE 'doctor-%'"
         )
-        assert found == {}, "something was left behind"
+        assert remaining == {}, "the doctor has left something behind"
 
 
 def test_a_killed_service_is_restarted(platform: Platform) -> None:
@@ -246,29 +246,29 @@ def test_a_killed_service_is_restarted(platform: Platform) -> None:
     os.kill(before, signal.SIGKILL)
     health = f"{platform.env['EUROSAT_PROMOTER_URL']}/health"
 
-    def again() -> bool:
+    def is_up() -> bool:
         try:
             return requests.get(health, timeout=5).ok
         except requests.ConnectionError:
             return False
 
-    until(lambda: not again(), WAIT_S, "it is gone")
-    until(again, WAIT_S, "it is back")
+    until(lambda: not is_up(), WAIT_S, "it is down")
+    until(is_up, WAIT_S, "it is up again")
     assert pid_of(platform, "promoter") != before
 
 
 def test_a_second_start_reports_that_the_platform_is_up(platform: Platform) -> None:
-    done = platforms.platform_command("up", platform.folder, "--free-ports")
-    assert done.returncode == 0
-    assert "up already" in done.stderr
+    result = platforms.platform_command("up", platform.folder, "--free-ports")
+    assert result.returncode == 0
+    assert "up already" in result.stderr
 
 
 def test_a_port_that_is_taken_is_named(platform: Platform) -> None:
     with platforms.platform_folder() as folder:
         taken = platform.url.rpartition(":")[2]
-        done = platforms.platform_command("up", folder, "--free-ports", f"--mlflow-port={taken}")
-        assert done.returncode == 2
-        assert f"port {taken} of 127.0.0.1 is taken: give --mlflow-port" in done.stderr
+        result = platforms.platform_command("up", folder, "--free-ports", f"--mlflow-port={taken}")
+        assert result.returncode == 2
+        assert f"port {taken} of 127.0.0.1 is taken: give --mlflow-port" in result.stderr
         assert not (folder / "env").exists()
         assert not platforms.remaining_processes(folder)
 
@@ -276,26 +276,26 @@ def test_a_port_that_is_taken_is_named(platform: Platform) -> None:
 def test_stopping_or_killing_it_leaves_no_process_and_loses_no_data() -> None:
     with platforms.platform_folder() as folder:
         platform = platforms.start_platform(folder)
-        who = platform.user("writer")
-        assert platform.status(who, "POST", "experiments/create", name="kept") == 200
+        login = platform.user("writer")
+        assert platform.status(login, "POST", "experiments/create", name="kept") == 200
         assert platforms.platform_command("down", folder).returncode == 0
         assert not (folder / "env").exists()
         assert not platforms.remaining_processes(folder)
 
         platform = platforms.start_platform(folder)
-        who = ("a-writer", platforms.PASSWORD)
-        kept = ("GET", "experiments/get-by-name")
-        assert platform.status(who, *kept, experiment_name="kept") == 200
+        login = ("a-writer", platforms.PASSWORD)
+        route = ("GET", "experiments/get-by-name")
+        assert platform.status(login, *route, experiment_name="kept") == 200
         os.kill(platform.pid, signal.SIGKILL)
         until(lambda: not platforms.remaining_processes(folder), WAIT_S, "its services end with it")
 
         platform = platforms.start_platform(folder)
-        assert platform.status(who, *kept, experiment_name="kept") == 200
+        assert platform.status(login, *route, experiment_name="kept") == 200
 
 
 def test_secrets_are_generated_once(tmp_path: Path) -> None:
-    made = secrets.make_missing(tmp_path / "s")
-    assert {"postgres_password", "webhook_key", "tls.key", "tls.crt"} <= set(made)
+    generated = secrets.make_missing(tmp_path / "s")
+    assert {"postgres_password", "webhook_key", "tls.key", "tls.crt"} <= set(generated)
     before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
     assert len(set(before.values())) == len(before)
     assert secrets.make_missing(tmp_path / "s") == []
@@ -331,24 +331,26 @@ def test_a_server_does_not_start_on_an_older_schema_and_says_what_to_do(
     blank_store: Path, tmp_path: Path
 ) -> None:
     file = Path(shutil.copy(blank_store, tmp_path / "mlflow.db"))
-    with contextlib.closing(sqlite3.connect(file)) as opened:
-        opened.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")  # of the first
-        opened.commit()
+    with contextlib.closing(sqlite3.connect(file)) as connection:
+        connection.execute(
+            "UPDATE alembic_version SET version_num = '451aebb31d03'"
+        )  # the first schema
+        connection.commit()
     command = ["-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{file}", "--workers=1"]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, *command, f"--port={free_port()}"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=WAIT_S,
     )
-    assert done.returncode
-    assert "out-of-date database schema" in done.stderr
-    assert "mlflow db upgrade" in done.stderr
+    assert result.returncode
+    assert "out-of-date database schema" in result.stderr
+    assert "mlflow db upgrade" in result.stderr
 
 
 def test_upgrading_an_older_schema_keeps_all_data(postgres: str) -> None:
-    """What the compose file's `upgrade` runs, on a database as an MLflow of 2023 left it."""
+    """The command of the compose file's `upgrade`, on a database of an MLflow of 2023."""
     import sqlalchemy
     from alembic import command
     from mlflow.store.db.utils import _get_alembic_config
@@ -358,8 +360,8 @@ def test_upgrading_an_older_schema_keeps_all_data(postgres: str) -> None:
     engine = sqlalchemy.create_engine(url)
     Base.metadata.create_all(engine)
     command.upgrade(_get_alembic_config(url), OLD_SCHEMA)
-    with engine.begin() as opened:
-        opened.execute(sqlalchemy.text(OLD_ROWS))
+    with engine.begin() as connection:
+        connection.execute(sqlalchemy.text(OLD_ROWS))
     engine.dispose()
     upgrade = [sys.executable, "-m", "mlflow", "db", "upgrade", url]
     subprocess.run(upgrade, check=True, timeout=WAIT_S)

@@ -1,4 +1,4 @@
-"""What docs/security.md says is defended, tried on a platform that runs."""
+"""The defences of docs/security.md, tested on a running platform."""
 
 import http.client
 import os
@@ -39,13 +39,13 @@ ESCAPES = [
 
 
 def processes(platform: Platform) -> list[psutil.Process]:
-    """All that the platform has started."""
+    """Return every process that the platform has started."""
     supervisor = psutil.Process(platform.pid)
     return supervisor.children(recursive=True)
 
 
 def raw(platform: Platform, method: str, path: str, **headers: str) -> int:
-    """A request whose path nobody tidies up on its way; the status of the answer."""
+    """Send a request whose path is not normalised on its way; return the status of the answer."""
     admin = platform.env["MLFLOW_TRACKING_USERNAME"], platform.env["MLFLOW_TRACKING_PASSWORD"]
     headers |= urllib3.make_headers(basic_auth=":".join(admin))
     host, port = platform.url.removeprefix("http://").split(":")
@@ -64,11 +64,11 @@ def raw(platform: Platform, method: str, path: str, **headers: str) -> int:
 @pytest.mark.parametrize("path", ESCAPES)
 def test_no_artifact_path_leads_out_of_the_bucket(platform: Platform, path: str) -> None:
     status = raw(platform, "PUT", f"{ARTIFACTS}/{path}")
-    kept = platform.folder / "store" / "mlflow"
+    bucket = platform.folder / "store" / "mlflow"
     outside = [
         file
         for file in platform.folder.rglob("*escaped*")
-        if not file.is_relative_to(kept / "artifacts")
+        if not file.is_relative_to(bucket / "artifacts")
     ]
     assert not outside
     assert not Path("/tmp/escaped").exists()
@@ -87,8 +87,8 @@ def test_no_query_of_artifacts_reads_a_file_of_the_server(
         platform.administrator().request("POST", "2.0/mlflow/runs/create", experiment_id="0") or {}
     )
     run_id = created["run"]["info"]["run_id"]
-    place = "/get-artifact" if call == "get-artifact" else "/api/2.0/mlflow/artifacts/list"
-    status = raw(platform, "GET", f"{place}?run_id={run_id}&path={path}")
+    route = "/get-artifact" if call == "get-artifact" else "/api/2.0/mlflow/artifacts/list"
+    status = raw(platform, "GET", f"{route}?run_id={run_id}&path={path}")
     assert status in range(400, 500)
 
 
@@ -109,34 +109,34 @@ def test_a_delivery_that_mlflow_did_not_sign_is_refused(platform: Platform) -> N
 
 def test_nothing_listens_beyond_loopback(platform: Platform) -> None:
     listening = [
-        (process.name(), bound.laddr.ip)
+        (process.name(), connection.laddr.ip)
         for process in processes(platform)
-        for bound in process.net_connections("inet")
-        if bound.status == psutil.CONN_LISTEN
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
     ]
     assert len(listening) >= 5
     assert {address for _, address in listening} == {"127.0.0.1"}
 
 
 def test_no_process_unpickles(platform: Platform) -> None:
-    told = {
+    settings = {
         process.pid: process.environ().get("MLFLOW_ALLOW_PICKLE_DESERIALIZATION")
         for process in processes(platform)
         if "python" in process.name()
     }
-    assert len(told) >= 4
-    assert set(told.values()) == {"false"}
+    assert len(settings) >= 4
+    assert set(settings.values()) == {"false"}
 
 
 def test_no_secret_is_in_a_log_or_a_command_line(platform: Platform) -> None:
-    told = "".join(
+    texts = "".join(
         file.read_text(errors="replace") for file in (platform.folder / "logs").iterdir()
     )
-    told += "".join(" ".join(process.cmdline()) for process in processes(platform))
-    assert "healthy" in told
+    texts += "".join(" ".join(process.cmdline()) for process in processes(platform))
+    assert "healthy" in texts
     for file in (platform.folder / "secrets").iterdir():
         for secret in re.findall(r"[\w=+/-]{30,}", file.read_text()):
-            assert secret not in told, file.name
+            assert secret not in texts, file.name
 
 
 def test_secrets_and_addresses_are_readable_for_their_owner_only(platform: Platform) -> None:
@@ -158,8 +158,8 @@ def test_ci_audits_every_lock_file(tmp_path: Path) -> None:
 
 
 def test_every_test_that_the_docs_name_exists() -> None:
-    told = (ROOT / "docs/security.md").read_text()
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", told)
+    text = (ROOT / "docs/security.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text)
     assert len(named) >= 10
     for file, test in named:
         assert f"def {test}(" in (ROOT / file).read_text(), f"{file}::{test}"

@@ -65,7 +65,7 @@ def draw_few_labels(rows: Rows, file: Path) -> None:
 
 
 def curves(name: str) -> Study:
-    """The curves of ``experiments/studies/NAME.yaml``: its metric by epoch for each value."""
+    """The curves of ``experiments/ablations/NAME.yaml``: its metric by epoch for each value."""
 
     def ask(further: Sequence[str]) -> Rows:
         run_id = run_command(

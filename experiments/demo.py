@@ -1,52 +1,47 @@
-"""The main job, one command: validate, sweep, register, gate, promote, serve, score.
+"""The whole job in one command: validate, sweep, register, promote, serve and classify tiles.
 
-Every step is a command that a user can run alone; this module strings them together.
+Every step is a command that a user can run alone; this module runs them in order.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
 import os
 import shlex
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from eurosat import tracking
-from eurosat.config import DataConfig, TrainConfig, compose
-from eurosat.errors import ConfigError, DataError, EuroSATError
+from eurosat.config import TrainConfig, compose
+from eurosat.errors import ConfigError, EuroSATError
 from eurosat.runtime import cli, exit_codes
+from experiments.demo_serving import serve_and_score
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = "eurosat"
-CHAMPION = f"models:/{MODEL}@champion"
-READY_S = 120
-"""The server is up in about 8 s on two idle cores."""
-TRAINED_PER_S, TAUGHT_PER_S = 250, 350
-"""Tiles a ResNet18 learns from, and tiles the packaged teacher is asked about, on two cores with
-bf16: the log of `python -m eurosat.train data=eurosat` tells of 257 to 281 and 16,199 in 46 s."""
+MODEL_NAME = "eurosat"
+CHAMPION = f"models:/{MODEL_NAME}@champion"
+TRAINED_TILES_PER_S, TEACHER_TILES_PER_S = 250, 350
+"""Speed of training a ResNet18, and of the packaged teacher, on two cores with bf16: the log of
+`python -m eurosat.train data=eurosat` shows 257 to 281, and 16,199 tiles in 46 s."""
 
 USAGE = """
 usage: python -m experiments.demo [data=synthetic|eurosat|folder] [recipe=NAME] [key=value ...]
 
   trials=6   trial_epochs=N   workers=1   space=resnet18   as for `python -m experiments.sweep`
-  tiles=3                                    tiles of the test fold to score over REST
-  report=reports/demo.json                   where the figures go
-  accept_new_data=false                      judge by floors where the champion saw other tiles
-  accept_uncommitted=false                   code that git does not hold may make a champion
+  tiles=3                                    tiles of the test fold to classify over REST
+  report=reports/demo.json                   file for the results
+  accept_new_data=false                      if the champion saw other tiles: use fixed limits only
+  accept_uncommitted=false                   promote although the code is not committed to git
   and any key of the recipe
 """
 
@@ -59,11 +54,12 @@ class DemoConfig:
     workers: int = 1
     space: str = "resnet18"
     tiles: int = 3
+    """Tiles of the test fold to classify over REST."""
     report: str = "reports/demo.json"
     accept_new_data: bool = False
-    """Let the floors alone judge where the champion was tested on other tiles."""
+    """Judge by the fixed limits alone if the champion was tested on other tiles."""
     accept_uncommitted: bool = False
-    """Let a version pass whose code is of no commit; a model of synthetic tiles always may."""
+    """Promote although the code is not committed; allowed anyway for synthetic tiles."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.tiles <= 1000:
@@ -75,22 +71,130 @@ class DemoConfig:
 def main(argv: Sequence[str]) -> int:
     settings, recipe = split_arguments(cli.overrides(argv, USAGE))
     started = time.monotonic()
-    os.chdir(ROOT)  # where MLproject, mlflow.db and mlruns are
-    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
-        os.environ.pop(name, None)  # of the `mlflow run` that started this: not for the steps
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    prepare_environment()
     config = compose(recipe)
-    log.info(say_how_long(config, settings))
-    uncommitted = settings.accept_uncommitted or config.data.source == "synthetic"
-    if not uncommitted:
+    log.info(estimate_duration(config, settings))
+    accept_uncommitted = settings.accept_uncommitted or config.data.source == "synthetic"
+    if not accept_uncommitted:
         check_commit(tracking.code_commit())
 
-    step(1, "validate the tiles against their expectations")
-    if not validated(config, recipe):
-        print("validation failed: nothing is trained on these tiles")
+    print_step(1, "validate: are files, classes and pixels of the tiles as expected?")
+    if not tiles_are_valid(config, recipe):
+        print("the tiles failed their validation (see above): nothing is trained on them")
         return exit_codes.NEGATIVE
-    step(2, f"sweep: {settings.trials} short trials, then the best refitted in full")
-    project(
+    print_step(2, f"sweep: {settings.trials} short trials, then the best one is trained in full")
+    sweep_run = run_sweep(settings, config, recipe)
+    print_step(3, "register: the trained model becomes a version with the alias challenger")
+    run_command(sys.executable, "-m", "registry.register", sweep_run)
+    challenger = alias_version("challenger")
+    print_step(4, "promote: the challenger becomes champion if it passes every gate")
+    promoted = promote(settings, accept_uncommitted)
+    champion = alias_version("champion")
+    if champion is None:
+        print(
+            f"version {challenger} was refused (see above) and there is no champion: "
+            "nothing to serve"
+        )
+        return exit_codes.NEGATIVE
+    print_step(5, f"serve: {CHAMPION} classifies {settings.tiles} tiles of its test fold over REST")
+    champion_run = tracking.get(tracking.resolve_run(CHAMPION))
+    scored = serve_and_score(CHAMPION, champion_run.run_id, settings.tiles)
+
+    report = {
+        **results(tracking.get(sweep_run).metrics, champion_run),
+        "champion_version": champion,
+        "seconds": round(time.monotonic() - started, 1),
+        "scored": scored,
+        "challenger_version": challenger,
+        "promoted": promoted,
+        **provenance(champion_run),
+    }
+    file = Path(settings.report)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print_report(report, file)
+    return exit_codes.OK
+
+
+def split_arguments(overrides: Sequence[str]) -> tuple[DemoConfig, list[str]]:
+    """Return the demo's own settings, and the overrides of the recipe.
+
+    If no recipe is given, synthetic tiles get ``demo`` and all others ``resnet18-quick``.
+    """
+    from experiments.settings import split_settings
+
+    settings, recipe = split_settings(DemoConfig, overrides)
+    data = next((override for override in recipe if override.startswith("data=")), None)
+    if data is None:
+        data = "data=synthetic"
+        recipe = [data, *recipe]
+    if not any(override.startswith("recipe=") for override in recipe):
+        recipe = [*recipe, f"recipe={'demo' if data == 'data=synthetic' else 'resnet18-quick'}"]
+    if settings.trial_epochs is None:
+        epochs = 1 if "recipe=demo" in recipe else 2
+        settings = dataclasses.replace(settings, trial_epochs=epochs)
+    return settings, recipe
+
+
+def prepare_environment() -> None:
+    """Go to the project's root, and let the steps find this Python's commands."""
+    os.chdir(ROOT)  # MLproject, mlflow.db and mlruns are there
+    for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
+        os.environ.pop(name, None)  # set by an `mlflow run` of the demo; the steps have their own
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+
+
+def estimate_duration(config: TrainConfig, settings: DemoConfig) -> str:
+    """Return one sentence on the work ahead; the sweep logs a measured estimate later."""
+    tiles = config.data.synthetic.tiles if config.data.source == "synthetic" else 27_000
+    epochs = settings.trials * (settings.trial_epochs or 0) + config.trainer.epochs
+    minutes = 1 + epochs * tiles * 0.65 / TRAINED_TILES_PER_S / 60  # train and val folds
+    teacher = ""
+    if config.distill.teacher != "none":  # its outputs for the train fold are cached
+        minutes += tiles * 0.6 / TEACHER_TILES_PER_S / 60
+        teacher = "one pass of the teacher, "
+    return (
+        f"data={config.data.source}: {teacher}{settings.trials} trials of "
+        f"{settings.trial_epochs} epochs, then {config.trainer.epochs} epochs: about "
+        f"{minutes:.0f} min for {tiles:,} tiles and a ResNet18 on two cores with bf16; the sweep "
+        "logs the time left as it runs"
+    )
+
+
+def print_step(number: int, description: str) -> None:
+    print(f"\n== {number}/5 {description}", flush=True)
+
+
+def check_commit(commit: str) -> None:
+    """Refuse uncommitted code now, not after an hour of training when the gates would.
+
+    Raises:
+        ConfigError: the code is not committed.
+    """
+    if commit == "unknown" or commit.endswith("-dirty"):
+        raise ConfigError(
+            f"the commit of the code is {commit}, and the gates refuse a model that no commit can "
+            "reproduce: commit first, or set accept_uncommitted=true"
+        )
+
+
+def tiles_are_valid(config: TrainConfig, recipe: Sequence[str]) -> bool:
+    """Run the validation; return False if it found the tiles invalid."""
+    try:
+        run_entry_point(
+            "validate", config, data=config.data.source, overrides=data_overrides(recipe)
+        )
+    except EuroSATError:
+        last = tracking.get(tracking.latest_run(config.experiment, kind="validate"))
+        if last.tags.get("data.validation") == "failed":  # `mlflow run` hides the exit code
+            return False
+        raise
+    return True
+
+
+def run_sweep(settings: DemoConfig, config: TrainConfig, recipe: Sequence[str]) -> str:
+    """Run the sweep; return the id of its parent run."""
+    run_entry_point(
         "sweep",
         config,
         data=config.data.source,
@@ -99,263 +203,88 @@ def main(argv: Sequence[str]) -> int:
         trial_epochs=settings.trial_epochs,
         workers=settings.workers,
         space=settings.space,
-        overrides=without(recipe, "data", "recipe"),
+        overrides=without_keys(recipe, "data", "recipe"),
     )
-    sweep_run = tracking.latest_run(config.experiment, kind="sweep")
-    step(3, "register the refit as a version of the model")
-    call(sys.executable, "-m", "registry.register", sweep_run)
-    challenger = alias_version("challenger")
-    step(4, "judge it against the champion, and promote it or say why not")
-    told = ["--accept-new-data"] if settings.accept_new_data or toy_champion() else []
-    told += ["--accept-uncommitted"] if uncommitted else []
-    promoted = call(sys.executable, "-m", "registry.promote", *told, negative_is_an_answer=True)
-    champion = alias_version("champion")
-    if champion is None:
-        print(f"version {challenger} was refused and there is no champion: nothing to serve")
-        return exit_codes.NEGATIVE
-    step(5, f"serve {CHAMPION} with mlflow models serve, and score tiles of the test fold")
-    run_id = tracking.resolve_run(CHAMPION)
-    scored = serve_and_score(run_id, settings.tiles)
-
-    champion_run, sweep_metrics = tracking.get(run_id), tracking.get(sweep_run).metrics
-    report = {
-        "data": champion_run.params["data.source"],
-        "trials": int(sum(v for k, v in sweep_metrics.items() if k.startswith("trials_"))),
-        "best_val_accuracy": sweep_metrics["best_val_accuracy"],
-        "test_accuracy": champion_run.metrics["test_accuracy"],
-        "macro_f1": champion_run.metrics["test_macro_f1"],
-        "macro_auprc": champion_run.metrics["test_macro_auprc"],
-        "champion_version": champion,
-        "seconds": round(time.monotonic() - started, 1),
-        "scored": scored,
-    } | context(champion_run, challenger, promoted == exit_codes.OK)
-    file = Path(settings.report)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(report, indent=1) + "\n")
-    show(report, file)
-    return exit_codes.OK
+    return tracking.latest_run(config.experiment, kind="sweep")
 
 
-def split_arguments(overrides: Sequence[str]) -> tuple[DemoConfig, list[str]]:
-    """The demo's own settings, and what is left for the recipe.
-
-    Without a word about the recipe, synthetic tiles get ``demo``, all others ``resnet18-quick``.
-    """
-    from experiments.settings import take
-
-    settings, rest = take(DemoConfig, overrides)
-    data = next((one for one in rest if one.startswith("data=")), "data=synthetic")
-    if data not in rest:
-        rest = [data, *rest]
-    if not any(one.startswith("recipe=") for one in rest):
-        rest = [*rest, f"recipe={'demo' if data == 'data=synthetic' else 'resnet18-quick'}"]
-    if settings.trial_epochs is None:
-        epochs = 1 if "recipe=demo" in rest else 2
-        settings = dataclasses.replace(settings, trial_epochs=epochs)
-    return settings, rest
+def promote(settings: DemoConfig, accept_uncommitted: bool) -> bool:
+    """Run the promotion; return whether the challenger became champion."""
+    flags = []
+    if settings.accept_new_data or champion_is_synthetic():
+        flags.append("--accept-new-data")
+    if accept_uncommitted:
+        flags.append("--accept-uncommitted")
+    code = run_command(sys.executable, "-m", "registry.promote", *flags, negative_is_ok=True)
+    return code == exit_codes.OK
 
 
-def say_how_long(config: TrainConfig, settings: DemoConfig) -> str:
-    """What is ahead, before anything is measured; the sweep then logs a live estimate."""
-    tiles = config.data.synthetic.tiles if config.data.source == "synthetic" else 27_000
-    seen = settings.trials * (settings.trial_epochs or 0) + config.trainer.epochs
-    minutes = 1 + seen * tiles * 0.65 / TRAINED_PER_S / 60  # train and val folds
-    taught = ""
-    if config.distill.teacher != "none":  # of the train fold; what it told is kept for the others
-        minutes += tiles * 0.6 / TAUGHT_PER_S / 60
-        taught = "a teacher asked once, "
-    return (
-        f"data={config.data.source}: {taught}{settings.trials} trials of {settings.trial_epochs} "
-        f"epochs, then {config.trainer.epochs}: about {minutes:.0f} min for {tiles:,} tiles and a "
-        "ResNet18 on two cores with bf16; the sweep says how long is left as it goes"
-    )
-
-
-def step(number: int, what: str) -> None:
-    print(f"\n== {number}/5 {what}", flush=True)
-
-
-def check_commit(commit: str) -> None:
-    """Before an hour is spent on a version that the gates would refuse.
-
-    Raises:
-        ConfigError: the code is of no commit.
-    """
-    if commit == "unknown" or commit.endswith("-dirty"):
-        raise ConfigError(
-            f"the commit of the code is {commit}, and the gates refuse what no commit can make "
-            "again: commit first, or say accept_uncommitted=true"
-        )
-
-
-def validated(config: TrainConfig, recipe: Sequence[str]) -> bool:
-    """Run the validation; False is its negative verdict."""
-    try:
-        project("validate", config, data=config.data.source, overrides=of_data(recipe))
-    except EuroSATError:
-        last = tracking.get(tracking.latest_run(config.experiment, kind="validate"))
-        if last.tags.get("data.validation") == "failed":  # `mlflow run` has one code for all
-            return False
-        raise
-    return True
-
-
-def toy_champion() -> bool:
-    """Whether the present champion was trained on synthetic tiles, and may yield to others."""
+def champion_is_synthetic() -> bool:
+    """Return whether the champion was trained on synthetic tiles: any other data may replace it."""
     if alias_version("champion") is None:
         return False
     return tracking.get(tracking.resolve_run(CHAMPION)).params["data.source"] == "synthetic"
 
 
-def of_data(overrides: Sequence[str]) -> list[str]:
-    return [one for one in overrides if one.startswith("data.")]
+def data_overrides(overrides: Sequence[str]) -> list[str]:
+    return [override for override in overrides if override.startswith("data.")]
 
 
-def without(overrides: Sequence[str], *keys: str) -> list[str]:
-    return [one for one in overrides if one.split("=", 1)[0] not in keys]
+def without_keys(overrides: Sequence[str], *keys: str) -> list[str]:
+    return [override for override in overrides if override.split("=", 1)[0] not in keys]
 
 
-def project(
+def run_entry_point(
     entry: str, config: TrainConfig, *, overrides: Sequence[str], **parameters: Any
 ) -> None:
-    """`mlflow run . -e ENTRY`."""
-    given = {name: str(value) for name, value in parameters.items()}
-    if overrides:
-        given["overrides"] = shlex.join(overrides)
-    flags = [part for name, value in given.items() for part in ("-P", f"{name}={value}")]
-    call(
-        "mlflow",
-        "run",
-        ".",
-        "-e",
-        entry,
-        "--env-manager",
-        "local",
-        "--experiment-name",
-        config.experiment,
-        *flags,
-    )
-
-
-def call(*command: str, negative_is_an_answer: bool = False) -> int:
-    """Run a step with its output shown.
+    """Run `mlflow run . -e ENTRY`.
 
     Raises:
         EuroSATError: it failed.
     """
-    shown = ["python" if part == sys.executable else part for part in command]
-    print(f"$ {shlex.join(shown)}", flush=True)
+    values = {name: str(value) for name, value in parameters.items()}
+    if overrides:
+        values["overrides"] = shlex.join(overrides)
+    flags = ["-e", entry, "--env-manager", "local", "--experiment-name", config.experiment]
+    for name, value in values.items():
+        flags += ["-P", f"{name}={value}"]
+    run_command("mlflow", "run", ".", *flags)
+
+
+def run_command(*command: str, negative_is_ok: bool = False) -> int:
+    """Print and run the command of a step; return its exit code.
+
+    Raises:
+        EuroSATError: it failed; with ``negative_is_ok``, a negative verdict is no failure.
+    """
+    shown = shlex.join(["python" if part == sys.executable else part for part in command])
+    print(f"$ {shown}", flush=True)
     code = subprocess.run(command).returncode
-    if code == exit_codes.OK or (code == exit_codes.NEGATIVE and negative_is_an_answer):
+    if code == exit_codes.OK or (code == exit_codes.NEGATIVE and negative_is_ok):
         return code
-    raise EuroSATError(f"the step `{shlex.join(shown)}` ended with code {code}: see above")
+    raise EuroSATError(f"`{shown}` failed with exit code {code}: see its output above")
 
 
 def alias_version(alias: str) -> str | None:
-    return tracking.alias_version(MODEL, alias)
+    return tracking.alias_version(MODEL_NAME, alias)
 
 
-def serve_and_score(run_id: str, count: int) -> list[dict[str, Any]]:
-    """Files of ``count`` test tiles of different classes, scored by a server of its own process."""
-    import pandas as pd
-
-    with tracking.artifact(run_id, "predictions.parquet") as file:
-        tested = pd.read_parquet(file)
-    from eurosat.evaluation.recorded import recorded_data
-
-    config = recorded_data(run_id)
-    chosen = tested.groupby("label", sort=True).head(1)
-    chosen = chosen.iloc[:: max(1, len(chosen) // count)].head(count)
-    with tempfile.TemporaryDirectory() as folder:
-        names = write_tiles(config, list(chosen["tile"]), Path(folder))
-        with served() as (server, url):
-            lines = ask(server, url, names)
-    answers = {row["tile"]: row for row in map(json.loads, lines)}
-    return [
-        {"tile": tile, "expected": label}
-        | {k: answers[name][k] for k in answers[name] if k != "tile"}
-        for name, tile, label in zip(names, chosen["tile"], chosen["label"], strict=True)
-    ]
-
-
-def write_tiles(config: DataConfig, tiles: Sequence[str], folder: Path) -> list[str]:
-    from eurosat.data.sources import open_source
-
-    source = open_source(config)
-    names = []
-    for tile in tiles:
-        if tile not in source.paths:
-            raise DataError(
-                f"{tile}, a test tile of the champion, is not in {source.name} any more"
-            )
-        (folder / tile.replace("/", "-")).write_bytes(source.read(tile))
-        names.append(str(folder / tile.replace("/", "-")))
-    return names
-
-
-@contextmanager
-def served() -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    """`mlflow models serve` in a process group of its own, stopped after the block."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [
-        "mlflow",
-        "models",
-        "serve",
-        "-m",
-        CHAMPION,
-        "--env-manager",
-        "local",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    print(f"$ {shlex.join(command)}", flush=True)
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, text=True
-        )
-        try:
-            yield process, f"http://127.0.0.1:{port}"
-        except EuroSATError as error:
-            output.seek(0)
-            tail = " | ".join(output.read().splitlines()[-5:])
-            raise EuroSATError(f"{error}; the server said: {tail}") from error
-        finally:
-            for ending in (signal.SIGTERM, signal.SIGKILL):
-                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-                    os.killpg(process.pid, ending)
-                    process.wait(timeout=30)
-
-
-def ask(server: "subprocess.Popen[str]", url: str, files: Sequence[str]) -> list[str]:
-    """One line of JSON a file, from `python -m serving.client`, which waits for the server.
-
-    Raises:
-        EuroSATError: the server died, was not ready in time, or refused.
-    """
-    command = [sys.executable, "-m", "serving.client", "--url", url, "--wait", str(READY_S), *files]
-    print(f"$ {shlex.join(['python', *command[1:7], 'FILES'])}", flush=True)
-    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with Console(stderr=True).status("waiting for the server"):
-        while client.poll() is None:
-            if server.poll() is not None:
-                client.terminate()
-                raise EuroSATError(f"the server ended with code {server.returncode}")
-            time.sleep(0.2)
-    said, complained = client.communicate()
-    if client.returncode:
-        raise EuroSATError(f"scoring failed: {complained.strip()[-300:]}")
-    log.info("answers came from process %d on %s", server.pid, url)
-    return said.splitlines()
-
-
-def context(champion: tracking.RunRecord, challenger: str | None, promoted: bool) -> dict[str, Any]:
-    """What a reader needs to judge the figures, beyond the report's promised keys."""
+def results(sweep_metrics: Mapping[str, float], champion: tracking.RunRecord) -> dict[str, Any]:
+    """Return the metrics of the sweep and of the champion."""
+    trials = sum(value for name, value in sweep_metrics.items() if name.startswith("trials_"))
     return {
-        "challenger_version": challenger,
-        "promoted": promoted,
+        "data": champion.params["data.source"],
+        "trials": int(trials),
+        "best_val_accuracy": sweep_metrics["best_val_accuracy"],
+        "test_accuracy": champion.metrics["test_accuracy"],
+        "macro_f1": champion.metrics["test_macro_f1"],
+        "macro_auprc": champion.metrics["test_macro_auprc"],
+    }
+
+
+def provenance(champion: tracking.RunRecord) -> dict[str, Any]:
+    """Return what a reader needs to reproduce and to judge the metrics."""
+    return {
         "recipe": champion.params["recipe"],
         "split": champion.params["data.protocol"],
         "split_fingerprint": champion.tags["split.fingerprint"],
@@ -370,42 +299,31 @@ def context(champion: tracking.RunRecord, challenger: str | None, promoted: bool
     }
 
 
-def show(report: dict[str, Any], file: Path) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"the main job on data={report['data']}", show_header=False)
+def print_report(report: dict[str, Any], file: Path) -> None:
     verdict = (
         "promoted" if report["promoted"] else f"version {report['challenger_version']} refused"
     )
-    rows = {
-        "trials": report["trials"],
-        "best trial": f"validation accuracy {report['best_val_accuracy']:.4f}",
-        "champion": f"{MODEL} version {report['champion_version']} ({verdict})",
-        "test accuracy": f"{report['test_accuracy']:.4f}",
-        "macro F1": f"{report['macro_f1']:.4f}",
-        "macro AUPRC": f"{report['macro_auprc']:.4f}",
-        "time": f"{report['seconds']:.0f} s",
-    }
-    for name, value in rows.items():
-        table.add_row(name, str(value))
+    summary = Table(title=f"the main job on data={report['data']}", show_header=False)
+    summary.add_row("trials", str(report["trials"]))
+    summary.add_row("best trial", f"validation accuracy {report['best_val_accuracy']:.4f}")
+    summary.add_row("champion", f"{MODEL_NAME} version {report['champion_version']} ({verdict})")
+    summary.add_row("test accuracy", f"{report['test_accuracy']:.4f}")
+    summary.add_row("macro F1", f"{report['macro_f1']:.4f}")
+    summary.add_row("macro AUPRC", f"{report['macro_auprc']:.4f}")
+    summary.add_row("time", f"{report['seconds']:.0f} s")
     scored = Table("tile", "expected", "label", "confidence", "version", title="scored over REST")
     for row in report["scored"]:
-        scored.add_row(
-            row["tile"],
-            row["expected"],
-            row["label"],
-            f"{row['confidence']:.3f}",
-            str(row["model_version"]),
-        )
+        confidence, version = f"{row['confidence']:.3f}", str(row["model_version"])
+        scored.add_row(row["tile"], row["expected"], row["label"], confidence, version)
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print()
-    console.print(table)
+    console.print(summary)
     console.print(scored)
     python = Path(sys.executable)
-    where = python.parent.relative_to(ROOT) if python.is_relative_to(ROOT) else python.parent
-    console.print(f"figures: {file}", highlight=False)
+    folder = python.parent.relative_to(ROOT) if python.is_relative_to(ROOT) else python.parent
+    console.print(f"report: {file}", highlight=False)
     console.print(
-        f"look around: {where}/mlflow ui   (then open http://127.0.0.1:5000)", highlight=False
+        f"see all runs: {folder}/mlflow ui   (then open http://127.0.0.1:5000)", highlight=False
     )
 
 

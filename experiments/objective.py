@@ -1,4 +1,4 @@
-"""What a trial is, whichever engine runs it: a short training below the sweep's run."""
+"""One trial, for both engines: a short training whose run is a child of the sweep's run."""
 
 import logging
 import time
@@ -20,154 +20,172 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LATENCY_TILES = 50
-"""One after the other; their median is the latency."""
+"""Tiles that are timed one after the other; the latency is the median."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
-    """The same for all trials of a sweep."""
+class SweepJob:
+    """What all trials of a sweep share. Stored as JSON in the study."""
 
     sweep: SweepConfig
     study: str
+    """Name of the study."""
     overrides: tuple[str, ...]
+    """Overrides of the recipe, as ``key=value``."""
     parent: str
-    """The parent run."""
+    """Journal of the parent run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """One trial."""
+class TrialSpec:
+    """What one trial trains."""
 
     number: int
-    """Of the trial in its study."""
-    values: Mapping[str, Any]
-    """What the sampler suggested for keys of the recipe."""
+    """Optuna's number of the trial, from 0."""
+    params: Mapping[str, Any]
+    """The sampler's values by dotted key of the recipe."""
     retries: int = 0
     threads: int = 0
+    """CPU threads; 0 keeps the recipe's."""
     journal: str | None = None
-    """Of its run, where that is known before it has begun."""
+    """Journal of its run, if it is known before the run starts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class TrialResult:
+    """How a trial ended. Stored as JSON by the engine ``ray``."""
+
     state: Literal["complete", "pruned", "fail"]
     values: tuple[float, ...] = ()
-    """Of the objectives."""
+    """Values of the objectives, in their order."""
     run_id: str = ""
 
 
-Report = Callable[[int, Mapping[str, float]], str | None]
-"""Hears of each epoch (from 0) and its metrics; answers why to stop, or None to go on."""
+ReportEpoch = Callable[[int, Mapping[str, float]], str | None]
+"""Called after each epoch (from 0) with its metrics; returns why to stop, or None to go on."""
 
 
-class Stopped(Exception):
-    """A trial is ended before its last epoch."""
+class TrialPruned(Exception):
+    """A trial is stopped before its last epoch."""
 
 
-def run(
-    job: Job,
-    task: Task,
+def train_trial(
+    job: SweepJob,
+    spec: TrialSpec,
     data: PreparedData,
-    report: Report,
-    begun: Callable[[tracking.Run, CheckpointSlot], None],
-    left: Path | None = None,
-    ended: Callable[[Outcome], None] = lambda _: None,
-) -> Outcome:
-    """Train one trial; one that was killed goes on where its last whole epoch ended.
+    report_epoch: ReportEpoch,
+    on_start: Callable[[tracking.Run, CheckpointSlot], None],
+    remote_state: Path | None = None,
+    on_end: Callable[[TrialResult], None] = lambda _: None,
+) -> TrialResult:
+    """Train one trial, or continue one that was killed after its last complete epoch.
 
-    ``begun`` hears its run, and where its state is kept; ``left`` holds what it left on another
-    machine. Its state is dropped once ``ended`` has heard of the outcome: where that raises, or
-    the process is killed before, the trial is not trained again.
+    ``on_start`` gets the run and the place of its checkpoints; ``remote_state`` is a folder with
+    the checkpoint of another machine. The checkpoint is deleted only after ``on_end`` has returned:
+    if it raises, or the process is killed before, the trial is not trained again.
     """
-    config = trial_config(job, task)
-    label = f"trial {task.number + 1}"
-    # not the state of another sweep's trial that happened to try the same
-    place = {**data.fingerprints, "study": job.study, "trial": str(task.number)}
-    tags = {"kind": "trial", "study": job.study, "trial.number": task.number}
-    if task.retries:
-        tags["trial.retries"] = task.retries
+    config = trial_config(job, spec)
+    label = f"trial {spec.number}"
+    # with study and number: another sweep's trial may have the same configuration
+    identity = {**data.fingerprints, "study": job.study, "trial": str(spec.number)}
+    tags = {"kind": "trial", "study": job.study, "trial.number": spec.number}
+    if spec.retries:
+        tags["trial.retries"] = spec.retries
     run_id = ""
     try:
-        with acquire(config, place, exclusive=True) as saved:
-            if left:
-                saved.import_from(left)
-            if saved.outcome:  # and its process was killed before it could tell
-                told = saved.outcome
-                outcome = Outcome(
-                    state=told.get("state", "complete"),
-                    values=tuple(told["values"]),
-                    run_id=told["run_id"],
-                )
-                if saved.journal:
-                    whole = outcome.state == "complete"
-                    tracking.end(saved.journal, "FINISHED" if whole else "KILLED")
-                ended(outcome)
-                return outcome
+        with acquire(config, identity, exclusive=True) as checkpoint:
+            if remote_state:
+                checkpoint.import_from(remote_state)
+            if checkpoint.outcome:  # its process was killed before it could call on_end
+                result = _recorded_result(checkpoint)
+                on_end(result)
+                return result
             try:
                 with tracking.run(
                     config.experiment,
                     label,
                     parent=job.parent,
-                    journal=saved.start_or_resume(task.journal),
-                    resume=saved.journal,
+                    journal=checkpoint.start_or_resume(spec.journal),
+                    resume=checkpoint.journal,
                     tags=tags,
-                    killed_by=(Stopped,),
-                ) as opened:
-                    run_id = opened.run_id
-                    begun(opened, saved)
-                    values = _trained(job, config, data, opened, saved, report, label)
-                    run_id = opened.run_id
-                    saved.record_outcome({"state": "complete", "values": values, "run_id": run_id})
-                outcome = Outcome(state="complete", values=values, run_id=run_id)
-            except (Stopped, NonFiniteLoss) as error:
+                    killed_by=(TrialPruned,),
+                ) as run:
+                    run_id = run.run_id
+                    on_start(run, checkpoint)
+                    values = _fit(job, config, data, run, checkpoint, report_epoch)
+                    run_id = run.run_id
+                    outcome = {"state": "complete", "values": values, "run_id": run_id}
+                    checkpoint.record_outcome(outcome)
+                result = TrialResult(state="complete", values=values, run_id=run_id)
+            except TrialPruned as reason:
+                log.info("%s: %s", label, reason)
+                result = TrialResult(state="pruned", run_id=run_id)
+            except NonFiniteLoss as error:
                 log.info("%s: %s", label, error)
-                state: Literal["pruned", "fail"] = "fail"
-                if isinstance(error, Stopped):
-                    state = "pruned"
-                outcome = Outcome(state=state, run_id=run_id)
-            ended(outcome)
-            return outcome
+                result = TrialResult(state="fail", run_id=run_id)
+            on_end(result)
+            return result
     except BaseException:
-        log.info("%s: interrupted; its state is kept", label)
+        log.info("%s was interrupted; its checkpoint is kept", label)
         raise
 
 
-def _trained(
-    job: Job,
+def _recorded_result(checkpoint: CheckpointSlot) -> TrialResult:
+    """Return the result that a killed process has recorded, and give its run the right status."""
+    recorded = checkpoint.outcome
+    assert recorded is not None
+    result = TrialResult(
+        state=recorded.get("state", "complete"),
+        values=tuple(recorded["values"]),
+        run_id=recorded["run_id"],
+    )
+    if checkpoint.journal:
+        status: tracking.Status = "FINISHED" if result.state == "complete" else "KILLED"
+        tracking.end(checkpoint.journal, status)
+    return result
+
+
+def _fit(
+    job: SweepJob,
     config: TrainConfig,
     data: PreparedData,
     run: tracking.Run,
-    saved: CheckpointSlot,
-    report: Report,
-    label: str,
+    checkpoint: CheckpointSlot,
+    report_epoch: ReportEpoch,
 ) -> tuple[float, ...]:
+    """Train; return the values of the objectives.
+
+    Raises:
+        TrialPruned: ``report_epoch`` gave a reason to stop.
+        NonFiniteLoss: the training diverged.
+    """
     from eurosat.training import launch
 
     def on_epoch(epoch: int, metrics: Mapping[str, float]) -> None:
-        why = report(epoch, metrics)
-        if why and epoch + 1 < config.trainer.epochs:
-            run.set_tags({"pruned": "true", "pruned.epoch": epoch + 1, "pruned.why": why})
-            saved.record_outcome({"state": "pruned", "values": (), "run_id": run.run_id})
-            raise Stopped(f"{why} after epoch {epoch + 1}")
+        reason = report_epoch(epoch, metrics)
+        if reason and epoch + 1 < config.trainer.epochs:
+            run.set_tags({"pruned": "true", "pruned.epoch": epoch + 1, "pruned.why": reason})
+            checkpoint.record_outcome({"state": "pruned", "values": (), "run_id": run.run_id})
+            raise TrialPruned(f"{reason} after epoch {epoch + 1}")
 
-    if not saved.is_described and run.tag("config.digest") is None:  # nor where it was begun
+    if not checkpoint.is_described and run.tag("config.digest") is None:  # another machine may have
         train.describe(config, data, run)
-        saved.mark_described()
-    fitted = launch.fit(config, data, run, on_epoch, saved)
+        checkpoint.mark_described()
+    fitted = launch.fit(config, data, run, on_epoch, checkpoint)
     values = [fitted.best["val_accuracy"]]
-    if "latency" in job.sweep.aims:
+    if "latency" in job.sweep.objective_names:
         values.append(latency_ms(fitted.network))
         run.log_metrics({"latency_ms": values[-1]})
     return tuple(values)
 
 
 def latency_ms(network: "Network") -> float:
-    """Median time for one tile on one CPU thread."""
+    """Return the median time for one tile on one CPU thread, in milliseconds."""
     import torch
 
-    spec, taken = network.spec, []
+    spec, durations_s = network.spec, []
     tile = torch.zeros((1, spec.bands, *spec.tile_size), dtype=torch.uint8)
-    before = torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         network.eval()
@@ -175,18 +193,18 @@ def latency_ms(network: "Network") -> float:
             for _ in range(LATENCY_TILES):
                 started = time.perf_counter()
                 network(tile)
-                taken.append(time.perf_counter() - started)
+                durations_s.append(time.perf_counter() - started)
     finally:
-        torch.set_num_threads(before)
-    return 1000 * sorted(taken)[len(taken) // 2]
+        torch.set_num_threads(threads)
+    return 1000 * sorted(durations_s)[len(durations_s) // 2]
 
 
-def trial_config(job: Job, task: Task) -> TrainConfig:
-    """The recipe with what the sampler suggested, for a trial's few epochs."""
-    of_trial = {**task.values, "trainer.epochs": job.sweep.trial_epochs}
-    if task.threads:
-        of_trial["trainer.threads"] = task.threads
-    return compose([*job.overrides, *as_overrides(of_trial)])
+def trial_config(job: SweepJob, spec: TrialSpec) -> TrainConfig:
+    """Return the recipe with the sampler's values and the epochs of a trial."""
+    changes = {**spec.params, "trainer.epochs": job.sweep.trial_epochs}
+    if spec.threads:
+        changes["trainer.threads"] = spec.threads
+    return compose([*job.overrides, *as_overrides(changes)])
 
 
 def as_overrides(values: Mapping[str, Any]) -> list[str]:

@@ -19,200 +19,254 @@ from eurosat.runtime import cli, exit_codes, logs
 from eurosat.runtime.progress import STYLE
 from eurosat.training.checkpoints import CheckpointSlot
 from experiments import objective
-from experiments.objective import Job, Outcome, Task
-from experiments.search import Search
-from experiments.sweep_progress import View
+from experiments.objective import SweepJob, TrialResult, TrialSpec
+from experiments.study_driver import StudyDriver
+from experiments.sweep_progress import SweepProgress
 
 log = logging.getLogger(__name__)
 
-OTHERS_S = 5.0
-"""Between two looks at trials that other drivers have in hand."""
-NOTICED_S = 1.0
-"""A worker that speaks with its driver has noticed its death so soon."""
-LAST_WORDS_S = 30
-"""A worker that is asked to end is given so long to send its run's status."""
+POLL_INTERVAL_S = 5.0
+"""Between two looks at the trials of other drivers."""
+DRIVER_EXIT_GRACE_S = 1.0
+"""Time in which a worker that talks to its driver notices the driver's death by itself."""
+SHUTDOWN_GRACE_S = 30
+"""Time in which a worker that must stop can send its run's status; then it is killed."""
 
 
-def run_here(search: Search, data: PreparedData, view: View, *, wait_for_others: bool) -> None:
-    """One trial after the other, in this process; then wait for those that other drivers have."""
+def run_in_process(
+    driver: StudyDriver, data: PreparedData, progress: SweepProgress, *, wait_for_others: bool
+) -> None:
+    """Run trials one after the other in this process, until none is left.
+
+    ``wait_for_others``: then wait for the trials of other drivers, which may come back.
+    """
     while True:
-        if (task := search.next()) is None:
-            if not (wait_for_others and search.goes_on()):
+        if (spec := driver.next_trial()) is None:
+            if not (wait_for_others and driver.others_are_running()):
                 return
-            time.sleep(OTHERS_S)
-            view.update()
+            time.sleep(POLL_INTERVAL_S)
+            progress.update()
             continue
+        _run_one(driver, spec, data, progress)
+        progress.update()
 
-        def report(epoch: int, metrics: Mapping[str, float], task: Task = task) -> str | None:
-            view.heard(task.number, metrics["val_accuracy"])
-            return search.epoch(task.number, epoch, metrics)
 
-        def begun(run: tracking.Run, _: CheckpointSlot, task: Task = task) -> None:
-            search.begun(task.number, run.journal)
+def _run_one(
+    driver: StudyDriver, spec: TrialSpec, data: PreparedData, progress: SweepProgress
+) -> None:
+    number = spec.number
 
-        def ended(outcome: Outcome, task: Task = task) -> None:
-            search.ended(task.number, outcome)
+    def report_epoch(epoch: int, metrics: Mapping[str, float]) -> str | None:
+        progress.record_accuracy(number, metrics["val_accuracy"])
+        return driver.report_epoch(number, epoch, metrics)
 
-        objective.run(search.job, task, data, report, begun, ended=ended)
-        view.update()
+    def on_start(run: tracking.Run, _: CheckpointSlot) -> None:
+        driver.trial_started(number, run.journal)
+
+    def on_end(result: TrialResult) -> None:
+        driver.trial_ended(number, result)
+
+    objective.train_trial(driver.job, spec, data, report_epoch, on_start, on_end=on_end)
 
 
 class Worker:
-    """A process that runs the trials it is handed, and the near end of its line."""
+    """A worker process, the driver's end of the pipe to it, and the trial that it runs."""
 
-    def __init__(self, job: Job, number: int) -> None:
+    def __init__(self, job: SweepJob, number: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.line, far = context.Pipe()
+        self.connection, worker_end = context.Pipe()
         level = logging.getLevelName(logging.getLogger().level).lower()
         self.process = context.Process(
-            target=_work, args=(job, far, level), name=f"worker {number + 1}", daemon=True
+            target=_worker_main,
+            args=(job, worker_end, level),
+            name=f"worker {number + 1}",
+            daemon=True,
         )
         self.process.start()
-        far.close()  # so that its end shows here
-        self.task: Task | None = None
+        worker_end.close()  # else the worker's death would not end the connection
+        self.trial: TrialSpec | None = None
 
-    def hand(self, task: Task) -> None:
-        self.task = task
-        self.line.send(task)
+    def assign(self, spec: TrialSpec) -> None:
+        self.trial = spec
+        self.connection.send(spec)
 
 
-def run_in_workers(search: Search, view: View, *, wait_for_others: bool) -> None:
-    """Trials side by side; a worker that dies is replaced, and its trial taken up again.
+def run_in_workers(driver: StudyDriver, progress: SweepProgress, *, wait_for_others: bool) -> None:
+    """Run trials side by side; a worker that dies is replaced and its trial is run again.
 
     Raises:
-        EuroSATError: a worker cannot work at all: it ended with an error of ours.
+        EuroSATError: a worker ended with an error that every other worker would meet too.
     """
-    workers = [Worker(search.job, number) for number in range(search.job.sweep.workers)]
-    started = len(workers)
-
-    def replace(dead: Worker) -> None:
-        nonlocal started
-        workers.remove(dead)
-        _bury(search, dead)
-        workers.append(Worker(search.job, started))
-        started += 1
-
+    workers = [Worker(driver.job, number) for number in range(driver.job.sweep.workers)]
     try:
-        while True:
-            idle = [worker for worker in workers if worker.task is None]
-            for worker in idle:
-                if (task := search.next()) is None:
-                    break
-                try:
-                    worker.hand(task)
-                except ConnectionError:  # it died while it was idle
-                    replace(worker)
-            busy = [worker for worker in workers if worker.task is not None]
-            if not busy:
-                if not (wait_for_others and search.goes_on()):
-                    return
-                time.sleep(OTHERS_S)
-                continue
-            for ready in wait([worker.line for worker in busy], timeout=1):
-                worker = next(one for one in busy if one.line is ready)
-                try:
-                    _hear(search, worker, view)
-                except (EOFError, ConnectionError):
-                    replace(worker)
-            view.update()
+        _run_workers(driver, workers, progress, wait_for_others)
     except BaseException:
         for worker in workers:
             worker.process.terminate()  # its run ends as KILLED
         raise
     finally:
         for worker in workers:
-            worker.line.close()  # one that has nothing to do ends
-        deadline = time.monotonic() + LAST_WORDS_S
+            worker.connection.close()  # an idle worker ends then
+        deadline = time.monotonic() + SHUTDOWN_GRACE_S
         for worker in workers:
             worker.process.join(max(0, deadline - time.monotonic()))
             worker.process.kill()
             worker.process.join()
 
 
-def _hear(search: Search, worker: Worker, view: View) -> None:
-    assert worker.task is not None
-    number = worker.task.number
-    match worker.line.recv():
-        case ("begun", run):
-            search.begun(number, run)
+def _run_workers(
+    driver: StudyDriver, workers: list[Worker], progress: SweepProgress, wait_for_others: bool
+) -> None:
+    """Assign trials and handle messages until nothing is left; replaces dead ``workers``."""
+    num_started = len(workers)
+
+    def replace(dead: Worker) -> None:
+        nonlocal num_started
+        workers.remove(dead)
+        _handle_worker_death(driver, dead)
+        workers.append(Worker(driver.job, num_started))
+        num_started += 1
+
+    while True:
+        idle = [worker for worker in workers if worker.trial is None]
+        for worker in idle:
+            if (spec := driver.next_trial()) is None:
+                break
+            try:
+                worker.assign(spec)
+            except ConnectionError:  # it died while it was idle
+                replace(worker)
+        busy = {worker.connection: worker for worker in workers if worker.trial is not None}
+        if not busy:
+            if not (wait_for_others and driver.others_are_running()):
+                return
+            time.sleep(POLL_INTERVAL_S)
+            continue
+        for connection in wait(list(busy), timeout=1):
+            assert isinstance(connection, Connection)
+            worker = busy[connection]
+            try:
+                _handle_message(driver, worker, progress)
+            except (EOFError, ConnectionError):
+                replace(worker)
+        progress.update()
+
+
+def _handle_message(driver: StudyDriver, worker: Worker, progress: SweepProgress) -> None:
+    assert worker.trial is not None
+    number = worker.trial.number
+    match worker.connection.recv():
+        case ("started", journal):
+            driver.trial_started(number, journal)
         case ("epoch", epoch, metrics):
-            worker.line.send(search.epoch(number, epoch, metrics))
-            view.heard(number, metrics["val_accuracy"])
-        case (Outcome() as outcome,):
-            worker.task = None
-            search.ended(number, outcome)
-            with contextlib.suppress(ConnectionError):  # it died: the next trial will find out
-                worker.line.send("heard")  # now the worker drops the trial's state
+            worker.connection.send(driver.report_epoch(number, epoch, metrics))
+            progress.record_accuracy(number, metrics["val_accuracy"])
+        case ("ended", result):
+            worker.trial = None
+            driver.trial_ended(number, result)
+            with contextlib.suppress(ConnectionError):  # it died: assigning a trial will show it
+                worker.connection.send("recorded")  # now the worker deletes the checkpoint
 
 
-def _bury(search: Search, worker: Worker) -> None:
-    assert worker.task is not None
+def _handle_worker_death(driver: StudyDriver, worker: Worker) -> None:
+    """Queue the trial again.
+
+    Raises:
+        EuroSATError: the worker ended with an error, which another worker would meet too.
+    """
+    assert worker.trial is not None
     worker.process.join()
-    code = worker.process.exitcode
-    if (
-        code not in (None, exit_codes.TERMINATED, exit_codes.INTERRUPTED) and code > 0
-    ):  # an error, told already: another one would meet it too
-        search.ended(worker.task.number, Outcome(state="fail"))
-        raise EuroSATError(f"{worker.process.name} of the sweep died: see the log above")
-    how = f"killed by signal {-code}" if code and code < 0 else "told to end"
-    search.died(worker.task.number, f"{worker.process.name} was {how}")
+    code, name = worker.process.exitcode, worker.process.name
+    stopped = (None, exit_codes.OK, exit_codes.TERMINATED, exit_codes.INTERRUPTED)
+    if code is not None and code < 0:
+        reason = f"{name} was killed by signal {-code}"
+    elif code in stopped:
+        reason = f"{name} was stopped"
+    else:
+        driver.trial_ended(worker.trial.number, TrialResult(state="fail"))
+        raise EuroSATError(f"{name} of the sweep ended with code {code}: see the log above")
+    driver.worker_died(worker.trial.number, reason)
 
 
-def _work(job: Job, line: Connection, level: str) -> None:
-    """A worker process: exits 2 on an error of ours, told in one line."""
-    os.environ[STYLE] = "lines"  # the terminal has one bar, the driver's
+def _worker_main(job: SweepJob, connection: Connection, level: str) -> None:
+    """Run a worker process; an error of ours is one line on standard error and exit code 2."""
+    os.environ[STYLE] = "lines"  # the driver draws the only progress bar
     logs.setup(level)
-    told = threading.Event()
-    threading.Thread(target=_follow, args=(told,), name="driver", daemon=True).start()
-    cli.run_command(lambda _: _take_tasks(job, line, told), [])
+    driver_exit_noticed = threading.Event()
+    threading.Thread(
+        target=_exit_with_driver, args=(driver_exit_noticed,), name="driver", daemon=True
+    ).start()
+    cli.run_command(lambda _: _run_assigned_trials(job, connection, driver_exit_noticed), [])
 
 
-def _follow(told: threading.Event) -> None:
-    """Ends this process after its driver, in the middle of an epoch too: the trial is another's.
+def _exit_with_driver(noticed: threading.Event) -> None:
+    """Stop this process when its driver dies, also in the middle of an epoch.
 
-    Unless the line has ``told`` of it.
+    Another driver may continue the trial. Does nothing if the connection has shown the death:
+    ``noticed`` is set then.
     """
     driver = multiprocessing.parent_process()
     assert driver is not None
     driver.join()
-    if not told.wait(NOTICED_S):
+    if not noticed.wait(DRIVER_EXIT_GRACE_S):
         os.kill(os.getpid(), signal.SIGTERM)  # the run ends as KILLED
 
 
-def _take_tasks(job: Job, line: Connection, told: threading.Event) -> int:
-    data: PreparedData | None = None
+class _DriverConnection:
+    """The worker's end of the pipe; ends this process if the driver is gone."""
 
-    def end(gone: BaseException) -> NoReturn:
-        """The driver is gone: its trials are kept for another one."""
-        told.set()
-        raise SystemExit(exit_codes.TERMINATED) from gone
+    def __init__(self, connection: Connection, driver_exit_noticed: threading.Event) -> None:
+        self._connection, self._noticed = connection, driver_exit_noticed
 
-    def say(*words: Any) -> None:
+    def next_trial(self) -> TrialSpec | None:
+        """Return the next trial, or None after the driver has closed the connection."""
         try:
-            line.send(words)
-        except OSError as gone:
-            end(gone)
-
-    def hear() -> Any:
-        try:
-            return line.recv()
-        except (EOFError, OSError) as gone:
-            end(gone)
-
-    def ask(epoch: int, metrics: Mapping[str, float]) -> str | None:
-        say("epoch", epoch, dict(metrics))
-        answer: str | None = hear()
-        return answer
-
-    def ended(outcome: Outcome) -> None:
-        say(outcome)
-        hear()
-
-    while True:
-        try:
-            task = line.recv()
+            spec: TrialSpec = self._connection.recv()
         except (EOFError, OSError):
-            told.set()
-            return exit_codes.OK
+            self._noticed.set()
+            return None
+        return spec
+
+    def on_start(self, run: tracking.Run, _: CheckpointSlot) -> None:
+        self._send("started", run.journal)
+
+    def report_epoch(self, epoch: int, metrics: Mapping[str, float]) -> str | None:
+        self._send("epoch", epoch, dict(metrics))
+        reason: str | None = self._receive()
+        return reason
+
+    def on_end(self, result: TrialResult) -> None:
+        """Send the result and wait until the driver has recorded it."""
+        self._send("ended", result)
+        self._receive()
+
+    def _send(self, *message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            self._exit(error)
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._exit(error)
+
+    def _exit(self, error: Exception) -> NoReturn:
+        """Exit and keep the trial's checkpoint for another driver."""
+        self._noticed.set()
+        raise SystemExit(exit_codes.TERMINATED) from error
+
+
+def _run_assigned_trials(
+    job: SweepJob, connection: Connection, driver_exit_noticed: threading.Event
+) -> int:
+    """Run trials as the driver assigns them; return the exit code when the driver is done."""
+    driver = _DriverConnection(connection, driver_exit_noticed)
+    data: PreparedData | None = None
+    while spec := driver.next_trial():
         data = data or prepare(compose(job.overrides))
-        objective.run(job, task, data, ask, lambda run, _: say("begun", run.journal), ended=ended)
+        objective.train_trial(
+            job, spec, data, driver.report_epoch, driver.on_start, on_end=driver.on_end
+        )
+    return exit_codes.OK

@@ -1,4 +1,4 @@
-"""What a sweep is told beside the recipe."""
+"""Settings of a sweep, apart from the recipe."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,36 +14,40 @@ T = TypeVar("T")
 class SweepConfig:
     trials: int = 6
     workers: int = 1
-    """Processes, or trials at once on a Ray cluster."""
+    """Trials side by side: processes of this machine, or Ray trials."""
     trial_epochs: int = 3
-    """Epochs of a trial; its schedule is laid out for them, not cut short."""
+    """Epochs of a trial; its schedule is planned for them, not cut short."""
     space: str = "resnet18"
+    """Name of a file in experiments/spaces, or path of a YAML file."""
     engine: Literal["optuna", "ray"] = "optuna"
     sampler: str = "TPESampler"
     """A class of optuna.samplers."""
     sampler_seed: int = 0
     pruner: Literal["asha", "median", "none"] = "median"
     objectives: Literal["accuracy", "accuracy,latency"] = "accuracy"
-    """Validation accuracy, and milliseconds for one tile; two of them are not pruned."""
+    """Validation accuracy, and milliseconds for one tile; with both, no trial is pruned."""
     minutes: float | None = None
-    """No trial begins later; those that run are stopped after their epoch."""
+    """No trial starts later, and running ones stop after their epoch."""
     target: float | None = None
-    """Validation accuracy at which no further trial begins."""
+    """Validation accuracy of a trial, in (0, 1], after which no other one starts."""
     study: str | None = None
-    """None is named after the parent run."""
+    """Name of the study; None is ``sweep-`` and the id of the parent run."""
     storage: str = "sqlite:///optuna.db"
+    """URL of the database of studies."""
     from_study: str | None = None
-    """An earlier study in this storage, on the same space: the sampler begins with its trials."""
+    """Earlier study of the same storage and space, whose trials the sampler starts with."""
     resume: str | None = None
-    """A study to go on with, by the settings it began with; see ``ANEW`` in search.py."""
+    """Study to continue; RESUMABLE_SETTINGS in studies.py lists what may change."""
     refit: bool = True
+    """Train the best configuration in full."""
     register: bool = False
-    """Let `python -m registry.register` wrap the refit as a version of the model."""
+    """Register the refit as a version of the model (`python -m registry.register`)."""
     ray_address: str | None = None
-    """Of a cluster; None starts one on this machine."""
+    """Address of a Ray cluster; None starts one on this machine."""
     trial_cpus: float = 1
-    """Of each trial on a cluster."""
+    """CPU cores of one trial on Ray."""
     trial_gpus: float = 0
+    """GPUs of one trial on Ray; fractions share a GPU."""
 
     def __post_init__(self) -> None:
         for name, limit in (("trials", 10_000), ("workers", 256), ("trial_epochs", 10_000)):
@@ -55,24 +59,27 @@ class SweepConfig:
             raise ConfigError(f"target is an accuracy, in (0, 1]; got {self.target}")
 
     @property
-    def aims(self) -> tuple[str, ...]:
+    def objective_names(self) -> tuple[str, ...]:
         return tuple(self.objectives.split(","))
 
 
-def take(own: type[T], overrides: Sequence[str]) -> tuple[T, list[str]]:
-    """The settings that the dataclass ``own`` knows, and what is left for the recipe.
+def split_settings(settings_class: type[T], overrides: Sequence[str]) -> tuple[T, list[str]]:
+    """Return the settings among ``key=value`` arguments, and the arguments for the recipe.
 
     Raises:
-        ConfigError: a value of its own does not fit.
+        ConfigError: the value of a setting is invalid.
     """
     import yaml
 
-    names = {field.name for field in fields(own)}  # type: ignore[arg-type]
-    given = dict(one.split("=", 1) for one in overrides if one.split("=", 1)[0] in names)
-    try:
-        values = {key: yaml.safe_load(value) for key, value in given.items()}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{given} cannot be read: {error}") from error
-    return from_mapping(own, values), [
-        one for one in overrides if one.split("=", 1)[0] not in names
-    ]
+    names = {field.name for field in fields(settings_class)}  # type: ignore[arg-type]
+    values, recipe = {}, []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key not in names:
+            recipe.append(override)
+            continue
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override} is not valid YAML: {error}") from error
+    return from_mapping(settings_class, values), recipe

@@ -1,4 +1,4 @@
-"""Search spaces: YAML files that say what a trial may change in a recipe."""
+"""Search spaces: YAML files that list the values a trial may give to keys of a recipe."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ class Range:
     low: float
     high: float
     log: bool = False
+    """Draw uniformly in the logarithm."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,55 +28,56 @@ class Choices:
 
 
 Space = Mapping[str, Range | Choices]
-"""What each dotted key of the recipe may become."""
+"""The allowed values by dotted key of the recipe."""
 
 
 def load(name: str) -> Space:
-    """Read ``experiments/spaces/NAME.yaml``, or the file that ``name`` names.
+    """Read ``experiments/spaces/NAME.yaml``, or the YAML file at path ``name``.
 
     Raises:
-        ConfigError: no such space, or an entry that is neither a range nor choices.
+        ConfigError: there is no such space, or an entry is neither a range nor choices.
     """
     entries, file = presets.read("search space", SPACES, name)
-    return {key: _entry(value, f"{file}: {key}") for key, value in entries.items()}
+    return {key: _parse_entry(value, f"{file}: {key}") for key, value in entries.items()}
 
 
 def suggest(trial: "optuna.trial.BaseTrial", space: Space) -> dict[str, Any]:
-    """Ask the sampler for one value per key."""
+    """Take one value per key from the trial's sampler."""
     return {
-        key: trial.suggest_float(key, one.low, one.high, log=one.log)
-        if isinstance(one, Range)
-        else trial.suggest_categorical(key, one.choices)
-        for key, one in space.items()
+        key: trial.suggest_float(key, entry.low, entry.high, log=entry.log)
+        if isinstance(entry, Range)
+        else trial.suggest_categorical(key, entry.choices)
+        for key, entry in space.items()
     }
 
 
-def edge(one: Range | Choices) -> Any:
-    """One value that it allows."""
-    return one.low if isinstance(one, Range) else one.choices[0]
+def example_value(entry: Range | Choices) -> Any:
+    """Return one allowed value."""
+    return entry.low if isinstance(entry, Range) else entry.choices[0]
 
 
-def inside(values: Mapping[str, Any], space: Space) -> dict[str, Any]:
-    """What of ``values`` the space could have suggested: a point to start from."""
+def values_in_space(values: Mapping[str, Any], space: Space) -> dict[str, Any]:
+    """Return those of ``values`` that the space allows; the rest is left to the sampler."""
     return {
         key: values[key]
-        for key, one in space.items()
-        if key in values
-        and (
-            one.low <= values[key] <= one.high
-            if isinstance(one, Range)
-            else values[key] in one.choices
-        )
+        for key, entry in space.items()
+        if key in values and _allows(entry, values[key])
     }
 
 
-def _entry(value: Any, where: str) -> Range | Choices:
+def _allows(entry: Range | Choices, value: Any) -> bool:
+    if isinstance(entry, Range):
+        return bool(entry.low <= value <= entry.high)
+    return value in entry.choices
+
+
+def _parse_entry(value: Any, where: str) -> Range | Choices:
     match value:
-        case {"choices": [_, *_] as choices, **rest} if not rest:
+        case {"choices": [_, *_] as choices, **unknown} if not unknown:
             return Choices(choices=tuple(choices))
-        case {"low": int() | float() as low, "high": int() | float() as high, **rest}:
-            log = rest.pop("log", False)
-            if not rest and low < high and (low > 0 or not log):
+        case {"low": int() | float() as low, "high": int() | float() as high, **unknown}:
+            log = unknown.pop("log", False)
+            if not unknown and low < high and (low > 0 or not log):
                 return Range(low=float(low), high=float(high), log=bool(log))
     raise ConfigError(
         f"{where} must be {{low, high[, log]}} with low < high (above 0 for log) or "

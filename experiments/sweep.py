@@ -1,11 +1,15 @@
-"""Short trials search; the best configuration is refitted in full."""
+"""A sweep: short trials search a space around a recipe, then the best configuration is refitted.
+
+One parent run holds the study's table and plots; each trial and the refit is a child run of it.
+"""
 
 import contextlib
 import logging
+import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,233 +20,272 @@ from eurosat.data.prepare import PreparedData, prepare
 from eurosat.errors import ConfigError, EuroSATError, TrackingError
 from eurosat.runtime import cli, exit_codes, hardware, logs
 from eurosat.training.checkpoints import acquire
-from experiments import drivers, process_engine
-from experiments import search as searches
+from experiments import ownership, process_engine, studies
 from experiments import space as spaces
-from experiments.objective import Job, as_overrides
-from experiments.search import Search
-from experiments.settings import SweepConfig, take
-from experiments.sweep_progress import View
+from experiments.objective import SweepJob, as_overrides
+from experiments.settings import SweepConfig, split_settings
+from experiments.study_driver import StudyDriver
+from experiments.sweep_progress import SweepProgress
 
 if TYPE_CHECKING:
     import optuna
 
 log = logging.getLogger(__name__)
 
-REFITTED = "sweep.refitted_trial"
-"""Tag of the parent: the trial whose configuration was trained in full."""
+REFITTED_TAG = "sweep.refitted_trial"
+"""Tag of the parent run: the number of the trial whose configuration was trained in full."""
 
 USAGE = """
 usage: python -m experiments.sweep [key=value ...]
 
   trials=6         number of trials              workers=1        trials side by side
   trial_epochs=3   epochs of a trial             space=resnet18   experiments/spaces/NAME.yaml
-  minutes=M        begin no trial after          target=0.98      nor once a trial is as accurate
-  sampler=TPESampler  of optuna.samplers         pruner=median    asha or none
+  minutes=M        start no trial after M min    target=0.98      or after this accuracy
+  sampler=TPESampler  of optuna.samplers         pruner=median    or asha, none
   objectives=accuracy  or accuracy,latency       sampler_seed=0
-  study=NAME       default: the parent run's id  storage=sqlite:///optuna.db
-  resume=STUDY     go on with one that was cut   from_study=NAME  begin with its trials
-  engine=optuna    processes here; or ray        ray_address=     of a cluster
-  trial_cpus=1     of a trial on a cluster       trial_gpus=0
-  refit=true       the best one, in full         register=false   and make it a version
+  study=NAME       default: sweep-RUN_ID         storage=sqlite:///optuna.db
+  resume=STUDY     continue this study           from_study=NAME  start with its trials
+  engine=optuna    processes here, or ray        ray_address=     of a Ray cluster
+  trial_cpus=1     per trial, on a cluster       trial_gpus=0     per trial, on a cluster
+  refit=true       train the best in full        register=false   and register it as a version
   and everything that `python -m eurosat.train` takes: data=eurosat recipe=resnet18-quick ...
 """
 
 
-def sweep(settings: SweepConfig, overrides: tuple[str, ...], parent: tracking.Run) -> str | None:
-    """Search, plot, refit. Returns the id of the refit's run, or None without a refit.
+def main(argv: Sequence[str]) -> int:
+    arguments = cli.overrides(argv, USAGE)
+    settings, recipe = split_settings(SweepConfig, arguments)
+    changed = {argument.partition("=")[0] for argument in arguments}
+    if "resume" in changed:
+        return resume(settings, changed, recipe)
+    config = compose(recipe)
+    with (
+        tracking.run(config.experiment, f"sweep {config.recipe}", tags={"kind": "sweep"}) as parent,
+        _logged_to(parent),
+    ):
+        refit_run = run_sweep(settings, tuple(recipe), parent)
+    return print_runs(parent.run_id, refit_run)
+
+
+def run_sweep(
+    settings: SweepConfig, overrides: tuple[str, ...], parent: tracking.Run
+) -> str | None:
+    """Search and refit; return the id of the refit's run, or None for ``refit=false``.
 
     Raises:
-        EuroSATError: no trial finished, or a worker cannot work.
+        EuroSATError: the settings do not fit, no trial finished, or a worker failed.
     """
     config = compose(overrides)
     if settings.workers > 1 and config.trainer.devices > 1:
         raise ConfigError(
             f"workers={settings.workers} and trainer.devices={config.trainer.devices}: a worker "
-            "starts no processes of its own; take one of them, or engine=ray"
+            "starts no processes of its own; set one of them to 1, or engine=ray"
         )
     data = prepare(config)
     space = spaces.load(settings.space)
-    compose([*overrides, *as_overrides({key: spaces.edge(one) for key, one in space.items()})])
+    examples = {key: spaces.example_value(entry) for key, entry in space.items()}
+    compose([*overrides, *as_overrides(examples)])  # raises if the recipe lacks a key of the space
     parent.set_tags({**data.tags, "kind": "sweep", "config.digest": config.digest})
-    told = asdict(settings) | {"storage": tracking.without_password(settings.storage)}
-    parent.log_params({"sweep": told})
+    public_url = tracking.without_password(settings.storage)
+    parent.log_params({"sweep": asdict(settings) | {"storage": public_url}})
     parent.log_params(config.as_dict())
     name = settings.study or f"sweep-{parent.run_id.removeprefix('journal:')}"
-    job = Job(sweep=settings, study=name, overrides=overrides, parent=parent.journal)
-    study = searches.create(job, space, tracking.flatten(config.as_dict()))
+    job = SweepJob(sweep=settings, study=name, overrides=overrides, parent=parent.journal)
+    study = studies.create(job, space, tracking.flatten(config.as_dict()))
     parent.set_tags({"study": name})
-    return carry_on(job, study, data, parent)
+    log.info("study %s in %s", name, public_url)
+    return complete_sweep(job, study, data, parent)
 
 
-def run_trials(job: Job, study: "optuna.Study", data: PreparedData, *, owner: bool) -> None:
-    """All that are left; the owner also waits for those that other drivers have in hand."""
+def complete_sweep(
+    job: SweepJob, study: "optuna.Study", data: PreparedData, parent: tracking.Run
+) -> str | None:
+    """Run the trials that are left, log the results and refit the best configuration."""
+    with _resume_hint(job), ownership.owning(study):
+        run_trials(job, study, data, is_owner=True)
+        _log_results(study, parent)
+        return _refit_best(job, study, data, parent) if job.sweep.refit else None
+
+
+def run_trials(job: SweepJob, study: "optuna.Study", data: PreparedData, *, is_owner: bool) -> None:
+    """Run the trials that are left; the owner also waits for those of other drivers."""
     if job.sweep.engine == "ray":
         from experiments import ray_engine
 
-        return ray_engine.run(job, study)
+        ray_engine.run(job, study)
+        return
     threads = max(1, hardware.cores() // job.sweep.workers) if job.sweep.workers > 1 else 0
-    search = Search(job, study, threads)
-    view = View(study, job)
-    with search.alive(), view.shown():
+    driver = StudyDriver(job, study, threads)
+    progress = SweepProgress(study, job)
+    with driver.heartbeats(), progress.display():
         try:
             if job.sweep.workers == 1:
-                process_engine.run_here(search, data, view, wait_for_others=owner)
+                process_engine.run_in_process(driver, data, progress, wait_for_others=is_owner)
             else:
-                process_engine.run_in_workers(search, view, wait_for_others=owner)
+                process_engine.run_in_workers(driver, progress, wait_for_others=is_owner)
         finally:
-            search.release()
-    if why := search.over():
-        log.info("sweep: %s", why)
-    return None
+            driver.release()
+    if reason := driver.stop_reason():
+        log.info("sweep: %s", reason)
 
 
-def carry_on(
-    job: Job, study: "optuna.Study", data: PreparedData, parent: tracking.Run
-) -> str | None:
-    """What is left of a sweep: its trials, its figures, the refit of the best."""
-    with drivers.owned(study):
-        run_trials(job, study, data, owner=True)
-        _conclude(study, parent)
-        return _refitted(job, study, data, parent) if job.sweep.refit else None
+def resume(settings: SweepConfig, changed: Collection[str], recipe: Sequence[str]) -> int:
+    """Continue a study whose driver has ended, or help a driver on another machine.
 
-
-def _refitted(job: Job, study: "optuna.Study", data: PreparedData, parent: tracking.Run) -> str:
-    """The run of the best configuration, trained in full."""
-    top = searches.best(study)
-    assert top is not None
-    best = compose([*job.overrides, *as_overrides(top.params)])
-    number = str(top.number)
-    if parent.tag(REFITTED) == number and (held := parent.tag(tracking.BEST_RUN)):
-        log.info("the best, trial %d, is refitted already: run %s", top.number + 1, held)
-        _register(job, held)
-        return held
-    log.info("refitting the best in full: %s", top.params)
-    tags = {"kind": "refit", "study": job.study, "trial.number": top.number}
-    place = {**data.fingerprints, "study": job.study, "trial": "refit"}
-    with (
-        acquire(best, place, exclusive=True) as saved,
-        tracking.run(
-            best.experiment,
-            "refit of the best",
-            parent=job.parent,
-            journal=saved.start_or_resume(),
-            resume=saved.journal,
-            tags=tags,
-        ) as run,
-    ):
-        tested = train.train(best, data, run, slot=saved)
-    parent.log_metrics(tested)
-    parent.set_tags({tracking.BEST_RUN: run.run_id, REFITTED: number})
-    print(train.summary(tested))
-    _register(job, run.run_id)
-    return run.run_id
-
-
-def _register(job: Job, run_id: str) -> None:
-    """Make it a version of the model, where the sweep was asked to."""
-    if job.sweep.register:
-        command = [sys.executable, "-m", "registry.register", run_id]
-        if subprocess.run(command).returncode:
-            raise EuroSATError(f"run {run_id} was not registered: see above")
-
-
-def _conclude(study: "optuna.Study", parent: tracking.Run) -> None:
-    """Log the study's table, counts and figures to the parent run.
+    ``changed`` names the settings that were given on the command line.
 
     Raises:
-        EuroSATError: no trial finished, so that there is no best.
+        ConfigError: there is no such study, or a setting was given that cannot change.
     """
-    from experiments.plots import draw_study
-
-    states = [trial.state.name for trial in searches.own_trials(study)]
-    counts = {
-        f"trials_{name}": states.count(name.upper()) for name in ("complete", "pruned", "fail")
-    }
-    parent.log_metrics(counts)
-    parent.log_text(study.trials_dataframe().to_csv(index=False), "trials.csv")
-    if not counts["trials_complete"]:
-        raise EuroSATError(
-            f"none of {len(states)} trials finished ({states.count('FAIL')} failed): lower the "
-            "learning rates of the space, or read the trials' logs"
+    if not settings.resume:
+        raise ConfigError("resume= names no study: give resume=STUDY, or drop it for a new sweep")
+    if recipe:
+        raise ConfigError(
+            f"resume={settings.resume} keeps the recipe of the study: drop {recipe[0]}"
         )
-    top = searches.best(study)
-    assert top is not None
-    parent.log_metrics({"best_val_accuracy": top.values[0]})
-    with tempfile.TemporaryDirectory() as folder:
-        draw_study(study, Path(folder))
-        parent.log_folder(Path(folder), "figures")
-    print(
-        f"{len(states)} trials: {counts['trials_complete']} finished, {counts['trials_pruned']} "
-        f"pruned, {counts['trials_fail']} failed; best is trial {top.number + 1} "
-        f"with validation accuracy {top.values[0]:.4f}: {top.params}"
-    )
-
-
-def main(argv: Sequence[str]) -> int:
-    told = cli.overrides(argv, USAGE)
-    settings, rest = take(SweepConfig, told)
-    if settings.resume:
-        return resume(settings, {one.partition("=")[0] for one in told}, rest)
-    overrides = tuple(rest)
-    config = compose(overrides)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tracking.run(config.experiment, f"sweep {config.recipe}", tags={"kind": "sweep"}) as parent,
-        logs.copied_to(Path(folder) / "sweep.log") as file,
-    ):
-        try:
-            best = sweep(settings, overrides, parent)
-        finally:
-            parent.log_file(file, "logs")
-    return tell(parent.run_id, best)
-
-
-def resume(settings: SweepConfig, given: set[str], rest: Sequence[str]) -> int:
-    """Go on with a study whose driver was killed, or help one that lives on another machine.
-
-    Raises:
-        ConfigError: there is no such study, or settings of the recipe are given anew.
-    """
-    if rest:
-        raise ConfigError(f"resume={settings.resume} keeps the recipe it has: drop {rest[0]}")
-    study, job = searches.load(str(settings.resume), settings, given)
+    study, job = studies.load(settings.resume, settings, changed)
     config = compose(job.overrides)
     data = prepare(config)
-    reached = not given & {"trials", "minutes", "target"} and searches.is_over(study, job)
-    if (reached or not searches.unfinished(study, job)) and is_concluded(job.parent):
-        print(f"study {job.study} is complete; trials=N asks for more")
-        return tell(job.parent, None)
-    if not drivers.take(study):
+    limits = {"trials", "minutes", "target"}
+    limit_reached = not limits & set(changed) and studies.stop_reason(study, job)
+    trials_done = limit_reached or not studies.has_unfinished_trials(study, job)
+    if trials_done and is_finished(job.parent):
+        print(f"study {job.study} is complete; give trials=N for more trials")
+        return print_runs(job.parent, None)
+    if not ownership.claim(study):
         if job.sweep.engine == "ray":
-            raise ConfigError(f"the driver of study {job.study} lives: give its cluster more nodes")
-        run_trials(job, study, data, owner=False)
-        print(f"study {job.study}: no trial is left to begin; its own driver concludes it")
+            raise ConfigError(
+                f"study {job.study} is running already: add nodes to its Ray cluster instead"
+            )
+        run_trials(job, study, data, is_owner=False)
+        print(f"study {job.study}: no trial is left to start; its own driver concludes it")
         return exit_codes.OK
     with (
-        tempfile.TemporaryDirectory() as folder,
         tracking.run(config.experiment, f"sweep {config.recipe}", resume=job.parent) as parent,
-        logs.copied_to(Path(folder) / "sweep.log") as file,
+        _logged_to(parent),
     ):
-        try:
-            best = carry_on(job, study, data, parent)
-        finally:
-            parent.log_file(file, "logs")
-    return tell(parent.run_id, best)
+        refit_run = complete_sweep(job, study, data, parent)
+    return print_runs(parent.run_id, refit_run)
 
 
-def is_concluded(parent: str) -> bool:
-    """Whether the parent run has ended well; False where the server cannot be asked."""
+def resume_command(job: SweepJob) -> str:
+    """Return the command that continues the sweep, without the storage's password."""
+    command = ["python", "-m", "experiments.sweep", f"resume={job.study}"]
+    if job.sweep.storage != SweepConfig().storage:
+        command.append(f"storage={tracking.without_password(job.sweep.storage)}")
+    return shlex.join(command)
+
+
+def is_finished(parent: str) -> bool:
+    """Return whether the parent run ended well; False if the server cannot be reached."""
     with contextlib.suppress(TrackingError):
         return tracking.get(parent).status == "FINISHED"
     return False
 
 
-def tell(parent: str, best: str | None) -> int:
+def print_runs(parent: str, refit_run: str | None) -> int:
     print(f"sweep {parent}")
-    if best:
-        print(f"run {best}")
+    if refit_run:
+        print(f"run {refit_run}")
     return exit_codes.OK
+
+
+@contextlib.contextmanager
+def _logged_to(parent: tracking.Run) -> Iterator[None]:
+    """Log what the block logs to ``logs/sweep.log`` of the parent run."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        logs.copied_to(Path(folder) / "sweep.log") as file,
+    ):
+        try:
+            yield
+        finally:
+            parent.log_file(file, "logs")
+
+
+@contextlib.contextmanager
+def _resume_hint(job: SweepJob) -> Iterator[None]:
+    """Print the command that continues the sweep if Ctrl-C or SIGTERM ends the block."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        print(f"to continue: {resume_command(job)}", file=sys.stderr, flush=True)
+        raise
+
+
+def _refit_best(
+    job: SweepJob, study: "optuna.Study", data: PreparedData, parent: tracking.Run
+) -> str:
+    """Train the best configuration in full, unless that was done; return the id of its run."""
+    best = studies.best_trial(study)
+    assert best is not None
+    config = compose([*job.overrides, *as_overrides(best.params)])
+    number = str(best.number)
+    if parent.tag(REFITTED_TAG) == number and (refit_run := parent.tag(tracking.BEST_RUN)):
+        log.info("the best trial, %d, was refitted before: run %s", best.number, refit_run)
+        _register_refit(job, refit_run)
+        return refit_run
+    log.info("refitting trial %d, the best, in full: %s", best.number, best.params)
+    identity = {**data.fingerprints, "study": job.study, "trial": "refit"}
+    with (
+        acquire(config, identity, exclusive=True) as checkpoint,
+        tracking.run(
+            config.experiment,
+            "refit of the best",
+            parent=job.parent,
+            journal=checkpoint.start_or_resume(),
+            resume=checkpoint.journal,
+            tags={"kind": "refit", "study": job.study, "trial.number": best.number},
+        ) as run,
+    ):
+        test_metrics = train.train(config, data, run, slot=checkpoint)
+    parent.log_metrics(test_metrics)
+    parent.set_tags({tracking.BEST_RUN: run.run_id, REFITTED_TAG: number})
+    print(train.summary(test_metrics))
+    _register_refit(job, run.run_id)
+    return run.run_id
+
+
+def _register_refit(job: SweepJob, run_id: str) -> None:
+    """Register the refit as a version of the model, for ``register=true``."""
+    if job.sweep.register:
+        command = [sys.executable, "-m", "registry.register", run_id]
+        if subprocess.run(command).returncode:
+            raise EuroSATError(
+                f"run {run_id} was not registered (see above): mend that, then run "
+                f"python -m registry.register {run_id}"
+            )
+
+
+def _log_results(study: "optuna.Study", parent: tracking.Run) -> None:
+    """Log the study's table, counts and plots to the parent run, and print the best trial.
+
+    Raises:
+        EuroSATError: no trial finished, so that there is no best one.
+    """
+    from experiments.plots import draw_study
+
+    states = [trial.state.name for trial in studies.own_trials(study)]
+    counts = {
+        f"trials_{state}": states.count(state.upper()) for state in ("complete", "pruned", "fail")
+    }
+    parent.log_metrics(counts)
+    parent.log_text(study.trials_dataframe().to_csv(index=False), "trials.csv")
+    best = studies.best_trial(study)
+    if best is None:
+        raise EuroSATError(
+            f"none of {len(states)} trials finished ({states.count('FAIL')} failed): lower the "
+            "learning rates of the space, or read the trials' logs"
+        )
+    parent.log_metrics({"best_val_accuracy": best.values[0]})
+    with tempfile.TemporaryDirectory() as folder:
+        draw_study(study, Path(folder))
+        parent.log_folder(Path(folder), "figures")
+    print(
+        f"{len(states)} trials: {counts['trials_complete']} finished, {counts['trials_pruned']} "
+        f"pruned, {counts['trials_fail']} failed; best is trial {best.number} "
+        f"with validation accuracy {best.values[0]:.4f}: {best.params}"
+    )
 
 
 if __name__ == "__main__":

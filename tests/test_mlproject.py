@@ -12,8 +12,8 @@ import yaml
 
 from eurosat.config import CONF, TrainConfig, compose
 from eurosat.errors import ConfigError
-from experiments.demo import DemoConfig, check_commit, say_how_long, split_arguments
-from experiments.settings import SweepConfig, take
+from experiments.demo import DemoConfig, check_commit, estimate_duration, split_arguments
+from experiments.settings import SweepConfig, split_settings
 from tests.support.paths import ROOT
 
 PROJECT = yaml.safe_load((ROOT / "MLproject").read_text())
@@ -70,7 +70,7 @@ def test_parameters_of_commands_with_recipes_are_valid_keys(entry: str) -> None:
     words = shlex.split(str(ENTRIES[entry]["command"]).format(**defaults(entry)))[3:]
     arguments = [word for word in words if not word.startswith("overrides=")]
     if entry == "sweep":
-        settings, arguments = take(SweepConfig, arguments)
+        settings, arguments = split_settings(SweepConfig, arguments)
         assert settings == SweepConfig(), "MLproject has the command's defaults"
     if entry == "main":
         demo, arguments = split_arguments(arguments)
@@ -90,19 +90,19 @@ def test_the_main_job_on_real_tiles_ends_at_once_on_code_that_the_gates_would_re
     commit: str,
 ) -> None:
     check_commit("a" * 40)
-    with pytest.raises(ConfigError, match=r"commit first, or say accept_uncommitted=true"):
+    with pytest.raises(ConfigError, match=r"commit first, or set accept_uncommitted=true"):
         check_commit(commit)
 
 
 def test_the_time_that_is_announced_holds_that_of_asking_a_teacher() -> None:
     def announced(*overrides: str) -> str:
         settings, recipe = split_arguments(["data=eurosat", "trials=1", *overrides])
-        return say_how_long(compose(recipe), settings)
+        return estimate_duration(compose(recipe), settings)
 
     taught, alone = announced(), announced("distill.teacher=none", "distill.features=0")
     minutes = [int(re.findall(r"about (\d+) min", said)[0]) for said in (taught, alone)]
     assert minutes[0] == minutes[1] + 1
-    assert "a teacher asked once" in taught
+    assert "one pass of the teacher" in taught
     assert "teacher" not in alone
 
 

@@ -1,4 +1,4 @@
-"""Sweeps as processes of their own, which tests kill, and what must be whole afterwards."""
+"""Start sweeps as processes that a test can kill, wait for them, and check what they left."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import optuna
 from mlflow import MlflowClient
@@ -14,24 +15,34 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 
 from eurosat import tracking
+from experiments import space, studies
+from experiments.objective import SweepJob
+from experiments.settings import SweepConfig
 from tests.support.paths import ROOT
 from tests.support.recipes import TINY
 
 SWEEP = (*TINY, "trials=3", "trial_epochs=2", "trainer.epochs=3")
 
 
-def children(parent: Run) -> list[Run]:
-    found = MlflowClient().search_runs(
+def child_runs(parent: Run) -> list[Run]:
+    runs = MlflowClient().search_runs(
         [parent.info.experiment_id], f"tags.`{tracking.PARENT}` = '{parent.info.run_id}'"
     )
-    return list(found)
+    return list(runs)
 
 
-def saying(folder: Path, *given: str) -> "subprocess.Popen[str]":
-    """The verb as a process of its own, which a test can kill."""
+def make_study(folder: Path, **settings: Any) -> tuple[SweepJob, optuna.Study]:
+    """Return a new study ``s`` of the space resnet18, in a database in ``folder``."""
+    config = SweepConfig(study="s", storage=f"sqlite:///{folder}/study.db", **settings)
+    job = SweepJob(sweep=config, study="s", overrides=(), parent="")
+    return job, studies.create(job, space.load("resnet18"), {})
+
+
+def start_sweep(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """Start `python -m experiments.sweep` in ``folder``, in a process group of its own."""
     path = f"{os.environ['PYTHONPATH']}:{ROOT}"
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.sweep", *given],
+        [sys.executable, "-m", "experiments.sweep", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": path, "EUROSAT_PROGRESS": "lines"},
         stdout=subprocess.PIPE,
@@ -41,39 +52,42 @@ def saying(folder: Path, *given: str) -> "subprocess.Popen[str]":
     )
 
 
-def trials(folder: Path, study: str = "s") -> list[optuna.trial.FrozenTrial]:
+def load_trials(folder: Path, study: str = "s") -> list[optuna.trial.FrozenTrial]:
+    """Return the study's trials, or none while the study does not exist or its file is busy."""
     try:
         return optuna.load_study(study_name=study, storage=f"sqlite:///{folder}/study.db").trials
-    except (KeyError, OperationalError, StorageInternalError):  # not begun yet, or busy
+    except (KeyError, OperationalError, StorageInternalError):
         return []
 
 
-def until(condition: Callable[[], object], process: "subprocess.Popen[str] | None") -> None:
-    """Wait for it, as long as ``process`` lives."""
+def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str] | None") -> None:
+    """Poll ``condition`` until it is true; fail after 180 s, or if ``process`` ends before."""
     deadline = time.monotonic() + 180
     while not condition():
         assert process is None or process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline, "it did not come to pass"
+        assert time.monotonic() < deadline, "the condition did not become true in 180 s"
         time.sleep(0.05)
 
 
-def check_whole(folder: Path, count: int, epochs: int) -> dict[str, Run]:
-    """All trials have ended, each with one run that holds each epoch once."""
+def check_all_complete(folder: Path, count: int, epochs: int) -> dict[str, Run]:
+    """Check that all trials are complete, each with one run that has every epoch once.
+
+    Returns the runs by trial number.
+    """
     client = MlflowClient()
-    held = trials(folder)
-    assert {trial.state.name for trial in held} == {"COMPLETE"}
-    assert len(held) == count
-    parents = client.search_runs(
-        [e.experiment_id for e in client.search_experiments()], "tags.kind = 'sweep'"
-    )
+    trials = load_trials(folder)
+    assert {trial.state.name for trial in trials} == {"COMPLETE"}
+    assert len(trials) == count
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    parents = client.search_runs(experiments, "tags.kind = 'sweep'")
     assert [parent.info.status for parent in parents] == ["FINISHED"]
-    below = [run for run in children(parents[0]) if run.data.tags["kind"] == "trial"]
-    by_number = {run.data.tags["trial.number"]: run for run in below}
-    assert len(below) == len(by_number) == count
-    for trial in held:
-        run = by_number[str(trial.number)]
+    trial_runs = [run for run in child_runs(parents[0]) if run.data.tags["kind"] == "trial"]
+    run_by_number = {run.data.tags["trial.number"]: run for run in trial_runs}
+    assert len(trial_runs) == len(run_by_number) == count
+    for trial in trials:
+        run = run_by_number[str(trial.number)]
         assert run.info.status == "FINISHED"
         points = client.get_metric_history(run.info.run_id, "val_accuracy")
-        assert sorted(p.step for p in points) == list(range(epochs)), "no epoch twice, none lost"
+        assert sorted(p.step for p in points) == list(range(epochs)), "every epoch exactly once"
         assert trial.value == max(p.value for p in points)
-    return by_number
+    return run_by_number

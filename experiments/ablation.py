@@ -3,15 +3,15 @@
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eurosat import tracking, train
-from eurosat.config import compose, from_mapping
+from eurosat.config import compose
 from eurosat.data.prepare import prepare
 from eurosat.errors import ConfigError, NonFiniteLoss
 from eurosat.runtime import cli, exit_codes
+from eurosat.runtime.settings import from_mapping, settings
 from experiments import presets
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ Curves = Mapping[str, Sequence[float]]
 """The metric by epoch for each value of the key; shorter where the training diverged."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings("ablation")
 class Ablation:
     question: str
     """Title of the plot."""

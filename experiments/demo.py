@@ -12,10 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +23,7 @@ from eurosat import tracking
 from eurosat.config import TrainConfig, compose
 from eurosat.errors import ConfigError, EuroSATError
 from eurosat.runtime import cli, exit_codes
+from eurosat.runtime.settings import settings
 from experiments.demo_serving import serve_and_score
 
 log = logging.getLogger(__name__)
@@ -46,14 +47,14 @@ usage: python -m experiments.demo [data=synthetic|eurosat|folder] [recipe=NAME] 
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings()
 class DemoConfig:
-    trials: int = 6
+    trials: Annotated[int, Field(ge=1)] = 6
     trial_epochs: int | None = None
     """None is 1 for the recipe ``demo`` and 2 for all others."""
     workers: int = 1
     space: str = "resnet18"
-    tiles: int = 3
+    tiles: Annotated[int, Field(ge=1, le=1000)] = 3
     """Tiles of the test fold to classify over REST."""
     report: str = "reports/demo.json"
     accept_new_data: bool = False
@@ -61,20 +62,14 @@ class DemoConfig:
     accept_uncommitted: bool = False
     """Promote although the code is not committed; allowed anyway for synthetic tiles."""
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.tiles <= 1000:
-            raise ConfigError(f"tiles must be in [1, 1000]; got {self.tiles}")
-        if self.trials < 1:
-            raise ConfigError(f"trials must be 1 or more; got {self.trials}")
-
 
 def main(argv: Sequence[str]) -> int:
-    settings, recipe = split_arguments(cli.overrides(argv, USAGE))
+    options, recipe = split_arguments(cli.overrides(argv, USAGE))
     started = time.monotonic()
     prepare_environment()
     config = compose(recipe)
-    log.info(estimate_duration(config, settings))
-    accept_uncommitted = settings.accept_uncommitted or config.data.source == "synthetic"
+    log.info(estimate_duration(config, options))
+    accept_uncommitted = options.accept_uncommitted or config.data.source == "synthetic"
     if not accept_uncommitted:
         check_commit(tracking.code_commit())
 
@@ -82,13 +77,13 @@ def main(argv: Sequence[str]) -> int:
     if not tiles_are_valid(config, recipe):
         print("the tiles failed their validation (see above): nothing is trained on them")
         return exit_codes.NEGATIVE
-    print_step(2, f"sweep: {settings.trials} short trials, then the best one is trained in full")
-    sweep_run = run_sweep(settings, config, recipe)
+    print_step(2, f"sweep: {options.trials} short trials, then the best one is trained in full")
+    sweep_run = run_sweep(options, config, recipe)
     print_step(3, "register: the trained model becomes a version with the alias challenger")
     run_command(sys.executable, "-m", "registry.register", sweep_run)
     challenger = alias_version("challenger")
     print_step(4, "promote: the challenger becomes champion if it passes every gate")
-    promoted = promote(settings, accept_uncommitted)
+    promoted = promote(options, accept_uncommitted)
     champion = alias_version("champion")
     if champion is None:
         print(
@@ -96,9 +91,9 @@ def main(argv: Sequence[str]) -> int:
             "nothing to serve"
         )
         return exit_codes.NEGATIVE
-    print_step(5, f"serve: {CHAMPION} classifies {settings.tiles} tiles of its test fold over REST")
+    print_step(5, f"serve: {CHAMPION} classifies {options.tiles} tiles of its test fold over REST")
     champion_run = tracking.get(tracking.resolve_run(CHAMPION))
-    scored = serve_and_score(CHAMPION, champion_run.run_id, settings.tiles)
+    scored = serve_and_score(CHAMPION, champion_run.run_id, options.tiles)
 
     report = {
         **results(tracking.get(sweep_run).metrics, champion_run),
@@ -109,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         "promoted": promoted,
         **provenance(champion_run),
     }
-    file = Path(settings.report)
+    file = Path(options.report)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
     print_report(report, file)
@@ -123,17 +118,17 @@ def split_arguments(overrides: Sequence[str]) -> tuple[DemoConfig, list[str]]:
     """
     from experiments.settings import split_settings
 
-    settings, recipe = split_settings(DemoConfig, overrides)
+    options, recipe = split_settings(DemoConfig, overrides)
     data = next((override for override in recipe if override.startswith("data=")), None)
     if data is None:
         data = "data=synthetic"
         recipe = [data, *recipe]
     if not any(override.startswith("recipe=") for override in recipe):
         recipe = [*recipe, f"recipe={'demo' if data == 'data=synthetic' else 'resnet18-quick'}"]
-    if settings.trial_epochs is None:
+    if options.trial_epochs is None:
         epochs = 1 if "recipe=demo" in recipe else 2
-        settings = dataclasses.replace(settings, trial_epochs=epochs)
-    return settings, recipe
+        options = dataclasses.replace(options, trial_epochs=epochs)
+    return options, recipe
 
 
 def prepare_environment() -> None:
@@ -144,18 +139,18 @@ def prepare_environment() -> None:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
-def estimate_duration(config: TrainConfig, settings: DemoConfig) -> str:
+def estimate_duration(config: TrainConfig, options: DemoConfig) -> str:
     """Return one sentence on the work ahead; the sweep logs a measured estimate later."""
     tiles = config.data.synthetic.tiles if config.data.source == "synthetic" else 27_000
-    epochs = settings.trials * (settings.trial_epochs or 0) + config.trainer.epochs
+    epochs = options.trials * (options.trial_epochs or 0) + config.trainer.epochs
     minutes = 1 + epochs * tiles * 0.65 / TRAINED_TILES_PER_S / 60  # train and val folds
     teacher = ""
     if config.distill.teacher != "none":  # its outputs for the train fold are cached
         minutes += tiles * 0.6 / TEACHER_TILES_PER_S / 60
         teacher = "one pass of the teacher, "
     return (
-        f"data={config.data.source}: {teacher}{settings.trials} trials of "
-        f"{settings.trial_epochs} epochs, then {config.trainer.epochs} epochs: about "
+        f"data={config.data.source}: {teacher}{options.trials} trials of "
+        f"{options.trial_epochs} epochs, then {config.trainer.epochs} epochs: about "
         f"{minutes:.0f} min for {tiles:,} tiles and a ResNet18 on two cores with bf16; the sweep "
         "logs the time left as it runs"
     )
@@ -192,26 +187,26 @@ def tiles_are_valid(config: TrainConfig, recipe: Sequence[str]) -> bool:
     return True
 
 
-def run_sweep(settings: DemoConfig, config: TrainConfig, recipe: Sequence[str]) -> str:
+def run_sweep(options: DemoConfig, config: TrainConfig, recipe: Sequence[str]) -> str:
     """Run the sweep; return the id of its parent run."""
     run_entry_point(
         "sweep",
         config,
         data=config.data.source,
         recipe=config.recipe,
-        trials=settings.trials,
-        trial_epochs=settings.trial_epochs,
-        workers=settings.workers,
-        space=settings.space,
+        trials=options.trials,
+        trial_epochs=options.trial_epochs,
+        workers=options.workers,
+        space=options.space,
         overrides=without_keys(recipe, "data", "recipe"),
     )
     return tracking.latest_run(config.experiment, kind="sweep")
 
 
-def promote(settings: DemoConfig, accept_uncommitted: bool) -> bool:
+def promote(options: DemoConfig, accept_uncommitted: bool) -> bool:
     """Run the promotion; return whether the challenger became champion."""
     flags = []
-    if settings.accept_new_data or champion_is_synthetic():
+    if options.accept_new_data or champion_is_synthetic():
         flags.append("--accept-new-data")
     if accept_uncommitted:
         flags.append("--accept-uncommitted")

@@ -1,21 +1,23 @@
 """Settings of a sweep, apart from the recipe."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, TypeVar
+from dataclasses import fields
+from typing import Annotated, Literal, TypeVar
 
-from eurosat.config import from_mapping
+from pydantic import Field
+
 from eurosat.errors import ConfigError
+from eurosat.runtime.settings import from_mapping, settings
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@settings()
 class SweepConfig:
-    trials: int = 6
-    workers: int = 1
+    trials: Annotated[int, Field(ge=1, le=10_000)] = 6
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
     """Trials side by side: processes of this machine, or Ray trials."""
-    trial_epochs: int = 3
+    trial_epochs: Annotated[int, Field(ge=1, le=10_000)] = 3
     """Epochs of a trial; its schedule is planned for them, not cut short."""
     space: str = "resnet18"
     """Name of a file in experiments/spaces, or path of a YAML file."""
@@ -26,10 +28,10 @@ class SweepConfig:
     pruner: Literal["asha", "median", "none"] = "median"
     objectives: Literal["accuracy", "accuracy,latency"] = "accuracy"
     """Validation accuracy, and milliseconds for one tile; with both, no trial is pruned."""
-    minutes: float | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
     """No trial starts later, and running ones stop after their epoch."""
-    target: float | None = None
-    """Validation accuracy of a trial, in (0, 1], after which no other one starts."""
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Validation accuracy of a trial, as a fraction, after which no other one starts."""
     study: str | None = None
     """Name of the study; None is ``sweep-`` and the id of the parent run."""
     storage: str = "sqlite:///optuna.db"
@@ -48,15 +50,6 @@ class SweepConfig:
     """CPU cores of one trial on Ray."""
     trial_gpus: float = 0
     """GPUs of one trial on Ray; fractions share a GPU."""
-
-    def __post_init__(self) -> None:
-        for name, limit in (("trials", 10_000), ("workers", 256), ("trial_epochs", 10_000)):
-            if not 1 <= getattr(self, name) <= limit:
-                raise ConfigError(f"{name} must be in [1, {limit}]; got {getattr(self, name)}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise ConfigError(f"minutes must be above 0; got {self.minutes}")
-        if self.target is not None and not 0 < self.target <= 1:
-            raise ConfigError(f"target is an accuracy, in (0, 1]; got {self.target}")
 
     @property
     def objective_names(self) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Great Expectations suites over a per-tile table, and the verb that runs them."""
+"""Great Expectations suites over a table of tiles, and the command that runs them."""

@@ -1,4 +1,4 @@
-"""What a data set is held to: its classes, the shape of its tiles and the range of their values."""
+"""The specification of a data set: its classes, tile shape and ranges of pixel values."""
 
 import json
 from collections.abc import Mapping
@@ -15,61 +15,62 @@ if TYPE_CHECKING:
 
 EUROSAT_REFERENCE = Path(__file__).parent / "reference" / "eurosat.json"
 TOLERANCE = 2.0
-"""A class may hold half to twice its share in the reference. EuroSAT's own classes lie within 0.74
-and 1.11 of an even deal."""
+"""Factor: a class may have half to twice its share in the reference. EuroSAT's own classes have
+0.74 to 1.11 times an equal share."""
 MIN_TILES = 10
-"""Tiles of a class: ten leave two for validation and two for the test under 60/20/20."""
+"""Tiles per class: of ten, the protocol 60/20/20 gives two to validation and two to the test."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """The class counts that a data set's own are compared with."""
+    """The expected class counts, or shares, of a data set."""
 
     classes: Mapping[str, float]
-    """Tiles, or any other weight, per class."""
+    """Number of tiles per class, or any other weight."""
     about: str
+    """Origin of the counts, for people."""
     exact: bool = False
-    """Whether the counts themselves are expected, and not only the shares."""
+    """Whether the counts must match exactly, and not only the shares."""
 
     def __post_init__(self) -> None:
         if len(self.classes) < 2 or not all(count > 0 for count in self.classes.values()):
             raise ConfigError(
-                f"a reference needs 2 or more classes, each of a count above 0; got "
+                f"a reference needs 2 or more classes, each with a count above 0; got "
                 f"{dict(self.classes)}"
             )
 
     def share(self, name: str) -> float:
-        """Expected share of a class in all tiles; NaN for a class it does not know."""
+        """Return the expected share of a class in all tiles; NaN for an unknown class."""
         return self.classes.get(name, float("nan")) / sum(self.classes.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelRanges:
-    """Lowest and highest value a tile may show, in grey levels of 0..255; saturation a share."""
+    """Lowest and highest allowed value per tile: grey levels in 0..255; saturation is a share."""
 
     mean: tuple[float, float]
     std: tuple[float, float]
     saturation: tuple[float, float]
     texture: float
-    """Lowest only."""
+    """Lowest value; there is no highest."""
 
 
 # Measured over the 27,000 genuine RGB tiles: mean 41.3 (SeaLake) to 215.9 (Industrial), std
 # 1.94 (SeaLake) to 75.6 (Industrial), saturation up to 0.399 (Industrial), texture from 0.74
-# (SeaLake_481, calm water); a JPEG of one colour has a texture of 0. The ranges leave the extremes
-# a margin.
+# (SeaLake_481, calm water); a JPEG of one colour has a texture of 0. The ranges leave a margin
+# around these extremes.
 EUROSAT_RANGES = PixelRanges(
     mean=(30.0, 230.0), std=(1.0, 90.0), saturation=(0.0, 0.5), texture=0.25
 )
-# Any sensor, any bands: a tile that is black, burnt out or of one colour is of no use to anyone.
-# 127.5 is the largest std that values of 0..255 can have. Near-infrared bands, scaled for the look
-# of RGB, saturate over vegetation by design, hence the wide range of the share.
+# For any sensor and bands: a tile that is black, overexposed or of one colour is useless. 127.5 is
+# the largest std that values of 0..255 can have. Near-infrared bands with a scale made for RGB
+# saturate over vegetation, hence the wide range of saturation.
 ANY_RANGES = PixelRanges(mean=(1.0, 254.0), std=(0.25, 127.5), saturation=(0.0, 0.9), texture=0.25)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSpec:
-    """Everything that decides a suite."""
+    """All values from which a suite is built."""
 
     reference: Reference
     height: int
@@ -77,22 +78,22 @@ class DatasetSpec:
     width: int
     bands: int
     dtype: str
-    """Of the pixels in the files."""
+    """Data type of the pixels in the files."""
     ranges: PixelRanges
     tolerance: float = TOLERANCE
-    """Factor by which a class's share may lie over or under the reference's."""
+    """Factor by which the share of a class may exceed or fall below the reference."""
     near_duplicates: bool = True
-    """Whether they were looked for; a survey that met a fault looks for equal pixels alone."""
+    """Whether near duplicates were searched; a scan that found a fault compares pixels only."""
     folds: tuple[str, ...] = FOLDS
 
     def __post_init__(self) -> None:
         if not self.tolerance >= 1:
             raise ConfigError(
-                f"tolerance is a factor of 1 or more (2 is half to twice); got {self.tolerance}"
+                f"tolerance must be a factor of 1 or more, such as 2; got {self.tolerance}"
             )
 
     def count_limits(self, name: str) -> tuple[int, int | None]:
-        """Fewest and most tiles of a class; None is no limit."""
+        """Return the smallest and largest allowed number of tiles of a class; None is no limit."""
         if self.reference.exact:
             count = int(self.reference.classes[name])
             return count, count
@@ -106,10 +107,10 @@ def build_spec(
     reference: Path | None = None,
     tolerance: float = TOLERANCE,
 ) -> DatasetSpec:
-    """What the configured source is held to.
+    """Return the specification of the configured source.
 
-    EuroSAT: the counts of its publication. Others: the classes of ``reference``, else an even
-    deal over the synthetic classes or over those found in a folder.
+    Expected classes are those of ``reference``. Without it: the published counts for EuroSAT,
+    else equal shares of the synthetic classes, or of the classes in the folder.
     """
     if reference is None and data.source == "eurosat":
         reference = EUROSAT_REFERENCE
@@ -136,7 +137,7 @@ def read_reference(file: Path) -> Reference:
     """Read ``{"classes": {name: count}, "about": text, "exact": false}``.
 
     Raises:
-        ConfigError: the file is not there or is none.
+        ConfigError: the file is missing or has another form.
     """
     try:
         values = json.loads(file.read_text())
@@ -149,7 +150,7 @@ def read_reference(file: Path) -> Reference:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"{file} is no reference ({type(error).__name__}: {error}): it is JSON of the form "
+            f"{file} is not a reference ({type(error).__name__}: {error}): write it as JSON, "
             '{"classes": {"Forest": 3000, ...}, "about": "where from"}'
         ) from error
 
@@ -159,12 +160,12 @@ def _even_reference(data: DataConfig, table: "pd.DataFrame") -> Reference:
 
     names = CLASSES if data.source == "synthetic" else sorted(table["class"].unique())
     return Reference(
-        classes=dict.fromkeys(names, 1.0), about=f"an even deal over {len(names)} classes"
+        classes=dict.fromkeys(names, 1.0), about=f"equal shares of {len(names)} classes"
     )
 
 
 def _most_common_shape(table: "pd.DataFrame") -> tuple[tuple[int, int], int]:
-    """The most common height, width and bands among the tiles that could be read."""
-    read = table[table["bands"] > 0]
-    height, width, bands = read[["height", "width", "bands"]].value_counts().index[0]
+    """Return ((height, width), bands) of most of the tiles that could be read."""
+    readable = table[table["bands"] > 0]
+    height, width, bands = readable[["height", "width", "bands"]].value_counts().index[0]
     return (int(height), int(width)), int(bands)

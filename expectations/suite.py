@@ -1,4 +1,4 @@
-"""The suite, as code: one named expectation for each thing that a data set promises."""
+"""Build the suite: one named expectation for each property of a valid data set."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ SUITE_NAME = "tiles"
 
 
 def load_great_expectations() -> ModuleType:
-    """Import the library (2 s), its telemetry off."""
+    """Import Great Expectations (2 s) with its telemetry switched off."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     with warnings.catch_warnings():
         # great_expectations 1.24.1 imports sre_constants and sre_parse, deprecated by Python 3.11
@@ -28,16 +28,16 @@ def load_great_expectations() -> ModuleType:
 
 
 def build_suite(spec: DatasetSpec) -> "ExpectationSuite":
-    """Every expectation carries its name in ``meta`` and says in ``description`` what it holds."""
+    """Return the suite; each expectation has its name in ``meta`` and a plain ``description``."""
     gx = load_great_expectations()
-    made = [
+    expectations = [
         *_schema(gx.expectations),
         *_files(gx.expectations, spec),
         *_classes(gx.expectations, spec),
         *_values(gx.expectations, spec),
         *_folds(gx.expectations, spec),
     ]
-    suite: ExpectationSuite = gx.ExpectationSuite(name=SUITE_NAME, expectations=made)
+    suite: ExpectationSuite = gx.ExpectationSuite(name=SUITE_NAME, expectations=expectations)
     return suite
 
 
@@ -46,16 +46,17 @@ def expectation_name(expectation: "Expectation") -> str:
 
 
 def suite_digest(suite: "ExpectationSuite") -> str:
-    """sha256 of what the suite holds; the ids that Great Expectations deals are left out."""
-    listed: Any = suite.to_json_dict()["expectations"]
-    held = [{key: value for key, value in one.items() if key != "id"} for one in listed]
-    return hashlib.sha256(json.dumps(held, sort_keys=True, default=str).encode()).hexdigest()
+    """Return the sha256 of the suite's definition, without Great Expectations' random ids."""
+    definitions: Any = suite.to_json_dict()["expectations"]
+    stable = [{k: v for k, v in definition.items() if k != "id"} for definition in definitions]
+    return hashlib.sha256(json.dumps(stable, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _schema(gxe: Any) -> list["Expectation"]:
     return [
         gxe.ExpectTableColumnsToMatchOrderedList(
-            column_list=list(COLUMNS), **_label("columns", "the table has its columns, in order")
+            column_list=list(COLUMNS),
+            **_label("columns", "the table has the expected columns, in order"),
         ),
         *(
             gxe.ExpectColumnValuesToBeOfType(
@@ -69,8 +70,12 @@ def _schema(gxe: Any) -> list["Expectation"]:
 def _files(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
     from great_expectations.expectations.row_conditions import Column
 
-    decoded = Column("bands") > 0
-    size = {"height": spec.height, "width": spec.width, "bands": spec.bands}
+    readable = Column("bands") > 0
+    sizes = (
+        ("height", spec.height, f"every readable tile is {spec.height} pixels high"),
+        ("width", spec.width, f"every readable tile is {spec.width} pixels wide"),
+        ("bands", spec.bands, f"every readable tile has {spec.bands} bands"),
+    )
     return [
         gxe.ExpectColumnValuesToBeUnique(
             column="path", **_label("path-unique", "no path is listed twice")
@@ -81,26 +86,26 @@ def _files(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
             **_label("path-form", "a path is Class/file"),
         ),
         gxe.ExpectColumnValuesToBeNull(
-            column="fault", **_label("readable", "every tile can be read and used as it is")
+            column="fault", **_label("readable", "every tile can be read and used")
         ),
         *(
             gxe.ExpectColumnValuesToBeInSet(
                 column=column,
                 value_set=[value],
-                row_condition=decoded,
-                **_label(column, f"the {column} of every tile that can be read is {value}"),
+                row_condition=readable,
+                **_label(column, description),
             )
-            for column, value in size.items()
+            for column, value, description in sizes
         ),
         gxe.ExpectColumnValuesToBeInSet(
             column="dtype",
             value_set=[spec.dtype],
-            **_label("dtype", f"files hold {spec.dtype} pixels"),
+            **_label("dtype", f"the pixels in the files are {spec.dtype}"),
         ),
         gxe.ExpectColumnValuesToMatchRegex(
             column="sha256",
             regex="^[0-9a-f]{64}$",
-            **_label("sha256", "every file that can be opened has its sha256"),
+            **_label("sha256", "every readable file has a sha256"),
         ),
     ]
 
@@ -114,24 +119,26 @@ def _classes(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
         gxe.ExpectColumnDistinctValuesToContainSet(
             column="class",
             value_set=names,
-            **_label("classes-present", f"no class of the reference is missing: {reference.about}"),
+            **_label(
+                "classes-present", f"no class of the reference ({reference.about}) is missing"
+            ),
         ),
         gxe.ExpectColumnValuesToBeInSet(
             column="class",
             value_set=names,
-            **_label("classes-known", "no tile has a class that the reference does not know"),
+            **_label("classes-known", "no tile has a class that is not in the reference"),
         ),
         *(
             gxe.ExpectTableRowCountToBeBetween(
-                min_value=least,
-                max_value=most,
+                min_value=low,
+                max_value=high,
                 row_condition=Column("class") == name,
                 **_label(
                     f"count-{name}",
-                    f"{name} has {least:,} tiles" + ("" if most == least else " or more"),
+                    f"{name} has {low:,} tiles" + ("" if high == low else " or more"),
                 ),
             )
-            for name, (least, most) in ((name, spec.count_limits(name)) for name in names)
+            for name, (low, high) in ((name, spec.count_limits(name)) for name in names)
         ),
         gxe.ExpectColumnValuesToBeBetween(
             column="balance",
@@ -139,8 +146,8 @@ def _classes(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
             max_value=tolerance,
             **_label(
                 "balance",
-                f"each class holds 1/{tolerance:g} to {tolerance:g} times its share in the "
-                f"reference: {reference.about}",
+                f"each class has 1/{tolerance:g} to {tolerance:g} times its share in the "
+                f"reference ({reference.about})",
             ),
         ),
     ]
@@ -149,20 +156,20 @@ def _classes(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
 def _values(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
     ranges = spec.ranges
 
-    def between(column: str, name: str, low: float, high: float, what: str) -> "Expectation":
-        made: Expectation = gxe.ExpectColumnValuesToBeBetween(
+    def between(column: str, name: str, low: float, high: float, description: str) -> "Expectation":
+        expectation: Expectation = gxe.ExpectColumnValuesToBeBetween(
             column=column,
             min_value=low,
             max_value=high,
-            **_label(name, f"{what} ({column} in {low:g}..{high:g})"),
+            **_label(name, f"{description} ({column} in {low:g}..{high:g})"),
         )
-        return made
+        return expectation
 
     return [
         between("min", "min", 0, 255, "the darkest value is a grey level"),
         between("max", "max", 0, 255, "the brightest value is a grey level"),
-        between("mean", "mean", *ranges.mean, "no tile is black or burnt out"),
-        between("std", "std", *ranges.std, "no tile is grey all over or noise"),
+        between("mean", "mean", *ranges.mean, "no tile is black or overexposed"),
+        between("std", "std", *ranges.std, "no tile is uniformly grey or noise"),
         between("texture", "blank", ranges.texture, 127.5, "no tile is of one colour"),
         between("saturation", "saturation", *ranges.saturation, "no tile is cloud or glint"),
     ]
@@ -171,27 +178,29 @@ def _values(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
 def _folds(gxe: Any, spec: DatasetSpec) -> list["Expectation"]:
     folds = list(spec.folds)
 
-    def at_most_one(column: str, name: str, what: str) -> "Expectation":
-        made: Expectation = gxe.ExpectColumnValuesToBeBetween(
-            column=column, max_value=1, **_label(name, what)
+    def at_most_one(column: str, name: str, description: str) -> "Expectation":
+        expectation: Expectation = gxe.ExpectColumnValuesToBeBetween(
+            column=column, max_value=1, **_label(name, description)
         )
-        return made
+        return expectation
 
-    near = at_most_one("place_folds", "duplicates-near", "no near duplicates stand in two folds")
+    near = at_most_one("place_folds", "duplicates-near", "no near duplicates are in two folds")
     return [
         gxe.ExpectColumnDistinctValuesToContainSet(
             column="fold",
             value_set=folds,
-            **_label("folds-present", "the tiles can be split: every fold holds some"),
+            **_label("folds-present", "the tiles can be split: no fold is empty"),
         ),
         gxe.ExpectColumnValuesToBeInSet(
-            column="fold", value_set=folds, **_label("folds-known", f"a fold is {', '.join(folds)}")
+            column="fold",
+            value_set=folds,
+            **_label("folds-known", f"every fold is one of {', '.join(folds)}"),
         ),
-        at_most_one("content_folds", "duplicates-exact", "no pixels stand in two folds"),
-        at_most_one("content_classes", "labels-agree", "no pixels stand under two classes"),
+        at_most_one("content_folds", "duplicates-exact", "no equal tiles are in two folds"),
+        at_most_one("content_classes", "labels-agree", "no equal tiles have two classes"),
         *([near] if spec.near_duplicates else []),
     ]
 
 
-def _label(name: str, what: str) -> dict[str, Any]:
-    return {"meta": {"name": name}, "description": what}
+def _label(name: str, description: str) -> dict[str, Any]:
+    return {"meta": {"name": name}, "description": description}

@@ -1,4 +1,4 @@
-"""What a survey does not keep and a suite needs: how much each tile varies, and odd data types."""
+"""Facts about tiles that the scan does not record: texture, and the dtype of undecoded files."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -16,35 +16,36 @@ from eurosat.runtime.progress import track
 if TYPE_CHECKING:
     import pandas as pd
 
-CHUNK = 256
+CHUNK_SIZE = 256
 CANDIDATE_DTYPES = ("uint8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 
 
 def texture(tiles_NHWC: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """(N,) standard deviation of a tile's liveliest band, in grey levels.
+    """Return (N,) standard deviations of each tile's most varied band, in grey levels.
 
-    The std of all values, which the survey measures, is as large for a tile of one colour as its
-    bands lie apart; this one is 0.
+    It is 0 for a tile of one colour. The std over all bands together, which the scan records, is
+    not: it also measures the differences between the bands.
     """
     flat_NPC = tiles_NHWC.reshape(len(tiles_NHWC), -1, tiles_NHWC.shape[-1])
     bands_NCP = np.ascontiguousarray(flat_NPC.transpose(0, 2, 1), dtype=np.float32)
-    spread: npt.NDArray[np.float32] = bands_NCP.std(axis=2).max(axis=1)
-    return spread
+    largest_std: npt.NDArray[np.float32] = bands_NCP.std(axis=2).max(axis=1)
+    return largest_std
 
 
 def pack_textures(pack: Pack) -> npt.NDArray[np.float32]:
-    """(N,) texture of each tile; 2 s for 27,000."""
-    starts = range(0, len(pack.table), CHUNK)
-    chunks = (texture(pack.tiles_NHWC[start : start + CHUNK]) for start in starts)
-    return np.concatenate(list(track(chunks, len(starts), "measuring texture", f"x {CHUNK} tiles")))
+    """Return the (N,) texture of each tile of a pack; 2 s for 27,000."""
+    starts = range(0, len(pack.table), CHUNK_SIZE)
+    chunks = (texture(pack.tiles_NHWC[start : start + CHUNK_SIZE]) for start in starts)
+    unit = f"x {CHUNK_SIZE} tiles"
+    return np.concatenate(list(track(chunks, len(starts), "measuring texture", unit)))
 
 
 def source_textures(
     scan_table: "pd.DataFrame", data: DataConfig, source: Source
 ) -> npt.NDArray[np.float32]:
-    """The same where faults left no pack; NaN for a tile that has one."""
+    """Return the (N,) texture of each tile where faults prevented a pack; NaN for faulty tiles."""
 
-    def measured() -> Iterator[float]:
+    def measure() -> Iterator[float]:
         for path, fault in zip(scan_table["path"], scan_table["fault"], strict=True):
             if fault is not None:
                 yield float("nan")
@@ -53,11 +54,11 @@ def source_textures(
             yield float(texture(pixels_HWC[None])[0])
 
     total = len(scan_table)
-    return np.fromiter(track(measured(), total, "measuring texture", "tiles"), np.float32, total)
+    return np.fromiter(track(measure(), total, "measuring texture", "tiles"), np.float32, total)
 
 
 def detect_dtype(source: Source, path: str) -> str | None:
-    """The data type of the pixels in a file, where it can be decoded at all."""
+    """Return the data type of the pixels in a file, or None if it cannot be decoded at all."""
     for dtype in CANDIDATE_DTYPES:
         try:
             decode(source.read(path), path, dtype=dtype, reflectance_max=1.0)

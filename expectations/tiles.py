@@ -1,4 +1,4 @@
-"""The per-tile table that a suite is run on: a survey's facts, the fold, and what tiles share."""
+"""Build the table that a suite checks: the scan's facts, the fold, and what tiles share."""
 
 import logging
 from collections.abc import Mapping
@@ -32,10 +32,11 @@ COLUMN_TYPES = {
     "sha256": "str",
     "fold": "str",
 }
-"""The facts of a tile. A size of 0 and an empty cell stand for what could not be read."""
+"""Columns with the facts of a tile, and their types. Of a tile that could not be read, sizes are 0
+and other cells are empty."""
 SHARING_COLUMNS = ("content_folds", "content_classes", "place_folds")
 DERIVED_COLUMNS = ("texture", "pixels_sha256", "fault", "group", "balance", *SHARING_COLUMNS)
-"""What the suite needs beside them: see `reread` and `describe_sharing`."""
+"""Further columns that the suite checks; see `texture` and `add_sharing_columns`."""
 COLUMNS = (*COLUMN_TYPES, *DERIVED_COLUMNS)
 PIXEL_STATISTICS = ["mean", "std", "texture", "min", "max", "saturation"]
 
@@ -48,14 +49,15 @@ def tile_table(
     texture: npt.NDArray[np.float32],
     dtypes: Mapping[str, str | None],
 ) -> "pd.DataFrame":
-    """The table of `COLUMNS`, one row a tile, in the survey's order.
+    """Return the table of `COLUMNS`, a row per tile, in the order of the scan.
 
-    ``dtypes``: what the files that could not be decoded hold, by path; see `reread`.
+    ``texture`` has shape (N,). ``dtypes``: data type of the files that could not be decoded, by
+    path; see `texture.detect_dtype`.
     """
     table = scan_table.copy()
     table["texture"] = texture.astype(np.float64)
     table[PIXEL_STATISTICS] = table[PIXEL_STATISTICS].astype(np.float64)
-    # The survey measured the gap that a faulty tile leaves in the pack.
+    # The scan measured the black pixels that stand in for a faulty tile.
     table.loc[table["fault"].notna(), PIXEL_STATISTICS] = np.nan
     table[["sha256", "pixels_sha256"]] = table[["sha256", "pixels_sha256"]].replace("", None)
     undecoded = table["bands"] == 0
@@ -67,10 +69,10 @@ def tile_table(
 def assign_folds(
     table: "pd.DataFrame", data: DataConfig
 ) -> tuple["pd.Series[str]", "pd.Series[int]"]:
-    """(N,) fold and group of each tile as training would deal them; neither for a faulty tile.
+    """Return (N,) fold and (N,) group of each tile, as in training; empty for faulty tiles.
 
-    A survey that met a fault has looked for no near duplicates: groups are then equal pixels
-    alone. Where the good tiles cannot be split, no tile has a fold.
+    A scan that found a fault has not searched near duplicates: a group is then a set of tiles
+    with equal pixels. If the good tiles cannot be split, no tile has a fold.
     """
     import pandas as pd
 
@@ -84,24 +86,24 @@ def assign_folds(
     try:
         folds[good.index] = make_split(good, data.protocol, data.split_seed).folds
     except DataError as error:
-        log.warning("no folds: %s", error)
+        log.warning("the tiles cannot be split into folds: %s", error)
     return folds, good["group"].reindex(table.index)
 
 
 def add_sharing_columns(table: "pd.DataFrame", reference: Reference) -> "pd.DataFrame":
-    """Add the columns that say of a tile what only the whole table shows.
+    """Return the table with columns that compare a tile with the others.
 
-    ``balance``: share of the tile's class over its share in the reference. ``content_folds`` and
-    ``content_classes``: in how many folds, and under how many classes, its very pixels stand.
-    ``place_folds``: in how many folds the tiles of its group, near duplicates included, stand.
+    ``balance``: share of the tile's class divided by its share in the reference.
+    ``content_folds`` and ``content_classes``: number of folds, and of classes, among the tiles
+    with equal pixels. ``place_folds``: number of folds in its group, near duplicates included.
     """
-    made = table.copy()
-    shares = made["class"].value_counts(normalize=True)
-    made["balance"] = made["class"].map(
-        {n: shares[n] / reference.share(str(n)) for n in shares.index}
+    table = table.copy()
+    shares = table["class"].value_counts(normalize=True)
+    table["balance"] = table["class"].map(
+        {name: shares[name] / reference.share(str(name)) for name in shares.index}
     )
-    by_content, by_place = made.groupby("pixels_sha256"), made.groupby("group")
-    made["content_folds"] = by_content["fold"].transform("nunique")
-    made["content_classes"] = by_content["class"].transform("nunique")
-    made["place_folds"] = by_place["fold"].transform("nunique")
-    return made
+    by_content, by_place = table.groupby("pixels_sha256"), table.groupby("group")
+    table["content_folds"] = by_content["fold"].transform("nunique")
+    table["content_classes"] = by_content["class"].transform("nunique")
+    table["place_folds"] = by_place["fold"].transform("nunique")
+    return table

@@ -1,4 +1,4 @@
-"""Validate a data set: the verb that training's receipt comes from."""
+"""Validate a data set: check every tile, write Data Docs, a run and the validation record."""
 
 import json
 import logging
@@ -19,11 +19,12 @@ from eurosat.errors import ConfigError
 from eurosat.runtime import atomic, cli, exit_codes, logs
 from eurosat.runtime.progress import bar
 from eurosat.storage import disk_errors
-from expectations.docs import check_target
+from expectations.data_docs import DatasetSummary, check_target, publish
+from expectations.runner import run_suite
 from expectations.spec import TOLERANCE, DatasetSpec, build_spec
 from expectations.texture import detect_dtype, pack_textures, source_textures
 from expectations.tiles import tile_table
-from expectations.verdict import Verdict, run_suite
+from expectations.verdict import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,36 +34,36 @@ log = logging.getLogger("expectations.validate")  # __name__ is __main__ here
 USAGE = f"""
 usage: python -m expectations.validate [data=synthetic|eurosat|folder] [key=value ...]
 
-Hold every tile of a data set to a suite of expectations. Prints what failed on which tiles,
-writes Data Docs and a receipt that training asks for, logs a run named validate to MLflow.
+Check every tile of a data set against a suite of expectations. Prints what failed and on which
+tiles, writes Data Docs and the validation record that training requires, and logs a run named
+validate to MLflow.
 
-  data=SOURCE         which tiles (default synthetic); data.root=PATH says where
-  docs=FOLDER         where the Data Docs (HTML) go (default data_docs)
-  report=FILE         JSON of the verdicts goes there as well
-  reference=FILE      JSON {{"classes": {{"Forest": 3000, ...}}}} to compare the classes with
-                      (default: EuroSAT's own for data=eurosat, else an even deal)
-  tolerance=FACTOR    a class may hold 1/FACTOR to FACTOR times its share there
+  data=SOURCE         the tiles (default synthetic); data.root=PATH is their folder or zip
+  docs=FOLDER         write the Data Docs (HTML) there (default data_docs)
+  report=FILE         also write the results as JSON to this file
+  reference=FILE      JSON {{"classes": {{"Forest": 3000, ...}}}}: the expected classes and shares
+                      (default: EuroSAT's own for data=eurosat, else equal shares)
+  tolerance=FACTOR    a class may have 1/FACTOR to FACTOR times its expected share
                       (default {TOLERANCE:g})
   log_level=LEVEL     {", ".join(logs.LEVELS)}
-  any key of the recipe, such as data.synthetic.tiles=500, experiment=NAME
+  any key of the recipe, such as data.synthetic.tiles=500 or experiment=NAME
 
 exit code: 0 passed, 1 failed, 2 bad input
 """
 COMMAND_KEYS = ("docs", "reference", "report", "tolerance")
+"""Keys of this command; all others belong to the recipe."""
 
 
 def main(argv: Sequence[str]) -> int:
-    own, recipe = _split_overrides(cli.overrides(argv, USAGE))
-    docs = Path(own.get("docs", "data_docs"))
-    reference = Path(own["reference"]) if "reference" in own else None
-    tolerance = _parse_tolerance(own.get("tolerance", str(TOLERANCE)))
+    options, recipe = _split_overrides(cli.overrides(argv, USAGE))
+    docs = Path(options.get("docs", "data_docs"))
     check_target(docs)
     verdict = validate(
         compose(recipe),
         docs=docs,
-        reference=reference,
-        report=Path(own["report"]) if "report" in own else None,
-        tolerance=tolerance,
+        reference=Path(options["reference"]) if "reference" in options else None,
+        report=Path(options["report"]) if "report" in options else None,
+        tolerance=_parse_tolerance(options.get("tolerance", str(TOLERANCE))),
     )
     _print_verdict(verdict)
     print(f"Data Docs: {docs / 'index.html'}")
@@ -77,26 +78,25 @@ def validate(
     report: Path | None = None,
     tolerance: float = TOLERANCE,
 ) -> Verdict:
-    """Validate the configured data set; leave Data Docs, a run, a receipt, and a report if asked.
+    """Validate the configured data set; write Data Docs, a run, the record, and a report.
 
     Raises:
-        EuroSATError: there is nothing to validate, or nowhere to log it.
+        EuroSATError: the tiles cannot be read, or the results cannot be written.
     """
     started = time.monotonic()
+    validated_at = datetime.now(UTC).isoformat(timespec="seconds")
     with (
         tracking.run(config.experiment, "validate", tags={"kind": "validate"}) as run,
-        tempfile.TemporaryDirectory() as kept,
+        tempfile.TemporaryDirectory() as temporary,
     ):
-        folder = Path(kept)
+        folder, site = Path(temporary, "artifacts"), Path(temporary, "site")
+        folder.mkdir()
         with logs.copied_to(folder / "log.txt"):
-            survey = scan_source(config.data)
-            expected = build_spec(
-                config.data, survey.table, reference=reference, tolerance=tolerance
-            )
-            table = _build_table(survey, config.data, expected)
-            verdict = _run_suite(
-                table, expected, docs, f"{config.data.source}-{survey.fingerprint[:12]}"
-            )
+            scan = scan_source(config.data)
+            spec = build_spec(config.data, scan.table, reference=reference, tolerance=tolerance)
+            table = _build_table(scan, config.data, spec)
+            run_name = f"{config.data.source}-{scan.fingerprint[:12]}"
+            verdict = _run_suite(table, spec, site, run_name)
             log.info(
                 "%s: %d expectations on %d tiles, %d failed",
                 config.data.source,
@@ -104,68 +104,88 @@ def validate(
                 len(table),
                 len(verdict.failed),
             )
-        run.log_params(
-            {
-                "source": config.data.source,
-                "suite": verdict.suite,
-                "reference": expected.reference.about,
-                "tolerance": tolerance,
-            }
+        summary = DatasetSummary(
+            source=config.data.source,
+            fingerprint=scan.fingerprint,
+            num_tiles=len(table),
+            reference=spec.reference.about,
+            near_duplicates=spec.near_duplicates,
+            validated_at=validated_at,
         )
-        run.set_tags(
-            {
-                "data.fingerprint": survey.fingerprint,
-                "data.validation": "passed" if verdict.success else "failed",
-            }
-        )
-        result = {"fingerprint": survey.fingerprint, "expected": asdict(expected)}
-        told = json.dumps(result | verdict.as_dict(), indent=1)
-        (folder / "result.json").write_text(told)
-        if report:
-            with disk_errors(report):
-                report.parent.mkdir(parents=True, exist_ok=True)
-                atomic.atomic_write_text(report, told + "\n")
+        publish(docs, verdict, summary, site)
+        _log_run(run, config.data, spec, verdict, scan)
+        _write_results(folder, report, scan.fingerprint, spec, verdict)
         table.to_parquet(folder / "tiles.parquet", index=False)
         run.log_folder(folder)
         run.log_folder(docs, "data_docs")
-        run.log_metrics(_metrics(verdict, survey) | {"seconds": time.monotonic() - started})
-    validation_record.write(
-        validation_record.ValidationRecord(
-            fingerprint=survey.fingerprint,
-            success=verdict.success,
-            expectations=len(verdict.results),
-            failed=verdict.failed,
-            suite=verdict.suite,
-            validated_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        ),
-        config.data.cache_dir,
+        run.log_metrics(_metrics(verdict, scan) | {"seconds": time.monotonic() - started})
+    record = validation_record.ValidationRecord(
+        fingerprint=scan.fingerprint,
+        success=verdict.success,
+        expectations=len(verdict.results),
+        failed=verdict.failed,
+        suite=verdict.suite,
+        validated_at=validated_at,
     )
+    validation_record.write(record, config.data.cache_dir)
     return verdict
 
 
 def _build_table(scan: DatasetScan, data: DataConfig, spec: DatasetSpec) -> "pd.DataFrame":
-    surveyed = scan.table
+    """Return the table of tiles; without a pack, faulty files are read again for their dtype."""
     if scan.pack is not None:
         texture = pack_textures(scan.pack)
-        return tile_table(surveyed, data, spec.reference, texture=texture, dtypes={})
-    log.warning("near duplicates were not looked for: that waits until every tile can be read")
+        return tile_table(scan.table, data, spec.reference, texture=texture, dtypes={})
+    log.warning("near duplicates were not searched: that needs every tile to be readable")
     source = open_source(data)
+    undecoded = scan.table["path"][scan.table["bands"] == 0]
     return tile_table(
-        surveyed,
+        scan.table,
         data,
         spec.reference,
-        texture=source_textures(surveyed, data, source),
-        dtypes={
-            path: detect_dtype(source, path) for path in surveyed["path"][surveyed["bands"] == 0]
-        },
+        texture=source_textures(scan.table, data, source),
+        dtypes={path: detect_dtype(source, path) for path in undecoded},
     )
 
 
-def _run_suite(table: "pd.DataFrame", spec: DatasetSpec, docs: Path, name: str) -> Verdict:
-    """One call that takes seconds and tells nothing on its way: a bar that only moves."""
-    with bar() as shown:
-        shown.add_task("holding the tiles to the suite", total=None, note=f"{len(table):,} tiles")
-        return run_suite(table, spec, docs=docs, run_name=name)
+def _run_suite(table: "pd.DataFrame", spec: DatasetSpec, site: Path, run_name: str) -> Verdict:
+    """Run the suite behind a progress bar without a total: the call reports no progress."""
+    with bar() as progress:
+        progress.add_task("checking expectations", total=None, note=f"{len(table):,} tiles")
+        return run_suite(table, spec, site=site, run_name=run_name)
+
+
+def _log_run(
+    run: "tracking.Run", data: DataConfig, spec: DatasetSpec, verdict: Verdict, scan: DatasetScan
+) -> None:
+    """Log the parameters and tags of a validation."""
+    run.log_params(
+        {
+            "source": data.source,
+            "suite": verdict.suite,
+            "reference": spec.reference.about,
+            "tolerance": spec.tolerance,
+        }
+    )
+    run.set_tags(
+        {
+            "data.fingerprint": scan.fingerprint,
+            "data.validation": "passed" if verdict.success else "failed",
+        }
+    )
+
+
+def _write_results(
+    folder: Path, report: Path | None, fingerprint: str, spec: DatasetSpec, verdict: Verdict
+) -> None:
+    """Write ``result.json`` for the run, and the same to the file ``report`` if it is given."""
+    results = {"fingerprint": fingerprint, "spec": asdict(spec), **verdict.as_dict()}
+    text = json.dumps(results, indent=1)
+    (folder / "result.json").write_text(text)
+    if report:
+        with disk_errors(report):
+            report.parent.mkdir(parents=True, exist_ok=True)
+            atomic.atomic_write_text(report, text + "\n")
 
 
 def _metrics(verdict: Verdict, scan: DatasetScan) -> dict[str, float]:
@@ -187,31 +207,25 @@ def _print_verdict(verdict: Verdict) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for finding in verdict.results:
-        for number, line in enumerate(finding.lines()):
-            console.print(line, style="red" if not finding.success and number == 0 else None)
-    count = len(verdict.results)
-    told = (
-        f"{len(verdict.failed)} of {count} expectations failed"
-        if verdict.failed
-        else (f"all {count} expectations passed")
-    )
-    console.print(told, style="red" if verdict.failed else "green")
+    *lines, summary = verdict.lines()
+    for line in lines:
+        console.print(line, style="red" if line.startswith("FAILED") else None)
+    console.print(summary, style="green" if verdict.success else "red")
 
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """The verb's own keys, and the recipe's overrides."""
-    own: dict[str, str] = {}
+    """Return the command's own options, and the overrides of the recipe."""
+    options: dict[str, str] = {}
     recipe: list[str] = []
     for override in overrides:
         key, _, value = override.partition("=")
         if key in COMMAND_KEYS:
             if not value:
                 raise ConfigError(f"{key}= needs a value")
-            own[key] = value
+            options[key] = value
         else:
             recipe.append(override)
-    return own, recipe
+    return options, recipe
 
 
 def _parse_tolerance(value: str) -> float:

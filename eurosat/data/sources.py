@@ -1,4 +1,4 @@
-"""Where tiles come from: EuroSAT, procedural tiles, or any class-per-folder directory or zip."""
+"""Sources of tiles: EuroSAT, synthetic tiles, or any folder or zip with a folder per class."""
 
 import hashlib
 import io
@@ -14,39 +14,39 @@ from urllib.parse import quote
 import numpy as np
 
 from eurosat.config import DataConfig, SyntheticConfig
-from eurosat.data import bands, synthetic
+from eurosat.data import bands, synthetic, terrain
 from eurosat.errors import DataError
 from eurosat.storage import SCHEME, fetch, is_bucket, mirror, open_store
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 EUROSAT_NAMES = ("EuroSAT_RGB.zip", "EuroSAT.zip", "EuroSAT_RGB", "2750", "eurosat/2750")
-"""Names under EUROSAT_ROOT: the archives of zenodo.org/records/7711810 and the upstream one,
-unpacked or not; the last is where torchvision's downloader leaves them."""
+"""Names to look for under EUROSAT_ROOT: the archives of zenodo.org/records/7711810 and of the
+authors, packed or unpacked; the last is the folder that torchvision's downloader makes."""
 
 
 class Source(Protocol):
-    """Tiles by path. A path is ``Class/file``, whatever prefix the archive has."""
+    """Tiles by path. A path is ``Class/file``, without any prefix that the archive has."""
 
     @property
     def name(self) -> str: ...
     @property
     def paths(self) -> tuple[str, ...]:
-        """Sorted."""
+        """Paths of all tiles, sorted."""
         ...
 
     @property
     def identity(self) -> str:
-        """Cheap digest that changes when the content may have changed: sizes and times."""
+        """Digest of sizes and times; it changes when the content may have changed."""
         ...
 
     def read(self, path: str) -> bytes: ...
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that the configuration names, and no other.
+    """Open the configured source; it never falls back to another one.
 
     Raises:
-        DataError: nothing is there, or a class has no images.
+        DataError: there are no tiles, or a class has no images.
     """
     match config.source:
         case "synthetic":
@@ -60,31 +60,35 @@ def open_source(config: DataConfig) -> Source:
 
 
 def localise(root: str, cache: Path) -> Path:
-    """``root`` as a folder or zip of this machine: what is in a bucket is mirrored in the cache.
+    """Return ``root`` as a local folder or zip; one in a bucket is mirrored into the cache.
 
-    Only what changed there since is fetched. Tiles and zips are; other files are left alone.
+    Only tiles and zips are fetched, and only those that changed since the last time.
 
     Raises:
-        StorageError: the bucket cannot be read, or something did not arrive whole.
+        StorageError: the bucket cannot be read, or a download is incomplete.
     """
     if not is_bucket(root):
         return Path(root).expanduser()
-    place = cache / "buckets" / quote(root.removeprefix(SCHEME).strip("/"), safe="")
+    local = cache / "buckets" / quote(root.removeprefix(SCHEME).strip("/"), safe="")
     if not root.endswith(".zip"):
-        mirror(open_store(root), place, (*SUFFIXES, ".zip"))
-        if not any(place.iterdir()):
-            raise DataError(f"no tiles at {root}: lay them out there as Class/file")
-        return place
+        mirror(open_store(root), local, (*SUFFIXES, ".zip"))
+        if not any(local.iterdir()):
+            raise DataError(f"no tiles at {root}: upload them there as Class/file")
+        return local
     folder, _, name = root.rpartition("/")
     store = open_store(folder)
     if (info := store.find(name)) is None:
-        raise DataError(f"no zip of tiles at {root}: set data.root to one, or to a folder of them")
-    fetch(store, [info], place)
-    return place / name
+        raise DataError(f"no zip of tiles at {root}: set data.root to a zip or a folder of tiles")
+    fetch(store, [info], local)
+    return local / name
 
 
 def open_path(path: Path, name: str) -> Source:
-    """A folder or a zip of class folders."""
+    """Open a folder or a zip of class folders.
+
+    Raises:
+        DataError: ``path`` is neither, cannot be read, or a class has no images.
+    """
     try:
         if path.is_dir():
             return FolderSource(path, name)
@@ -92,50 +96,57 @@ def open_path(path: Path, name: str) -> Source:
             return ZipSource(path, name)
     except OSError as error:
         raise DataError(
-            f"{error.filename or path} cannot be read: {error.strerror}; restore it or its rights"
+            f"{error.filename or path} cannot be read: {error.strerror}; restore it, or make it "
+            "readable"
         ) from error
-    raise DataError(f"no folder or zip of tiles at {path}: set data.root to one (or EUROSAT_ROOT)")
+    raise DataError(f"no folder or zip of tiles at {path}: set data.root (or EUROSAT_ROOT) to one")
 
 
 def find_eurosat(root: Path) -> Path:
-    """EuroSAT's archive or class folders at or under ``root``."""
+    """Return EuroSAT's archive or the parent of its class folders, at or under ``root``.
+
+    Raises:
+        DataError: there is none.
+    """
     if root.is_file() or (root / "SeaLake").is_dir():
         return root
-    for place in EUROSAT_NAMES:
-        if (root / place).exists():
-            return root / place
+    for name in EUROSAT_NAMES:
+        if (root / name).exists():
+            return root / name
     raise DataError(
-        f"no EuroSAT tiles under {root}: looked for {', '.join(EUROSAT_NAMES)}; "
-        "set EUROSAT_ROOT to the folder or zip that holds them, or unset it to download them"
+        f"no EuroSAT tiles under {root}; searched {', '.join(EUROSAT_NAMES)}; "
+        "set EUROSAT_ROOT to the folder or zip that contains them, or unset it to download them"
     )
 
 
 def download_eurosat(target: Path) -> Path:
-    """Download through torchvision, which checks the archive's md5; about 90 MB, once."""
+    """Return the folder of EuroSAT's tiles; download them (90 MB) if it does not exist yet.
+
+    torchvision downloads the archive and checks its md5.
+
+    Raises:
+        DataError: the download failed.
+    """
     folder = target / "eurosat" / "2750"
     if not folder.is_dir():
         from torchvision.datasets import EuroSAT
 
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as unfinished:
-                EuroSAT(unfinished, download=True)
-                Path(unfinished, "eurosat").rename(_make_folder(target) / "eurosat")
+            with tempfile.TemporaryDirectory(dir=target.parent) as partial:
+                EuroSAT(partial, download=True)
+                target.mkdir(exist_ok=True)
+                Path(partial, "eurosat").rename(target / "eurosat")
         except (OSError, RuntimeError) as error:
             raise DataError(
                 f"EuroSAT could not be downloaded to {target} ({type(error).__name__}: {error}); "
-                "set EUROSAT_ROOT to a folder or zip that holds it, or take data=synthetic"
+                "set EUROSAT_ROOT to a folder or zip that contains it, or use data=synthetic"
             ) from error
     return folder
 
 
-def _make_folder(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
 class FolderSource:
-    """``root/Class/file``; images that lie directly in ``root`` belong to no class."""
+    """Tiles in a folder, ``root/Class/file``; images directly in ``root`` are ignored."""
 
     def __init__(self, root: Path, name: str) -> None:
         self.name = name
@@ -159,11 +170,11 @@ class FolderSource:
         try:
             return file.read_bytes()
         except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}; restore it") from error
+            raise DataError(f"{file} cannot be read: {error.strerror}; restore the file") from error
 
 
 class ZipSource:
-    """Tiles inside a zip, read without unpacking; reads may come from several threads."""
+    """Tiles in a zip, read without unpacking it. Reading is thread-safe."""
 
     def __init__(self, file: Path, name: str) -> None:
         self.name = name
@@ -171,14 +182,17 @@ class ZipSource:
         try:
             self._zip = zipfile.ZipFile(file)
         except zipfile.BadZipFile as error:
-            raise DataError(f"{file} is not a whole zip ({error}): download it again") from error
+            raise DataError(f"{file} is not a complete zip ({error}): download it again") from error
         self._members: dict[str, str] = {}
         for member in self._zip.namelist():
             inner = PurePosixPath(member)
             if inner.suffix.lower() in SUFFIXES and len(inner.parts) > 1 and inner.name[0] != ".":
                 path = f"{inner.parts[-2]}/{inner.name}"
                 if path in self._members:
-                    raise DataError(f"{file} holds {path} twice ({self._members[path]}, {member})")
+                    raise DataError(
+                        f"{file} contains {path} twice ({self._members[path]}, {member}): "
+                        "remove one of them"
+                    )
                 self._members[path] = member
         self.paths = _check_classes(self._members, (), file)
         stat = file.stat()
@@ -202,10 +216,10 @@ class ZipSource:
 
 
 class SyntheticSource:
-    """Procedural tiles as files that are made when read: JPEG, or GeoTIFF of thirteen bands."""
+    """Synthetic tiles, drawn when they are read: JPEG files, or GeoTIFF files with 13 bands."""
 
     JPEG_QUALITY = 90
-    """EuroSAT's own JPEGs average 3.4 kB; so do these."""
+    """With this quality the files average 3.4 kB, as EuroSAT's own JPEGs do."""
 
     def __init__(self, config: SyntheticConfig) -> None:
         self.name = "synthetic"
@@ -217,9 +231,10 @@ class SyntheticSource:
             name = f"{classes[label]}_{index + 1}.{'jpg' if config.bands == 3 else 'tif'}"
             self._tiles[f"{classes[label]}/{name}"] = (label, index)
         self.paths = tuple(sorted(self._tiles))
-        modules = (Path(str(module.__file__)).read_bytes() for module in (synthetic, bands))
-        generator = b"".join(modules)  # another generator, other tiles
-        self.identity = _digest([repr(config), hashlib.sha256(generator).hexdigest()])
+        # Other code may draw other tiles, so the code is part of the identity.
+        files = [Path(str(module.__file__)) for module in (synthetic, terrain, bands)]
+        code = b"".join(file.read_bytes() for file in files)
+        self.identity = _digest([repr(config), hashlib.sha256(code).hexdigest()])
 
     def read(self, path: str) -> bytes:
         from PIL import Image
@@ -239,8 +254,8 @@ class SyntheticSource:
 
 def _check_classes(paths: Iterable[str], folders: Iterable[str], root: Path) -> tuple[str, ...]:
     counts: dict[str, int] = defaultdict(int, dict.fromkeys(folders, 0))
-    kept = tuple(sorted(paths))
-    for path in kept:
+    sorted_paths = tuple(sorted(paths))
+    for path in sorted_paths:
         counts[path.split("/")[0]] += 1
     if empty := sorted(name for name, count in counts.items() if not count):
         raise DataError(
@@ -249,10 +264,10 @@ def _check_classes(paths: Iterable[str], folders: Iterable[str], root: Path) -> 
         )
     if len(counts) < 2:
         raise DataError(
-            f"{root} holds {len(counts)} class folders with images, at least 2 are needed: "
-            "lay tiles out as Class/file"
+            f"{root} has {len(counts)} class folders with images, at least 2 are needed: "
+            "store the tiles as Class/file"
         )
-    return kept
+    return sorted_paths
 
 
 def _digest(lines: list[str]) -> str:

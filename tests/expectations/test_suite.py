@@ -1,4 +1,4 @@
-"""The suite on tables made by hand: what passes, what fails, and which tiles are named."""
+"""The suite on generated tables: what passes, what fails, and which tiles are named."""
 
 import hashlib
 from pathlib import Path
@@ -11,15 +11,16 @@ import pytest
 from eurosat.config import DataConfig
 from eurosat.data.synthetic import CLASSES
 from eurosat.errors import ConfigError
+from expectations.runner import run_suite
 from expectations.spec import DatasetSpec, Reference, build_spec, read_reference
 from expectations.suite import build_suite, suite_digest
 from expectations.tiles import COLUMNS, add_sharing_columns, tile_table
-from expectations.verdict import MAX_TILES_SHOWN, Verdict, run_suite
+from expectations.verdict import MAX_TILES_SHOWN, ExpectationResult, Verdict
 
 DATA = DataConfig(source="synthetic")
-EACH = 12
+TILES_PER_CLASS = 12
 UNREADABLE = "Forest/Forest_3.jpg is unreadable or truncated: replace it"
-OUT_OF_LINE: list[tuple[str, Any, str]] = [
+OUTLIERS: list[tuple[str, Any, str]] = [
     ("texture", 0.125, "blank"),
     ("std", 0.5, "std"),
     ("std", 120.0, "std"),
@@ -38,11 +39,11 @@ OUT_OF_LINE: list[tuple[str, Any, str]] = [
     ("fault", UNREADABLE, "readable"),
     ("path", "Forest/deeper/Forest_3.jpg", "path-form"),
 ]
-"""Column, value, and the one expectation that it breaks."""
+"""Column, value, and the only expectation that it breaks."""
 
 
-def surveyed(counts: dict[str, int]) -> pd.DataFrame:
-    """What a survey of faultless tiles shows."""
+def make_scan_table(counts: dict[str, int]) -> pd.DataFrame:
+    """The table of a scan of tiles without faults."""
     rows: list[dict[str, Any]] = []
     for name, count in counts.items():
         for number in range(count):
@@ -71,196 +72,205 @@ def surveyed(counts: dict[str, int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def expected_of(survey: pd.DataFrame) -> DatasetSpec:
-    return build_spec(DATA, survey)
+def spec_for(scan_table: pd.DataFrame) -> DatasetSpec:
+    return build_spec(DATA, scan_table)
 
 
-def table_of(survey: pd.DataFrame, expected: DatasetSpec, data: DataConfig = DATA) -> pd.DataFrame:
-    texture = np.full(len(survey), 15.0, np.float32)
-    return tile_table(survey, data, expected.reference, texture=texture, dtypes={})
+def table_for(scan_table: pd.DataFrame, spec: DatasetSpec, data: DataConfig = DATA) -> pd.DataFrame:
+    texture = np.full(len(scan_table), 15.0, np.float32)
+    return tile_table(scan_table, data, spec.reference, texture=texture, dtypes={})
 
 
-def judged(survey: pd.DataFrame) -> Verdict:
-    expected = expected_of(survey)
-    return run_suite(table_of(survey, expected), expected)
-
-
-@pytest.fixture
-def survey() -> pd.DataFrame:
-    return surveyed(dict.fromkeys(CLASSES, EACH))
+def judge(scan_table: pd.DataFrame) -> Verdict:
+    spec = spec_for(scan_table)
+    return run_suite(table_for(scan_table, spec), spec)
 
 
 @pytest.fixture
-def table(survey: pd.DataFrame) -> pd.DataFrame:
-    return table_of(survey, expected_of(survey))
+def scan_table() -> pd.DataFrame:
+    return make_scan_table(dict.fromkeys(CLASSES, TILES_PER_CLASS))
 
 
-def named(verdict: Verdict, name: str) -> list[str]:
-    (finding,) = [finding for finding in verdict.results if finding.name == name]
-    return [path for path, _ in finding.tiles]
+@pytest.fixture
+def table(scan_table: pd.DataFrame) -> pd.DataFrame:
+    return table_for(scan_table, spec_for(scan_table))
 
 
-def test_faultless_tiles_pass_every_expectation(table: pd.DataFrame) -> None:
-    verdict = run_suite(table, expected_of(table))
+def result_of(verdict: Verdict, name: str) -> ExpectationResult:
+    (result,) = [result for result in verdict.results if result.name == name]
+    return result
+
+
+def bad_tiles(verdict: Verdict, name: str) -> list[str]:
+    result = result_of(verdict, name)
+    return [path for path, _ in result.tiles]
+
+
+def test_tiles_without_faults_pass_every_expectation(table: pd.DataFrame) -> None:
+    verdict = run_suite(table, spec_for(table))
     assert verdict.success
     assert verdict.failed == ()
-    names = [finding.name for finding in verdict.results]
+    names = [result.name for result in verdict.results]
     assert len(names) == len(set(names)) > 40
     assert all(line.startswith("passed") for f in verdict.results for line in f.lines())
 
 
 @pytest.fixture(scope="module")
 def outliers() -> tuple[pd.DataFrame, Verdict]:
-    """A table in which tile 7 n + 2 breaks OUT_OF_LINE[n], and its verdict."""
-    survey = surveyed(dict.fromkeys(CLASSES, EACH))
-    expected = expected_of(survey)
-    table = table_of(survey, expected)
-    for number, (column, value, _) in enumerate(OUT_OF_LINE):
+    """A table in which tile 7 n + 2 has OUTLIERS[n], and its verdict."""
+    scan_table = make_scan_table(dict.fromkeys(CLASSES, TILES_PER_CLASS))
+    spec = spec_for(scan_table)
+    table = table_for(scan_table, spec)
+    for number, (column, value, _) in enumerate(OUTLIERS):
         table.loc[7 * number + 2, column] = value
-    return table, run_suite(table, expected)
+    return table, run_suite(table, spec)
 
 
-@pytest.mark.parametrize("number", range(len(OUT_OF_LINE)), ids=lambda n: OUT_OF_LINE[n][2])
-def test_a_tile_out_of_line_is_named_by_the_one_expectation_that_it_breaks(
+@pytest.mark.parametrize("number", range(len(OUTLIERS)), ids=lambda n: OUTLIERS[n][2])
+def test_an_outlier_is_named_by_the_only_expectation_that_it_breaks(
     outliers: tuple[pd.DataFrame, Verdict], number: int
 ) -> None:
     table, verdict = outliers
-    column, value, failed = OUT_OF_LINE[number]
+    column, value, failed = OUTLIERS[number]
     path = table["path"][7 * number + 2]
-    (finding,) = [f for f in verdict.results if path in dict(f.tiles)]
-    assert finding.name == failed
-    assert not finding.success
-    (line,) = [line for line in finding.lines() if path in line]
+    (result,) = [f for f in verdict.results if path in dict(f.tiles)]
+    assert result.name == failed
+    assert not result.success
+    (line,) = [line for line in result.lines() if path in line]
     if column != "path":
         assert line.endswith(f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def test_a_path_listed_twice_is_named(table: pd.DataFrame) -> None:
     table.loc[1, "path"] = table.loc[0, "path"]
-    verdict = run_suite(table, expected_of(table))
+    verdict = run_suite(table, spec_for(table))
     assert verdict.failed == ("path-unique",)
-    assert set(named(verdict, "path-unique")) == {table["path"][0]}
+    assert set(bad_tiles(verdict, "path-unique")) == {table["path"][0]}
 
 
 @pytest.mark.parametrize(
     ("shared", "failed"), [("pixels_sha256", "duplicates-exact"), ("group", "duplicates-near")]
 )
-def test_duplicates_in_two_folds_are_named_on_both_sides(
-    survey: pd.DataFrame, table: pd.DataFrame, shared: str, failed: str
+def test_duplicates_in_two_folds_are_all_named(
+    scan_table: pd.DataFrame, table: pd.DataFrame, shared: str, failed: str
 ) -> None:
-    rivers = survey["class"] == "River"
-    train, test = (survey.index[rivers & (table["fold"] == f)][0] for f in ("train", "test"))
+    rivers = scan_table["class"] == "River"
+    train, test = (scan_table.index[rivers & (table["fold"] == f)][0] for f in ("train", "test"))
     shared_table = table.copy()
     shared_table.loc[test, shared] = shared_table[shared][train]
-    expected = expected_of(survey)
-    verdict = run_suite(
-        add_sharing_columns(shared_table, expected.reference)[list(COLUMNS)], expected
-    )
+    spec = spec_for(scan_table)
+    verdict = run_suite(add_sharing_columns(shared_table, spec.reference)[list(COLUMNS)], spec)
     assert verdict.failed == (failed,)
-    assert named(verdict, failed) == sorted(survey["path"][[train, test]])
+    assert bad_tiles(verdict, failed) == sorted(scan_table["path"][[train, test]])
 
 
-def test_equal_pixels_under_two_classes_are_named_though_they_share_a_fold(
-    survey: pd.DataFrame,
+def test_equal_tiles_with_two_classes_are_named_even_in_one_fold(
+    scan_table: pd.DataFrame,
 ) -> None:
-    river, forest = (survey.index[survey["class"] == name][0] for name in ("River", "Forest"))
-    survey.loc[river, ["pixels_sha256", "group"]] = survey.loc[forest, ["pixels_sha256", "group"]]
-    verdict = judged(survey)
+    river, forest = (
+        scan_table.index[scan_table["class"] == name][0] for name in ("River", "Forest")
+    )
+    scan_table.loc[river, ["pixels_sha256", "group"]] = scan_table.loc[
+        forest, ["pixels_sha256", "group"]
+    ]
+    verdict = judge(scan_table)
     assert verdict.failed == ("labels-agree",)
-    assert named(verdict, "labels-agree") == ["Forest/Forest_1.jpg", "River/River_1.jpg"]
+    assert bad_tiles(verdict, "labels-agree") == ["Forest/Forest_1.jpg", "River/River_1.jpg"]
 
 
 def test_a_missing_class_is_named() -> None:
-    verdict = judged(surveyed({name: EACH for name in CLASSES if name != "River"}))
+    verdict = judge(make_scan_table({name: TILES_PER_CLASS for name in CLASSES if name != "River"}))
     assert set(verdict.failed) == {"classes-present", "count-River"}
-    (finding,) = [finding for finding in verdict.results if finding.name == "classes-present"]
-    assert finding.observed == "missing River"
+    result = result_of(verdict, "classes-present")
+    assert result.observed == "missing River"
 
 
 def test_a_class_far_over_its_share_is_named_with_the_first_tiles_and_the_count() -> None:
-    verdict = judged(surveyed(dict.fromkeys(CLASSES, EACH) | {"SeaLake": 60}))
+    verdict = judge(make_scan_table(dict.fromkeys(CLASSES, TILES_PER_CLASS) | {"SeaLake": 60}))
     assert verdict.failed == ("balance",)
-    (finding,) = [finding for finding in verdict.results if finding.name == "balance"]
-    assert {path.split("/")[0] for path, _ in finding.tiles} == {"SeaLake"}
-    lines = finding.lines()
+    result = result_of(verdict, "balance")
+    assert {path.split("/")[0] for path, _ in result.tiles} == {"SeaLake"}
+    lines = result.lines()
     assert len(lines) == 1 + MAX_TILES_SHOWN + 1
     assert lines[0].endswith(": SeaLake 3.57 times: 60 tiles")
     assert lines[-1].split() == ["...", "and", "50", "more"]
 
 
-def test_a_class_far_under_its_share_is_refused_unless_the_tolerance_says_otherwise() -> None:
-    survey = surveyed(dict.fromkeys(CLASSES, 40) | {"SeaLake": 15})
-    assert judged(survey).failed == ("balance",)
-    lenient = build_spec(DATA, survey, tolerance=3)
-    table = table_of(survey, lenient)
-    assert run_suite(table, lenient).success
+def test_a_class_far_under_its_share_fails_unless_the_tolerance_allows_it() -> None:
+    scan_table = make_scan_table(dict.fromkeys(CLASSES, 40) | {"SeaLake": 15})
+    assert judge(scan_table).failed == ("balance",)
+    lenient_spec = build_spec(DATA, scan_table, tolerance=3)
+    table = table_for(scan_table, lenient_spec)
+    assert run_suite(table, lenient_spec).success
 
 
 def test_a_class_too_small_to_split_leaves_no_folds() -> None:
-    verdict = judged(surveyed(dict.fromkeys(CLASSES, EACH) | {"SeaLake": 2}))
+    verdict = judge(make_scan_table(dict.fromkeys(CLASSES, TILES_PER_CLASS) | {"SeaLake": 2}))
     assert set(verdict.failed) == {"count-SeaLake", "balance", "folds-present"}
-    (finding,) = [finding for finding in verdict.results if finding.name == "count-SeaLake"]
-    assert finding.lines() == ["FAILED  count-SeaLake              SeaLake has 10 tiles or more: 2"]
+    result = result_of(verdict, "count-SeaLake")
+    assert result.lines() == ["FAILED  count-SeaLake              SeaLake has 10 tiles or more: 2"]
 
 
-def test_the_published_counts_of_eurosat_are_expected_to_the_tile() -> None:
+def test_eurosat_must_have_exactly_its_published_counts() -> None:
     data = DataConfig(source="eurosat")
-    expected = build_spec(data, surveyed({"Forest": EACH, "River": EACH}))
-    assert sum(expected.reference.classes.values()) == 27_000
-    assert expected.count_limits("Pasture") == (2000, 2000)
-    assert (expected.height, expected.width, expected.bands) == (64, 64, 3)
+    spec = build_spec(data, make_scan_table({"Forest": TILES_PER_CLASS, "River": TILES_PER_CLASS}))
+    assert sum(spec.reference.classes.values()) == 27_000
+    assert spec.count_limits("Pasture") == (2000, 2000)
+    assert (spec.height, spec.width, spec.bands) == (64, 64, 3)
 
 
-def test_a_folder_is_held_to_an_even_deal_over_its_own_classes_and_its_usual_size() -> None:
-    survey = surveyed({"L'Estartit": EACH, "Bare soil (dry)": EACH, "Road": 30})
-    survey["width"] = 48
-    survey.loc[0, "width"] = 64
+def test_a_folder_must_have_equal_shares_of_its_classes_and_one_tile_size() -> None:
+    scan_table = make_scan_table(
+        {"L'Estartit": TILES_PER_CLASS, "Bare soil (dry)": TILES_PER_CLASS, "Road": 30}
+    )
+    scan_table["width"] = 48
+    scan_table.loc[0, "width"] = 64
     data = DataConfig(source="folder", root="tiles")
-    expected = build_spec(data, survey)
-    assert (expected.height, expected.width) == (64, 48)
-    verdict = run_suite(table_of(survey, expected, data), expected)
+    spec = build_spec(data, scan_table)
+    assert (spec.height, spec.width) == (64, 48)
+    verdict = run_suite(table_for(scan_table, spec, data), spec)
     assert verdict.failed == ("width",)
-    assert named(verdict, "width") == ["L'Estartit/L'Estartit_1.jpg"]
+    assert bad_tiles(verdict, "width") == ["L'Estartit/L'Estartit_1.jpg"]
 
 
-def test_a_faulty_tile_has_no_fold_and_no_pixel_facts(survey: pd.DataFrame) -> None:
-    survey = survey.drop(columns="group")
-    unread: dict[str, Any] = {"fault": "unreadable", "height": 0, "bands": 0, "sha256": ""}
-    for column, value in unread.items():
-        survey.loc[3, column] = value
-    survey.loc[5, "pixels_sha256"] = survey["pixels_sha256"][4]
-    table = table_of(survey, expected_of(survey))
+def test_a_faulty_tile_has_no_fold_and_no_pixel_statistics(scan_table: pd.DataFrame) -> None:
+    scan_table = scan_table.drop(columns="group")
+    fault_values: dict[str, Any] = {"fault": "unreadable", "height": 0, "bands": 0, "sha256": ""}
+    for column, value in fault_values.items():
+        scan_table.loc[3, column] = value
+    scan_table.loc[5, "pixels_sha256"] = scan_table["pixels_sha256"][4]
+    table = table_for(scan_table, spec_for(scan_table))
     assert not table.iloc[3:4][["mean", "std", "fold", "sha256", "dtype"]].notna().any(axis=None)
     assert table["fold"].drop(3).isin(["train", "val", "test"]).all()
     assert table["fold"][4] == table["fold"][5]
     assert table["content_folds"][4] == 1
 
 
-def test_a_table_without_a_column_fails_and_says_what_is_missing(table: pd.DataFrame) -> None:
-    verdict = run_suite(table.drop(columns="saturation"), expected_of(table))
+def test_a_table_without_a_column_fails_and_names_the_column(table: pd.DataFrame) -> None:
+    verdict = run_suite(table.drop(columns="saturation"), spec_for(table))
     assert set(verdict.failed) == {"columns", "type-saturation", "saturation"}
-    (finding,) = [finding for finding in verdict.results if finding.name == "saturation"]
-    assert "saturation" in finding.observed
-    assert "does not exist" in finding.observed
+    result = result_of(verdict, "saturation")
+    assert "saturation" in result.observed
+    assert "does not exist" in result.observed
 
 
 def test_a_column_of_another_type_fails(table: pd.DataFrame) -> None:
-    verdict = run_suite(table.astype({"height": float}), expected_of(table))
+    verdict = run_suite(table.astype({"height": float}), spec_for(table))
     assert verdict.failed == ("type-height",)
-    (finding,) = [finding for finding in verdict.results if not finding.success]
-    assert finding.observed == "float64"
+    (result,) = [result for result in verdict.results if not result.success]
+    assert result.observed == "float64"
 
 
-def test_no_findings_are_no_success() -> None:
+def test_a_verdict_without_results_is_no_success() -> None:
     assert not Verdict(results=(), suite="").success
 
 
 def test_a_suite_has_the_same_digest_each_time_it_is_built_and_another_when_it_changes(
-    survey: pd.DataFrame,
+    scan_table: pd.DataFrame,
 ) -> None:
-    once, again = (suite_digest(build_suite(build_spec(DATA, survey))) for _ in range(2))
+    once, again = (suite_digest(build_suite(build_spec(DATA, scan_table))) for _ in range(2))
     assert once == again
-    assert once != suite_digest(build_suite(build_spec(DATA, survey, tolerance=3)))
+    assert once != suite_digest(build_suite(build_spec(DATA, scan_table, tolerance=3)))
 
 
 def test_a_reference_is_read_from_a_file(tmp_path: Path) -> None:
@@ -274,7 +284,7 @@ def test_a_reference_is_read_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"classes": {"Road": 1}}', '{"classes": {"Road": 1, "Roof": 0}}']
 )
-def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_reference_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "mine.json"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"reference"):
@@ -282,6 +292,6 @@ def test_a_file_that_is_no_reference_is_refused_by_name(tmp_path: Path, text: st
 
 
 @pytest.mark.parametrize("tolerance", [0.5, float("nan")])
-def test_a_tolerance_under_one_is_refused(survey: pd.DataFrame, tolerance: float) -> None:
+def test_a_tolerance_under_one_is_refused(scan_table: pd.DataFrame, tolerance: float) -> None:
     with pytest.raises(ConfigError, match="factor of 1 or more"):
-        build_spec(DATA, survey, tolerance=tolerance)
+        build_spec(DATA, scan_table, tolerance=tolerance)

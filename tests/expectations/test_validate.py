@@ -1,10 +1,11 @@
-"""The verb: tiles on disk in; exit code, Data Docs, a run and a receipt out."""
+"""The command: exit code, console output, Data Docs, the run and the validation record."""
 
 import io
 import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,10 +21,17 @@ from eurosat.config import DataConfig, compose
 from eurosat.data import validation_record
 from eurosat.data.pack import scan_source
 from eurosat.data.synthetic import CLASSES, render
-from eurosat.errors import ConfigError, DataError
+from eurosat.errors import ConfigError, DataError, EuroSATError
 from eurosat.runtime import cli, exit_codes
 from expectations import validate
-from expectations.docs import MARKER, check_target, self_contained
+from expectations.data_docs import (
+    MARKER,
+    DatasetSummary,
+    check_target,
+    publish,
+    render_page,
+)
+from expectations.verdict import ExpectationResult, Verdict
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.filterwarnings(
@@ -31,17 +39,17 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
 )
 EXPERIMENT = "validation"
-NAMES = ("Forest", "River", "SeaLake")
-EACH = 12
-HEAVY = {"torch", "mlflow", "great_expectations", "pandas", "rasterio"}
+CLASS_NAMES = ("Forest", "River", "SeaLake")
+TILES_PER_CLASS = 12
+HEAVY_MODULES = {"torch", "mlflow", "great_expectations", "pandas", "rasterio"}
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A tracking store, an experiment and a cache of this module's own."""
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tracking store, an experiment and a cache for this module alone."""
     from mlflow import MlflowClient
 
-    folder = tmp_path_factory.mktemp("place")
+    folder = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         patch.setenv("EUROSAT_CACHE", str(folder / "cache"))
@@ -52,6 +60,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Outcome:
+    """What one call of the command returned and wrote."""
+
     code: int
     printed: str
     docs: Path
@@ -62,59 +72,61 @@ class Outcome:
         return scan_source(self.data).fingerprint
 
 
-def run_verb(folder: Path, *overrides: str) -> Outcome:
+def run_command(folder: Path, *overrides: str) -> Outcome:
     docs = folder / "docs"
     arguments = [*overrides, f"experiment={EXPERIMENT}", f"docs={docs}"]
-    code, printed, told = exit_of(arguments)
-    assert code in (exit_codes.OK, exit_codes.NEGATIVE), told
-    assert "Calculating Metrics" not in told  # Great Expectations' own bars
+    code, printed, errors = call_main(arguments)
+    assert code in (exit_codes.OK, exit_codes.NEGATIVE), errors
+    assert "Calculating Metrics" not in errors  # Great Expectations' own bars
     return Outcome(code=code, printed=printed, docs=docs, data=compose([*overrides]).data)
 
 
-def exit_of(arguments: list[str]) -> tuple[int, str, str]:
-    """The verb's exit code, standard output and standard error; leaves logging as it was."""
+def call_main(arguments: list[str]) -> tuple[int, str, str]:
+    """Return exit code, standard output and standard error; restore logging afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    printed, told = io.StringIO(), io.StringIO()
+    printed, errors = io.StringIO(), io.StringIO()
     try:
-        with redirect_stdout(printed), redirect_stderr(told), pytest.raises(SystemExit) as exited:
+        with redirect_stdout(printed), redirect_stderr(errors), pytest.raises(SystemExit) as exited:
             cli.run_command(validate.main, arguments)
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
         logging.captureWarnings(False)
     assert isinstance(exited.value.code, int)
-    return exited.value.code, printed.getvalue(), told.getvalue()
+    return exited.value.code, printed.getvalue(), errors.getvalue()
 
 
 @pytest.fixture(scope="module")
-def passed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    return run_verb(tmp_path_factory.mktemp("passed"), "data=synthetic", "data.synthetic.tiles=200")
+def passed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return run_command(
+        tmp_path_factory.mktemp("passed"), "data=synthetic", "data.synthetic.tiles=200"
+    )
 
 
 @pytest.fixture(scope="module")
-def failed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Tiles with one of each fault among them."""
+def failed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Tiles with one example of each fault."""
     folder = tmp_path_factory.mktemp("failed")
     write_tiles(folder / "tiles")
-    break_tiles(folder / "tiles")
-    return run_verb(folder, "data=folder", f"data.root={folder / 'tiles'}")
+    add_faults(folder / "tiles")
+    return run_command(folder, "data=folder", f"data.root={folder / 'tiles'}")
 
 
-def jpeg(label: str, number: int) -> bytes:
+def encode_jpeg(label: str, number: int) -> bytes:
     file = io.BytesIO()
     Image.fromarray(render(CLASSES.index(label), number)).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
 def write_tiles(root: Path) -> None:
-    for name in NAMES:
+    for name in CLASS_NAMES:
         (root / name).mkdir(parents=True)
-        for number in range(EACH):
-            (root / name / f"{number:02}.jpg").write_bytes(jpeg(name, number))
+        for number in range(TILES_PER_CLASS):
+            (root / name / f"{number:02}.jpg").write_bytes(encode_jpeg(name, number))
 
 
-def break_tiles(root: Path) -> None:
+def add_faults(root: Path) -> None:
     truncated = root / "Forest" / "03.jpg"
     truncated.write_bytes(truncated.read_bytes()[:900])
     Image.new("RGB", (32, 48), "green").save(root / "Forest" / "wide.png")
@@ -123,8 +135,10 @@ def break_tiles(root: Path) -> None:
     (root / "SeaLake" / "copy.jpg").write_bytes((root / "River" / "02.jpg").read_bytes())
 
 
-def logged(outcome: Outcome) -> tuple[dict[str, str], dict[str, float], dict[str, str], str, Path]:
-    """Params, metrics, tags, status and artifacts of the run that a validation logged."""
+def logged_run(
+    outcome: Outcome,
+) -> tuple[dict[str, str], dict[str, float], dict[str, str], str, Path]:
+    """Return params, metrics, tags, status and artifact folder of the run."""
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -144,31 +158,33 @@ def logged(outcome: Outcome) -> tuple[dict[str, str], dict[str, float], dict[str
     )
 
 
-def test_the_synthetic_tiles_pass_and_leave_a_receipt_that_training_accepts(
+def test_synthetic_tiles_pass_and_get_a_record_that_training_accepts(
     passed: Outcome,
 ) -> None:
     assert passed.code == exit_codes.OK
     assert "FAILED" not in passed.printed
-    found = validation_record.read(passed.fingerprint, passed.data.cache_dir)
-    assert found is not None
-    assert found.success
-    assert found.failed == ()
-    assert f"all {found.expectations} expectations passed" in passed.printed
+    record = validation_record.read(passed.fingerprint, passed.data.cache_dir)
+    assert record is not None
+    assert record.success
+    assert record.failed == ()
+    lines = passed.printed.splitlines()
+    assert lines[0] == f"all {record.expectations} expectations passed"
+    assert lines[1:] == [f"Data Docs: {passed.docs / 'index.html'}"]
     assert validation_record.require_passed(passed.fingerprint, passed.data) == "passed"
 
 
-def test_a_passed_validation_is_a_finished_run_with_its_numbers_and_artifacts(
+def test_a_passed_validation_is_a_finished_run_with_metrics_and_artifacts(
     passed: Outcome,
 ) -> None:
-    params, metrics, tags, status, artifacts = logged(passed)
-    found = validation_record.read(passed.fingerprint, passed.data.cache_dir)
-    assert found is not None
+    params, metrics, tags, status, artifacts = logged_run(passed)
+    record = validation_record.read(passed.fingerprint, passed.data.cache_dir)
+    assert record is not None
     assert status == "FINISHED"
     assert tags["data.validation"] == "passed"
     assert params["source"] == "synthetic"
-    assert params["suite"] == found.suite
+    assert params["suite"] == record.suite
     assert metrics["tiles"] == 200
-    assert metrics["expectations"] == found.expectations
+    assert metrics["expectations"] == record.expectations
     assert metrics["failed"] == metrics["duplicates_exact"] == metrics["duplicates_near"] == 0
     assert metrics["seconds"] > 0
     table = pd.read_parquet(artifacts / "tiles.parquet")
@@ -179,11 +195,16 @@ def test_a_passed_validation_is_a_finished_run_with_its_numbers_and_artifacts(
     assert "0 failed" in (artifacts / "log.txt").read_text()
 
 
-def test_every_faulty_tile_is_named_beside_its_fault(failed: Outcome) -> None:
+def test_every_faulty_tile_is_printed_with_its_fault_after_one_line_for_what_passed(
+    failed: Outcome,
+) -> None:
     assert failed.code == exit_codes.NEGATIVE
-    sections = re.split(r"^(?=passed|FAILED)", failed.printed, flags=re.MULTILINE)
-    told = {section.split()[1]: section for section in sections if section.startswith("FAILED")}
-    tiles = {name: re.findall(r"^ +(\S+/\S+)", told[name], re.MULTILINE) for name in told}
+    first, *sections = re.split(r"^(?=FAILED)", failed.printed, flags=re.MULTILINE)
+    assert re.fullmatch(r"passed  \d+ expectations\n", first)
+    failures = {section.split()[1]: section for section in sections}
+    tiles = {
+        name: re.findall(r"^ +(\S+/\S+)", text, re.MULTILINE) for name, text in failures.items()
+    }
     assert tiles == {
         "readable": ["Forest/03.jpg", "Forest/wide.png", "River/deep.png"],
         "height": ["Forest/wide.png"],
@@ -192,36 +213,45 @@ def test_every_faulty_tile_is_named_beside_its_fault(failed: Outcome) -> None:
         "blank": ["SeaLake/blank.png"],
         "labels-agree": ["River/02.jpg", "SeaLake/copy.jpg"],
     }
-    reasons = told["readable"]
+    assert re.search(r"^6 of \d+ expectations failed$", failed.printed, re.MULTILINE)
+    reasons = failures["readable"]
     assert re.search(r"Forest/03\.jpg .*truncated", reasons)
     assert re.search(r"Forest/wide\.png .*48x32x3, but most tiles are 64x64x3", reasons)
     assert re.search(r"River/deep\.png .*holds uint16 pixels, but data.dtype is uint8", reasons)
 
 
-def test_a_failed_validation_is_a_finished_run_that_says_so(failed: Outcome) -> None:
-    _, metrics, tags, status, artifacts = logged(failed)
+def test_a_failed_validation_is_a_finished_run_with_the_tag_failed(failed: Outcome) -> None:
+    _, metrics, tags, status, artifacts = logged_run(failed)
     assert status == "FINISHED"
     assert tags["data.validation"] == "failed"
     assert metrics["failed"] == 6
     assert metrics["duplicates_exact"] == 1
     assert "duplicates_near" not in metrics
     result = json.loads((artifacts / "result.json").read_text())
-    (blank,) = [finding for finding in result["findings"] if finding["name"] == "blank"]
+    (blank,) = [entry for entry in result["results"] if entry["name"] == "blank"]
     assert blank["tiles"] == [["SeaLake/blank.png", "0"]]
-    (agree,) = [finding for finding in result["findings"] if finding["name"] == "labels-agree"]
-    (_, one), (_, other) = agree["tiles"]
-    assert one == other  # the same fold, the same group
+    (agree,) = [entry for entry in result["results"] if entry["name"] == "labels-agree"]
+    (_, first), (_, second) = agree["tiles"]
+    assert first == second  # the same fold, the same group
 
 
-def test_what_was_not_looked_for_is_not_said_to_have_passed(
+def test_near_duplicates_are_reported_only_if_they_were_searched(
     passed: Outcome, failed: Outcome
 ) -> None:
-    assert "duplicates-near" in passed.printed
-    assert "duplicates-near" not in failed.printed
-    assert "near duplicates were not looked for" in (logged(failed)[4] / "log.txt").read_text()
+    names = {}
+    for outcome in (passed, failed):
+        result = json.loads((logged_run(outcome)[4] / "result.json").read_text())
+        names[outcome.code] = {entry["name"] for entry in result["results"]}
+    assert "duplicates-near" in names[exit_codes.OK]
+    assert "duplicates-near" not in names[exit_codes.NEGATIVE]
+    assert "duplicates-near" in (passed.docs / "index.html").read_text()
+    page = (failed.docs / "index.html").read_text()
+    assert "duplicates-near" not in page
+    assert "Near duplicates were not searched" in page
+    assert "near duplicates were not searched" in (logged_run(failed)[4] / "log.txt").read_text()
 
 
-def test_training_refuses_a_data_set_that_failed_unless_told_otherwise(failed: Outcome) -> None:
+def test_training_refuses_a_data_set_that_failed_unless_it_is_allowed(failed: Outcome) -> None:
     with pytest.raises(DataError, match=r"failed readable, height.*allow_unvalidated=true"):
         validation_record.require_passed(failed.fingerprint, failed.data)
     allowed = replace(failed.data, allow_unvalidated=True)
@@ -232,15 +262,50 @@ def test_the_data_docs_name_the_faulty_tiles_and_load_nothing_from_elsewhere(
     failed: Outcome,
 ) -> None:
     pages = {str(page.relative_to(failed.docs)) for page in failed.docs.rglob("*.html")}
-    assert pages == {"index.html", "expectations/tiles.html"}
-    index = (failed.docs / "index.html").read_text()
-    assert "SeaLake/blank.png" in index
-    assert "no tile is of one colour" in index
+    validations = {page for page in pages if page.startswith("validations/tiles/folder-")}
+    assert len(validations) == 1
+    assert pages == {"index.html", "expectations/tiles.html", *validations}
+    for page in ("index.html", *validations):
+        html = (failed.docs / page).read_text()
+        assert "SeaLake/blank.png" in html
+        assert "no tile is of one colour" in html
     for page in pages:
         html = (failed.docs / page).read_text()
         assert not re.search(r"(src|<link[^>]*href)=\"https?:|url\(\W*https?:|<script", html)
-    links = re.findall(r"href=\"([^#\"]+)\"", index)
-    assert [link for link in links if not (failed.docs / link).is_file()] == []
+        links = re.findall(r"href=\"([^#\"]+)\"", html)
+        folder = (failed.docs / page).parent
+        assert [link for link in links if not (folder / link).is_file()] == []
+
+
+def test_the_page_lists_failures_before_what_passed(failed: Outcome) -> None:
+    html = (failed.docs / "index.html").read_text()
+    statuses = re.findall(r"<td class=\"status\">(\w+)</td>", html)
+    assert statuses == sorted(statuses)  # failed, then passed
+    assert statuses.count("failed") == 6
+    assert failed.fingerprint in html
+
+
+DATASET = DatasetSummary(
+    source="folder",
+    fingerprint="ab" * 32,
+    num_tiles=3,
+    reference="my district",
+    near_duplicates=True,
+    validated_at="2025-01-01T00:00:00+00:00",
+)
+
+
+def test_the_page_escapes_what_it_quotes_and_counts_the_tiles_that_it_leaves_out() -> None:
+    tiles = [(f"<b>/{number}.png", "<script>alert(1)</script>") for number in range(203)]
+    result = ExpectationResult(
+        name="blank", description="1 < 2", success=False, observed="", tiles=tuple(tiles)
+    )
+    html = render_page(Verdict(results=(result,), suite=""), DATASET, [])
+    assert "<script" not in html
+    assert "<b>" not in html
+    assert "&lt;b&gt;/199.png" in html
+    assert "/200.png" not in html
+    assert "3 more" in html
 
 
 def test_data_docs_replace_their_own_folder_and_no_other(tmp_path: Path) -> None:
@@ -253,63 +318,77 @@ def test_data_docs_replace_their_own_folder_and_no_other(tmp_path: Path) -> None
     check_target(tmp_path)
 
 
-def test_a_page_loses_what_it_would_load_and_keeps_what_it_says() -> None:
-    page = (
-        '<head><link rel="stylesheet" href="https://cdn.example/a.css"><script>track()</script>'
-        '</head><body><img src="https://cdn.example/logo.png"/><a href="https://b.example">b</a>'
-    )
-    kept = self_contained(page)
-    assert "cdn.example" not in kept
-    assert "track()" not in kept
-    assert '<a href="https://b.example">b</a>' in kept
+def test_new_data_docs_replace_all_pages_of_the_old_ones(tmp_path: Path) -> None:
+    site, docs = tmp_path / "site", tmp_path / "docs"
+    verdict = Verdict(results=(), suite="")
+    for name in ("old", "new"):
+        shutil.rmtree(site, ignore_errors=True)
+        (site / "validations").mkdir(parents=True)
+        (site / "validations" / f"{name}.html").write_text(name)
+        publish(docs, verdict, DATASET, site)
+    assert [page.name for page in docs.rglob("*.html") if page.name != "index.html"] == ["new.html"]
+    assert {path.name for path in tmp_path.iterdir()} == {"site", "docs"}
+    check_target(docs)
+
+
+def test_data_docs_that_cannot_be_written_leave_the_old_ones(tmp_path: Path) -> None:
+    docs = publish(tmp_path / "docs", Verdict(results=(), suite=""), DATASET, tmp_path).parent
+    before = (docs / "index.html").read_text()
+    broken = tmp_path / "site"
+    broken.mkdir()
+    (broken / "page.html").symlink_to(broken / "missing")
+    with pytest.raises(EuroSATError, match="docs"):
+        publish(docs, Verdict(results=(), suite="changed"), DATASET, broken)
+    assert (docs / "index.html").read_text() == before
+    assert not list(tmp_path.glob(".docs.*"))
 
 
 @pytest.mark.parametrize(
-    ("argument", "told"),
+    ("argument", "message"),
     [
         ("tolerance=much", "tolerance must be a number"),
         ("docs=", "docs= needs a value"),
         ("--docs", "key=value"),
         ("data.synthetic.tile=3", "tile"),
-        ("reference=nowhere.json", "no reference"),
+        ("reference=nowhere.json", "not a reference"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    place: Path, tmp_path: Path, argument: str, told: str
+    store: Path, tmp_path: Path, argument: str, message: str
 ) -> None:
     common = ["data.synthetic.tiles=200", f"experiment={EXPERIMENT}", f"docs={tmp_path / 'docs'}"]
-    code, printed, errors = exit_of([*common, argument])
+    code, printed, errors = call_main([*common, argument])
     assert code == exit_codes.BAD_INPUT
     assert not printed
     (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert told in line
+    assert message in line
     assert not (tmp_path / "docs").exists()
 
 
-def test_the_help_says_what_the_verb_takes_without_waiting_for_heavy_imports() -> None:
-    asked = subprocess.run(
+def test_the_help_lists_the_options_without_heavy_imports() -> None:
+    completed = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "expectations.validate", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    assert asked.returncode == exit_codes.OK
+    assert completed.returncode == exit_codes.OK
     for key in validate.COMMAND_KEYS:
-        assert f"{key}=" in asked.stdout
-    imported = {*re.findall(r"^import time:.*\|\s*(\w+)[\w.]*$", asked.stderr, re.MULTILINE)}
+        assert f"{key}=" in completed.stdout
+    imported = {*re.findall(r"^import time:.*\|\s*(\w+)[\w.]*$", completed.stderr, re.MULTILINE)}
     assert "eurosat" in imported
-    assert not HEAVY & imported
+    assert not HEAVY_MODULES & imported
 
 
 @pytest.mark.real_data
 @pytest.mark.skipif(
     not os.environ.get("EUROSAT_ROOT"), reason="EUROSAT_ROOT names no EuroSAT tiles"
 )
-def test_the_27000_genuine_tiles_pass(place: Path, tmp_path: Path) -> None:
-    outcome = run_verb(tmp_path, "data=eurosat")
+def test_the_27000_real_tiles_pass(store: Path, tmp_path: Path) -> None:
+    outcome = run_command(tmp_path, "data=eurosat")
     assert outcome.code == exit_codes.OK, outcome.printed
-    _, metrics, _, _, _ = logged(outcome)
+    _, metrics, _, _, _ = logged_run(outcome)
     assert metrics["tiles"] == 27_000
     assert metrics["failed"] == 0
     print(f"27,000 tiles validated in {metrics['seconds']:.0f} s")

@@ -318,7 +318,7 @@ def test_one_class_is_too_few(tmp_path: Path) -> None:
 
 def test_a_broken_zip_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.zip").write_bytes(b"PK nothing")
-    with pytest.raises(DataError, match="is not a whole zip"):
+    with pytest.raises(DataError, match="is not a complete zip"):
         open_source(DataConfig(source="folder", root=str(tmp_path / "broken.zip")))
 
 
@@ -339,7 +339,7 @@ def test_a_file_listed_twice_in_a_zip_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "twice.zip", "w") as opened:
         for prefix in ("a", "b"):
             opened.writestr(f"{prefix}/Forest/1.png", encode_image(1))
-    with pytest.raises(DataError, match="holds Forest/1.png twice"):
+    with pytest.raises(DataError, match="contains Forest/1.png twice"):
         open_source(DataConfig(source="folder", root=str(tmp_path / "twice.zip")))
 
 

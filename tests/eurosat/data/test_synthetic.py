@@ -93,14 +93,14 @@ def test_size_changes_the_sampling_but_not_the_scene() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"label": 10}, "label of a synthetic tile is in [0, 9]; got 10"),
-        ({"label": -1}, "label of a synthetic tile is in [0, 9]; got -1"),
-        ({"index": -1}, "index of a synthetic tile is in [0, inf]; got -1"),
-        ({"seed": -1}, "seed of a synthetic tile is in [0, inf]; got -1"),
-        ({"size": 8}, "size of a synthetic tile is in [16, 256]; got 8"),
-        ({"difficulty": -0.1}, "difficulty of a synthetic tile is in [0, 2]; got -0.1"),
-        ({"difficulty": 2.5}, "difficulty of a synthetic tile is in [0, 2]; got 2.5"),
-        ({"difficulty": float("nan")}, "difficulty of a synthetic tile is in [0, 2]; got nan"),
+        ({"label": 10}, "label of a synthetic tile must be in [0, 9]; got 10"),
+        ({"label": -1}, "label of a synthetic tile must be in [0, 9]; got -1"),
+        ({"index": -1}, "index of a synthetic tile must be in [0, inf]; got -1"),
+        ({"seed": -1}, "seed of a synthetic tile must be in [0, inf]; got -1"),
+        ({"size": 8}, "size of a synthetic tile must be in [16, 256]; got 8"),
+        ({"difficulty": -0.1}, "difficulty of a synthetic tile must be in [0, 2]; got -0.1"),
+        ({"difficulty": 2.5}, "difficulty of a synthetic tile must be in [0, 2]; got 2.5"),
+        ({"difficulty": float("nan")}, "difficulty of a synthetic tile must be in [0, 2]; got nan"),
     ],
 )
 def test_an_argument_out_of_range_is_refused_with_its_limits(

@@ -49,7 +49,7 @@ def run_command(command: Sequence[str]) -> str:
 
 
 def validate() -> None:
-    """Give the real tiles the receipt that training asks for."""
+    """Validate the real tiles, which training requires."""
     print("validating the tiles", flush=True)
     run_command([sys.executable, "-m", "expectations.validate", "data=eurosat"])
 

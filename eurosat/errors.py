@@ -10,7 +10,7 @@ class ConfigError(EuroSATError, ValueError):
 
 
 class DataError(EuroSATError, ValueError):
-    """Tiles, a pack or a receipt cannot be used as they are."""
+    """Tiles, a pack or a validation record cannot be used."""
 
 
 class ModelError(EuroSATError, ValueError):

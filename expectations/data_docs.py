@@ -43,9 +43,9 @@ def check_target(target: Path) -> None:
 
 
 def publish(target: Path, verdict: Verdict, dataset: DatasetSummary, site: Path) -> Path:
-    """Replace ``target`` by new Data Docs in one rename; return their index page.
+    """Replace ``target`` by new Data Docs; return their index page.
 
-    ``site`` contains Great Expectations' pages. Its scripts, fonts and images are not copied:
+    They are built in a folder beside ``target`` and renamed when complete. ``site`` contains Great Expectations' pages. Its scripts, fonts and images are not copied:
     `offline_view` needs none.
     """
     check_target(target)

@@ -119,15 +119,7 @@ def validate(
         run.log_folder(folder)
         run.log_folder(docs, "data_docs")
         run.log_metrics(_metrics(verdict, scan) | {"seconds": time.monotonic() - started})
-    record = validation_record.ValidationRecord(
-        fingerprint=scan.fingerprint,
-        success=verdict.success,
-        expectations=len(verdict.results),
-        failed=verdict.failed,
-        suite=verdict.suite,
-        validated_at=validated_at,
-    )
-    validation_record.write(record, config.data.cache_dir)
+    _write_record(config.data, scan.fingerprint, verdict, validated_at)
     return verdict
 
 
@@ -186,6 +178,19 @@ def _write_results(
         with disk_errors(report):
             report.parent.mkdir(parents=True, exist_ok=True)
             atomic.atomic_write_text(report, text + "\n")
+
+
+def _write_record(data: DataConfig, fingerprint: str, verdict: Verdict, validated_at: str) -> None:
+    """Write the validation record that training requires."""
+    record = validation_record.ValidationRecord(
+        fingerprint=fingerprint,
+        success=verdict.success,
+        expectations=len(verdict.results),
+        failed=verdict.failed,
+        suite=verdict.suite,
+        validated_at=validated_at,
+    )
+    validation_record.write(record, data.cache_dir)
 
 
 def _metrics(verdict: Verdict, scan: DatasetScan) -> dict[str, float]:

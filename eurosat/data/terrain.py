@@ -50,7 +50,7 @@ def _ground(size: int) -> Floats:
 
 @cache
 def _bumps(size: int, cells: int) -> Floats:
-    """Return (size, cells) Gaussian bumps, one per cell; rows of norm 1 give noise of variance 1."""
+    """Return (size, cells) Gaussian bumps, one per cell; rows have norm 1: noise of variance 1."""
     at = (np.arange(size)[:, None] + 0.5) / size * cells - 0.5
     weights = np.exp(-(((at - np.arange(cells)) / 0.65) ** 2) / 2)  # 0.65 hides the lattice
     scaled: Floats = weights / np.linalg.norm(weights, axis=1, keepdims=True)

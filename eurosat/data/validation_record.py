@@ -99,7 +99,7 @@ def require_passed(fingerprint: str, config: DataConfig) -> str:
             f"the data set {fingerprint[:12]} {reason}: run `{validate_command(config)}` first, "
             "or set data.allow_unvalidated=true"
         )
-    log.warning("the data set %s %s; training continues all the same", fingerprint[:12], reason)
+    log.warning("the data set %s %s; training on it anyway", fingerprint[:12], reason)
     return state
 
 

@@ -258,14 +258,16 @@ def test_a_training_that_diverges_leaves_its_best_weights(
     assert (logits.argmax(axis=1) == labels).mean() == pytest.approx(reached, abs=1e-6)
 
 
-def test_training_asks_for_the_receipt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_training_requires_a_validation_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = compose([*TINY, f"data.cache={tmp_path}", "data.allow_unvalidated=false"])
     with pytest.raises(DataError, match=r"was never validated: run `python -m expectations"):
         prepare(config)
     told = dataclasses.replace(config.data, allow_unvalidated=True)
     prepared = prepare(dataclasses.replace(config, data=told))
     assert prepared.validation == "missing"
-    assert "training all the same" in caplog.text
+    assert "training on it anyway" in caplog.text
     for success, state in ((False, "failed"), (True, "passed")):
         validation_record.write(
             validation_record.ValidationRecord(
@@ -286,7 +288,7 @@ def test_training_asks_for_the_receipt(tmp_path: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": "x"}'])
-def test_a_damaged_receipt_is_no_receipt(tmp_path: Path, content: str) -> None:
+def test_a_damaged_validation_record_is_refused(tmp_path: Path, content: str) -> None:
     file = validation_record.record_path("abc", tmp_path)
     file.parent.mkdir()
     file.write_text(content)

@@ -1,4 +1,4 @@
-"""Configurations that train in seconds."""
+"""Settings for trainings that take seconds."""
 
 TINY = (
     "data=synthetic",
@@ -15,4 +15,4 @@ TINY = (
     "distill.features=0",
     "distill.share=0.9",
 )
-"""A whole training run in seconds: timm's test network on small tiles."""
+"""Overrides for a complete training in seconds: timm's test network on 200 small tiles."""

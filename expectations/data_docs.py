@@ -1,7 +1,7 @@
 """Publish the Data Docs: a page of ours, and Great Expectations' own pages beside it."""
 
-import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,29 +45,41 @@ def check_target(target: Path) -> None:
 def publish(target: Path, verdict: Verdict, dataset: DatasetSummary, site: Path) -> Path:
     """Replace ``target`` by new Data Docs; return their index page.
 
-    They are built in a folder beside ``target`` and renamed when complete. ``site`` contains Great Expectations' pages. Its scripts, fonts and images are not copied:
-    `offline_view` needs none.
+    They are built in a folder beside ``target`` and renamed when they are complete. ``site``
+    contains Great Expectations' own pages.
+
+    Raises:
+        ConfigError: ``target`` contains something other than Data Docs.
+        StorageError: the folder cannot be written.
     """
     check_target(target)
     target = target.resolve()
-    building = target.with_name(f".{target.name}.{os.getpid()}")
     with disk_errors(target):
-        building.mkdir(parents=True)
-        try:
-            links = []
-            for page in sorted(site.rglob("*.html")):
-                link = page.relative_to(site)
-                (building / link).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(page, building / link)
-                links.append(link.as_posix())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".data_docs-") as temporary:
+            building = Path(temporary, "docs")
+            building.mkdir()
+            links = _copy_pages(site, building)
             (building / "index.html").write_text(render_page(verdict, dataset, links), "utf-8")
             (building / MARKER).write_text("expectations.validate wrote and replaces this folder\n")
             if target.exists():
                 shutil.rmtree(target)
             building.rename(target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
     return target / "index.html"
+
+
+def _copy_pages(site: Path, folder: Path) -> list[str]:
+    """Copy the pages of ``site``; return their paths.
+
+    Great Expectations' scripts, fonts and images are left out: `offline_view` needs none.
+    """
+    links = []
+    for page in sorted(site.rglob("*.html")):
+        link = page.relative_to(site)
+        (folder / link).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(page, folder / link)
+        links.append(link.as_posix())
+    return links
 
 
 def render_page(verdict: Verdict, dataset: DatasetSummary, links: list[str]) -> str:

@@ -118,7 +118,8 @@ def build_spec(
         case "eurosat":
             size, bands = (64, 64), 3
         case "synthetic":
-            size, bands = (data.synthetic.size, data.synthetic.size), 3
+            size = (data.synthetic.size, data.synthetic.size)
+            bands = 3 if data.bands == "rgb" else data.synthetic.bands
         case "folder":
             size, bands = _most_common_shape(scan_table)
     return DatasetSpec(

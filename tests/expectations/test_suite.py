@@ -2,13 +2,13 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from eurosat.config import DataConfig
+from eurosat.config import DataConfig, SyntheticConfig
 from eurosat.data.synthetic import CLASSES
 from eurosat.errors import ConfigError
 from expectations.runner import run_suite
@@ -217,6 +217,15 @@ def test_eurosat_must_have_exactly_its_published_counts() -> None:
     assert sum(spec.reference.classes.values()) == 27_000
     assert spec.count_limits("Pasture") == (2000, 2000)
     assert (spec.height, spec.width, spec.bands) == (64, 64, 3)
+
+
+@pytest.mark.parametrize(("option", "count"), [("all", 13), ("rgb", 3)])
+def test_synthetic_tiles_must_have_the_configured_bands(
+    scan_table: pd.DataFrame, option: Literal["all", "rgb"], count: int
+) -> None:
+    synthetic = SyntheticConfig(bands=13)
+    data = DataConfig(source="synthetic", dtype="uint16", bands=option, synthetic=synthetic)
+    assert build_spec(data, scan_table).bands == count
 
 
 def test_a_folder_must_have_equal_shares_of_its_classes_and_one_tile_size() -> None:

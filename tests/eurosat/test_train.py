@@ -88,6 +88,63 @@ def test_a_run_carries_all_that_judges_and_serves_it(
     np.testing.assert_allclose(served, probabilities, atol=1e-4)
 
 
+@pytest.mark.usefixtures("tracking_store")
+def test_a_gallery_that_cannot_be_drawn_costs_a_warning_and_not_the_training(
+    tiny_config: TrainConfig,
+    tiny_data: PreparedData,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def gallery(*_: object) -> None:
+        raise AttributeError("'ConvPatchEmbed' object has no attribute 'grid_size'")
+
+    monkeypatch.setattr("eurosat.evaluation.gradcam.gallery", gallery)
+    with tracking.run("e", "r", system_metrics=False) as run:
+        train.train(tiny_config, tiny_data, run)
+    assert caplog.text.count("no figures/explained.png") == 1
+    assert "no attribute 'grid_size'" in caplog.text
+    with tracking.artifact(run.run_id, "") as folder:
+        names = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    assert names - {"model.int8.onnx"} == ARTIFACTS - {"figures/explained.png"}
+
+
+@pytest.mark.usefixtures("tracking_store")
+def test_weights_and_predictions_are_logged_before_figures_are_drawn(
+    tiny_config: TrainConfig, tiny_data: PreparedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def confusion_matrix(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("eurosat.evaluation.plots.confusion_matrix", confusion_matrix)
+    with (
+        pytest.raises(ZeroDivisionError),
+        tracking.run("e", "r", system_metrics=False) as run,
+    ):
+        train.train(tiny_config, tiny_data, run)
+    with tracking.artifact(run.run_id, "") as folder:
+        names = {file.name for file in folder.iterdir()}
+    assert {"weights.safetensors", "predictions.parquet", "calibration.json"} <= names
+
+
+@pytest.mark.parametrize(
+    ("lost", "tiles", "words"),
+    [
+        (11, 5400, "11 more of the 5,400 test tiles are wrong than in FP32, and at most 10 (0.2%)"),
+        (3, 1000, "3 more of the 1,000 test tiles"),
+        (2, 1000, None),
+        (3, 1500, None),
+        (1, 96, "and at most 0"),
+        (-1, 96, None),
+    ],
+)
+def test_an_int8_model_is_refused_by_the_number_of_tiles_that_it_loses(
+    lost: int, tiles: int, words: str | None
+) -> None:
+    refusal = train.int8_refusal(lost, tiles)
+    assert (refusal is None) == (words is None)
+    assert (words or "") in (refusal or "")
+
+
 def quick_fit(config: TrainConfig, data: PreparedData) -> FitResult:
     with tracking.run("e", "r", system_metrics=False) as run:
         return fit(config, data, run)

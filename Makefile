@@ -97,7 +97,7 @@ bench-results: .venv/product ## measure a row of the results table (RECIPE=effic
 	$(BIN)/python -m benchmarks.results $(RECIPE) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
-bench-extras: .venv/product ## measure a study (STUDY=few-labels, learning-rates, features or bands)
+bench-studies: .venv/product ## measure a study (STUDY=few-labels, learning-rates, features or bands)
 	$(BIN)/python -m benchmarks.studies $(STUDY) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
@@ -132,7 +132,7 @@ soak-serving: .venv/product wrk ## the same, then 20 minutes of load in which me
 tune-serving: .venv/product wrk ## find the number of processes and the batch size that serve fastest here
 	$(BIN)/python -m benchmarks.serving.tune $(BENCH_ARGS)
 
-bench-forms: .venv/product ## compare the precisions of a run's network (RUN=id)
+bench-precisions: .venv/product ## compare the precisions of a run's network (RUN=id)
 	$(BIN)/python -m benchmarks.precisions $(RUN) $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 

@@ -1,4 +1,4 @@
-"""bench-convolutions: training steps with PyTorch's own convolutions on a CPU and with ours.
+"""bench-convolutions: training steps with PyTorch's own CPU convolutions and with this project's.
 
 `python -m benchmarks.convolutions [--rounds 5] [--seconds 6]`
 """
@@ -17,7 +17,7 @@ from eurosat.models import cpu_convolutions
 from eurosat.runtime import hardware, logs
 
 GOALS = {"resnet18": 1.3, "efficientnet-lite0": 1.5}
-"""By recipe, how many times as fast: a network of small maps, one of depthwise convolutions."""
+"""Speed-up to reach by recipe: a network with small maps, one with depthwise convolutions."""
 CONTEXTS = {"native": nullcontext, "ours": cpu_convolutions.fast}
 
 
@@ -30,33 +30,33 @@ def main(argv: Sequence[str]) -> None:
     torch.set_num_threads(hardware.cores())
     started = reports.now()
     arms = {
-        (recipe, name): make_step(recipe, within)
+        (recipe, name): make_step(recipe, context)
         for recipe in GOALS
-        for name, within in CONTEXTS.items()
+        for name, context in CONTEXTS.items()
     }
     for step, _ in arms.values():
         step()
     speeds: dict[tuple[str, str], list[float]] = {key: [] for key in arms}
     for number in range(args.rounds):
         for (recipe, name), (step, batch) in arms.items():
-            begun, tiles = time.perf_counter(), 0
-            while time.perf_counter() - begun < args.seconds:
+            start, tiles = time.perf_counter(), 0
+            while time.perf_counter() - start < args.seconds:
                 step()
                 tiles += batch
-            rate = tiles / (time.perf_counter() - begun)
+            rate = tiles / (time.perf_counter() - start)
             speeds[recipe, name].append(rate)
-            told = f"round {number + 1} of {args.rounds}: {recipe}, {name} {rate:,.0f} images/s"
-            print(told, flush=True)
+            progress = f"round {number + 1} of {args.rounds}"
+            print(f"{progress}: {recipe}, {name} {rate:,.0f} images/s", flush=True)
     rows = [
-        reports.speed(name, each) | {"recipe": recipe} for (recipe, name), each in speeds.items()
+        reports.speed(name, rates) | {"recipe": recipe} for (recipe, name), rates in speeds.items()
     ]
     goals = [
         reports.goal(
             f"convolutions.{recipe}_vs_native",
             reports.median_ratio(speeds[recipe, "ours"], speeds[recipe, "native"]),
-            wanted,
+            speedup,
         )
-        for recipe, wanted in GOALS.items()
+        for recipe, speedup in GOALS.items()
     ]
     reports.write("convolutions", started=started, n=args.rounds, goals=goals, rows=rows)
 

@@ -1,8 +1,10 @@
-"""Training loops that take turns: each runs when told, for as long as told, and says how fast.
+"""Let training loops of several processes take turns, on command, and report their speed.
 
-Arms of a benchmark are processes that stand ready, so that they are measured interleaved on one
-machine without paying their imports each time. Needs nothing of this project: it runs in the
-environments of others too.
+The arms of a benchmark are processes that have started and warmed up, so that they are measured
+interleaved on one machine without repeating their imports. This module imports nothing of the
+project: it also runs in the environments of other libraries.
+
+Commands on stdin: ``go SECONDS`` and ``stop``. Answers on stdout: one JSON object per line.
 """
 
 import json
@@ -15,17 +17,16 @@ import torch
 from lightning.pytorch import Callback
 
 START_BATCHES = 8
-"""Before the first turn: kernels are chosen and worker processes are up."""
+"""Batches before the arm is ready: kernels are chosen and worker processes run."""
 WARMUP_BATCHES = 6
-"""At the start of each turn: what loaders fetched ahead while they waited is not counted."""
+"""Unmeasured batches at the start of each turn, which loaders prefetched while they waited."""
 
 
 class Interleaver:
-    """``step(images)`` after each batch; blocks while it is not this arm's turn."""
+    """Blocks a training loop, which calls `step` after each batch, while it is not its turn."""
 
     def __init__(self) -> None:
         self._unmeasured_batches = START_BATCHES
-        self._until = 0.0
         self._running = False
 
     def step(self, images: int) -> None:
@@ -39,46 +40,44 @@ class Interleaver:
             return
         self._images += images
         if time.perf_counter() - self._started >= self._seconds:
-            told = {"images": self._images, "seconds": synchronised_time() - self._started}
-            self._send(told | {"private_gb": private_gb()})
+            seconds = synchronised_time() - self._started
+            memory_gb = private_gb()
+            self._send({"images": self._images, "seconds": seconds, "private_gb": memory_gb})
             self._wait_for_turn()
 
     def _wait_for_turn(self) -> None:
-        words = sys.stdin.readline().split()
-        if not words or words[0] == "stop":
-            os._exit(0)  # mid-epoch, with loaders running: nothing here is worth an orderly end
-        self._seconds, self._running, self._unmeasured_batches = (
-            float(words[1]),
-            True,
-            WARMUP_BATCHES,
-        )
+        command, *arguments = sys.stdin.readline().split() or ["stop"]
+        if command == "stop":
+            os._exit(0)  # in mid-epoch with loaders running: an orderly end is not worth it
+        self._seconds, self._running = float(arguments[0]), True
+        self._unmeasured_batches = WARMUP_BATCHES
 
-    def _send(self, what: dict[str, Any]) -> None:
-        print(f"\n{json.dumps(what)}", file=sys.__stdout__, flush=True)  # after any progress bar
+    def _send(self, message: dict[str, Any]) -> None:
+        print(f"\n{json.dumps(message)}", file=sys.__stdout__, flush=True)  # after a progress bar
 
 
 class InterleaverCallback(Callback):
-    """Turns of a Lightning training."""
+    """Interleaves a Lightning training."""
 
     def __init__(self) -> None:
-        self._turns = Interleaver()
+        self._interleaver = Interleaver()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         labels = batch["label"] if isinstance(batch, dict) else batch[1]
-        self._turns.step(len(labels))
+        self._interleaver.step(len(labels))
 
 
 def synchronised_time() -> float:
-    """The time at which all that was asked of a GPU is done."""
+    """Return the time after all queued work of the GPU is done, in seconds."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def private_gb() -> float:
-    """RssAnon of this process: memory it shares with no file."""
-    with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123 - kept light
+    """Return the RssAnon of this process, memory that is backed by no file, in GiB."""
+    with open("/proc/self/status", encoding="ascii") as status:  # noqa: PTH123 - saves an import
         lines = [line.split() for line in status if line.startswith("RssAnon")]
     return int(lines[0][1]) / 2**20 if lines else float("nan")

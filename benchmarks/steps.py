@@ -1,4 +1,4 @@
-"""A training step that benchmarks time: a recipe's network on one random batch."""
+"""A training step for benchmarks: a recipe's network on one random batch."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,9 +14,10 @@ from eurosat.training.optimizers import make_optimizer
 def make_step(
     recipe: str, forward_context: Callable[[], AbstractContextManager[object]] = nullcontext
 ) -> tuple[Callable[[], float], int]:
-    """The step, which returns its loss, and the number of tiles in it.
+    """Return a step, which returns its loss, and its number of tiles.
 
-    ``within`` makes the context of the forward pass; bf16 is taken where the processor has it.
+    ``forward_context`` creates the context of the forward pass. It runs in bf16 if the processor
+    has it.
     """
     config = compose([f"recipe={recipe}"])
     torch.manual_seed(0)

@@ -123,7 +123,7 @@ def bench_serving(report: Report) -> str:
     return f"{_table(columns, rows)}\n\n{_goals_and_rounds(report)}"
 
 
-def bench_forms(report: Report) -> str:
+def bench_precisions(report: Report) -> str:
     """Accuracy, size and speed of one network in each precision."""
     columns = [f"`{report['network']}` of `{report['recipe']}`, one view", "test accuracy", "MB"]
     columns += ["images/s in batches of 32", "ms for one tile"]
@@ -191,7 +191,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "bench-sweep": bench_sweep,
     "bench-serving": bench_serving,
     "bench-strain": bench_strain,
-    "bench-forms": bench_forms,
+    "bench-precisions": bench_precisions,
     "bench-registry": bench_registry,
     "bench-platform": bench_platform,
     "verdict": verdict,

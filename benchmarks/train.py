@@ -1,4 +1,4 @@
-"""bench-train: training speed against a plain loop, torchgeo and the bare step, interleaved.
+"""bench-train: training speed against a plain loop, torchgeo and the bare step, in turns.
 
 `python -m benchmarks.train [--torchgeo PYTHON] [--rounds 5] [--seconds 12]`
 """
@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from eurosat.runtime import logs
 from eurosat.runtime.progress import track
 
 DESCRIPTIONS = {
-    "plain": "Lightning, ImageFolder, transforms a picture, 2 workers",
+    "plain": "Lightning, ImageFolder, transforms per image, 2 workers",
     "plain-bf16": "the same with bf16 and channels_last",
     "torchgeo": "torchgeo's ClassificationTask and data module, 2 workers",
     "ours": "this project, with augmentation, moving average and tracking",
@@ -37,11 +37,11 @@ DESCRIPTIONS = {
 
 
 def write_tiles(folder: Path, *, geotiff: bool) -> int:
-    """The train fold as files for the peers: JPEG, and GeoTIFF too; returns how many tiles."""
+    """Write the train fold as JPEG, and as GeoTIFF if asked; return the number of tiles."""
     config = compose(["data=eurosat", "data.allow_unvalidated=true"])
     data, source = prepare(config), open_source(config.data)
     rows = data.split.indices("train")
-    for row in track(rows, len(rows), "writing the tiles for the peers", "tiles"):
+    for row in track(rows, len(rows), "writing the tiles for the other libraries", "tiles"):
         path = data.pack.table["path"].iloc[row]
         (folder / "jpeg" / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / "jpeg" / path).write_bytes(source.read(path))
@@ -51,7 +51,7 @@ def write_tiles(folder: Path, *, geotiff: bool) -> int:
 
 
 def write_geotiffs(data: PreparedData, folder: Path) -> None:
-    """The train fold as torchgeo looks for it, in each of its folds."""
+    """Write the train fold where torchgeo expects it, as each of its folds."""
     import rasterio
 
     tif = folder / "ds/images/remote_sensing/otherDatasets/sentinel_2/tif"
@@ -77,26 +77,25 @@ def write_geotiffs(data: PreparedData, folder: Path) -> None:
 
 @contextmanager
 def started_arm(
-    name: str, python: str, folder: Path, log: str = ""
+    name: str, python: str, folder: Path, log_name: str = ""
 ) -> Iterator["subprocess.Popen[str]"]:
-    """A process that stands ready to train."""
-    log = f"{log or name}.log"
+    """Start an arm's process, wait until it is ready to train, and kill it at the end."""
+    log_file = folder / f"{log_name or name}.log"
     environment = os.environ | {"PYTHONPATH": str(reports.ROOT), "EUROSAT_PROGRESS": "lines"}
-    with (folder / log).open("w") as said:
+    with log_file.open("w") as log:
         process = subprocess.Popen(
             [python, "-m", "benchmarks.train_arms", name, str(folder)],
             cwd=reports.ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=log,
             text=True,
             env=environment,
         )
         try:
             if not read_message(process).get("ready"):
-                last = (folder / log).read_text()[-2000:]
-                sys.exit(f"error: arm {name} did not start:\n{last}")
-            print(f"{name} stands ready", flush=True)
+                sys.exit(f"error: arm {name} did not start:\n{log_file.read_text()[-2000:]}")
+            print(f"{name} is ready", flush=True)
             yield process
         finally:
             process.kill()
@@ -104,16 +103,17 @@ def started_arm(
 
 
 def read_message(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    """The next line of JSON; whatever else an arm prints is passed over."""
+    """Return the next JSON line of an arm, skipping its other output; empty at its end."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("{"):
-            told: dict[str, Any] = json.loads(line)
-            return told
+            message: dict[str, Any] = json.loads(line)
+            return message
     return {}
 
 
 def run_turn(process: "subprocess.Popen[str]", seconds: float) -> dict[str, Any]:
+    """Let an arm train for ``seconds``; return its images, seconds and private_gb."""
     assert process.stdin is not None
     process.stdin.write(f"go {seconds}\n")
     process.stdin.flush()
@@ -123,59 +123,85 @@ def run_turn(process: "subprocess.Popen[str]", seconds: float) -> dict[str, Any]
 def measure(
     names: Sequence[str], pythons: dict[str, str], folder: Path, rounds: int, seconds: float
 ) -> dict[str, list[dict[str, Any]]]:
-    from contextlib import ExitStack
-
+    """Return the turns of each arm, one per round; the order shifts by one in each round."""
     with ExitStack() as stack:
         arms = {
             name: stack.enter_context(started_arm(name, pythons[name], folder)) for name in names
         }
-        taken: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+        turns: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for number in range(rounds):
             shift = number % len(names)
             for name in [*names[shift:], *names[:shift]]:
-                told = run_turn(arms[name], seconds)
-                taken[name].append(told)
-                rate = told["images"] / told["seconds"]
+                turn = run_turn(arms[name], seconds)
+                turns[name].append(turn)
+                rate = turn["images"] / turn["seconds"]
                 print(f"round {number + 1} of {rounds}: {name} {rate:,.0f} images/s", flush=True)
-    return taken
+    return turns
 
 
 def shared_pack_fraction(python: str, folder: Path, seconds: float) -> float:
-    """Of the tiles that two trainings side by side have read, the share in pages of both.
+    """Return the share of the pack's pages that two parallel trainings have in common.
 
-    0 where a process has a copy of its own: that is no mapping of the file.
+    The lower one of both processes; 0 if one has a copy of its own and no mapping of the file.
     """
     with (
-        started_arm("ours", python, folder, "one") as one,
-        started_arm("ours", python, folder, "other") as other,
+        started_arm("ours", python, folder, "first") as first,
+        started_arm("ours", python, folder, "second") as second,
     ):
-        for process in (one, other):
+        for process in (first, second):
             run_turn(process, seconds)
         shares = []
-        for process in (one, other):
-            mapped = mapping_kb(process.pid, "tiles.npy")
-            shares.append(mapped["Shared_Clean"] / mapped["Rss"] if mapped["Rss"] else 0.0)
+        for process in (first, second):
+            sizes_kb = mapping_kb(process.pid, "tiles.npy")
+            rss_kb = sizes_kb["Rss"]
+            shares.append(sizes_kb["Shared_Clean"] / rss_kb if rss_kb else 0.0)
     return min(shares)
 
 
 def mapping_kb(pid: int, file: str) -> Counter[str]:
-    """What /proc says of the mappings of a file in a process: Rss, Shared_Clean and others."""
+    """Return the sizes in /proc/PID/smaps of a file's mappings: Rss, Shared_Clean and others."""
     total: Counter[str] = Counter()
-    inside = False
+    in_mapping = False
     for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
         name, _, rest = line.partition(":")
-        if " " in name:  # the line of the mapping itself: addresses, rights, file
-            inside = line.endswith(file)
-        elif inside and rest.endswith("kB"):
+        if " " in name:  # first line of a mapping: addresses, rights, file
+            in_mapping = line.endswith(file)
+        elif in_mapping and rest.endswith("kB"):
             total[name] += int(rest.split()[0])
     return total
+
+
+def goals_of(
+    turns: dict[str, list[dict[str, Any]]],
+    speeds: dict[str, list[float]],
+    tiles: int,
+    shared_fraction: float,
+) -> list[dict[str, Any]]:
+    def against(name: str) -> float:
+        return reports.median_ratio(speeds["ours"], speeds[name])
+
+    plain_goal = 3.5 if has_bf16() else 2.2
+    goals = [
+        reports.goal("train.vs_plain_lightning", against("plain"), plain_goal),
+        reports.goal("train.private_gb", turns["ours"][-1]["private_gb"], 1.5, at_most=True),
+        reports.goal("train.pack_shared", shared_fraction, 0.95),
+    ]
+    if torch.cuda.is_available():
+        epoch_s = tiles / statistics.median(speeds["ours"])
+        goals.append(reports.goal("train.gpu_vs_ceiling", against("ceiling"), 0.9))
+        goals.append(reports.goal("train.gpu_epoch_s", epoch_s, 2, at_most=True))
+    else:
+        goals.append(reports.goal("train.vs_ceiling", against("ceiling"), 0.92))
+    if "torchgeo" in speeds:
+        goals.append(reports.goal("train.vs_torchgeo", against("torchgeo"), 3.5))
+    return goals
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torchgeo", help="python of an environment with torchgeo")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=12)
+    parser.add_argument("--seconds", type=float, default=12, help="length of a turn")
     args = parser.parse_args(argv)
     logs.setup("info")
     names = [name for name in DESCRIPTIONS if name != "torchgeo" or args.torchgeo]
@@ -184,45 +210,27 @@ def main(argv: Sequence[str]) -> None:
         pythons["torchgeo"] = args.torchgeo
     started = reports.now()
     with tempfile.TemporaryDirectory() as temporary:
-        tiles = write_tiles(Path(temporary), geotiff=bool(args.torchgeo))
-        taken = measure(names, pythons, Path(temporary), args.rounds, args.seconds)
-        shared = shared_pack_fraction(sys.executable, Path(temporary), args.seconds)
+        folder = Path(temporary)
+        tiles = write_tiles(folder, geotiff=bool(args.torchgeo))
+        turns = measure(names, pythons, folder, args.rounds, args.seconds)
+        shared_fraction = shared_pack_fraction(sys.executable, folder, args.seconds)
     speeds = {
-        name: [told["images"] / told["seconds"] for told in each] for name, each in taken.items()
+        name: [turn["images"] / turn["seconds"] for turn in arm] for name, arm in turns.items()
     }
-
-    def against(name: str) -> float:
-        return reports.median_ratio(speeds["ours"], speeds[name])
-
-    plain_goal = 3.5 if has_bf16() else 2.2
-    goals = [
-        reports.goal("train.vs_plain_lightning", against("plain"), plain_goal),
-        reports.goal("train.private_gb", taken["ours"][-1]["private_gb"], 1.5, at_most=True),
-        reports.goal("train.pack_shared", shared, 0.95),
-    ]
-    if torch.cuda.is_available():
-        epoch_s = tiles / statistics.median(speeds["ours"])
-        goals.append(reports.goal("train.gpu_vs_ceiling", against("ceiling"), 0.9))
-        goals.append(reports.goal("train.gpu_epoch_s", epoch_s, 2, at_most=True))
-    else:
-        goals.append(reports.goal("train.vs_ceiling", against("ceiling"), 0.92))
-    if args.torchgeo:
-        goals.append(reports.goal("train.vs_torchgeo", against("torchgeo"), 3.5))
     rows = [
         reports.speed(name, speeds[name])
         | {
-            "ours_is_times": round(against(name), 2),
-            "private_gb": round(taken[name][-1]["private_gb"], 2),
+            "ours_is_times": round(reports.median_ratio(speeds["ours"], speeds[name]), 2),
+            "private_gb": round(turns[name][-1]["private_gb"], 2),
             "what": DESCRIPTIONS[name],
         }
         for name in names
     ]
-    name = "train-gpu" if torch.cuda.is_available() else "train"
     reports.write(
-        name,
+        "train-gpu" if torch.cuda.is_available() else "train",
         started=started,
         n=args.rounds,
-        goals=goals,
+        goals=goals_of(turns, speeds, tiles, shared_fraction),
         rows=rows,
         tiles=tiles,
         seconds_per_turn=args.seconds,

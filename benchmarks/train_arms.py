@@ -1,7 +1,7 @@
-"""One arm of bench-train in a process of its own: `python -m benchmarks.train_arms ARM FOLDER`.
+"""The arms of bench-train, each a process: `python -m benchmarks.train_arms ARM FOLDER`.
 
-All train the same ResNet18 (timm, from scratch) with SGD on the same 16,200 tiles of 64 px, in
-batches of one size, on as many threads.
+All train the same ResNet18 (timm, from scratch) with SGD on the same 16,200 tiles of 64 px, with
+equal batches and threads.
 """
 
 import os
@@ -13,17 +13,17 @@ from typing import Any
 from benchmarks.interleave import Interleaver, InterleaverCallback
 
 BATCHES = {"cpu": 64, "gpu": 1024}
-"""Tiles a step. In 64, a GPU waits for Python in every arm, and nothing of it would be measured."""
+"""Tiles per step. With 64, every arm would only measure how long a GPU waits for Python."""
 WORKERS = 2
 EPOCHS = 1000
-"""More than any benchmark trains: the arm is stopped."""
+"""More than any benchmark trains: the arms are stopped."""
 REPEATS_PER_EPOCH = 100
-"""Over the tiles in an epoch of ours, which ends with a validation: the peers have none."""
+"""An epoch of this project ends with a validation, which the other arms do not have."""
 SIZE, CLASSES = 64, 10
 
 
 def plain(folder: Path, *, fast: bool) -> None:
-    """What a newcomer writes: Lightning, ImageFolder, transforms on each picture.
+    """Train as a newcomer writes it: Lightning, ImageFolder, transforms of each image.
 
     ``fast`` adds bf16 and channels_last.
     """
@@ -42,10 +42,10 @@ def plain(folder: Path, *, fast: bool) -> None:
                 self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
         def training_step(self, batch: Any, _: int) -> torch.Tensor:
-            pictures, labels = batch
+            images, labels = batch
             if fast:
-                pictures = pictures.contiguous(memory_format=torch.channels_last)
-            loss = torch.nn.functional.cross_entropy(self.network(pictures), labels)
+                images = images.contiguous(memory_format=torch.channels_last)
+            loss = torch.nn.functional.cross_entropy(self.network(images), labels)
             self.log("train_loss", loss)
             return loss
 
@@ -83,10 +83,10 @@ def plain(folder: Path, *, fast: bool) -> None:
 
 
 def torchgeo(folder: Path) -> None:
-    """Torchgeo's task and data module, over the same tiles as GeoTIFF.
+    """Train with torchgeo's task and data module on the same tiles as GeoTIFF.
 
-    Its reader knows 13 bands; here the files hold the three that are used, which spares it the
-    reading of ten others.
+    Its reader expects 13 bands; the files here hold only the three that are used, which spares it
+    reading ten others.
     """
     import lightning
     from torchgeo.datamodules import EuroSATDataModule
@@ -111,7 +111,7 @@ def torchgeo(folder: Path) -> None:
 
 
 def ours(_: Path) -> None:
-    """The training of this project: augmentation, moving average, tracking, progress."""
+    """Train with this project: augmentation, moving average, tracking and progress included."""
     from eurosat import tracking
     from eurosat.config import compose
     from eurosat.data.prepare import prepare
@@ -136,7 +136,7 @@ def ours(_: Path) -> None:
 
 
 def ceiling(_: Path) -> None:
-    """The step alone, in this project's mode, over and over on one random batch."""
+    """Repeat the training step alone, in this project's mode, on one random batch."""
     import torch
 
     from eurosat.config import compose
@@ -165,14 +165,14 @@ def ceiling(_: Path) -> None:
     tiles = torch.rand(batch_size(), 3, SIZE, SIZE, device=compute.device) * 255
     tiles = tiles.contiguous(memory_format=compute.memory_format)
     labels = torch.randint(0, CLASSES, (batch_size(),), device=compute.device)
-    turns = Interleaver()
+    interleaver = Interleaver()
     while True:
         with compute.autocast(), cpu_convolutions.fast():
             loss = torch.nn.functional.cross_entropy(net(tiles).float(), labels)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        turns.step(len(labels))
+        interleaver.step(len(labels))
 
 
 def accelerator() -> str:

@@ -1,4 +1,4 @@
-"""A training run: what it computes, what it leaves, when it refuses."""
+"""A training run: what it computes, what it logs, and when it is refused."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ from eurosat.data.prepare import PreparedData, prepare
 from eurosat.data.split import make_split
 from eurosat.errors import DataError, NonFiniteLoss
 from eurosat.evaluation.calibration import softmax
-from eurosat.evaluation.metrics import evaluate as judge
+from eurosat.evaluation.metrics import evaluate
 from eurosat.models import pretrained, quantise
 from eurosat.models.compute import choose_compute
 from eurosat.models.network import load, save
@@ -48,7 +48,7 @@ ARTIFACTS = {
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_run_carries_all_that_judges_and_serves_it(
+def test_a_run_holds_all_that_evaluates_and_serves_it(
     tiny_pack: Pack, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert train.main([*TINY, "log_level=warning"]) == exit_codes.OK
@@ -56,11 +56,11 @@ def test_a_run_carries_all_that_judges_and_serves_it(
     run = tracking.get(run_id)
     assert run.status == "FINISHED"
     with tracking.artifact(run_id, "") as folder:
-        held = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
-        assert held - {"model.int8.onnx"} == ARTIFACTS
+        files = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+        assert files - {"model.int8.onnx"} == ARTIFACTS
         lost = run.metrics["test_accuracy"] - run.metrics["int8_accuracy"]
-        assert ("model.int8.onnx" in held) == (lost <= quantise.MAX_ACCURACY_LOSS), (
-            "kept if as accurate"
+        assert ("model.int8.onnx" in files) == (lost <= quantise.MAX_ACCURACY_LOSS), (
+            "logged only if accurate"
         )
         config = from_mapping(TrainConfig, yaml.safe_load((folder / "config.yaml").read_text()))
         split = pd.read_csv(folder / "split.csv")
@@ -81,7 +81,7 @@ def test_a_run_carries_all_that_judges_and_serves_it(
 
     probabilities = predicted[[f"p/{name}" for name in tiny_pack.classes]].to_numpy()
     labels = np.array([tiny_pack.classes.index(name) for name in predicted["label"]])
-    for name, value in judge(labels, probabilities, tiny_pack.classes).items():
+    for name, value in evaluate(labels, probabilities, tiny_pack.classes).items():
         assert run.metrics[f"test_{name}"] == pytest.approx(value, abs=1e-5)
     rows = [list(tiny_pack.table["path"]).index(tile) for tile in predicted["tile"]]
     (served,) = session.run(["probabilities"], {"tiles_NHWC": tiny_pack.tiles_NHWC[rows]})
@@ -154,11 +154,11 @@ def quick_fit(config: TrainConfig, data: PreparedData) -> FitResult:
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
     tiny_config: TrainConfig, tiny_data: PreparedData
 ) -> None:
-    one, two = (quick_fit(tiny_config, tiny_data).network.state_dict() for _ in range(2))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=0)
+    first, second = (quick_fit(tiny_config, tiny_data).network.state_dict() for _ in range(2))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0)
     other = quick_fit(dataclasses.replace(tiny_config, seed=1), tiny_data).network.state_dict()
-    assert any(not torch.equal(other[name], value) for name, value in one.items())
+    assert any(not torch.equal(other[name], value) for name, value in first.items())
 
 
 @pytest.mark.usefixtures("tracking_store")
@@ -180,32 +180,32 @@ def test_every_setting_trains(tiny_data: PreparedData, changes: list[str]) -> No
         with tracking.artifact(run.run_id, "weights.safetensors") as file:
             net = load(file)
         with net.single_view():
-            once, labels = logits_of(
+            single, labels = logits_of(
                 net, TileLoader(tiny_data.pack, tiny_data.split.indices("test"))
             )
-        assert tested["test_one_view_accuracy"] == (once.argmax(axis=1) == labels).mean()
+        assert tested["test_one_view_accuracy"] == (single.argmax(axis=1) == labels).mean()
 
 
-def test_one_look_at_the_tiles_tells_what_all_views_answer_and_what_the_first_does(
+def test_one_pass_over_the_tiles_gives_the_logits_of_all_views_and_of_the_first(
     tiny_data: PreparedData,
 ) -> None:
     net = build_network(classes=10, views=8)
     batches = TileLoader(tiny_data.pack, tiny_data.split.indices("test"))
     passes: list[int] = []
-    net.backbone.register_forward_hook(lambda *seen: passes.append(len(seen[2])))
+    net.backbone.register_forward_hook(lambda _module, _inputs, output: passes.append(len(output)))
     mean, first, labels = logits_and_first_view(net, batches)
-    assert len(passes) == 8 * len(batches), "the first view is not looked at again"
+    assert len(passes) == 8 * len(batches), "the first view is not computed twice"
     expected, expected_labels = logits_of(net, batches)
     with net.single_view():
-        alone, _ = logits_of(net, batches)
+        single, _ = logits_of(net, batches)
     np.testing.assert_array_equal(mean, expected)
-    np.testing.assert_array_equal(first, alone)
+    np.testing.assert_array_equal(first, single)
     np.testing.assert_array_equal(labels, expected_labels)
     assert abs(first - mean).max() > 1e-3, "one view is not the mean of eight"
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_profile_is_one_flag(tiny_data: PreparedData) -> None:
+def test_profile_true_logs_a_trace_and_a_table_of_operators(tiny_data: PreparedData) -> None:
     config = compose([*TINY, "profile=true"])
     assert config.digest == compose(TINY).digest
     with tracking.run("e", "r", system_metrics=False) as run:
@@ -221,20 +221,20 @@ def test_trained_weights_beat_a_start_from_scratch_at_an_equal_budget(
     tiny_data: PreparedData, tmp_path: Path, changes: list[str]
 ) -> None:
     """The weights come from other synthetic tiles of the same classes."""
-    elsewhere = prepare(compose([*TINY, "data.synthetic.seed=9", "data.synthetic.tiles=1000"]))
+    other_data = prepare(compose([*TINY, "data.synthetic.seed=9", "data.synthetic.tiles=1000"]))
     with tracking.run("e", "r", system_metrics=False) as run:
         config = compose([*TINY, "data.synthetic.seed=9", "trainer.epochs=6"])
-        save(fit(config, elsewhere, run).network, tmp_path / "w.safetensors")
-    given = [*TINY, "trainer.epochs=2", "augment.cutmix=0"]
-    scratch = quick_fit(compose(given), tiny_data)
+        save(fit(config, other_data, run).network, tmp_path / "w.safetensors")
+    overrides = [*TINY, "trainer.epochs=2", "augment.cutmix=0"]
+    scratch = quick_fit(compose(overrides), tiny_data)
     tuned = quick_fit(
-        compose([*given, f"weights={tmp_path / 'w.safetensors'}", *changes]), tiny_data
+        compose([*overrides, f"weights={tmp_path / 'w.safetensors'}", *changes]), tiny_data
     )
     assert tuned.best["val_accuracy"] > scratch.best["val_accuracy"] + 0.1
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_the_head_learns_first_and_the_backbone_stands_still(tiny_data: PreparedData) -> None:
+def test_freeze_epochs_train_the_head_alone(tiny_data: PreparedData) -> None:
     config = compose([*TINY, "trainer.epochs=1", "optim.freeze_epochs=1", "optim.ema=0"])
     torch.manual_seed(0)
     before = pretrained.create(
@@ -262,13 +262,13 @@ def test_training_learns(tiny_data: PreparedData) -> None:
     assert fitted.best["val_accuracy"] == max(row["val_accuracy"] for row in fitted.history)
     loader = TileDataModule(tiny_data.pack, tiny_data.split, batch_size=2, seed=0).val_dataloader()
     logits, labels = logits_of(fitted.network, loader)
-    judged = judge(labels, softmax(logits), tiny_data.pack.classes)
-    assert fitted.best["val_accuracy"] == pytest.approx(judged["accuracy"], abs=1e-6)
-    assert fitted.best["val_macro_f1"] == pytest.approx(judged["macro_f1"], abs=1e-6)
+    expected = evaluate(labels, softmax(logits), tiny_data.pack.classes)
+    assert fitted.best["val_accuracy"] == pytest.approx(expected["accuracy"], abs=1e-6)
+    assert fitted.best["val_macro_f1"] == pytest.approx(expected["macro_f1"], abs=1e-6)
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_early_stopping_ends_a_training_that_stands_still(tiny_data: PreparedData) -> None:
+def test_early_stopping_ends_a_training_that_does_not_improve(tiny_data: PreparedData) -> None:
     config = compose([*TINY, "trainer.epochs=30", "trainer.patience=2", "optim.lr=1e-9"])
     assert len(quick_fit(config, tiny_data).history) < 30
 
@@ -288,8 +288,8 @@ def test_a_loss_that_is_not_finite_fails_the_run_and_names_the_rate(
         pass
 
 
-class Poison(lightning.Callback):
-    """From the second epoch the network answers infinity."""
+class InfiniteWeights(lightning.Callback):
+    """Makes the network return infinity from the second epoch on."""
 
     def on_train_epoch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule
@@ -299,20 +299,20 @@ class Poison(lightning.Callback):
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_training_that_diverges_leaves_its_best_weights(
+def test_a_training_that_diverges_logs_its_best_weights(
     tiny_config: TrainConfig, tiny_data: PreparedData
 ) -> None:
     with (
         pytest.raises(NonFiniteLoss),
         tracking.run("e", "r", system_metrics=False) as run,
     ):
-        fit(tiny_config, tiny_data, run, extra_callbacks=[Poison()])
+        fit(tiny_config, tiny_data, run, extra_callbacks=[InfiniteWeights()])
     with tracking.artifact(run.run_id, "last_good/weights.safetensors") as file:
-        kept = load(file)
+        last_good = load(file)
     loader = TileDataModule(tiny_data.pack, tiny_data.split, batch_size=2, seed=0).val_dataloader()
-    logits, labels = logits_of(kept, loader)
-    reached = tracking.get(run.run_id).metrics["val_accuracy"]
-    assert (logits.argmax(axis=1) == labels).mean() == pytest.approx(reached, abs=1e-6)
+    logits, labels = logits_of(last_good, loader)
+    best = tracking.get(run.run_id).metrics["val_accuracy"]
+    assert (logits.argmax(axis=1) == labels).mean() == pytest.approx(best, abs=1e-6)
 
 
 def test_training_requires_a_validation_record(
@@ -321,8 +321,8 @@ def test_training_requires_a_validation_record(
     config = compose([*TINY, f"data.cache={tmp_path}", "data.allow_unvalidated=false"])
     with pytest.raises(DataError, match=r"was never validated: run `python -m expectations"):
         prepare(config)
-    told = dataclasses.replace(config.data, allow_unvalidated=True)
-    prepared = prepare(dataclasses.replace(config, data=told))
+    allowed = dataclasses.replace(config.data, allow_unvalidated=True)
+    prepared = prepare(dataclasses.replace(config, data=allowed))
     assert prepared.validation == "missing"
     assert "training on it anyway" in caplog.text
     for success, state in ((False, "failed"), (True, "passed")):
@@ -353,7 +353,7 @@ def test_a_damaged_validation_record_is_refused(tmp_path: Path, content: str) ->
         validation_record.read("abc", tmp_path)
 
 
-def test_the_schedule_rises_to_its_peak_and_falls_to_nothing() -> None:
+def test_the_schedule_rises_to_its_peak_and_falls_to_zero() -> None:
     shares = [one_cycle(step, total=100, warmup=0.2) for step in range(101)]
     assert max(shares) == pytest.approx(1)
     assert 19 <= int(np.argmax(shares)) <= 20
@@ -368,11 +368,11 @@ def test_weight_decay_leaves_biases_and_norms_alone() -> None:
     for group in optimizer.param_groups:
         assert all(p.ndim > 1 for p in group["params"]) == (group["weight_decay"] == 0.1)
         assert all(p.ndim == 1 for p in group["params"]) == (group["weight_decay"] == 0)
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(map(id, network.parameters()))
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(ids) == sorted(map(id, network.parameters()))
 
 
-def test_every_epoch_sees_each_tile_once_in_an_order_of_its_own(tiny_pack: Pack) -> None:
+def test_every_epoch_has_each_tile_once_in_its_own_order(tiny_pack: Pack) -> None:
     rows = np.arange(100)
     first, second, again = (TileLoader(tiny_pack, rows, 20, seed) for seed in (1, 2, 1))
     orders = [
@@ -384,7 +384,7 @@ def test_every_epoch_sees_each_tile_once_in_an_order_of_its_own(tiny_pack: Pack)
     assert [int(t) for _, labels in first for t in labels] != orders[0]
 
 
-def test_evaluation_leaves_no_tile_out_and_training_no_half_batch(tiny_pack: Pack) -> None:
+def test_evaluation_has_every_tile_and_training_only_full_batches(tiny_pack: Pack) -> None:
     rows = np.arange(50)
     assert [len(labels) for _, labels in TileLoader(tiny_pack, rows, 20)] == [20, 20, 10]
     assert [len(labels) for _, labels in TileLoader(tiny_pack, rows, 20, seed=0)] == [20, 20]
@@ -393,22 +393,22 @@ def test_evaluation_leaves_no_tile_out_and_training_no_half_batch(tiny_pack: Pac
         labels for _, labels in TileLoader(tiny_pack, rows[:6], 4, seed=0, repeats_per_epoch=4)
     ]
     assert [len(labels) for labels in passes] == [4] * 6
-    seen = np.sort(np.concatenate(passes))
-    np.testing.assert_array_equal(seen, np.sort(np.repeat(tiny_pack.labels[rows[:6]], 4)))
+    labels = np.sort(np.concatenate(passes))
+    np.testing.assert_array_equal(labels, np.sort(np.repeat(tiny_pack.labels[rows[:6]], 4)))
 
 
-def test_batches_held_on_a_device_are_those_of_the_pack(tiny_pack: Pack) -> None:
+def test_preloaded_batches_are_those_of_the_pack(tiny_pack: Pack) -> None:
     rows = np.arange(30, 90)
-    streamed, held = (
+    streamed, preloaded = (
         TileLoader(tiny_pack, rows, 20, seed=1),
         TileLoader(tiny_pack, rows, 20, seed=1),
     )
-    held.preload(torch.device("cpu"))
-    assert held.nbytes == 60 * 32 * 32 * 3
-    for (one, its), (other, others) in zip(streamed, held, strict=True):
-        assert torch.equal(one, other)
-        assert torch.equal(its, others)
-        assert other.is_contiguous(memory_format=torch.channels_last)
+    preloaded.preload(torch.device("cpu"))
+    assert preloaded.nbytes == 60 * 32 * 32 * 3
+    for (tiles, labels), batch in zip(streamed, preloaded, strict=True):
+        assert torch.equal(batch[0], tiles)
+        assert torch.equal(batch[1], labels)
+        assert batch[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_batches_are_channels_last_views_of_the_pack(tiny_pack: Pack) -> None:
@@ -426,15 +426,15 @@ def test_band_statistics_are_those_of_the_pixels(tiny_pack: Pack) -> None:
     np.testing.assert_allclose(std, pixels.std(axis=0), atol=1e-3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is taken without a probe")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is used without a probe")
 @pytest.mark.parametrize(("precision", "bf16"), [("fp32", False), ("bf16", True)])
-def test_the_precision_that_was_said_is_kept(precision: str, bf16: bool) -> None:
+def test_a_configured_precision_is_used(precision: str, bf16: bool) -> None:
     compute = choose_compute(build_network().spec, precision)
     assert (compute.device, compute.bf16) == ("cpu", bf16)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is taken without a probe")
-def test_the_probe_is_made_once_a_process(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is used without a probe")
+def test_the_probe_runs_once_per_process(caplog: pytest.LogCaptureFixture) -> None:
     spec = dataclasses.replace(build_network().spec, drop_rate=0.123)
     with caplog.at_level("INFO"):
         assert choose_compute(spec, "auto") == choose_compute(spec, "auto")
@@ -449,7 +449,7 @@ def test_one_epoch_on_the_real_tiles_learns(real_pack: Pack) -> None:
     assert quick_fit(config, data).best["val_accuracy"] > 0.4, "ten classes: chance is 0.1"
 
 
-def test_the_hardware_is_told_in_one_line() -> None:
+def test_the_hardware_is_described_in_one_line() -> None:
     line = hardware.describe_hardware()
     assert f"{hardware.cores()} cores" in line
     assert "\n" not in line

@@ -1,4 +1,4 @@
-"""Small networks."""
+"""Small networks for tests."""
 
 from typing import Literal
 

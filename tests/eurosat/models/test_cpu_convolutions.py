@@ -1,4 +1,4 @@
-"""Convolutions that take the fast way give the outputs and gradients of PyTorch's own."""
+"""The fast convolutions give the outputs and gradients of PyTorch's own."""
 
 from contextlib import nullcontext
 
@@ -11,7 +11,7 @@ from eurosat.models import cpu_convolutions
 
 CASES = [(3, 1, 1), (3, 2, 0), (3, 2, 1), (5, 1, 2), (5, 2, 0), (5, 2, 2), (7, 3, 1)]
 """Kernel, stride, padding."""
-FEW = [
+UP_TO_4_PIXELS = [
     (2, 3, 9, 1, 4),
     (3, 1, 9, 2, 4),
     (2, 2, 3, 1, 1),
@@ -21,8 +21,8 @@ FEW = [
     (3, 3, 3, 1, 0),
     (1, 4, 1, 1, 0),
 ]
-MORE = [(4, 4, 3, 1, 1), (8, 7, 3, 2, 1), (9, 9, 5, 2, 1), (3, 5, 1, 1, 0)]
-"""Height, width, kernel, stride, padding that put out 4 pixels at most, and 16."""
+UP_TO_16_PIXELS = [(4, 4, 3, 1, 1), (8, 7, 3, 2, 1), (9, 9, 5, 2, 1), (3, 5, 1, 1, 0)]
+"""Height, width, kernel, stride and padding with at most 4, and at most 16, output pixels."""
 
 
 def gradients(
@@ -32,7 +32,7 @@ def gradients(
     padding: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and both gradients, in ``dtype`` throughout or (bfloat16) under autocast."""
+    """Return output and gradients of a depthwise convolution, with bfloat16 under autocast."""
     generator = torch.Generator().manual_seed(kernel * 100 + size)
     low = dtype == torch.bfloat16
     exact = torch.float32 if low else dtype
@@ -48,12 +48,14 @@ def gradients(
 
 @pytest.mark.parametrize(("kernel", "stride", "padding"), CASES)
 @pytest.mark.parametrize("size", [9, 12])
-def test_gradients_are_those_of_float64(kernel: int, stride: int, padding: int, size: int) -> None:
+def test_depthwise_gradients_match_those_in_float64(
+    kernel: int, stride: int, padding: int, size: int
+) -> None:
     fast = gradients(size, kernel, stride, padding, torch.bfloat16)
     exact = gradients(size, kernel, stride, padding, torch.float64)
-    for ours, theirs in zip(fast, exact, strict=True):
-        scale = float(theirs.abs().max())
-        assert float((ours.double() - theirs).abs().max()) < 0.02 * scale
+    for actual, expected in zip(fast, exact, strict=True):
+        scale = float(expected.abs().max())
+        assert float((actual.double() - expected).abs().max()) < 0.02 * scale
 
 
 def dense(
@@ -63,14 +65,14 @@ def dense(
     *,
     fast: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output and both gradients of a convolution over all channels."""
+    """Return output and gradients of a convolution over all channels."""
     high, wide, kernel, stride, padding = case
     generator = torch.Generator().manual_seed(sum(case))
     low = dtype == torch.bfloat16
     exact = torch.float32 if low else dtype
     x = torch.randn(6, 8, high, wide, generator=generator).to(exact)
     weight = torch.randn(5, 8, kernel, kernel, generator=generator).to(exact)
-    x, weight = (one.contiguous(memory_format=layout).requires_grad_() for one in (x, weight))
+    x, weight = (t.contiguous(memory_format=layout).requires_grad_() for t in (x, weight))
     with (
         torch.autocast("cpu", torch.bfloat16, enabled=low),
         cpu_convolutions.fast() if fast else nullcontext(),
@@ -85,24 +87,25 @@ def dense(
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize(
-    ("dtype", "off"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5), (torch.float64, 1e-12)]
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5), (torch.float64, 1e-12)]
 )
-@pytest.mark.parametrize("case", [*FEW, *MORE])
-def test_a_convolution_of_few_pixels_is_that_of_float64(
+@pytest.mark.parametrize("case", [*UP_TO_4_PIXELS, *UP_TO_16_PIXELS])
+def test_a_convolution_with_few_output_pixels_matches_float64(
     case: tuple[int, int, int, int, int],
     dtype: torch.dtype,
-    off: float,
+    tolerance: float,
     layout: torch.memory_format,
 ) -> None:
-    ours = dense(case, dtype, layout, fast=True)
-    theirs = dense(case, torch.float64, torch.contiguous_format, fast=False)
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.shape == other.shape
-        assert float((one.double() - other).abs().max()) <= off * float(other.abs().max())
+    fast = dense(case, dtype, layout, fast=True)
+    reference = dense(case, torch.float64, torch.contiguous_format, fast=False)
+    for actual, expected in zip(fast, reference, strict=True):
+        assert actual.shape == expected.shape
+        difference = float((actual.double() - expected).abs().max())
+        assert difference <= tolerance * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_whoever_follows_may_write_into_the_output(size: int) -> None:
+def test_the_next_layer_may_write_into_the_output(size: int) -> None:
     x, weight = torch.randn(2, 4, size, size), torch.randn(4, 4, 3, 3).requires_grad_()
     with cpu_convolutions.fast():
         out = torch.conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1)
@@ -110,65 +113,67 @@ def test_whoever_follows_may_write_into_the_output(size: int) -> None:
     assert weight.grad is not None
 
 
-def test_no_tiles_are_no_error() -> None:
+def test_an_empty_batch_is_accepted() -> None:
     with cpu_convolutions.fast():
         layer = torch.nn.Conv2d(4, 5, 3, padding=1, bias=False)
         assert layer(torch.zeros(0, 4, 2, 2)).shape == (0, 5, 2, 2)
 
 
-def test_what_does_not_learn_has_no_gradient() -> None:
+def test_frozen_tensors_get_no_gradient() -> None:
     for frozen in ("x", "weight"):
         x, weight = torch.randn(2, 4, 2, 2), torch.randn(4, 4, 3, 3)
-        learns = weight if frozen == "x" else x
-        learns.requires_grad_()
+        trainable = weight if frozen == "x" else x
+        trainable.requires_grad_()
         with cpu_convolutions.fast():
             out = torch.conv2d(x, weight, None, (1, 1), (1, 1), (1, 1), 1)
         out.sum().backward()  # type: ignore[no-untyped-call]
-        assert learns.grad is not None
+        assert trainable.grad is not None
         assert (x if frozen == "x" else weight).grad is None
 
 
-def test_each_shape_goes_its_own_way() -> None:
-    def way(size: int, *, groups: int = 1, padding: int | str = 1, dilation: int = 1) -> str:
+def test_only_small_dense_convolutions_become_matrix_products() -> None:
+    def backward_of(
+        size: int, *, groups: int = 1, padding: int | str = 1, dilation: int = 1
+    ) -> str:
         layer = torch.nn.Conv2d(4, 4, 3, padding=padding, groups=groups, dilation=dilation)
         with cpu_convolutions.fast():
             return type(layer(torch.randn(2, 4, size, size)).grad_fn).__name__
 
-    usual, product = "ConvolutionBackward0", "AddBackward0"  # its bias is added to a product
-    assert way(2) == product
-    assert way(4) == product
-    assert way(5) == usual, "more pixels than are faster"
-    assert way(2, groups=2) == usual
-    assert way(2, padding="same") == usual
-    assert way(4, padding=2, dilation=2) == usual
+    stock, product = "ConvolutionBackward0", "AddBackward0"  # the bias is added last
+    assert backward_of(2) == product
+    assert backward_of(4) == product
+    assert backward_of(5) == stock, "too many pixels"
+    assert backward_of(2, groups=2) == stock
+    assert backward_of(2, padding="same") == stock
+    assert backward_of(4, padding=2, dilation=2) == stock
 
 
-def test_the_fast_way_is_taken_under_autocast_and_nowhere_else() -> None:
+def test_depthwise_convolutions_are_replaced_only_under_autocast() -> None:
     x = torch.randn(2, 4, 8, 8)
 
-    def way(channels: int, groups: int, *, padding: int | str = 2) -> str:
+    def backward_of(channels: int, groups: int, *, padding: int | str = 2) -> str:
         layer = torch.nn.Conv2d(4, channels, 5, padding=padding, groups=groups, bias=False)
         with cpu_convolutions.fast():
             return type(layer(x).grad_fn).__name__
 
-    usual = "ConvolutionBackward0"
-    assert way(4, 4) == usual
+    stock = "ConvolutionBackward0"
+    assert backward_of(4, 4) == stock
     with torch.autocast("cpu", torch.bfloat16):
-        assert way(4, 4) == "_DepthwiseConvBackward"
-        assert way(4, 1) == usual
-        assert way(8, 4) == usual
-        assert way(4, 4, padding="same") == usual
-        assert way(4, 4, padding=5) == usual, "more padding than the kernel has taps"
+        assert backward_of(4, 4) == "_DepthwiseConvBackward"
+        assert backward_of(4, 1) == stock
+        assert backward_of(8, 4) == stock
+        assert backward_of(4, 4, padding="same") == stock
+        assert backward_of(4, 4, padding=5) == stock, "more padding than the kernel has taps"
 
 
-def test_a_bias_is_added_and_learns() -> None:
+def test_a_bias_is_added_and_gets_its_gradient() -> None:
     layer = torch.nn.Conv2d(4, 4, 7, padding=3, groups=4)
     x = torch.randn(2, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        usual = layer(x)
+        stock = layer(x)
         with cpu_convolutions.fast():
             fast = layer(x)
-    torch.testing.assert_close(fast, usual, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(fast, stock, rtol=0.02, atol=0.02)
     fast.sum().backward()
     assert layer.bias is not None
     assert layer.bias.grad is not None
@@ -177,7 +182,7 @@ def test_a_bias_is_added_and_learns() -> None:
 
 @pytest.mark.parametrize("low", [True, False])
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet18"])
-def test_a_network_under_it_learns_the_same(name: str, low: bool) -> None:
+def test_a_network_gets_the_same_gradients(name: str, low: bool) -> None:
     from eurosat.models.network import NetworkSpec, build_untrained
 
     spec = NetworkSpec(
@@ -194,7 +199,7 @@ def test_a_network_under_it_learns_the_same(name: str, low: bool) -> None:
     torch.manual_seed(0)
     network = build_untrained(spec).train()
     tiles = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
-    found = []
+    both = []
     for fast in (False, True):
         network.zero_grad()
         with (
@@ -204,6 +209,6 @@ def test_a_network_under_it_learns_the_same(name: str, low: bool) -> None:
             out = network(tiles)
         loss = functional.cross_entropy(out.float(), torch.arange(16) % 2)
         loss.backward()  # type: ignore[no-untyped-call]
-        found.append(torch.cat([p.grad.flatten() for p in network.parameters()]).double())  # type: ignore[union-attr]
-    similarity = functional.cosine_similarity(found[0], found[1], dim=0)
+        both.append(torch.cat([p.grad.flatten() for p in network.parameters()]).double())  # type: ignore[union-attr]
+    similarity = functional.cosine_similarity(both[0], both[1], dim=0)
     assert float(similarity) > (0.98 if low else 0.9999)

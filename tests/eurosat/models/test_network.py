@@ -1,4 +1,4 @@
-"""Networks: built by name, saved without pickle, exported to the same answers."""
+"""Networks are built by name, saved without pickle, and exported with the same outputs."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ from eurosat.models.pretrained import IMAGENET_MEAN, _from_package
 from tests.support.networks import STEMS, build
 
 
-def answer(net: Network, bands: int = 3) -> torch.Tensor:
+def logits_of(net: Network, bands: int = 3) -> torch.Tensor:
     tiles = torch.randint(0, 256, (2, bands, 32, 32), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         logits: torch.Tensor = net.eval()(tiles.to(torch.uint8))
@@ -26,15 +26,15 @@ def answer(net: Network, bands: int = 3) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bands", [1, 3, 13])
-def test_a_saved_network_comes_back_with_the_same_answers(tmp_path: Path, bands: int) -> None:
+def test_a_saved_network_loads_with_the_same_outputs(tmp_path: Path, bands: int) -> None:
     net = build(bands=bands, input_size=48)
     network.save(net, tmp_path / "w.safetensors")
-    back = network.load(tmp_path / "w.safetensors")
-    assert back.spec == net.spec
-    torch.testing.assert_close(answer(back, bands), answer(net, bands), rtol=0, atol=0)
+    loaded = network.load(tmp_path / "w.safetensors")
+    assert loaded.spec == net.spec
+    torch.testing.assert_close(logits_of(loaded, bands), logits_of(net, bands), rtol=0, atol=0)
 
 
-def test_eight_views_answer_alike_however_a_tile_is_turned(tmp_path: Path) -> None:
+def test_eight_views_give_the_same_logits_for_a_rotated_tile(tmp_path: Path) -> None:
     net = build(views=8, input_size=48).eval()
     tiles = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(1))
     tiles = tiles.to(torch.uint8)
@@ -44,12 +44,12 @@ def test_eight_views_answer_alike_however_a_tile_is_turned(tmp_path: Path) -> No
         torch.testing.assert_close(turned, net(tiles), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(network.load(tmp_path / "w.safetensors")(tiles), net(tiles))
         with net.single_view():
-            of_views = [net(view) for view in dihedral_views(tiles)]
-        torch.testing.assert_close(torch.stack(of_views).mean(0), net(tiles), rtol=1e-4, atol=1e-4)
-        assert (of_views[0] - of_views[1]).abs().max() > 1e-3, "one view is not another"
+            per_view = [net(view) for view in dihedral_views(tiles)]
+        torch.testing.assert_close(torch.stack(per_view).mean(0), net(tiles), rtol=1e-4, atol=1e-4)
+        assert (per_view[0] - per_view[1]).abs().max() > 1e-3, "views differ"
 
 
-def test_views_are_in_the_exported_graph_and_the_backbone_is_there_once(tmp_path: Path) -> None:
+def test_the_exported_graph_holds_the_backbone_once_for_all_views(tmp_path: Path) -> None:
     sizes = []
     both: tuple[Literal[1, 8], ...] = (1, 8)
     for views in both:
@@ -62,36 +62,40 @@ def test_views_are_in_the_exported_graph_and_the_backbone_is_there_once(tmp_path
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18d"])
-def test_a_small_stem_leaves_four_times_the_pixels_and_is_kept_with_the_weights(
+def test_a_small_stem_leaves_four_times_the_pixels_and_is_saved_with_the_weights(
     tmp_path: Path, name: str
 ) -> None:
     sizes = []
     for stem in STEMS:
         net = build(name, stem=stem).eval()
         backbone: Any = net.backbone
-        backbone.layer1.register_forward_hook(lambda *seen: sizes.append(seen[2].shape[2:]))
+        backbone.layer1.register_forward_hook(
+            lambda _module, _inputs, output: sizes.append(output.shape[2:])
+        )
         network.save(net, tmp_path / "w.safetensors")
-        torch.testing.assert_close(answer(network.load(tmp_path / "w.safetensors")), answer(net))
+        torch.testing.assert_close(
+            logits_of(network.load(tmp_path / "w.safetensors")), logits_of(net)
+        )
     assert sizes == [(8, 8), (16, 16)]
     with pytest.raises(ModelError, match="small is for ResNets, and test_vit is none"):
         build("test_vit", stem="small", input_size=160)
 
 
 @pytest.mark.parametrize("name", ["resnet18d", "tf_efficientnet_lite0", "mobilenetv3_small_050"])
-def test_what_the_head_is_given_is_seen_in_every_view_and_answered_as_ever(name: str) -> None:
+def test_features_are_the_heads_input_averaged_over_the_views(name: str) -> None:
     net = build(name, views=8).eval()
     tiles = torch.rand(2, 3, 32, 32) * 255
     with torch.no_grad():
-        seen, logits = net.forward_with_features(tiles)
+        features, logits = net.forward_with_features(tiles)
         turned, _ = net.forward_with_features(tiles.flip(-1))
         torch.testing.assert_close(logits, net.logits(tiles))
         head: Any = net.backbone
-        torch.testing.assert_close(head.get_classifier()(seen), logits)
-    assert seen.shape == (2, net.head_width)
-    torch.testing.assert_close(seen, turned, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(head.get_classifier()(features), logits)
+    assert features.shape == (2, net.head_width)
+    torch.testing.assert_close(features, turned, rtol=1e-3, atol=1e-3)
 
 
-def test_a_backbone_without_one_last_layer_has_nothing_to_match() -> None:
+def test_a_backbone_without_a_single_last_layer_has_no_features_to_match() -> None:
     with pytest.raises(ModelError, match="crossvit_tiny_240 has no single last layer"):
         _ = build("crossvit_tiny_240", input_size=240).head_width
 
@@ -102,14 +106,14 @@ def test_training_starts_from_a_file_of_weights(tmp_path: Path) -> None:
         next(net.parameters()).fill_(0.25)
     network.save(net, tmp_path / "w.safetensors")
     again = build(weights=str(tmp_path / "w.safetensors"))
-    torch.testing.assert_close(answer(again), answer(net))
+    torch.testing.assert_close(logits_of(again), logits_of(net))
 
 
 def test_other_classes_get_a_new_head_on_the_same_backbone(tmp_path: Path) -> None:
     net = build()
     network.save(net, tmp_path / "w.safetensors")
     other = build(weights=str(tmp_path / "w.safetensors"), classes=7)
-    assert answer(other).tolist() == [[0.0] * 7] * 2, "a new head has nothing to say yet"
+    assert logits_of(other).tolist() == [[0.0] * 7] * 2, "a new head starts at zero"
     first = next(iter(net.backbone.parameters()))
     torch.testing.assert_close(next(iter(other.backbone.parameters())), first)
 
@@ -121,10 +125,10 @@ def test_weights_of_three_colours_are_inflated_for_other_bands(tmp_path: Path, b
     other = build(weights=str(tmp_path / "w.safetensors"), bands=bands)
     grey = torch.full((1, 1, 32, 32), 140.0)
     with torch.inference_mode():
-        wanted, given = (
+        expected, actual = (
             n.eval()(grey.expand(-1, k, -1, -1)) for n, k in ((net, 3), (other, bands))
         )
-    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_packaged_imagenet_weights_are_loaded_with_their_normalisation() -> None:
@@ -186,12 +190,12 @@ def test_a_file_that_is_missing_or_damaged_is_named(tmp_path: Path, content: byt
         network.load(file)
 
 
-def test_an_unknown_model_is_named_with_ones_like_it() -> None:
+def test_an_unknown_model_is_named_with_similar_ones() -> None:
     with pytest.raises(ModelError, match="no model 'resnet19'; did you mean .*resnet"):
         build("resnet19")
 
 
-def test_a_hub_that_cannot_be_reached_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_gives_an_error_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real download code; ``HF_HUB_OFFLINE`` only spares its 40 seconds of retries."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="ImageNet weights of test_resnet.*set weights=none"):
@@ -206,14 +210,14 @@ def test_onnx_gives_the_networks_probabilities_for_any_number_of_tiles(
     difference = export_onnx(net, tmp_path / "m.onnx", {"run_id": "r"})
     assert difference <= 1e-4
     session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
-    described = session.get_modelmeta().custom_metadata_map
-    assert json.loads(described["classes"]) == ["c0", "c1", "c2", "c3"]
-    assert json.loads(described["tile_size"]) == [32, 32]
-    assert (described["bands"], described["run_id"]) == ("3", "r")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["classes"]) == ["c0", "c1", "c2", "c3"]
+    assert json.loads(metadata["tile_size"]) == [32, 32]
+    assert (metadata["bands"], metadata["run_id"]) == ("3", "r")
     for count in (1, 2, 9):
         tiles = np.random.default_rng(count).integers(0, 256, (count, 32, 32, 3)).astype(np.uint8)
-        (given,) = session.run(["probabilities"], {"tiles_NHWC": tiles})
+        (actual,) = session.run(["probabilities"], {"tiles_NHWC": tiles})
         with torch.inference_mode():
-            wanted = net(torch.from_numpy(tiles).permute(0, 3, 1, 2)).softmax(dim=1).numpy()
-        np.testing.assert_allclose(given, wanted, atol=1e-4)
+            expected = net(torch.from_numpy(tiles).permute(0, 3, 1, 2)).softmax(dim=1).numpy()
+        np.testing.assert_allclose(actual, expected, atol=1e-4)
     assert list(tmp_path.iterdir()) == [tmp_path / "m.onnx"], "one file"

@@ -1,4 +1,4 @@
-"""Starting from what a run has learned: which run that is, and when it would be a leak."""
+"""Starting from the weights of a run: which run it is, and when it is refused as a leak."""
 
 import dataclasses
 from pathlib import Path
@@ -31,14 +31,14 @@ def fitted(config: TrainConfig, data: PreparedData) -> tuple[FitResult, str]:
         return launch.fit(config, data, run), run.run_id
 
 
-def from_there(reference: str, *more: str) -> TrainConfig:
-    return compose([*TINY, "trainer.epochs=1", "optim.lr=1e-9", f"weights={reference}", *more])
+def starting_from(reference: str, *overrides: str) -> TrainConfig:
+    return compose([*TINY, "trainer.epochs=1", "optim.lr=1e-9", f"weights={reference}", *overrides])
 
 
-def test_a_run_is_where_another_starts_and_is_named_by_it(
+def test_a_training_starts_from_the_weights_of_a_run_and_records_its_id(
     earlier: str, tiny_data: PreparedData
 ) -> None:
-    result, run_id = fitted(from_there(f"runs:/{earlier}", "optim.ema=0"), tiny_data)
+    result, run_id = fitted(starting_from(f"runs:/{earlier}", "optim.ema=0"), tiny_data)
     assert tracking.get(run_id).tags[pretrained.START_TAG] == earlier
     with tracking.artifact(earlier, "weights.safetensors") as file:
         start = pretrained._from_file(file, "it").backbone
@@ -47,7 +47,7 @@ def test_a_run_is_where_another_starts_and_is_named_by_it(
         torch.testing.assert_close(value.detach(), start[name], rtol=0, atol=1e-5)
 
 
-def test_a_continued_run_starts_where_it_began_though_the_alias_has_moved(
+def test_a_resumed_run_keeps_its_initial_run_after_the_alias_has_moved(
     earlier: str, tiny_data: PreparedData
 ) -> None:
     client = mlflow.MlflowClient()
@@ -55,7 +55,7 @@ def test_a_continued_run_starts_where_it_began_though_the_alias_has_moved(
     source = f"runs:/{earlier}/weights.safetensors"
     client.create_model_version("m", source, earlier)
     client.set_registered_model_alias("m", "champion", "1")
-    config = from_there("models:/m@champion")
+    config = starting_from("models:/m@champion")
     with tracking.run("e", "later", system_metrics=False) as run:
         assert pretrained.resolve_initial_run(config, tiny_data, run).weights == f"runs:/{earlier}"
         client.create_model_version("m", source, run.run_id)
@@ -63,19 +63,17 @@ def test_a_continued_run_starts_where_it_began_though_the_alias_has_moved(
         assert pretrained.resolve_initial_run(config, tiny_data, run).weights == f"runs:/{earlier}"
 
 
-def test_a_run_that_has_learned_from_tiles_of_this_test_fold_is_refused(
+def test_a_run_trained_on_tiles_of_this_test_fold_is_refused(
     earlier: str, tiny_data: PreparedData
 ) -> None:
     other = dataclasses.replace(tiny_data, split=make_split(tiny_data.pack.table, seed=1))
     with pytest.raises(DataError, match=r"was trained on \d+ of the 40 tiles of this test fold"):
-        fitted(from_there(f"runs:/{earlier}"), other)
+        fitted(starting_from(f"runs:/{earlier}"), other)
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_run_that_does_not_say_what_it_has_learned_from_is_refused(
-    tiny_data: PreparedData, tmp_path: Path
-) -> None:
+def test_a_run_without_a_split_is_refused(tiny_data: PreparedData, tmp_path: Path) -> None:
     with tracking.run("e", "bare", system_metrics=False) as bare:
         bare.log_text("", "weights.safetensors")
     with pytest.raises(TrackingError, match=r"split\.csv"):
-        fitted(from_there(f"runs:/{bare.run_id}"), tiny_data)
+        fitted(starting_from(f"runs:/{bare.run_id}"), tiny_data)

@@ -14,21 +14,21 @@ def tiles(count: int = 64, size: tuple[int, int] = (8, 8)) -> torch.Tensor:
 
 
 def test_every_tile_becomes_one_of_its_eight_views_and_all_eight_occur() -> None:
-    one = tiles(1)
-    many = one.expand(400, -1, -1, -1)
-    views = {view.contiguous().numpy().tobytes() for view in dihedral_views(one)}
-    seen = {tile[None].contiguous().numpy().tobytes() for tile in dihedral(many)}
+    tile = tiles(1)
+    many = tile.expand(400, -1, -1, -1)
+    views = {view.contiguous().numpy().tobytes() for view in dihedral_views(tile)}
+    seen = {view[None].contiguous().numpy().tobytes() for view in dihedral(many)}
     assert len(views) == 8
     assert seen == views
 
 
-def test_a_tile_alone_becomes_any_of_its_views_too() -> None:
-    one = tiles(1)
-    seen = {dihedral(one).contiguous().numpy().tobytes() for _ in range(100)}
+def test_a_batch_of_one_tile_gets_any_view() -> None:
+    tile = tiles(1)
+    seen = {dihedral(tile).contiguous().numpy().tobytes() for _ in range(100)}
     assert len(seen) == 8
 
 
-def test_tiles_keep_their_places_and_their_layout() -> None:
+def test_dihedral_keeps_the_order_and_memory_layout_of_tiles() -> None:
     many = tiles(20).contiguous(memory_format=torch.channels_last)
     turned = dihedral(many)
     assert turned.is_contiguous(memory_format=torch.channels_last)
@@ -37,9 +37,9 @@ def test_tiles_keep_their_places_and_their_layout() -> None:
 
 
 def test_tiles_that_are_not_square_are_only_flipped() -> None:
-    one = tiles(1, (8, 6))
-    assert len(dihedral_views(one)) == 4
-    assert dihedral(one.expand(50, -1, -1, -1)).shape == (50, 3, 8, 6)
+    tile = tiles(1, (8, 6))
+    assert len(dihedral_views(tile)) == 4
+    assert dihedral(tile.expand(50, -1, -1, -1)).shape == (50, 3, 8, 6)
 
 
 def test_cutmix_mixes_targets_by_the_area_of_the_pasted_box() -> None:
@@ -65,20 +65,20 @@ def test_jitter_scales_level_and_spread_and_stays_in_range() -> None:
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_augment_follows_its_configuration(share: float) -> None:
     config = AugmentConfig(dihedral=False, cutmix=share)
-    given, targets = tiles(), torch.eye(64)
-    out, soft = augment(given, targets, config)
-    assert torch.equal(out, given.float()) == (share == 0)
+    batch, targets = tiles(), torch.eye(64)
+    out, soft = augment(batch, targets, config)
+    assert torch.equal(out, batch.float()) == (share == 0)
     assert torch.equal(soft, targets) == (share == 0)
 
 
-def test_mixup_lays_tiles_and_targets_over_each_other_in_one_share() -> None:
+def test_mixup_blends_tiles_and_targets_by_the_same_share() -> None:
     torch.manual_seed(0)
     levels = torch.arange(16.0)
     batch, targets = levels.view(16, 1, 1, 1).expand(16, 3, 4, 4), torch.eye(16)
-    mixed, told = mixup(batch, targets)
-    assert (told.sum(dim=1) - 1).abs().max() < 1e-6
-    assert ((told > 0).sum(dim=1) == 2).sum() >= 12, "nearly every tile has a partner"
-    torch.testing.assert_close(mixed[:, 0, 0, 0], told @ levels)
+    mixed, shares = mixup(batch, targets)
+    assert (shares.sum(dim=1) - 1).abs().max() < 1e-6
+    assert ((shares > 0).sum(dim=1) == 2).sum() >= 12, "nearly every tile has a partner"
+    torch.testing.assert_close(mixed[:, 0, 0, 0], shares @ levels)
 
 
 def test_a_tint_changes_each_band_by_itself_and_stays_within_bounds() -> None:
@@ -95,13 +95,13 @@ def test_batches_are_mixed_in_their_shares() -> None:
     torch.manual_seed(0)
     config = AugmentConfig(dihedral=False, cutmix=0.3, mixup=0.3)
     batch = torch.arange(8).view(8, 1, 1, 1).expand(8, 3, 6, 6).to(torch.uint8) * 30
-    kinds = {"whole": 0, "cut": 0, "laid over": 0}
+    kinds = {"whole": 0, "cut": 0, "blended": 0}
     for _ in range(400):
-        made, told = augment(batch, torch.eye(8), config)
-        if (told.max(dim=1).values == 1).all():
+        mixed, shares = augment(batch, torch.eye(8), config)
+        if (shares.max(dim=1).values == 1).all():
             kinds["whole"] += 1
         else:
-            seen = torch.isin(made, 30 * torch.arange(8.0)).all()
-            kinds["cut" if seen else "laid over"] += 1
+            unblended = torch.isin(mixed, 30 * torch.arange(8.0)).all()
+            kinds["cut" if unblended else "blended"] += 1
     assert 100 < kinds["whole"] < 220
-    assert 80 < kinds["laid over"] < 160
+    assert 80 < kinds["blended"] < 160

@@ -1,4 +1,4 @@
-"""Trainings that are killed and continued: the same run, the same weights, bit for bit."""
+"""A killed training resumes in the same run and ends with the same weights, bit for bit."""
 
 import multiprocessing
 import os
@@ -36,12 +36,12 @@ PRELOAD = [
     "eurosat.models.export",
     "mlflow",
 ]
-"""Imported once for all the processes of a test: they cost more than what is tested."""
+"""Imported once for all processes of a test, since importing takes longer than training."""
 FINGERPRINTS = {"data.fingerprint": "d", "split.fingerprint": "s"}
 
 
-def work(arguments: list[str], log: str) -> None:
-    """One training process with output of its own."""
+def train_process(arguments: list[str], log: str) -> None:
+    """Run a training with its output in a file."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -51,7 +51,7 @@ def work(arguments: list[str], log: str) -> None:
 def start(arguments: Sequence[str], log: Path) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=work, args=(list(arguments), str(log)))
+    process = context.Process(target=train_process, args=(list(arguments), str(log)))
     process.start()
     return process
 
@@ -64,28 +64,28 @@ def weights_of(run_id: str) -> dict[str, torch.Tensor]:
 def runs() -> list[str]:
     client = mlflow.MlflowClient()
     experiments = [e.experiment_id for e in client.search_experiments()]
-    found = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
-    return [run.info.run_id for run in found]
+    ordered = client.search_runs(experiments, order_by=["attributes.start_time ASC"])
+    return [run.info.run_id for run in ordered]
 
 
-def said(log: Path, words: str) -> int:
+def count(log: Path, words: str) -> int:
     return log.read_text().count(words) if log.exists() else 0
 
 
 def kill_until_done(arguments: Sequence[str], log: Path, kills: int, epoch_s: float) -> None:
     """Kill the training at random moments, then let it end.
 
-    Every other time it gets on by an epoch first; from there, or from the start of training, a
-    random part of ``epoch_s``, which an epoch takes, goes by.
+    Each kill comes up to ``epoch_s``, the time of an epoch, after training has started; every other
+    one waits for a completed epoch first.
     """
-    chosen = random.Random(3)
+    delays = random.Random(3)
     for number in range(kills):
-        begun, epochs = said(log, "training in") + 1, said(log, ": epoch ") + number % 2
+        starts, epochs = count(log, "training in") + 1, count(log, ": epoch ") + number % 2
         process = start(arguments, log)
-        while said(log, "training in") < begun or said(log, ": epoch ") < epochs:
+        while count(log, "training in") < starts or count(log, ": epoch ") < epochs:
             time.sleep(0.02)
             assert process.is_alive(), log.read_text()[-2000:]
-        time.sleep(chosen.uniform(0, epoch_s))
+        time.sleep(delays.uniform(0, epoch_s))
         assert process.is_alive(), "the training ended too soon to be killed"
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
@@ -101,20 +101,20 @@ def check_killed_training(
     reference.join()
     assert reference.exitcode == exit_codes.OK, (tmp_path / "reference.log").read_text()[-2000:]
     kill_until_done(arguments, tmp_path / "killed.log", kills, epoch_s)
-    whole, resumed = runs()
+    uninterrupted, resumed = runs()
     assert tracking.get(resumed).status == "FINISHED"
-    for name, value in weights_of(whole).items():
+    for name, value in weights_of(uninterrupted).items():
         torch.testing.assert_close(weights_of(resumed)[name], value, rtol=0, atol=0)
     client = mlflow.MlflowClient()
     for metric in ("val_accuracy", "val_loss", "train_loss"):
-        one, other = (
+        expected, actual = (
             {point.step: point.value for point in client.get_metric_history(run, metric)}
-            for run in (whole, resumed)
+            for run in (uninterrupted, resumed)
         )
-        assert one == other, metric
-    assert said(tmp_path / "killed.log", "which was cut short") == kills
-    with tracking.artifact(resumed, "logs/train.log") as kept:
-        assert said(kept, "training in") >= 2, "what the killed processes said is there too"
+        assert actual == expected, metric
+    assert count(tmp_path / "killed.log", "which was cut short") == kills
+    with tracking.artifact(resumed, "logs/train.log") as log:
+        assert count(log, "training in") >= 2, "the log of the killed processes is there too"
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def config(tmp_path: Path) -> TrainConfig:
 
 @contextmanager
 def no_room_beyond(size: int) -> Iterator[None]:
-    """Files cannot grow above ``size`` bytes, as on a disk that is full."""
+    """Limit the size of files, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -137,19 +137,19 @@ def no_room_beyond(size: int) -> Iterator[None]:
 def test_a_full_disk_keeps_the_last_good_state(
     config: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with acquire(config, FINGERPRINTS) as place:
-        place.start_or_resume()
-        place.save({"epoch": 1, "weights": torch.ones(1000)})
+    with acquire(config, FINGERPRINTS) as slot:
+        slot.start_or_resume()
+        slot.save({"epoch": 1, "weights": torch.ones(1000)})
         with no_room_beyond(100_000):
-            place.save({"epoch": 2, "weights": torch.ones(1_000_000)})
+            slot.save({"epoch": 2, "weights": torch.ones(1_000_000)})
         assert "the state of epoch 2 could not be written" in caplog.text
-        assert (place.load() or {})["epoch"] == 1
-        place.save({"epoch": 3, "weights": torch.ones(1_000_000)})
-        assert (place.load() or {})["epoch"] == 3
+        assert (slot.load() or {})["epoch"] == 1
+        slot.save({"epoch": 3, "weights": torch.ones(1_000_000)})
+        assert (slot.load() or {})["epoch"] == 3
 
 
 class Trap:
-    """What a stranger's file would run when it is read."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -159,22 +159,24 @@ class Trap:
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_nothing_in_a_state_or_in_weights_is_executed(config: TrainConfig, tmp_path: Path) -> None:
-    sprung = tmp_path / "sprung"
-    with acquire(config, FINGERPRINTS) as place:
-        place.start_or_resume()
-        place.save({"epoch": Trap(sprung)})
-        assert place.load() is None
-    torch.save({"weights": Trap(sprung)}, tmp_path / "weights.safetensors")
+def test_no_code_in_a_state_or_weights_file_is_executed(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    executed = tmp_path / "executed"
+    with acquire(config, FINGERPRINTS) as slot:
+        slot.start_or_resume()
+        slot.save({"epoch": Trap(executed)})
+        assert slot.load() is None
+    torch.save({"weights": Trap(executed)}, tmp_path / "weights.safetensors")
     with pytest.raises(ModelError, match="is not a weights file"):
         find_weights(str(tmp_path / "weights.safetensors"), "resnet18")
-    assert not sprung.exists()
+    assert not executed.exists()
 
 
 @pytest.mark.usefixtures("tracking_store")
-@pytest.mark.parametrize(("here", "there", "goes_on"), [(2, 5, 5), (5, 2, 5), (0, 3, 3), (3, 0, 3)])
-def test_a_training_goes_on_from_whichever_machine_got_further(
-    tmp_path: Path, here: int, there: int, goes_on: int
+@pytest.mark.parametrize(("here", "there", "resumed"), [(2, 5, 5), (5, 2, 5), (0, 3, 3), (3, 0, 3)])
+def test_a_training_resumes_from_the_machine_with_more_epochs(
+    tmp_path: Path, here: int, there: int, resumed: int
 ) -> None:
     first = CheckpointSlot(tmp_path / "near", FINGERPRINTS)
     with (
@@ -194,17 +196,17 @@ def test_a_training_goes_on_from_whichever_machine_got_further(
     again.import_from(tmp_path / "far")
     again.start_or_resume()
     assert not list((tmp_path / "near").glob(".*"))
-    assert (again.load() or {})["epoch"] == goes_on
+    assert (again.load() or {})["epoch"] == resumed
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_an_epoch_that_is_trained_again_on_another_machine_keeps_its_one_point(
+def test_an_epoch_that_is_trained_again_on_another_machine_keeps_its_first_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def log_epochs(place: CheckpointSlot, epochs: range, loss: float) -> str:
-        resume = place.journal
+    def log_epochs(slot: CheckpointSlot, epochs: range, loss: float) -> str:
+        resume = slot.journal
         with tracking.run(
-            "e", "r", journal=place.start_or_resume(), resume=resume, system_metrics=False
+            "e", "r", journal=slot.start_or_resume(), resume=resume, system_metrics=False
         ) as run:
             for epoch in epochs:
                 RunLogger(run).log_metrics({"epoch": epoch, "val_loss": loss, "lr_step": 1}, epoch)
@@ -216,7 +218,7 @@ def test_an_epoch_that_is_trained_again_on_another_machine_keeps_its_one_point(
     with pytest.raises(KeyboardInterrupt):
         log_epochs(first, range(3), 0.5)
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "two"))
-    for epochs in (range(2, 4), range(2, 5)):  # and once more, after a kill of its own
+    for epochs in (range(2, 4), range(2, 5)):  # again, after a kill there
         second = CheckpointSlot(tmp_path / "two" / "place", FINGERPRINTS)
         second.import_from(first.directory)
         with pytest.raises(KeyboardInterrupt):
@@ -227,24 +229,24 @@ def test_an_epoch_that_is_trained_again_on_another_machine_keeps_its_one_point(
         points = sorted((p.step, p.value) for p in client.get_metric_history(run_id, name))
         assert points == list(enumerate(values))
     seconds = [p.value for p in client.get_metric_history(run_id, "train_seconds")]
-    assert seconds == [0.5, 0.25], "what is told of the whole is told anew"
+    assert seconds == [0.5, 0.25], "metrics of the whole training are logged again"
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_second_training_beside_a_living_one_has_a_place_of_its_own(
+def test_a_second_training_at_the_same_time_gets_a_slot_of_its_own(
     config: TrainConfig,
 ) -> None:
-    with acquire(config, FINGERPRINTS) as one:
-        one.start_or_resume()
-        one.save({"epoch": 1})
-        with acquire(config, FINGERPRINTS) as other:
-            assert other.load() is None
-        assert (one.load() or {})["epoch"] == 1
+    with acquire(config, FINGERPRINTS) as first:
+        first.start_or_resume()
+        first.save({"epoch": 1})
+        with acquire(config, FINGERPRINTS) as second:
+            assert second.load() is None
+        assert (first.load() or {})["epoch"] == 1
 
 
 @pytest.mark.usefixtures("tracking_store")
 @pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_a_training_that_is_killed_ends_as_if_it_never_was(tmp_path: Path, kills: int) -> None:
+def test_a_killed_training_ends_like_an_uninterrupted_one(tmp_path: Path, kills: int) -> None:
     settings = ["trainer.epochs=16", "trainer.patience=15", "augment.cutmix=0.5", "optim.ema=0.9"]
     check_killed_training([*TINY, *settings], tmp_path, epoch_s=0.5, kills=kills)
 
@@ -270,7 +272,7 @@ def test_a_state_with_the_names_of_an_earlier_version_is_read_under_the_current_
 
 
 class Cut(Exception):
-    """What ends a training in the middle."""
+    """Ends a training in the middle."""
 
 
 @pytest.mark.parametrize(
@@ -284,7 +286,7 @@ class Cut(Exception):
     ],
 )
 @pytest.mark.usefixtures("tracking_store")
-def test_whatever_the_settings_a_training_cut_after_an_epoch_ends_as_if_it_never_was(
+def test_with_any_settings_a_training_cut_after_an_epoch_ends_like_an_uninterrupted_one(
     tiny_data: PreparedData, settings: list[str]
 ) -> None:
     """Optimisers, frozen stages, mixing, dropout, precision, early stopping, a teacher."""
@@ -295,28 +297,28 @@ def test_whatever_the_settings_a_training_cut_after_an_epoch_ends_as_if_it_never
             raise Cut
 
     with tracking.run("e", "whole", system_metrics=False) as run:
-        whole = fit(config, tiny_data, run)
-    with pytest.raises(Cut), acquire(config, tiny_data.fingerprints) as saved:
-        journal = saved.start_or_resume()
+        uninterrupted = fit(config, tiny_data, run)
+    with pytest.raises(Cut), acquire(config, tiny_data.fingerprints) as slot:
+        journal = slot.start_or_resume()
         with tracking.run("e", "cut", journal=journal, system_metrics=False) as run:
-            fit(config, tiny_data, run, cut, saved)
+            fit(config, tiny_data, run, cut, slot)
     with (
-        acquire(config, tiny_data.fingerprints) as saved,
-        tracking.run("e", "cut", resume=saved.journal, system_metrics=False) as run,
+        acquire(config, tiny_data.fingerprints) as slot,
+        tracking.run("e", "cut", resume=slot.journal, system_metrics=False) as run,
     ):
-        continued = fit(config, tiny_data, run, None, saved)
-    assert 2 < len(whole.history) < 30, "those of thirty epochs stopped early"
-    assert [row["val_loss"] for row in continued.history] == [
-        row["val_loss"] for row in whole.history
+        resumed = fit(config, tiny_data, run, None, slot)
+    assert 2 < len(uninterrupted.history) < 30, "those of thirty epochs stopped early"
+    assert [row["val_loss"] for row in resumed.history] == [
+        row["val_loss"] for row in uninterrupted.history
     ]
-    for name, value in whole.network.state_dict().items():
-        torch.testing.assert_close(continued.network.state_dict()[name], value, rtol=0, atol=0)
+    for name, value in uninterrupted.network.state_dict().items():
+        torch.testing.assert_close(resumed.network.state_dict()[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.usefixtures("tracking_store", "eurosat_root")
-def test_a_training_on_real_tiles_killed_five_times_ends_as_if_it_never_was(
+def test_a_training_on_real_tiles_killed_five_times_ends_like_an_uninterrupted_one(
     tmp_path: Path,
 ) -> None:
     check_killed_training(

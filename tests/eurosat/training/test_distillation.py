@@ -1,4 +1,4 @@
-"""Learning from a teacher: what it answers, which one it is, and which is refused."""
+"""Distillation: the targets, which run is the teacher, and which teachers are refused."""
 
 import dataclasses
 import shutil
@@ -20,73 +20,73 @@ PACKAGED_TEACHER = ("distill.teacher=efficientnet-lite", "distill.share=0")
 CPU = Compute(device="cpu", bf16=False, channels_last=True)
 
 
-def student(*more: str) -> TrainConfig:
-    return compose([*TINY, "trainer.epochs=1", *more])
+def student(*overrides: str) -> TrainConfig:
+    return compose([*TINY, "trainer.epochs=1", *overrides])
 
 
 @pytest.fixture
 def teacher(tracking_store: str, tiny_data: PreparedData) -> str:
-    """A finished run of the recipe `resnet18-quick`, whatever it has learned."""
+    """Return a finished run of the recipe `resnet18-quick`."""
     config = compose([*TINY, "recipe=resnet18-quick", "trainer.epochs=1"])
     with tracking.run("eurosat", "t", system_metrics=False, tags={"kind": "train"}) as run:
         train.train(config, tiny_data, run)
     return run.run_id
 
 
-def test_targets_are_the_teachers_answers_and_the_labels_in_their_shares(
+def test_targets_mix_the_teachers_probabilities_and_the_labels_by_share(
     teacher: str, tiny_data: PreparedData
 ) -> None:
     rows = tiny_data.split.indices("train")
     labels = np.eye(10)[tiny_data.pack.labels[rows]]
-    given = f"distill.teacher=runs:/{teacher}"
+    reference = f"distill.teacher=runs:/{teacher}"
 
-    def told(*more: str) -> np.ndarray:
-        found = distillation.targets(student(given, *more), tiny_data, CPU)
-        assert found is not None
-        assert not found[tiny_data.split.indices("test")].any()
-        return found[rows]
+    def train_targets(*overrides: str) -> np.ndarray:
+        targets = distillation.targets(student(reference, *overrides), tiny_data, CPU)
+        assert targets is not None
+        assert not targets[tiny_data.split.indices("test")].any()
+        return targets[rows]
 
-    alone, mixed = told("distill.share=1"), told("distill.share=0.5")
-    np.testing.assert_allclose(alone.sum(axis=1), 1, rtol=1e-5)
-    np.testing.assert_allclose(mixed, (alone + labels) / 2, atol=1e-6)
-    softer = told("distill.share=1", "distill.temperature=10")
-    assert softer.max(axis=1).mean() < alone.max(axis=1).mean()
-    assert (softer.argmax(axis=1) == alone.argmax(axis=1)).all()
+    pure, mixed = train_targets("distill.share=1"), train_targets("distill.share=0.5")
+    np.testing.assert_allclose(pure.sum(axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(mixed, (pure + labels) / 2, atol=1e-6)
+    softer = train_targets("distill.share=1", "distill.temperature=10")
+    assert softer.max(axis=1).mean() < pure.max(axis=1).mean()
+    assert (softer.argmax(axis=1) == pure.argmax(axis=1)).all()
     assert distillation.targets(student(), tiny_data, CPU) is None
 
 
 @pytest.mark.parametrize("damage", [b"", b"damaged"])
-def test_features_are_the_teachers_principal_axes_and_are_asked_for_once(
+def test_features_are_the_teachers_principal_axes_and_are_cached(
     teacher: str, tiny_data: PreparedData, caplog: pytest.LogCaptureFixture, damage: bytes
 ) -> None:
     rows = tiny_data.split.indices("train")
     config = student(f"distill.teacher=runs:/{teacher}", "distill.features=5", "distill.share=0")
     shutil.rmtree(config.data.cache_dir / "teachers", ignore_errors=True)
     with caplog.at_level("INFO"):
-        one, again = (distillation.targets(config, tiny_data, CPU) for _ in range(2))
-    assert one is not None
-    assert again is not None
+        first, second = (distillation.targets(config, tiny_data, CPU) for _ in range(2))
+    assert first is not None
+    assert second is not None
     assert caplog.text.count("running the teacher") == 1
-    np.testing.assert_array_equal(one, again)
+    np.testing.assert_array_equal(first, second)
     labels = np.eye(10)[tiny_data.pack.labels[rows]]
-    np.testing.assert_array_equal(one[rows][:, :10], labels, "nothing of its answers is wanted")
-    told = one[rows][:, 10:]
-    assert told.shape[1] <= distillation.MAX_AXES
-    np.testing.assert_allclose(told.mean(axis=0), 0, atol=1e-4)
-    assert told.std() == pytest.approx(1, rel=1e-3)
-    spread = told.var(axis=0)
-    assert (np.diff(spread) <= 1e-6).all(), "the widest first"
-    covariance = np.cov(told, rowvar=False)
+    np.testing.assert_array_equal(first[rows][:, :10], labels, "share=0 leaves the labels")
+    axes = first[rows][:, 10:]
+    assert axes.shape[1] <= distillation.MAX_AXES
+    np.testing.assert_allclose(axes.mean(axis=0), 0, atol=1e-4)
+    assert axes.std() == pytest.approx(1, rel=1e-3)
+    spread = axes.var(axis=0)
+    assert (np.diff(spread) <= 1e-6).all(), "largest variance first"
+    covariance = np.cov(axes, rowvar=False)
     np.testing.assert_allclose(covariance, np.diag(np.diag(covariance)), atol=1e-3)
-    (kept,) = (config.data.cache_dir / "teachers").glob("*.npz")
-    kept.write_bytes(damage)
-    anew = distillation.targets(config, tiny_data, CPU)
-    assert anew is not None
-    np.testing.assert_allclose(anew, one, atol=1e-5)
+    (cached,) = (config.data.cache_dir / "teachers").glob("*.npz")
+    cached.write_bytes(damage)
+    again = distillation.targets(config, tiny_data, CPU)
+    assert again is not None
+    np.testing.assert_allclose(again, first, atol=1e-5)
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_the_packaged_network_teaches_what_it_sees(tiny_data: PreparedData) -> None:
+def test_the_packaged_network_teaches_its_features(tiny_data: PreparedData) -> None:
     losses = []
     for weight in (1e-9, 20):
         config = student(*PACKAGED_TEACHER, f"distill.features={weight}", "trainer.epochs=3")
@@ -94,12 +94,12 @@ def test_the_packaged_network_teaches_what_it_sees(tiny_data: PreparedData) -> N
             launch.fit(config, tiny_data, run)
         metrics = tracking.get(run.run_id).metrics
         losses.append(metrics["train_features_loss"])
-        assert 1 < metrics["train_loss"] < 3, "of the classes alone"
+        assert 1 < metrics["train_loss"] < 3, "the loss of the classes alone"
     assert losses[1] < 0.97 * losses[0], losses
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_a_teacher_of_whom_nothing_is_wanted_is_not_asked(
+def test_a_teacher_without_share_and_features_does_not_run(
     tiny_data: PreparedData, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert distillation.targets(student(*PACKAGED_TEACHER), tiny_data, CPU) is None
@@ -108,19 +108,19 @@ def test_a_teacher_of_whom_nothing_is_wanted_is_not_asked(
 
 @pytest.mark.parametrize("settings", [["data.reflectance_max=5000"], ["data.dtype=uint16"]])
 @pytest.mark.usefixtures("tracking_store")
-def test_tiles_that_are_read_otherwise_are_shown_to_the_teacher_anew(
+def test_the_teacher_runs_again_for_tiles_that_are_decoded_differently(
     tiny_data: PreparedData, caplog: pytest.LogCaptureFixture, settings: list[str]
 ) -> None:
-    given = (*PACKAGED_TEACHER, "distill.features=1")
-    distillation.targets(student(*given), tiny_data, CPU)
+    overrides = (*PACKAGED_TEACHER, "distill.features=1")
+    distillation.targets(student(*overrides), tiny_data, CPU)
     caplog.clear()
     with caplog.at_level("INFO"):
-        distillation.targets(student(*given, *settings), tiny_data, CPU)
+        distillation.targets(student(*overrides, *settings), tiny_data, CPU)
     assert "running the teacher" in caplog.text
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_the_packaged_network_does_not_guess_which_of_four_bands_are_colours(
+def test_the_packaged_network_refuses_four_bands(
     tiny_data: PreparedData,
 ) -> None:
     four = np.asarray(tiny_data.pack.tiles_NHWC)[..., [0, 1, 2, 2]]
@@ -133,7 +133,7 @@ def test_the_packaged_network_does_not_guess_which_of_four_bands_are_colours(
         )
 
 
-def test_the_packaged_network_has_no_answers_to_give() -> None:
+def test_the_packaged_network_has_no_probabilities_to_distill() -> None:
     with pytest.raises(
         ConfigError, match=r"distill.share=0.9 .*efficientnet-lite does not know our"
     ):
@@ -141,7 +141,7 @@ def test_the_packaged_network_has_no_answers_to_give() -> None:
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_the_packaged_network_sees_the_colours_among_thirteen_bands(
+def test_the_packaged_network_takes_the_colours_targets_13_bands(
     tiny_data: PreparedData,
 ) -> None:
     tiles_NHWC = np.asarray(tiny_data.pack.tiles_NHWC)
@@ -149,28 +149,28 @@ def test_the_packaged_network_sees_the_colours_among_thirteen_bands(
     wide[..., bands.rgb_indices()] = tiles_NHWC
     pack = dataclasses.replace(tiny_data.pack, tiles_NHWC=wide, fingerprint="thirteen")
     config = student(*PACKAGED_TEACHER, "distill.features=1")
-    of_thirteen = distillation.targets(config, dataclasses.replace(tiny_data, pack=pack), CPU)
-    of_three = distillation.targets(config, tiny_data, CPU)
-    assert of_thirteen is not None
-    assert of_three is not None
-    np.testing.assert_allclose(of_thirteen, of_three, atol=1e-3)
+    targets_13 = distillation.targets(config, dataclasses.replace(tiny_data, pack=pack), CPU)
+    targets_3 = distillation.targets(config, tiny_data, CPU)
+    assert targets_13 is not None
+    assert targets_3 is not None
+    np.testing.assert_allclose(targets_13, targets_3, atol=1e-3)
 
 
-def pretend(data: PreparedData, recipe: str, **tags: str) -> None:
-    """A run that says of itself what a teacher says."""
+def create_run(data: PreparedData, recipe: str, **tags: str) -> None:
+    """Create a finished run with the tags and params of a teacher."""
     with tracking.run(
         "eurosat", "p", system_metrics=False, tags={"kind": "train", **data.fingerprints, **tags}
     ) as run:
         run.log_params({"recipe": recipe})
 
 
-def test_a_recipe_stands_for_its_latest_finished_run_and_a_continued_run_keeps_it(
+def test_a_recipe_means_its_latest_finished_run_and_a_resumed_run_keeps_its_teacher(
     tracking_store: str, teacher: str, tiny_data: PreparedData
 ) -> None:
     config = student("distill.teacher=resnet18-quick")
-    pretend(tiny_data, "another")
-    pretend(tiny_data, "resnet18-quick", kind="trial")
-    pretend(tiny_data, "resnet18-quick", **{"split.fingerprint": "other"})
+    create_run(tiny_data, "another")
+    create_run(tiny_data, "resnet18-quick", kind="trial")
+    create_run(tiny_data, "resnet18-quick", **{"split.fingerprint": "other"})
     with pytest.raises(ZeroDivisionError), tracking.run("eurosat", "p") as failed:
         failed.set_tags({"kind": "train", **tiny_data.fingerprints})
         failed.log_params({"recipe": "resnet18-quick"})
@@ -178,11 +178,13 @@ def test_a_recipe_stands_for_its_latest_finished_run_and_a_continued_run_keeps_i
     with tracking.run("eurosat", "s", system_metrics=False) as run:
         fitted = launch.fit(config, tiny_data, run)
         assert fitted.history
-        assert run.tag(distillation.TEACHER_TAG) == teacher, "found among those that are none"
-        pretend(tiny_data, "resnet18-quick")
-        assert distillation.find_teacher(config, tiny_data) != teacher, "a later one"
-        settled = distillation.resolve_teacher(config, tiny_data, run)
-    assert settled.distill.teacher == f"runs:/{teacher}", "as it began"
+        assert run.tag(distillation.TEACHER_TAG) == teacher, (
+            "unfinished and unrelated runs are skipped"
+        )
+        create_run(tiny_data, "resnet18-quick")
+        assert distillation.find_teacher(config, tiny_data) != teacher, "a later run is found"
+        resolved = distillation.resolve_teacher(config, tiny_data, run)
+    assert resolved.distill.teacher == f"runs:/{teacher}", "the teacher it started with"
 
 
 def refused(config: TrainConfig, data: PreparedData) -> None:

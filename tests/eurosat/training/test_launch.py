@@ -1,4 +1,4 @@
-"""One network trained by several processes: the same curve, the same guarantees."""
+"""Several processes train one network with the same losses and guarantees as one process."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ from tests.support import paths
 from tests.support.recipes import TINY
 
 PLAIN = ("augment.dihedral=false", "augment.cutmix=0", "optim.lr=0.005")
-"""Without augmentation, which each rank draws for itself, and calm: rounding does not grow."""
+"""No augmentation, which differs by rank, and a low rate, so that rounding does not grow."""
 GROUP_NORM = ("model.name=resnet18", "model.norm=group")
 ROOT = str(paths.ROOT)
 TWO = ("trainer.devices=2",)
@@ -47,24 +47,24 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_two_processes_follow_the_curve_of_one_where_norms_do_not_see_the_batch(
+def test_two_processes_have_the_losses_of_one_without_batch_norm(
     tiny_data: PreparedData,
 ) -> None:
     changes = (*GROUP_NORM, *PLAIN)
-    alone, loss_alone = fitted(tiny_data, *changes)
-    together, loss_together = fitted(tiny_data, *changes, *TWO)
-    assert len(loss_alone) == len(loss_together) > 1
-    np.testing.assert_allclose(loss_together, loss_alone, rtol=1e-4)
-    for one, other in zip(alone.history, together.history, strict=True):
-        assert other["val_loss"] == pytest.approx(one["val_loss"], rel=1e-3)
-        assert other["train_loss"] == pytest.approx(one["train_loss"], rel=1e-3)
+    single, single_loss = fitted(tiny_data, *changes)
+    parallel, parallel_loss = fitted(tiny_data, *changes, *TWO)
+    assert len(single_loss) == len(parallel_loss) > 1
+    np.testing.assert_allclose(parallel_loss, single_loss, rtol=1e-4)
+    for expected, actual in zip(single.history, parallel.history, strict=True):
+        assert actual["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+        assert actual["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
     assert "RANK" not in os.environ
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tracking_store")
 def test_two_processes_with_batch_norm_are_as_accurate_as_one() -> None:
-    """Each process normalises by its own half of the batch: other curves, the same accuracy."""
+    """Each process normalises by its own half of the batch: other losses, the same accuracy."""
     config = compose(
         [
             "data=synthetic",
@@ -89,15 +89,15 @@ def test_two_processes_with_batch_norm_are_as_accurate_as_one() -> None:
 
 
 class Cut(Exception):
-    """What ends a training in the middle."""
+    """Ends a training in the middle."""
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tracking_store")
-def test_two_processes_that_were_cut_short_end_as_if_they_never_were(
+def test_two_interrupted_processes_end_like_uninterrupted_ones(
     tiny_data: PreparedData,
 ) -> None:
-    """Each rank goes on with its own random state."""
+    """Each rank resumes with its own random state."""
     changes = ("trainer.epochs=4", "augment.cutmix=0.5", "optim.name=adamw", "optim.lr=1e-3")
     config = compose([*TINY, *changes, *TWO])
 
@@ -105,20 +105,20 @@ def test_two_processes_that_were_cut_short_end_as_if_they_never_were(
         if epoch == 2:
             raise Cut
 
-    whole, _ = fitted(tiny_data, *changes, *TWO)
-    with pytest.raises(Cut), acquire(config, tiny_data.fingerprints) as saved:
-        journal = saved.start_or_resume()
+    uninterrupted, _ = fitted(tiny_data, *changes, *TWO)
+    with pytest.raises(Cut), acquire(config, tiny_data.fingerprints) as slot:
+        journal = slot.start_or_resume()
         with tracking.run("e", "r", journal=journal, system_metrics=False) as run:
-            launch.fit(config, tiny_data, run, cut, saved)
-    with acquire(config, tiny_data.fingerprints) as saved:
-        assert saved.start_or_resume() == journal
+            launch.fit(config, tiny_data, run, cut, slot)
+    with acquire(config, tiny_data.fingerprints) as slot:
+        assert slot.start_or_resume() == journal
         with tracking.run("e", "r", resume=journal, system_metrics=False) as run:
-            continued = launch.fit(config, tiny_data, run, None, saved)
-    assert [row["val_loss"] for row in continued.history] == [
-        row["val_loss"] for row in whole.history
+            resumed = launch.fit(config, tiny_data, run, None, slot)
+    assert [row["val_loss"] for row in resumed.history] == [
+        row["val_loss"] for row in uninterrupted.history
     ]
-    for name, value in whole.network.state_dict().items():
-        torch.testing.assert_close(continued.network.state_dict()[name], value, rtol=0, atol=0)
+    for name, value in uninterrupted.network.state_dict().items():
+        torch.testing.assert_close(resumed.network.state_dict()[name], value, rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("tracking_store")
@@ -128,19 +128,19 @@ def test_a_loss_that_is_not_finite_ends_all_processes(tiny_data: PreparedData) -
 
 
 @pytest.mark.usefixtures("tracking_store")
-def test_ray_workers_train_and_hand_their_weights_back(tiny_data: PreparedData) -> None:
-    """In a process of its own, as a user would: Ray leaves daemons to the one that started it."""
+def test_ray_workers_train_and_return_their_weights(tiny_data: PreparedData) -> None:
+    """In a process of its own: Ray leaves daemons behind in the process that starts it."""
     changes = (*GROUP_NORM, *PLAIN)
-    alone, _ = fitted(tiny_data, *changes)
+    single, _ = fitted(tiny_data, *changes)
     command = [sys.executable, "-m", "eurosat.train", *TINY, *changes, *TWO, "launcher=ray"]
-    own = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=own)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     run = tracking.get(done.stdout.split()[-1])
     assert run.status == "FINISHED"
-    assert float(run.metrics["epochs"]) == len(alone.history)
-    assert run.metrics["best_val_loss"] == pytest.approx(alone.best["val_loss"], rel=1e-3)
-    assert run.metrics["best_train_loss"] == pytest.approx(alone.best["train_loss"], rel=1e-3)
+    assert float(run.metrics["epochs"]) == len(single.history)
+    assert run.metrics["best_val_loss"] == pytest.approx(single.best["val_loss"], rel=1e-3)
+    assert run.metrics["best_train_loss"] == pytest.approx(single.best["train_loss"], rel=1e-3)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
@@ -149,9 +149,7 @@ def test_a_batch_that_cannot_be_shared_is_refused() -> None:
 
 
 @pytest.mark.parametrize("tiles", [50, 61, 120])
-def test_ranks_share_every_batch_and_none_is_left_without_tiles(
-    tiny_pack: Pack, tiles: int
-) -> None:
+def test_ranks_share_every_batch_and_each_gets_tiles(tiny_pack: Pack, tiles: int) -> None:
     rows = np.arange(tiles)
     for seed in (None, 3):
         whole = [sorted(map(int, labels)) for _, labels in TileLoader(tiny_pack, rows, 20, seed)]
@@ -164,7 +162,7 @@ def test_ranks_share_every_batch_and_none_is_left_without_tiles(
         ]
         assert len(shares[0]) == len(shares[1]) == len(whole)
         assert all(all(share) for share in shares)
-        joined = [sorted(one + other) for one, other in zip(*shares, strict=True)]
+        joined = [sorted(first + second) for first, second in zip(*shares, strict=True)]
         if seed is not None:
             assert joined == whole
         assert sorted(chain(*joined)) == sorted(chain(*whole))

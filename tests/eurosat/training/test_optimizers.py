@@ -1,4 +1,4 @@
-"""Fused steps that take weights in the order of memory compute what the usual ones do."""
+"""Fused steps in the order of memory compute what PyTorch's own steps do."""
 
 from typing import Any
 
@@ -26,80 +26,80 @@ def weights(layout: torch.memory_format) -> list[nn.Parameter]:
 def stepped(
     kind: type[Optimizer],
     layout: torch.memory_format,
-    of_gradients: torch.memory_format,
-    **further: Any,
+    gradient_layout: torch.memory_format,
+    **options: Any,
 ) -> list[torch.Tensor]:
     """The weights after three steps."""
     parameters, generator = weights(layout), torch.Generator().manual_seed(1)
-    optimizer = kind(parameters, lr=0.1, weight_decay=5e-4, **further)  # type: ignore[call-arg]
+    optimizer = kind(parameters, lr=0.1, weight_decay=5e-4, **options)  # type: ignore[call-arg]
     for _ in range(3):
-        for one in parameters:
-            grad = torch.randn(one.shape, generator=generator)
-            one.grad = grad.contiguous(memory_format=of_gradients) if grad.ndim == 4 else grad
+        for weight in parameters:
+            grad = torch.randn(weight.shape, generator=generator)
+            weight.grad = grad.contiguous(memory_format=gradient_layout) if grad.ndim == 4 else grad
         optimizer.step()
-    return [one.detach() for one in parameters]
+    return [weight.detach() for weight in parameters]
 
 
-@pytest.mark.parametrize("of_gradients", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("gradient_layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize(("ours", "theirs", "further"), PAIRS)
-def test_a_step_is_that_of_pytorch_in_any_layout(
-    ours: type[Optimizer],
-    theirs: type[Optimizer],
-    further: dict[str, Any],
+@pytest.mark.parametrize(("fast", "reference", "options"), PAIRS)
+def test_a_step_matches_that_of_pytorch_in_any_layout(
+    fast: type[Optimizer],
+    reference: type[Optimizer],
+    options: dict[str, Any],
     layout: torch.memory_format,
-    of_gradients: torch.memory_format,
+    gradient_layout: torch.memory_format,
 ) -> None:
-    one = stepped(ours, layout, of_gradients, fused=True, **further)
-    other = stepped(theirs, torch.contiguous_format, torch.contiguous_format, **further)
-    torch.testing.assert_close(one, other)
+    actual = stepped(fast, layout, gradient_layout, fused=True, **options)
+    expected = stepped(reference, torch.contiguous_format, torch.contiguous_format, **options)
+    torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize(("ours", "_", "further"), PAIRS)
-def test_a_step_copies_no_gradient(ours: type[Optimizer], _: Any, further: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("fast", "_", "options"), PAIRS)
+def test_a_step_copies_no_gradient(fast: type[Optimizer], _: Any, options: dict[str, Any]) -> None:
     parameters = weights(torch.channels_last)
-    optimizer = ours(parameters, lr=0.1, fused=True, **further)  # type: ignore[call-arg]
-    for one in parameters:
-        one.grad = torch.ones_like(one)
-    optimizer.step()  # which makes its state
+    optimizer = fast(parameters, lr=0.1, fused=True, **options)  # type: ignore[call-arg]
+    for weight in parameters:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()  # creates its state
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         optimizer.step()
     assert "aten::contiguous" not in {event.key for event in profiled.key_averages()}
 
 
 @pytest.mark.parametrize("saved_in", [torch.channels_last, torch.contiguous_format])
-@pytest.mark.parametrize(("ours", "theirs", "further"), PAIRS)
-def test_a_state_of_another_layout_is_taken_up(
-    ours: type[Optimizer],
-    theirs: type[Optimizer],
-    further: dict[str, Any],
+@pytest.mark.parametrize(("fast", "reference", "options"), PAIRS)
+def test_a_state_of_another_layout_is_loaded(
+    fast: type[Optimizer],
+    reference: type[Optimizer],
+    options: dict[str, Any],
     saved_in: torch.memory_format,
 ) -> None:
-    """As where a training goes on on a CPU that began on a GPU."""
-    found = []
-    for kind, fused in ((ours, True), (theirs, False)):
+    """As if a training that began on a GPU resumes on a CPU."""
+    results = []
+    for kind, fused in ((fast, True), (reference, False)):
         before, after = weights(saved_in), weights(torch.channels_last)
-        begun, goes_on = (kind(w, lr=0.1, fused=fused, **further) for w in (before, after))  # type: ignore[call-arg]
-        for optimizer, parameters in ((begun, before), (goes_on, after)):
-            if optimizer is goes_on:
-                goes_on.load_state_dict(begun.state_dict())
+        first, resumed = (kind(w, lr=0.1, fused=fused, **options) for w in (before, after))  # type: ignore[call-arg]
+        for optimizer, parameters in ((first, before), (resumed, after)):
+            if optimizer is resumed:
+                resumed.load_state_dict(first.state_dict())
             generator = torch.Generator().manual_seed(2)
-            for one in parameters:
-                one.grad = torch.randn(one.shape, generator=generator).to(one)
+            for weight in parameters:
+                weight.grad = torch.randn(weight.shape, generator=generator).to(weight)
             optimizer.step()
-        found.append([one.detach() for one in after])
-    torch.testing.assert_close(*found)
+        results.append([weight.detach() for weight in after])
+    torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize(("ours", "_", "further"), PAIRS)
-def test_a_closure_is_asked_once_and_its_loss_told(
-    ours: type[Optimizer], _: Any, further: dict[str, Any]
+@pytest.mark.parametrize(("fast", "_", "options"), PAIRS)
+def test_a_closure_is_called_once_and_its_loss_returned(
+    fast: type[Optimizer], _: Any, options: dict[str, Any]
 ) -> None:
     weight = nn.Parameter(torch.ones(4, 4, 3, 3).contiguous(memory_format=torch.channels_last))
-    optimizer, asked = ours([weight], lr=0.1, fused=True, **further), []  # type: ignore[call-arg]
+    optimizer, calls = fast([weight], lr=0.1, fused=True, **options), []  # type: ignore[call-arg]
 
     def closure() -> float:
-        asked.append(1)
+        calls.append(1)
         optimizer.zero_grad()
         loss = weight.square().sum()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -107,5 +107,5 @@ def test_a_closure_is_asked_once_and_its_loss_told(
 
     with torch.no_grad():
         assert optimizer.step(closure) == 144
-    assert len(asked) == 1
+    assert len(calls) == 1
     assert float(weight.detach().max()) < 1

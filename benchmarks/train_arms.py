@@ -30,9 +30,6 @@ def plain(folder: Path, *, fast: bool) -> None:
     import lightning
     import timm
     import torch
-    from torch.utils.data import DataLoader
-    from torchvision.datasets import ImageFolder
-    from torchvision.transforms import v2
 
     class Plain(lightning.LightningModule):
         def __init__(self) -> None:
@@ -54,6 +51,23 @@ def plain(folder: Path, *, fast: bool) -> None:
                 self.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
             )
 
+    trainer = lightning.Trainer(
+        max_epochs=EPOCHS,
+        precision="bf16-mixed" if fast else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        callbacks=[InterleaverCallback()],
+        accelerator=accelerator(),
+    )
+    trainer.fit(Plain(), plain_loader(folder))
+
+
+def plain_loader(folder: Path) -> Any:
+    import torch
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import v2
+
     transform = v2.Compose(
         [
             v2.RandomHorizontalFlip(),
@@ -63,7 +77,7 @@ def plain(folder: Path, *, fast: bool) -> None:
             v2.Normalize([0.344, 0.380, 0.408], [0.203, 0.137, 0.115]),
         ]
     )
-    loader = DataLoader(
+    return DataLoader(
         ImageFolder(str(folder / "jpeg"), transform),
         batch_size(),
         shuffle=True,
@@ -71,15 +85,6 @@ def plain(folder: Path, *, fast: bool) -> None:
         num_workers=WORKERS,
         persistent_workers=True,
     )
-    trainer = lightning.Trainer(
-        max_epochs=EPOCHS,
-        precision="bf16-mixed" if fast else "32-true",
-        logger=False,
-        enable_checkpointing=False,
-        callbacks=[InterleaverCallback()],
-        accelerator=accelerator(),
-    )
-    trainer.fit(Plain(), loader)
 
 
 def torchgeo(folder: Path) -> None:

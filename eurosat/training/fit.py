@@ -3,7 +3,8 @@
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from eurosat import tracking
 from eurosat.config import TrainConfig
-from eurosat.data.loaders import TileDataModule, band_statistics
+from eurosat.data.loaders import SoftTargets, TileDataModule, band_statistics
 from eurosat.data.prepare import PreparedData
 from eurosat.errors import NonFiniteLoss
 from eurosat.models import network, pretrained
@@ -76,15 +77,7 @@ def fit(
     net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
     _tag_compute(run, compute)
     targets = distillation.targets(config, data, compute)
-    loaders = TileDataModule(
-        data.pack,
-        data.split,
-        batch_size=config.optim.batch_size,
-        seed=config.seed,
-        distributed=ranks,
-        soft_targets=targets,
-        repeats_per_epoch=config.trainer.repeats_per_epoch,
-    )
+    loaders = _create_loaders(config, data, ranks, targets)
     best_weights, interrupt = callbacks.BestWeights(), callbacks.GracefulInterrupt()
     progress = callbacks.ProgressLogger(f"train {config.recipe}", on_epoch)
     configured = _configured_callbacks(config, compute, run, ranks)
@@ -105,17 +98,8 @@ def fit(
     lightning.seed_everything(config.seed + ranks.rank, verbose=False)
     module = Classifier(net, config.optim, config.augment, teacher_axes, config.distill.features)
     started = time.monotonic()
-    with interrupt, net.single_view():
-        try:
-            _run_trainer(trainer, module, loaders)
-        except NonFiniteLoss:
-            if best_weights.has_weights:
-                best_weights.restore(net)
-                _log_last_good(net, run)
-            raise
-        finally:
-            if torch.distributed.is_initialized() and ranks.owns_process_group:
-                torch.distributed.destroy_process_group()
+    with interrupt, net.single_view(), _last_good_logged(best_weights, net, run):
+        _run_trainer(trainer, module, loaders, ranks)
     best_weights.restore(net)
     seconds = progress.seconds + time.monotonic() - started
     fitted = FitResult(network=net.cpu(), history=progress.history, seconds=seconds)
@@ -135,6 +119,23 @@ def _create_network(config: TrainConfig, data: PreparedData) -> network.Network:
         tile_size=(int(height), int(width)),
         mean=mean,
         std=std,
+    )
+
+
+def _create_loaders(
+    config: TrainConfig,
+    data: PreparedData,
+    ranks: DistributedContext,
+    targets: SoftTargets | None,
+) -> TileDataModule:
+    return TileDataModule(
+        data.pack,
+        data.split,
+        batch_size=config.optim.batch_size,
+        seed=config.seed,
+        distributed=ranks,
+        soft_targets=targets,
+        repeats_per_epoch=config.trainer.repeats_per_epoch,
     )
 
 
@@ -215,7 +216,12 @@ def _strategy(config: TrainConfig, compute: Compute, ranks: DistributedContext) 
     )
 
 
-def _run_trainer(trainer: lightning.Trainer, module: Classifier, loaders: TileDataModule) -> None:
+def _run_trainer(
+    trainer: lightning.Trainer,
+    module: Classifier,
+    loaders: TileDataModule,
+    ranks: DistributedContext,
+) -> None:
     """Train, and turn Lightning's reactions to signals into those of this project.
 
     Raises:
@@ -233,10 +239,23 @@ def _run_trainer(trainer: lightning.Trainer, module: Classifier, loaders: TileDa
             if error.code == exit_codes.TERMINATED:
                 raise
             raise KeyboardInterrupt from error
+        finally:
+            if torch.distributed.is_initialized() and ranks.owns_process_group:
+                torch.distributed.destroy_process_group()
 
 
-def _log_last_good(net: network.Network, run: tracking.Run) -> None:
-    """Log the best weights so far to a run that failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        network.save(net, Path(folder) / "weights.safetensors")
-        run.log_file(Path(folder) / "weights.safetensors", "last_good")
+@contextmanager
+def _last_good_logged(
+    best_weights: callbacks.BestWeights, net: network.Network, run: tracking.Run
+) -> Iterator[None]:
+    """Log the best weights so far to ``last_good/`` if training diverges."""
+    try:
+        yield
+    except NonFiniteLoss:
+        if best_weights.has_weights:
+            best_weights.restore(net)
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "weights.safetensors"
+                network.save(net, file)
+                run.log_file(file, "last_good")
+        raise

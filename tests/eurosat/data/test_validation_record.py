@@ -1,10 +1,14 @@
 """The remedy for data that were never validated names the data set that was refused."""
 
+import dataclasses
 import shlex
+from pathlib import Path
 
 import pytest
 
 from eurosat.config import DataConfig, SyntheticConfig, compose
+from eurosat.data import validation_record
+from eurosat.data.prepare import prepare
 from eurosat.data.sources import open_source
 from eurosat.data.validation_record import require_passed, validate_command
 from eurosat.errors import DataError
@@ -51,3 +55,41 @@ def test_synthetic_tiles_of_another_size_are_another_source() -> None:
     ]
     assert override == "data.synthetic.size=32"
     assert open_source(small).identity != open_source(DataConfig(source="synthetic")).identity
+
+
+def test_training_requires_a_validation_record(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = compose([*TINY, f"data.cache={tmp_path}", "data.allow_unvalidated=false"])
+    with pytest.raises(DataError, match=r"was never validated: run `python -m expectations"):
+        prepare(config)
+    allowed = dataclasses.replace(config.data, allow_unvalidated=True)
+    prepared = prepare(dataclasses.replace(config, data=allowed))
+    assert prepared.validation == "missing"
+    assert "training on it anyway" in caplog.text
+    for success, state in ((False, "failed"), (True, "passed")):
+        validation_record.write(
+            validation_record.ValidationRecord(
+                fingerprint=prepared.pack.fingerprint,
+                success=success,
+                expectations=2,
+                failed=() if success else ("balance",),
+                suite="s",
+                validated_at="now",
+            ),
+            tmp_path,
+        )
+        if success:
+            assert prepare(config).validation == state
+        else:
+            with pytest.raises(DataError, match="failed balance"):
+                prepare(config)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": "x"}'])
+def test_a_damaged_validation_record_is_refused(tmp_path: Path, content: str) -> None:
+    file = validation_record.record_path("abc", tmp_path)
+    file.parent.mkdir()
+    file.write_text(content)
+    with pytest.raises(DataError, match="is not a validation record"):
+        validation_record.read("abc", tmp_path)

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from eurosat.runtime import hardware
+
 FAULTS = """
 import ctypes, resource, sys
 import numpy as np
@@ -55,3 +57,9 @@ def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
 
 def test_memory_between_blocks_in_use_is_given_back() -> None:
     assert measured(HELD) > 100, "of 180 MB"
+
+
+def test_the_hardware_is_described_in_one_line() -> None:
+    line = hardware.describe_hardware()
+    assert f"{hardware.cores()} cores" in line
+    assert "\n" not in line

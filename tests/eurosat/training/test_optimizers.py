@@ -1,14 +1,22 @@
-"""Fused steps in the order of memory compute what PyTorch's own steps do."""
+"""Optimisers, parameter groups and the schedule; fused steps match PyTorch's own."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from eurosat.training.optimizers import MemoryOrderAdamW, MemoryOrderSGD
+from eurosat.config import OptimConfig
+from eurosat.training.optimizers import (
+    MemoryOrderAdamW,
+    MemoryOrderSGD,
+    make_optimizer,
+    one_cycle,
+)
+from tests.support.networks import build as build_network
 
 PAIRS: list[tuple[type[Optimizer], type[Optimizer], dict[str, Any]]] = [
     (MemoryOrderSGD, SGD, {"momentum": 0.9, "nesterov": True}),
@@ -109,3 +117,22 @@ def test_a_closure_is_called_once_and_its_loss_returned(
         assert optimizer.step(closure) == 144
     assert len(calls) == 1
     assert float(weight.detach().max()) < 1
+
+
+def test_the_schedule_rises_to_its_peak_and_falls_to_zero() -> None:
+    shares = [one_cycle(step, total=100, warmup=0.2) for step in range(101)]
+    assert max(shares) == pytest.approx(1)
+    assert 19 <= int(np.argmax(shares)) <= 20
+    assert shares[:20] == sorted(shares[:20])
+    assert shares[-1] == pytest.approx(0, abs=1e-6)
+    assert one_cycle(0, total=10, warmup=0) == 1
+
+
+def test_weight_decay_leaves_biases_and_norms_alone() -> None:
+    network = build_network()
+    optimizer = make_optimizer(network, OptimConfig(weight_decay=0.1))
+    for group in optimizer.param_groups:
+        assert all(p.ndim > 1 for p in group["params"]) == (group["weight_decay"] == 0.1)
+        assert all(p.ndim == 1 for p in group["params"]) == (group["weight_decay"] == 0)
+    ids = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(ids) == sorted(map(id, network.parameters()))

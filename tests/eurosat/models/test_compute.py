@@ -1,0 +1,24 @@
+"""The precision and memory layout of a training."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from eurosat.models.compute import choose_compute
+from tests.support.networks import build as build_network
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is used without a probe")
+@pytest.mark.parametrize(("precision", "bf16"), [("fp32", False), ("bf16", True)])
+def test_a_configured_precision_is_used(precision: str, bf16: bool) -> None:
+    compute = choose_compute(build_network().spec, precision)
+    assert (compute.device, compute.bf16) == ("cpu", bf16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is used without a probe")
+def test_the_probe_runs_once_per_process(caplog: pytest.LogCaptureFixture) -> None:
+    spec = dataclasses.replace(build_network().spec, drop_rate=0.123)
+    with caplog.at_level("INFO"):
+        assert choose_compute(spec, "auto") == choose_compute(spec, "auto")
+    assert caplog.text.count("images/s probed: fp32 NCHW") == 1

@@ -26,7 +26,7 @@ from eurosat.models.compute import Compute, choose_compute
 from eurosat.runtime import exit_codes, hardware, logs
 from eurosat.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from eurosat.training import callbacks, distillation
-from eurosat.training.callbacks import EpochHook, RunLogger
+from eurosat.training.callbacks import EpochHook
 from eurosat.training.checkpoints import CheckpointSlot
 from eurosat.training.module import LOG_EVERY_STEPS, Classifier
 from eurosat.training.resume import CheckpointCallback
@@ -81,17 +81,13 @@ def fit(
     best_weights, interrupt = callbacks.BestWeights(), callbacks.GracefulInterrupt()
     progress = callbacks.ProgressLogger(f"train {config.recipe}", on_epoch)
     configured = _configured_callbacks(config, compute, run, ranks)
-    checkpoint = CheckpointCallback(slot if ranks.is_first else None, run, compute, state)
-    trainer = _create_trainer(
-        config,
-        compute,
-        run,
-        ranks,
-        steps_per_epoch=len(loaders.train_dataloader()),
-        # best_weights comes before the moving average, which swaps its weights out
-        callbacks=[best_weights, *configured, progress, interrupt, *extra_callbacks]
-        + [checkpoint] * bool(slot),
-    )
+    # best_weights comes before the moving average, which swaps its weights out
+    in_order = [best_weights, *configured, progress, interrupt, *extra_callbacks]
+    if slot:
+        own_slot = slot if ranks.is_first else None
+        in_order.append(CheckpointCallback(own_slot, run, compute, state))
+    steps_per_epoch = len(loaders.train_dataloader())
+    trainer = _create_trainer(config, compute, run, ranks, steps_per_epoch, in_order)
     teacher_axes = targets.shape[1] - len(data.pack.classes) if targets is not None else 0
     # Seeded again: the network, the probe and the teacher have drawn, and each rank augments in
     # its own way.
@@ -184,9 +180,8 @@ def _create_trainer(
     compute: Compute,
     run: tracking.Run,
     ranks: DistributedContext,
-    *,
     steps_per_epoch: int,
-    callbacks: list[lightning.Callback],
+    trainer_callbacks: list[lightning.Callback],
 ) -> lightning.Trainer:
     return lightning.Trainer(
         accelerator="gpu" if compute.device == "cuda" else "cpu",
@@ -195,8 +190,8 @@ def _create_trainer(
         strategy=_strategy(config, compute, ranks),
         precision="bf16-mixed" if compute.bf16 else "32-true",
         max_epochs=config.trainer.epochs,
-        callbacks=callbacks,
-        logger=RunLogger(run) if ranks.is_first else False,
+        callbacks=trainer_callbacks,
+        logger=callbacks.RunLogger(run) if ranks.is_first else False,
         log_every_n_steps=min(LOG_EVERY_STEPS, steps_per_epoch),
         gradient_clip_val=config.optim.clip_norm or None,
         num_sanity_val_steps=0,

@@ -32,11 +32,15 @@ class ArchiveError(DataError):
 
 
 class Sink(Protocol):
+    """Anything that can be written to."""
+
     def write(self, data: bytes, /) -> object: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Member:
+    """A file in an archive."""
+
     name: str
     size: int
     """Bytes."""
@@ -47,12 +51,15 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
+    """Contents and metadata of an archive, and its seal."""
+
     members: tuple[Member, ...]
     metadata: Mapping[str, Any]
     """When and from where it was saved, versions, row counts."""
     seal: str
 
     def below(self, folder: str) -> list[Member]:
+        """Return the members in a folder, such as `ARTIFACTS`."""
         return [member for member in self.members if member.name.startswith(folder)]
 
 
@@ -111,7 +118,9 @@ class Writer:
             self._write(chunk)
             remaining -= len(chunk)
         if remaining or content.read(1):
-            raise ArchiveError(f"{name} does not have the {size} bytes that were announced")
+            raise ArchiveError(
+                f"{name} has not the announced size of {size} bytes: run the command again"
+            )
         self._write(bytes(-size % BLOCK_BYTES))
         member = Member(name=name, size=size, sha256=digest.hexdigest(), generation=generation)
         self._members.append(member)
@@ -139,12 +148,12 @@ class _SealedReader:
 
     def __init__(self, stream: IO[bytes], length: int, advance: Callable[[float], None]) -> None:
         self._stream, self._remaining, self._advance = stream, length, advance
-        self.hash = hashlib.sha256()
+        self.digest = hashlib.sha256()
 
     def read(self, size: int = CHUNK_BYTES) -> bytes:
         data = self._stream.read(min(size, self._remaining))
         self._remaining -= len(data)
-        self.hash.update(data)
+        self.digest.update(data)
         self._advance(len(data) / 2**20)
         return data
 
@@ -160,7 +169,9 @@ def read(stream: IO[bytes], length: int, label: str) -> Iterator[tuple[str, int,
     end = stream.read(TAIL_BYTES)
     seal = end[BLOCK_BYTES : BLOCK_BYTES + 64].decode("ascii", "replace")
     if len(end) < TAIL_BYTES or end != _tail(seal):
-        raise ArchiveError("the archive is incomplete or damaged: it does not end with its seal")
+        raise ArchiveError(
+            "the archive is incomplete or damaged: it does not end with its seal; use another one"
+        )
     stream.seek(0)
     with progress.counter(max(1, length >> 20), label, "MiB") as advance:
         sealed = _SealedReader(stream, length - TAIL_BYTES, advance)
@@ -169,11 +180,15 @@ def read(stream: IO[bytes], length: int, label: str) -> Iterator[tuple[str, int,
         except ArchiveError:
             raise
         except (tarfile.TarError, EOFError, ValueError, ArithmeticError) as error:
-            raise ArchiveError(f"the archive is incomplete or damaged: {error}") from error
+            raise ArchiveError(
+                f"the archive is incomplete or damaged ({error}): use another one"
+            ) from error
         while sealed.read():
             pass
-    if sealed.hash.hexdigest() != seal:
-        raise ArchiveError("the archive is damaged: its sha256 differs from its seal")
+    if sealed.digest.hexdigest() != seal:
+        raise ArchiveError(
+            "the archive is damaged, as its sha256 differs from its seal: use another one"
+        )
 
 
 def _members(sealed: _SealedReader) -> Iterator[tuple[str, int, IO[bytes]]]:
@@ -245,4 +260,6 @@ def copy(content: IO[bytes], member: Member, into: Sink) -> None:
         digest.update(chunk)
         into.write(chunk)
     if digest.hexdigest() != member.sha256:
-        raise ArchiveError(f"{member.name} has changed since the archive was verified")
+        raise ArchiveError(
+            f"{member.name} has changed since the archive was verified: run the command again"
+        )

@@ -60,6 +60,8 @@ DATABASE_SPECS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Database:
+    """A PostgreSQL database of MLflow."""
+
     spec: DatabaseSpec
     uri: str
     """URI for libpq, without the password."""
@@ -71,9 +73,15 @@ class Database:
 
     @property
     def server(self) -> str:
+        """Host and port."""
         return urlsplit(self.uri).netloc.rpartition("@")[2]
 
     def renamed(self, name: str) -> "Database":
+        """Return another database of the same server, of the same spec.
+
+        Raises:
+            ConfigError: the name is too long for PostgreSQL.
+        """
         if len(name.encode()) > MAX_NAME_BYTES:
             raise ConfigError(
                 f"{name} is longer than PostgreSQL's limit of {MAX_NAME_BYTES} bytes: "
@@ -136,19 +144,22 @@ def from_environment(environment: Mapping[str, str]) -> list[Database]:
     return configured
 
 
-def schema_revision(connection: "extensions.connection", kind: DatabaseSpec) -> str | None:
+def schema_revision(connection: "extensions.connection", spec: DatabaseSpec) -> str | None:
     """Return the revision of the schema; None if MLflow has not created one."""
     with connection.cursor() as cursor:
-        cursor.execute("SELECT to_regclass(%s)", (kind.version_table,))
+        cursor.execute("SELECT to_regclass(%s)", (spec.version_table,))
         if cursor.fetchone() == (None,):
             return None
-        cursor.execute(f"SELECT version_num FROM {kind.version_table}")  # noqa: S608 - a constant
+        cursor.execute(f"SELECT version_num FROM {spec.version_table}")  # noqa: S608 - a constant
         row = cursor.fetchone()
         return str(row[0]) if row else None
 
 
 def count_rows(connection: "extensions.connection") -> dict[str, int]:
-    """Return the rows of every table; names outside the public schema are ``schema.table``."""
+    """Return the number of rows of every table.
+
+    Tables outside the public schema are named ``schema.table``.
+    """
     from psycopg2 import sql
 
     counts: dict[str, int] = {}
@@ -166,7 +177,7 @@ def count_rows(connection: "extensions.connection") -> dict[str, int]:
 
 
 def user_data(connection: "extensions.connection") -> list[str]:
-    """Return the data of users that is present, such as ``3 runs``.
+    """Return a description of the users' data, such as ``["3 runs", "1 experiments"]``.
 
     The list is empty after a server's first start. Tables of both databases are looked up, as both
     may share one.

@@ -145,7 +145,7 @@ class Platform:
     def _restart_if_dead(self, service: Service) -> None:
         if self._stopping or not service.process or service.process.poll() is None:
             return
-        if time.monotonic() - service.started < RESTART_BACKOFF_S:
+        if time.monotonic() - service.started_at < RESTART_BACKOFF_S:
             return
         log.warning(
             "%s ended with %d: %s; it is restarted",

@@ -82,7 +82,5 @@ def run(command: Sequence[str]) -> None:
         [*unprivileged_prefix(), *command], cwd="/", capture_output=True, text=True
     )
     if result.returncode:
-        messages = (result.stderr or result.stdout).strip().splitlines()
-        raise ConfigError(
-            f"{Path(command[0]).name} failed: {messages[-1] if messages else 'it gave no reason'}"
-        )
+        messages = (result.stderr or result.stdout).strip().splitlines() or ["no message"]
+        raise ConfigError(f"{Path(command[0]).name} failed: {messages[-1]}")

@@ -63,17 +63,17 @@ def make_missing(folder: Path = FOLDER) -> list[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        made = [name for name in GENERATORS if not (folder / name).exists()]
-        for name in made:
+        generated = [name for name in GENERATORS if not (folder / name).exists()]
+        for name in generated:
             _write(folder / name, GENERATORS[name]())
         if not ((folder / KEY).exists() and (folder / CERTIFICATE).exists()):
             key, certificate = self_signed()
             _write(folder / KEY, key)
             _write(folder / CERTIFICATE, certificate)
-            made += [KEY, CERTIFICATE]
+            generated += [KEY, CERTIFICATE]
         if not ((folder / API_KEY).exists() and (folder / API_KEYS).exists()):
             _write(folder / API_KEY, _api_key(folder / API_KEYS))
-            made += [API_KEY, API_KEYS]
+            generated += [API_KEY, API_KEYS]
         for name in (*GENERATORS, KEY, CERTIFICATE, API_KEY, API_KEYS):
             (folder / name).chmod(FILE_MODE)
     except OSError as error:
@@ -81,7 +81,7 @@ def make_missing(folder: Path = FOLDER) -> list[str]:
             f"{folder} cannot hold secrets ({error.strerror or error}): "
             "set its permissions, or give another folder"
         ) from error
-    return made
+    return generated
 
 
 def read(name: str, folder: Path = FOLDER) -> str:

@@ -33,7 +33,7 @@ class Service:
     healthy: Callable[[], bool]
     environment: dict[str, str] = field(default_factory=dict)
     process: "subprocess.Popen[bytes] | None" = None
-    started: float = 0.0
+    started_at: float = 0.0
     """Time of the last start, on the clock of `time.monotonic`."""
 
     def start(self, logs: Path) -> None:
@@ -47,7 +47,7 @@ class Service:
                 start_new_session=True,
                 env=os.environ | self.environment,
             )
-        self.started = time.monotonic()
+        self.started_at = time.monotonic()
 
     def _command(self) -> list[str]:
         """Return the command, which ends with our process even if that is killed (on Linux)."""

@@ -3,11 +3,11 @@
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -150,16 +150,16 @@ class GcsStore:
         with moving(f"downloading {self.url}", total) as advance, _pool() as pool:
             downloads = []
             for info in objects:
-                partial = PartialDownload(folder, info, self.chunk_bytes)
+                download = PartialDownload(folder, info, self.chunk_bytes)
                 chunks = [
-                    pool.submit(self._fetch_chunk, info, offset, partial, advance)
-                    for offset in partial.missing()
+                    pool.submit(self._fetch_chunk, info, offset, download, advance)
+                    for offset in download.missing()
                 ]
-                downloads.append((info, partial, chunks))
-            for info, partial, chunks in downloads:
+                downloads.append((info, download, chunks))
+            for info, download, chunks in downloads:
                 _wait(chunks)
                 with disk_errors(folder):
-                    partial.finish(f"{self.url}/{info.key}")
+                    download.finish(f"{self.url}/{info.key}")
         with contextlib.suppress(OSError):  # there is none, or it holds other downloads
             (folder / UNFINISHED).rmdir()
 
@@ -204,14 +204,14 @@ class GcsStore:
         self,
         info: ObjectInfo,
         offset: int,
-        partial: PartialDownload,
+        download: PartialDownload,
         advance: Callable[[int], None],
     ) -> None:
         """Download one chunk. Where the connection breaks, the library asks for the rest of it."""
         end = min(offset + self.chunk_bytes, info.size)
         if offset == end:
             return
-        with self._errors(info.key), partial.open(advance) as stream:
+        with self._errors(info.key), download.open(advance) as stream:
             stream.seek(offset)
             self._blob(info).download_to_file(
                 stream,
@@ -221,7 +221,7 @@ class GcsStore:
                 checksum=None,
                 **self._request_options,
             )
-        partial.mark_complete(offset)
+        download.mark_complete(offset)
 
     def _send(self, key: str, file: Path, new: bool, advance: Callable[[int], None]) -> None:
         with self._errors(key), ProgressFile(file, "r", advance) as stream:
@@ -229,28 +229,12 @@ class GcsStore:
 
     def _put(self, key: str, content: BinaryIO, *, new: bool = False) -> None:
         """Upload a seekable stream; with ``new``, never over an existing object."""
-        from google.api_core.exceptions import ClientError, PreconditionFailed
+        from google.api_core.exceptions import PreconditionFailed
 
         blob = self._bucket.blob(self.prefix + key, chunk_size=self.chunk_bytes)
-        size = content.seek(0, os.SEEK_END)
-
-        def upload() -> None:
-            blob.upload_from_file(
-                content,
-                rewind=True,
-                size=size,
-                checksum="crc32c",
-                if_generation_match=0 if new else None,
-                **self._request_options,
-            )
-
+        options = self._request_options | {"if_generation_match": 0 if new else None}
         try:
-            try:
-                upload()
-            except ClientError as error:
-                if error.code not in UPLOAD_LOST:
-                    raise
-                upload()
+            _upload(blob, content, options)
         except PreconditionFailed:
             existing = self.find(key)
             content.seek(0)
@@ -268,6 +252,22 @@ class GcsStore:
 
     def _errors(self, key: str = "") -> AbstractContextManager[None]:
         return translate_errors(f"{self.url}/{key}".rstrip("/"), self._check_bucket)
+
+
+def _upload(blob: "Blob", content: BinaryIO, options: Mapping[str, Any]) -> None:
+    """Upload a whole stream; start anew, once, if the server has lost the interrupted upload."""
+    from google.api_core.exceptions import ClientError
+
+    size = content.seek(0, os.SEEK_END)
+    upload = partial(
+        blob.upload_from_file, content, rewind=True, size=size, checksum="crc32c", **options
+    )
+    try:
+        upload()
+    except ClientError as error:
+        if error.code not in UPLOAD_LOST:
+            raise
+        upload()
 
 
 @contextmanager

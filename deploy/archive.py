@@ -1,7 +1,7 @@
 """A backup archive: a ``.tar`` with a manifest and a seal, which is either complete or refused.
 
-Every tar program lists and unpacks it. The last member but one, ``manifest.json``, has the size and
-sha256 of each member before it. The last member, ``seal``, is the sha256 of every byte before it,
+Every tar program lists and unpacks it. The second to last member, ``manifest.json``, has the size
+and sha256 of each member before it. The last one, ``seal``, is the sha256 of every byte before it,
 headers and padding included. The seal detects damage, not forgery: a forger can compute a new one.
 """
 

@@ -67,7 +67,10 @@ class Platform:
             env = self._layout.client_env()
             text = "".join(f"{name}={value}\n" for name, value in env.items())
             _write_private(self._layout.env, text)
-            log.info("the platform is up: %s", self._layout.url("mlflow"))
+            if "mlflow" in self._names:
+                log.info("the platform is up: %s", self._layout.url("mlflow"))
+            else:
+                log.info("only %s are up, without MLflow", ", ".join(self._names))
             while not self._stopping:
                 for service in services:
                     self._restart_if_dead(service)

@@ -175,7 +175,7 @@ def test_mlflow_has_authentication_allowed_hosts_and_no_telemetry() -> None:
 
 
 def test_the_dashboard_and_the_alerts_use_metrics_that_serving_exports() -> None:
-    from serving.metrics import Metrics
+    from serving.metrics import Metrics, VersionLabels
 
     text = Metrics().text().decode()
     exported = set(re.findall(r"^# HELP (eurosat_\w+)", text, re.MULTILINE))
@@ -186,6 +186,8 @@ def test_the_dashboard_and_the_alerts_use_metrics_that_serving_exports() -> None
     used |= set(re.findall(r"eurosat_\w+", (ROOT / "deploy/prometheus/rules.yml").read_text()))
     assert used
     assert used <= exported, used - exported
+    (labels,) = re.findall(r"sum by \(([\w, ]+)\) \(eurosat_model\)", dashboard)
+    assert set(labels.split(", ")) <= set(VersionLabels._fields)
 
 
 def compose_config(**variables: str) -> "subprocess.CompletedProcess[str]":

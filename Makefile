@@ -121,7 +121,7 @@ bench-serving: .venv/product .venv-litserve/done .venv-bentoml/done wrk ## compa
 		--bentoml $(CURDIR)/.venv-bentoml/bin/python $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
-bench-strain: .venv/product wrk ## measure our server under overload, and while versions are swapped
+bench-overload: .venv/product wrk ## measure our server under overload, and while versions are swapped
 	$(BIN)/python -m benchmarks.serving.overload $(BENCH_ARGS)
 	$(BIN)/python -m benchmarks.tables
 

@@ -140,7 +140,7 @@ def bench_precisions(report: Report) -> str:
     return f"{_table(columns, rows)}\n\n{_goals_and_rounds(report)}"
 
 
-def bench_strain(report: Report) -> str:
+def bench_overload(report: Report) -> str:
     """The goals alone: the rows are in the report."""
     return _goals_and_rounds(report)
 
@@ -190,7 +190,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "bench-tracking": bench_tracking,
     "bench-sweep": bench_sweep,
     "bench-serving": bench_serving,
-    "bench-strain": bench_strain,
+    "bench-overload": bench_overload,
     "bench-precisions": bench_precisions,
     "bench-registry": bench_registry,
     "bench-platform": bench_platform,

@@ -31,7 +31,7 @@ READS_BANDS = ("rasterio",)
 """What it imports beside for tiles of other bands than red, green and blue."""
 FOLDER = "model"
 """Of the run's artifacts, where the wrapped model is kept."""
-SETTINGS = {"form": "auto", "threads": 0, "max_batch": 16, "max_wait_ms": 2.0}
+SETTINGS = {"precision": "auto", "threads": 0, "max_batch": 16, "max_wait_ms": 2.0}
 """Of ``serving/pyfunc.py``. Whoever loads a model may change those that it was saved with."""
 NEEDED = (NETWORK, evidence.PREDICTIONS, "config.yaml", "split.csv")
 TAGS = ("data.fingerprint", "split.fingerprint", "code.commit", "config.digest")

@@ -1,11 +1,12 @@
-"""The ASGI app: pictures in, answers out, around MLflow's own protocol.
+"""The ASGI app: routes for tiles, for MLflow's protocol, and for the state of the server.
 
-Its few routes are a table and not a framework: one tile must not cost more than its decoding.
+The routes are a table, not a framework: their overhead must stay small beside decoding a tile.
 """
 
 import asyncio
 import base64
 import binascii
+import difflib
 import json
 import logging
 import re
@@ -19,59 +20,53 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving import errors, limits, payload_limits
-from serving.errors import FAULT, TOO_LATE, Refused
-from serving.hot_swap import Follower, Live
-from serving.invocations import ANOTHER_KIND, PARQUET, of_mlflow
-from serving.keys import Keys
+from serving import errors, invocations, limits, multipart, payload_limits
+from serving.admission import Admission
+from serving.errors import DEADLINE_PASSED, INTERNAL_ERROR, RequestRejected
+from serving.hot_swap import AliasWatcher, LoadedVersion
+from serving.keys import KeyRing
 from serving.limits import Limits
 from serving.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger(__name__)
 
 OPENAPI = Path(__file__).with_name("openapi.yaml")
-PICTURES = ("image/jpeg", "image/png", "image/tiff", "application/octet-stream")
-UNSAID = ("application/x-www-form-urlencoded", "")
-"""What `curl --data-binary @tile.jpg` says of a picture, and who says nothing."""
-FORM = "multipart/form-data"
-TRUTH = {"true": True, "1": True, "false": False, "0": False}
+IMAGE_TYPES = ("image/jpeg", "image/png", "image/tiff", "application/octet-stream")
+UNTYPED = ("application/x-www-form-urlencoded", "")
+"""Media types of clients that do not set one; ``curl --data-binary`` sends the first."""
+MULTIPART = "multipart/form-data"
+OPTIONS = ("top_k", "tta", "explain")
+OPTIONS_USAGE = "the options are top_k=NUMBER, tta=true|false and explain=true|false"
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+WORD = re.compile(r"\w{1,16}", re.ASCII)
 LARGE_BYTES = 100_000
-"""Of MLflow's protocol: they are read in a thread, and one at a time, as they grow in memory."""
-LOOK_S = 1.0
-"""Between two looks at how many wait."""
-FORM_PARTS = 1000
-"""Of a form; one of more is not taken apart."""
-PART_HEAD_BYTES = 4096
-"""Of a part of a form, before its file."""
-BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,70})"|([^\s;,"]{1,70})(?:[\s;]|$))', re.IGNORECASE)
-A_FILE = re.compile(rb"\r\ncontent-disposition:[^\r\n]*;\s*filename\*?=", re.IGNORECASE)
+"""Larger bodies of MLflow's protocol are read in a thread, one at a time: they grow in memory."""
+GAUGE_INTERVAL_S = 1.0
+"""Time between two updates of the gauges."""
 
 Handler = Callable[[Request], Awaitable[Response]]
 
 
 class App:
-    """`follower`'s version answers; see serving/openapi.yaml for the routes."""
+    """Answers with the version that ``watcher`` has loaded; serving/openapi.yaml has the routes."""
 
     def __init__(
-        self, follower: Follower, metrics: Metrics, bounds: Limits, keys: Keys | None = None
+        self, watcher: AliasWatcher, metrics: Metrics, limits: Limits, keys: KeyRing | None = None
     ) -> None:
-        self.follower, self.metrics, self.limits, self.keys = follower, metrics, bounds, keys
-        self.asked, self.arrived = 0, 0
-        """Requests that are open, and connections whose request for tiles has arrived whole and is
-        not answered; `serving.protocol` counts the latter.
-        """
+        self.watcher, self.metrics, self.limits = watcher, metrics, limits
+        self.admission = Admission(watcher, limits, keys)
         self.closing = False
-        self._one_large = asyncio.Semaphore(1)
+        self._large_requests = asyncio.Semaphore(1)
         self._routes: dict[str, dict[str, Handler]] = {
             "/predict": {"POST": self.predict},
             "/predict/batch": {"POST": self.predict_batch},
             "/invocations": {"POST": self.invocations},
-            "/ping": {"GET": self.mlflows_own},
-            "/health": {"GET": self.mlflows_own},
-            "/version": {"GET": self.mlflows_own},
+            "/ping": {"GET": self.mlflow_route},
+            "/health": {"GET": self.mlflow_route},
+            "/version": {"GET": self.mlflow_route},
             "/ready": {"GET": self.ready},
             "/model": {"GET": self.model},
-            "/metrics": {"GET": self.measured},
+            "/metrics": {"GET": self.prometheus},
             "/openapi.json": {"GET": self.openapi},
         }
 
@@ -79,308 +74,290 @@ class App:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
-        if scope["type"] != "http":  # a websocket is closed
+        if scope["type"] != "http":  # websockets are closed
             await send({"type": "websocket.close", "code": 1003})
             return
         started = time.perf_counter()
         request = Request(scope, receive)
         path = scope["path"] if scope["path"] in self._routes else "other"
-        self.asked += 1
+        self.admission.in_flight += 1
         try:
-            response = await self._answer(request)
+            response = await self._respond(request)
         except ClientDisconnect:
             return
         finally:
-            self.asked -= 1
-            if told := scope.get("extensions", {}).get("answered"):
-                told["tell"]()
-        self.metrics.request(path, response.status_code, time.perf_counter() - started)
+            self.admission.in_flight -= 1
+            if extension := scope.get("extensions", {}).get("eurosat"):
+                extension["on_answered"]()
+        self.metrics.record_request(path, response.status_code, time.perf_counter() - started)
         await response(scope, receive, send)
 
-    async def _answer(self, request: Request) -> Response:
+    async def _respond(self, request: Request) -> Response:
+        """Return the answer of the route; every error becomes a response."""
         try:
             methods = self._routes.get(request.scope["path"])
             if methods is None:
-                raise Refused(404, "no such path: GET /openapi.json tells those that there are")
+                raise RequestRejected(404, "no such path: GET /openapi.json lists the paths")
             handler = methods.get(request.scope["method"])
             if handler is None:
                 allowed = ", ".join(methods)
-                raise Refused(405, f"this path takes {allowed}", {"Allow": allowed})
-            if ("POST" in methods or handler == self.model) and self.keys is not None:
-                self.keys.admit(request.headers)
+                raise RequestRejected(405, f"this path takes {allowed}", {"Allow": allowed})
+            if "POST" in methods or handler == self.model:
+                self.admission.check_key(request)
             return await handler(request)
-        except Refused as refused:
-            return errors.response(refused.status, str(refused), refused.headers)
+        except RequestRejected as error:
+            return errors.response(error.status, str(error), error.headers)
         except ClientDisconnect:
             raise
         except Exception:
             log.exception("a request failed")
-            return errors.response(500, FAULT)
-
-    def _live(self) -> Live:
-        """The version that answers; raises Refused while there is none."""
-        if self.follower.live is None:
-            raise Refused(503, f"no version of {self.follower.reference} is loaded yet")
-        return self.follower.live
-
-    def _admit(self) -> Live:
-        """The version that answers, if there is room for another request.
-
-        Raises:
-            Refused: none is loaded, or too many are waiting.
-        """
-        live = self._live()
-        if len(live.waiting) >= self.limits.queue or self.asked > self.limits.requests:
-            raise Refused(429, self._how_crowded())
-        return live
-
-    def crowded(self) -> str:
-        """Why a request for tiles need not be read; empty where it is to be.
-
-        Tiles may be on their way to the queue: those whose request has arrived count, and those
-        whose client takes its time do not.
-        """
-        live = self.follower.live
-        if live is None:
-            return ""
-        return self._how_crowded() if live.is_full(self.limits.queue, self.arrived) else ""
-
-    def _how_crowded(self) -> str:
-        waiting = len(self.follower.live.waiting) if self.follower.live else 0
-        return f"{waiting} tiles wait and {self.asked} requests are open: wait"
+            return errors.response(500, INTERNAL_ERROR)
 
     async def predict(self, request: Request) -> Response:
-        """One tile: the body itself, or the one file of a form."""
-        self._admit()
+        """Predict one tile: the body itself, or the one file of a multipart form."""
+        self.admission.admit()
         deadline = limits.deadline(request, self.limits)
-        kind = _kind(request)
-        if kind in PICTURES or kind in UNSAID:
-            pictures = [await limits.read_body(request, self.limits)]
-        elif kind == FORM:
-            pictures = await self._form(request, 1)
+        media_type = _media_type(request)
+        if media_type in IMAGE_TYPES or media_type in UNTYPED:
+            images = [await limits.read_body(request, self.limits)]
+        elif media_type == MULTIPART:
+            images = await self._read_multipart(request, 1)
         else:
-            raise Refused(415, f"send a picture as {', '.join(PICTURES)} or as {FORM}")
-        (answer,) = await self._ask(request, pictures, deadline)
-        return _json(answer)
+            kinds = ", ".join(IMAGE_TYPES)
+            raise RequestRejected(415, f"send an image as {kinds} or {MULTIPART}")
+        (prediction,) = await self._predict_images(request, images, deadline)
+        return _json(prediction)
 
     async def predict_batch(self, request: Request) -> Response:
-        """Several: the files of a form, or JSON of ``{"images": [base64, ...]}``."""
-        self._admit()
+        """Predict the files of a multipart form, or of JSON ``{"images": [base64, ...]}``."""
+        self.admission.admit()
         deadline = limits.deadline(request, self.limits)
-        kind = _kind(request)
-        if kind == FORM:
-            pictures = await self._form(request, self.limits.tiles)
-        elif kind == "application/json":
-            pictures = _decoded(await limits.read_body(request, self.limits), self.limits.tiles)
+        media_type = _media_type(request)
+        if media_type == MULTIPART:
+            images = await self._read_multipart(request, self.limits.tiles)
+        elif media_type == "application/json":
+            body = await limits.read_body(request, self.limits)
+            images = _decode_json_images(body, self.limits.tiles)
         else:
-            raise Refused(415, f"send files as {FORM}, or application/json of images in base64")
-        answers = await self._ask(request, pictures, deadline)
-        return _json({"predictions": answers})
+            raise RequestRejected(415, f"send files as {MULTIPART}, or base64 as application/json")
+        predictions = await self._predict_images(request, images, deadline)
+        return _json({"predictions": predictions})
 
-    async def _form(self, request: Request, most: int) -> list[bytes]:
-        """The files of a form."""
-        boundary = BOUNDARY.search(request.headers["content-type"])
-        whole = await limits.read_body(request, self.limits)
+    async def _read_multipart(self, request: Request, max_files: int) -> list[bytes]:
+        """Return the files of a multipart form, 1 to ``max_files``."""
+        body = await limits.read_body(request, self.limits)
         try:
-            if boundary is None:
-                raise ValueError("no boundary, or one that is longer than RFC 2046 has it")
-            files = _files(whole, (boundary[1] or boundary[2]).encode("latin-1"))
-        except ValueError as error:
-            raise Refused(
-                400, f"the form cannot be taken apart ({error}): send multipart/form-data"
-            ) from error
-        if not 1 <= len(files) <= most:
-            status = 413 if len(files) > most else 422
-            raise Refused(status, f"a form of {len(files)} files: send 1 to {most}")
+            files = multipart.read_files(request.headers["content-type"], body)
+        except multipart.MalformedForm as error:
+            message = f"the form cannot be read ({error}): send {MULTIPART}"
+            raise RequestRejected(400, message) from error
+        _check_count(len(files), max_files, "files in a form")
         return files
 
-    async def _ask(
-        self, request: Request, pictures: Sequence[bytes], deadline: float
+    async def _predict_images(
+        self, request: Request, images: Sequence[bytes], deadline: float
     ) -> list[dict[str, Any]]:
-        with self._admit() as live:  # asked anew: reading a body takes its time
+        with self.admission.admit() as version:  # again, as reading a body takes time
             try:
-                wish = live.classifier.wish(_params(request.query_params))
+                options = version.classifier.parse_options(_parse_query(request.query_params))
             except ValueError as error:
-                raise Refused(422, str(error)) from error
-            told = await asyncio.gather(*live.ask(pictures, wish, deadline), return_exceptions=True)
-            answers = [_said(one, number, len(told)) for number, one in enumerate(told)]
-            for answer in answers:
-                self.metrics.tile(live.version, answer["label"])
-            return answers
+                raise RequestRejected(422, str(error)) from error
+            futures = version.submit(images, options, deadline)
+            results = await asyncio.gather(*futures, return_exceptions=True)
+            predictions = [
+                _unwrap(result, number, len(results)) for number, result in enumerate(results)
+            ]
+            for prediction in predictions:
+                self.metrics.record_tile(version.version, prediction["label"])
+            return predictions
 
     async def invocations(self, request: Request) -> Response:
-        """MLflow's protocol, by MLflow's own app; only what it refuses is told in our shape."""
-        self._admit()
-        if _kind(request) == PARQUET:
-            raise Refused(415, ANOTHER_KIND)
+        """Answer MLflow's protocol by MLflow's own app; only its errors are translated."""
+        self.admission.admit()
+        if _media_type(request) == invocations.PARQUET:
+            raise RequestRejected(415, invocations.WRONG_MEDIA_TYPE)
         deadline = limits.deadline(request, self.limits)
-        whole = await limits.read_body(request, self.limits)
+        body = await limits.read_body(request, self.limits)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                if len(whole) <= LARGE_BYTES:
-                    payload_limits.check(_kind(request), whole)
-                    return await self._of_mlflow(request, whole)
-                # which goes on when the client has given up: no other is begun beside it
-                return await asyncio.shield(asyncio.create_task(self._large(request, whole)))
+                if len(body) <= LARGE_BYTES:
+                    payload_limits.check(_media_type(request), body)
+                    return await self._forward_to_mlflow(request, body)
+                # shielded: when the client gives up it goes on, so that no second one starts
+                return await asyncio.shield(asyncio.create_task(self._forward_large(request, body)))
         except TimeoutError as error:
-            raise Refused(429, TOO_LATE) from error
+            raise RequestRejected(429, DEADLINE_PASSED) from error
 
-    async def _large(self, request: Request, whole: bytes) -> Response:
-        async with self._one_large:
+    async def _forward_large(self, request: Request, body: bytes) -> Response:
+        async with self._large_requests:
             try:
-                await asyncio.to_thread(payload_limits.check, _kind(request), whole)
-                return await self._of_mlflow(request, whole)
-            except Refused as refused:  # perhaps nobody waits for it any more
-                return errors.response(refused.status, str(refused), refused.headers)
+                await asyncio.to_thread(payload_limits.check, _media_type(request), body)
+                return await self._forward_to_mlflow(request, body)
+            except RequestRejected as error:  # caught here, as the client may have gone
+                return errors.response(error.status, str(error), error.headers)
 
-    async def _of_mlflow(self, request: Request, whole: bytes) -> Response:
-        with self._admit() as live:
-            return await of_mlflow(live, request.scope, whole)
+    async def _forward_to_mlflow(self, request: Request, body: bytes) -> Response:
+        with self.admission.admit() as version:
+            return await invocations.forward(version, request.scope, body)
 
-    async def mlflows_own(self, request: Request) -> Response:
-        return await of_mlflow(self._live(), request.scope, b"")
+    async def mlflow_route(self, request: Request) -> Response:
+        return await invocations.forward(self.admission.current_version(), request.scope, b"")
 
     async def ready(self, request: Request) -> Response:
         if self.closing:
-            raise Refused(503, "this server is shutting down")
-        return _json({"ready": True, "model_version": self._live().version})
+            raise RequestRejected(503, "this server is shutting down")
+        return _json({"ready": True, "model_version": self.admission.current_version().version})
 
     async def model(self, request: Request) -> Response:
-        """Where the version that answers is from, and which were refused."""
-        live = self._live()
-        classifier = live.classifier
-        height, width, bands = classifier.shape_HWC
-        return _json(
-            {
-                "follows": self.follower.reference,
-                "uri": live.uri,
-                **classifier.provenance,
-                "form": classifier.form,
-                "classes": classifier.classes,
-                "tile": {"height": height, "width": width, "bands": bands},
-                "views": classifier.judged_views,
-                "swaps": self.follower.swaps,
-                "refused": self.follower.refused,
-            }
-        )
+        """Return the provenance of the current version, and the versions that were refused."""
+        return _json(_describe(self.watcher, self.admission.current_version()))
 
-    async def measured(self, request: Request) -> Response:
-        self._look()
+    async def prometheus(self, request: Request) -> Response:
+        self._update_gauges()
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
-    def _look(self) -> None:
-        live = self.follower.live
-        self.metrics.at_present(len(live.waiting) if live else 0, self.asked)
+    def _update_gauges(self) -> None:
+        self.metrics.set_gauges(self.admission.num_waiting(), self.admission.in_flight)
 
-    async def _look_on(self) -> None:
-        """Another process of this server may be the one that tells."""
+    async def _update_gauges_forever(self) -> None:
+        """Keep this process's gauges recent: /metrics may be answered by another process."""
         while True:
-            self._look()
-            await asyncio.sleep(LOOK_S)
+            self._update_gauges()
+            await asyncio.sleep(GAUGE_INTERVAL_S)
 
     async def openapi(self, request: Request) -> Response:
-        return _json(document())
+        return _json(openapi_schema())
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         tasks: list[asyncio.Task[None]] = []
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.follower.step()
-                tasks = [
-                    asyncio.create_task(each()) for each in (self.follower.follow, self._look_on)
-                ]
+                await self.watcher.check_alias()
+                loops = (self.watcher.watch, self._update_gauges_forever)
+                tasks = [asyncio.create_task(loop()) for loop in loops]
                 await send({"type": "lifespan.startup.complete"})
             else:
                 self.closing = True
                 for task in tasks:
                     task.cancel()
-                await self.follower.close()
+                await self.watcher.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
 
-def _kind(request: Request) -> str:
-    """The media type of its body."""
+def create_app(
+    model: str,
+    model_config: Mapping[str, Any],
+    *,
+    poll_s: float,
+    limits: Limits,
+    keys_file: Path | None,
+    processes: int,
+) -> App:
+    """Return the app of one of several processes, each of which allows its share of a key's rate.
+
+    Raises:
+        ConfigError: the file of API keys cannot be read.
+    """
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every bad form
+    keys = KeyRing.from_file(keys_file, share=1 / processes) if keys_file else None
+    metrics = Metrics()
+    return App(AliasWatcher(model, model_config, poll_s, metrics), metrics, limits, keys)
+
+
+def openapi_schema() -> dict[str, Any]:
+    """Return the OpenAPI document of the server."""
+    schema: dict[str, Any] = yaml.safe_load(OPENAPI.read_text(encoding="utf-8"))
+    return schema
+
+
+def _describe(watcher: AliasWatcher, version: LoadedVersion) -> dict[str, Any]:
+    """Return the answer of /model."""
+    classifier = version.classifier
+    height, width, bands = classifier.shape_HWC
+    return {
+        "follows": watcher.reference,
+        "uri": version.uri,
+        **classifier.provenance,
+        "precision": classifier.precision,
+        "classes": classifier.classes,
+        "tile": {"height": height, "width": width, "bands": bands},
+        "views": classifier.default_views,
+        "swaps": watcher.swaps,
+        "refused": watcher.refused,
+    }
+
+
+def _media_type(request: Request) -> str:
+    """Return the media type of the body, without parameters and in lower case."""
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def _said(told: Any, number: int, count: int) -> dict[str, Any]:
-    """The answer to a tile; raises what came instead."""
-    if isinstance(told, TimeoutError):
-        raise Refused(429, f"{told}: this server is busy, try again") from told
-    if isinstance(told, ValueError):
-        raise Refused(422, f"row {number}: {told}" if count > 1 else str(told)) from told
-    if isinstance(told, BaseException):
-        raise told
-    answer: dict[str, Any] = told
-    return answer
-
-
-def document() -> dict[str, Any]:
-    """What the server offers, as OpenAPI."""
-    told: dict[str, Any] = yaml.safe_load(OPENAPI.read_text(encoding="utf-8"))
-    return told
+def _unwrap(result: Any, number: int, count: int) -> dict[str, Any]:
+    """Return the prediction of tile ``number`` of ``count``, or raise its error as a rejection."""
+    if isinstance(result, TimeoutError):
+        raise RequestRejected(429, f"{result}: the server is busy, try again") from result
+    if isinstance(result, ValueError):
+        message = f"row {number}: {result}" if count > 1 else str(result)
+        raise RequestRejected(422, message) from result
+    if isinstance(result, BaseException):
+        raise result
+    prediction: dict[str, Any] = result
+    return prediction
 
 
 def _json(value: object) -> Response:
     return Response(json.dumps(value).encode(), media_type="application/json")
 
 
-def _params(query: Mapping[str, str]) -> dict[str, Any]:
-    """Parameters of a tile's answer, from the query.
+def _parse_query(query: Mapping[str, str]) -> dict[str, Any]:
+    """Return the options of a prediction in the query string.
 
     Raises:
-        Refused: one is unknown, or not of its type.
+        RequestRejected: an option is unknown, or its value is malformed (422).
     """
-    told: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for name, text in query.items():
         if name == "top_k" and text.isascii() and text.isdecimal() and len(text) < 10:
-            told[name] = int(text)
-        elif name in ("tta", "explain") and text.lower() in TRUTH:
-            told[name] = TRUTH[text.lower()]
+            options[name] = int(text)
+        elif name in OPTIONS[1:] and text.lower() in BOOLEANS:
+            options[name] = BOOLEANS[text.lower()]
+        elif name in OPTIONS:
+            raise RequestRejected(422, f"{name} has a malformed value: {OPTIONS_USAGE}")
         else:
-            raise Refused(422, "the query takes top_k=NUMBER, tta=true|false, explain=true|false")
-    return told
+            raise RequestRejected(422, _unknown_option(name))
+    return options
 
 
-def _decoded(body: bytes, most: int) -> list[bytes]:
-    """The pictures of ``{"images": [base64, ...]}``."""
+def _unknown_option(name: str) -> str:
+    """Return the error; it repeats the name only if that is close to a known one."""
+    if WORD.fullmatch(name) and (similar := difflib.get_close_matches(name, OPTIONS, 1)):
+        return f"unknown option {name}, did you mean {similar[0]}? {OPTIONS_USAGE}"
+    return f"unknown option: {OPTIONS_USAGE}"
+
+
+def _decode_json_images(body: bytes, max_images: int) -> list[bytes]:
+    """Return the images of ``{"images": [base64, ...]}``, 1 to ``max_images``."""
     payload_limits.check_brackets(body)
     try:
         images = json.loads(body)["images"]
-        if not isinstance(images, list) or not all(isinstance(one, str) for one in images):
+        if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
             raise TypeError
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise Refused(400, 'send JSON of the form {"images": ["<base64>", ...]}') from error
-    if not 1 <= len(images) <= most:
-        status = 413 if len(images) > most else 422
-        raise Refused(status, f"{len(images)} images in one request: send 1 to {most}")
-    pictures = []
+        raise RequestRejected(400, 'send JSON of the form {"images": ["<base64>", ...]}') from error
+    _check_count(len(images), max_images, "images in one request")
+    decoded = []
     for number, text in enumerate(images):
         try:
-            pictures.append(base64.b64decode(text, validate=True))
+            decoded.append(base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError) as error:
-            raise Refused(422, f"row {number}: not base64: send the file's bytes so") from error
-    return pictures
+            message = f"row {number}: not base64: encode the bytes of the file as base64"
+            raise RequestRejected(422, message) from error
+    return decoded
 
 
-def _files(whole: bytes, boundary: bytes) -> list[bytes]:
-    """The files of a form (RFC 7578), which is here as a whole and so only has to be cut.
-
-    Raises:
-        ValueError: it is none; the message does not quote it.
-    """
-    _, *parts = (b"\r\n" + whole).split(b"\r\n--" + boundary, FORM_PARTS + 1)
-    if len(parts) > FORM_PARTS:
-        raise ValueError(f"over {FORM_PARTS} parts")
-    if not parts or not parts.pop().startswith(b"--"):
-        raise ValueError("its end is missing")
-    files = []
-    for part in parts:
-        end = part.find(b"\r\n\r\n", 0, PART_HEAD_BYTES)
-        if end < 0 or not part.startswith(b"\r\n"):
-            raise ValueError("a part without a head")
-        if A_FILE.search(part, 0, end):
-            files.append(part[end + 4 :])
-    return files
+def _check_count(count: int, maximum: int, what: str) -> None:
+    if not 1 <= count <= maximum:
+        status = 413 if count > maximum else 422
+        raise RequestRejected(status, f"{count} {what}: send 1 to {maximum}")

@@ -1,4 +1,4 @@
-"""Have tiles scored over REST by a server that speaks MLflow's protocol."""
+"""Send image files to a server that speaks MLflow's protocol, and return its predictions."""
 
 import base64
 import json
@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +15,39 @@ from eurosat.runtime import cli, exit_codes, logs
 
 TILES_PER_REQUEST = 64
 TIMEOUT_S = 60.0
-POLL_S = 0.1
-"""Between two pings of a server that is starting."""
-KEY = "EUROSAT_API_KEY"
-"""Variable that holds the key of a server that asks for one."""
-SHOWN = ("label", "confidence", "model_version")
+POLL_INTERVAL_S = 0.1
+KEY_VARIABLE = "EUROSAT_SERVING_KEY"
+"""Environment variable with the API key, for a server that requires one."""
+SUMMARY_KEYS = ("label", "confidence", "model_version")
+"""Keys of a prediction that are printed without --json."""
 
 
 class ServerError(EuroSATError):
-    """The scoring server cannot be reached, or refuses."""
+    """The server cannot be reached, or answers with an error."""
 
 
 def score(url: str, tiles: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    """Answers in the order of ``tiles`` (name to the file's bytes), each with its name as "tile".
+    """Return the predictions of ``tiles`` (name -> bytes of the file), in their order.
+
+    Each prediction gets the name of its tile under the key "tile".
 
     Raises:
-        ServerError: no server there, or it refused a tile, whose name replaces the row's number.
+        ServerError: no server answers, or it rejects a tile; the message names the tile.
     """
-    answers: list[dict[str, Any]] = []
-    for some in _chunks(list(tiles.items()), TILES_PER_REQUEST):
-        names = [name for name, _ in some]
-        rows = [[base64.b64encode(data).decode()] for _, data in some]
-        scored = _invoke(url, {"dataframe_split": {"columns": ["image"], "data": rows}}, names)
-        answers += [{"tile": tile} | answer for tile, answer in zip(names, scored, strict=True)]
-    return answers
+    predictions: list[dict[str, Any]] = []
+    names = list(tiles)
+    for start in range(0, len(names), TILES_PER_REQUEST):
+        chunk = names[start : start + TILES_PER_REQUEST]
+        rows = [[base64.b64encode(tiles[name]).decode()] for name in chunk]
+        payload = {"dataframe_split": {"columns": ["image"], "data": rows}}
+        results = _invoke(url, payload, chunk)
+        pairs = zip(chunk, results, strict=True)
+        predictions += [{"tile": name} | result for name, result in pairs]
+    return predictions
 
 
 def wait_ready(url: str, process: "subprocess.Popen[Any] | None", timeout_s: float) -> None:
-    """Return when /ping answers 200.
+    """Poll /ping until it answers 200.
 
     Raises:
         ServerError: not within ``timeout_s``, or ``process`` ended before.
@@ -60,50 +65,50 @@ def wait_ready(url: str, process: "subprocess.Popen[Any] | None", timeout_s: flo
             raise ServerError(f"the server for {url} ended with code {process.returncode}")
         if time.monotonic() > deadline:
             raise ServerError(f"{url} was not ready within {timeout_s:g} s: see the server's log")
-        time.sleep(POLL_S)
+        time.sleep(POLL_INTERVAL_S)
 
 
-def reason(body: str, names: Sequence[str] = ()) -> str:
-    """Why a server refused, in one line: MLflow puts an echo of the request before it."""
+def error_reason(body: str, names: Sequence[str] = ()) -> str:
+    """Return the reason of an error response in one line, with "row N" as the name of the tile.
+
+    MLflow's own server puts a copy of the request before the reason, which is cut off.
+    """
     try:
-        told = json.loads(body)
-        message = str(told["reason"] if "reason" in told else told["message"])
+        payload = json.loads(body)
+        message = str(payload["reason"] if "reason" in payload else payload["message"])
     except (ValueError, KeyError, TypeError):
         message = body
-    said = " ".join(message.rpartition("\nError: ")[2].split())[:300]
-    row = re.match(r"row (\d+): ", said)
+    reason = " ".join(message.rpartition("\nError: ")[2].split())[:300]
+    row = re.match(r"row (\d+): ", reason)
     if row and int(row[1]) < len(names):
-        return f"{names[int(row[1])]}: {said[row.end() :]}"
-    return said
+        return f"{names[int(row[1])]}: {reason[row.end() :]}"
+    return reason
 
 
 def _invoke(url: str, payload: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
     import requests
 
-    headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if KEY in os.environ else {}
+    key = os.environ.get(KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = requests.post(
+        response = requests.post(
             f"{url}/invocations", json=payload, headers=headers, timeout=TIMEOUT_S
         )
     except requests.RequestException as error:
         raise ServerError(
-            f"no answer from {url} ({type(error).__name__}): start `python -m serving.server` or "
-            "name another --url"
+            f"no answer from {url} ({type(error).__name__}): start `python -m serving.server`, or "
+            "choose another --url"
         ) from error
-    if not answer.ok:
-        raise ServerError(f"{url} answered {answer.status_code}: {reason(answer.text, names)}")
+    if not response.ok:
+        reason = error_reason(response.text, names)
+        raise ServerError(f"{url} answered {response.status_code}: {reason}")
     try:
-        return list(answer.json()["predictions"])
+        return list(response.json()["predictions"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ServerError(f"{url} does not answer as an MLflow scoring server does") from error
+        raise ServerError(f"{url} is not an MLflow scoring server: choose another --url") from error
 
 
-def _chunks(items: list[tuple[str, bytes]], size: int) -> Iterator[list[tuple[str, bytes]]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def _read(file: str) -> bytes:
+def _read_file(file: str) -> bytes:
     try:
         return Path(file).read_bytes()
     except OSError as error:
@@ -112,23 +117,25 @@ def _read(file: str) -> bytes:
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser(
-        "serving.client", "Have image files scored by a server, and print one line of JSON each."
+        "serving.client", "Send image files to a server, and print one line of JSON per file."
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a JPEG, PNG or TIFF tile")
-    parser.add_argument("--url", default="http://127.0.0.1:5001")
-    parser.add_argument("--json", action="store_true", help="the whole answers")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="S", help="for it to be ready")
+    parser.add_argument("--url", default="http://127.0.0.1:5001", help="address of the server")
+    parser.add_argument("--json", action="store_true", help="print the complete predictions")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="S", help="seconds to wait for the server"
+    )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     url = args.url.rstrip("/")
-    tiles = {file: _read(file) for file in args.files}
+    tiles = {file: _read_file(file) for file in args.files}
     if args.wait:
         wait_ready(url, None, args.wait)
-    answers = {answer["tile"]: answer for answer in score(url, tiles)}
+    by_file = {prediction["tile"]: prediction for prediction in score(url, tiles)}
     for file in args.files:
-        answer = answers[file]
-        shown = answer if args.json else {key: answer[key] for key in ("tile", *SHOWN)}
-        print(json.dumps(shown))
+        prediction = by_file[file]
+        summary = {key: prediction[key] for key in ("tile", *SUMMARY_KEYS)}
+        print(json.dumps(prediction if args.json else summary))
     return exit_codes.OK
 
 

@@ -1,4 +1,4 @@
-"""What a server of ours says when it does not answer: one JSON shape, that of MLflow's protocol."""
+"""Error responses of every server of this project, in the one JSON shape of MLflow's protocol."""
 
 import json
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ CODES = {
     500: "INTERNAL_ERROR",
     503: "TEMPORARILY_UNAVAILABLE",
 }
-"""By HTTP status."""
-AGAIN = (429, 503)
-"""Those that a client may try again."""
-FAULT = "a fault of this server's: its log tells more"
-TOO_LATE = "the time allowed has passed: this server is busy"
+"""HTTP status -> error code."""
+RETRYABLE = (429, 503)
+"""Statuses after which a client may send the same request again."""
+INTERNAL_ERROR = "internal error: see the server's log"
+DEADLINE_PASSED = "the deadline has passed: the server is busy, try again"
 
 
-class Refused(EuroSATError):
-    """A request that is not answered, and why; the message never quotes what was sent."""
+class RequestRejected(EuroSATError):
+    """A request that is answered with an error; the message never repeats the payload."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -43,9 +43,10 @@ def body(status: int, message: str) -> bytes:
     return json.dumps({"error_code": CODES[status], "message": message}).encode()
 
 
-def response(status: int, message: str, more: Mapping[str, str] | None = None) -> Response:
-    headers = dict(more or {})
-    if status in AGAIN:
+def response(status: int, message: str, extra: Mapping[str, str] | None = None) -> Response:
+    """Return the error with the headers of its status, and ``extra`` headers."""
+    headers = dict(extra or {})
+    if status in RETRYABLE:
         headers["Retry-After"] = str(RETRY_AFTER_S)
     if status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"

@@ -1,4 +1,4 @@
-"""The version that answers, and the next one: loaded beside it, checked, swapped in, drained."""
+"""Load versions of the served model, test them, and swap them while requests are answered."""
 
 import asyncio
 import logging
@@ -20,33 +20,39 @@ import numpy as np
 from eurosat import tracking
 from eurosat.errors import ModelError
 from eurosat.runtime import hardware
+from serving import earlier_versions
 from serving.metrics import Metrics, VersionLabels
 
 log = logging.getLogger(__name__)
 
 ALIAS = re.compile(r"models:/([^/@]+)@([^/@]+)")
-WARM_TILES = (1, 2, 8, 32, 64)
-"""Sizes of the batches that a version answers before any client's."""
-CHECK_TOLERANCE = 0.1
-"""Of a probability of the example: whole numbers are summed otherwise on another CPU."""
+WARM_UP_BATCHES = (1, 2, 8, 32, 64)
+"""Numbers of tiles that a version predicts before it gets any traffic."""
+SELF_TEST_TOLERANCE = 0.1
+"""Largest difference of a probability of the example: INT8 results differ between CPUs."""
 GREY = 128
-OF_LATE = 0.1
-"""Weight of the newest turn."""
-SHORT, OVERRUN_S = 0.75, 10.0
-"""Share of its queue's usual time that an overrun server has tiles wait, and for how long it is one
-before it tries the whole queue again.
+EWMA_ALPHA = 0.1
+"""Weight of the newest batch in the moving average of batch times."""
+OVERLOAD_SHARE = 0.75
+"""Share of the time that a full queue takes at the best pace. An overloaded server queues only the
+tiles that it can predict in this time.
 """
-FORGETS = 1 + 1e-5
-"""A turn, of how fast it was: another one of its kind may be slower for good."""
+OVERLOAD_S = 10.0
+"""How long a server counts as overloaded after its queue was full; then the whole queue is used."""
+BEST_TIME_DECAY = 1 + 1e-5
+"""Growth of the best batch time with every batch, so that a lasting slowdown is accepted."""
 
 
-class CheckFailed(ModelError):
-    """A version answers its own example otherwise than when it was registered."""
+class SelfTestFailed(ModelError):
+    """A version cannot be loaded, or predicts its example differently than when registered."""
 
 
 @dataclass(kw_only=True, eq=False)
-class Live:
-    """A loaded version, and how many requests it is answering."""
+class LoadedVersion:
+    """A loaded version of the model, its queue of tiles, and the requests that use it.
+
+    As a context manager it counts a request, so that `drain` waits for it.
+    """
 
     uri: str
     version: str | None
@@ -55,104 +61,108 @@ class Live:
     classifier: Any
     """``TileClassifier`` of the ``serving/pyfunc.py`` that the version carries."""
     app: Any
-    """MLflow's own scoring app around it."""
+    """MLflow's scoring app around the model."""
     files: ExitStack
-    """Holds this process's copy of the version's files and code, until it is retired."""
+    """Owns this process's copy of the version's files and code, until the version is drained."""
     waiting: deque[Any] = field(default_factory=deque)
-    """Tiles whose turn has not come."""
-    asked: int = 0
-    """Requests that it has not answered yet."""
-    _turn_s: float = 0.0
-    _best_turn_s: float = math.inf
-    _turned_at: float = 0.0
-    """From one full batch to the next while tiles wait, with all that is read and told in between:
-    of late, at its best, and when the last one ended.
+    """Tiles that wait for their batch."""
+    in_flight: int = 0
+    """Requests that are not answered yet."""
+    _batch_s: float = 0.0
+    """Moving average of the time from one full batch to the next while tiles wait, which includes
+    reading requests and writing answers.
     """
-    _overrun_until: float = 0.0
+    _best_batch_s: float = math.inf
+    _last_batch_at: float = 0.0
+    """When the last full batch ended, on the monotonic clock; 0 after an idle time."""
+    _overloaded_until: float = 0.0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def __enter__(self) -> "Live":
-        self.asked += 1
+    def __enter__(self) -> "LoadedVersion":
+        self.in_flight += 1
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.asked -= 1
-        if not self.asked:
+        self.in_flight -= 1
+        if not self.in_flight:
             self._idle.set()
 
     @cached_property
-    def at_once(self) -> int:
-        """Tiles that one pass of the network takes."""
-        return int(self.classifier.most(self.classifier.wish({})))
+    def batch_size(self) -> int:
+        """Tiles in one run of the network with default options."""
+        return int(self.classifier.max_tiles_per_batch(self.classifier.parse_options({})))
 
     @cached_property
     def labels(self) -> VersionLabels:
         run_id = self.classifier.provenance["run_id"]
-        return VersionLabels(str(self.version), run_id, self.classifier.form)
+        return VersionLabels(str(self.version), run_id, self.classifier.precision)
 
-    def is_full(self, most: int, arrived: int) -> bool:
-        """Whether a request must be refused where ``most`` tiles may wait, and so many requests
-        have arrived.
+    def is_full(self, max_waiting: int, unanswered: int) -> bool:
+        """Return whether a new request must be rejected.
 
-        For a while from such a refusal on it is full sooner: by what is answered in `SHORT` of the
-        time that ``most`` take at its best pace. A longer queue would not answer more tiles, only
-        each of them later.
+        ``max_waiting`` tiles may wait, and ``unanswered`` requests have arrived. For `OVERLOAD_S`
+        after a rejection the queue is shorter (see `OVERLOAD_SHARE`): a longer one would not
+        predict more tiles, only each of them later.
         """
-        room, now = most, time.monotonic()
-        overrun = now < self._overrun_until
-        if overrun and self._turn_s:
-            room = max(1, int(most * min(1.0, SHORT * self._best_turn_s / self._turn_s)))
-        full = len(self.waiting) >= room or arrived >= room + self.at_once
-        if full and not overrun:
-            self._overrun_until = now + OVERRUN_S
+        room, now = max_waiting, time.monotonic()
+        overloaded = now < self._overloaded_until
+        if overloaded and self._batch_s:
+            pace = min(1.0, OVERLOAD_SHARE * self._best_batch_s / self._batch_s)
+            room = max(1, int(max_waiting * pace))
+        full = len(self.waiting) >= room or unanswered >= room + self.batch_size
+        if full and not overloaded:
+            self._overloaded_until = now + OVERLOAD_S
         return full
 
-    def ask(
-        self, rows: Sequence[object], wish: Any, deadline: float | None
+    def submit(
+        self, rows: Sequence[object], options: Any, deadline: float | None
     ) -> "list[asyncio.Future[dict[str, Any]]]":
-        """Answers to come. Tiles that arrive while a batch is computed make the next one.
+        """Queue rows and return their predictions to come.
 
-        The network runs on the event loop's own thread: handing tiles to another one costs more
-        than this process could do meanwhile, as there is a process for each core.
+        Tiles that arrive while a batch is computed make the next batch. The network runs in the
+        thread of the event loop: there is one process per core, and handing tiles to another
+        thread would cost more than the loop could do meanwhile.
         """
         loop = asyncio.get_running_loop()
-        jobs = [self.classifier.job(row, wish, deadline, loop.create_future()) for row in rows]
+        new_tile, new_future = self.classifier.pending_tile, loop.create_future
+        tiles = [new_tile(row, options, deadline, new_future()) for row in rows]
         if not self.waiting:
-            loop.call_later(0, self._answer_some)  # after all sockets have been read
-            self._turned_at = 0.0
-        self.waiting.extend(jobs)
-        return [job.future for job in jobs]
+            loop.call_later(0, self._run_next_batch)  # after all sockets have been read
+            self._last_batch_at = 0.0
+        self.waiting.extend(tiles)
+        return [tile.future for tile in tiles]
 
-    def _answer_some(self) -> None:
-        """One batch; then the sockets are looked at again."""
-        first = self.waiting[0].wish
-        jobs: list[Any] = []
-        while self.waiting and len(jobs) < self.classifier.most(first):
-            if self.waiting[0].wish.tta != first.tta:
+    def _run_next_batch(self) -> None:
+        """Compute one batch, then let the event loop read the sockets again."""
+        options = self.waiting[0].options
+        max_tiles = self.classifier.max_tiles_per_batch(options)
+        batch: list[Any] = []
+        while self.waiting and len(batch) < max_tiles:
+            if self.waiting[0].options.tta != options.tta:
                 break
-            jobs.append(self.waiting.popleft())
+            batch.append(self.waiting.popleft())
         try:
-            self.classifier.answer(jobs)
+            self.classifier.run_batch(batch)
         except Exception as error:
-            log.exception("a batch of %d tiles failed", len(jobs))
-            for job in jobs:
-                if not job.future.done():
-                    job.future.set_exception(error)
+            log.exception("a batch of %d tiles failed", len(batch))
+            for tile in batch:
+                if not tile.future.done():
+                    tile.future.set_exception(error)
         if self.waiting:
-            asyncio.get_running_loop().call_later(0, self._answer_some)
-        if len(jobs) == self.classifier.most(first):
-            self._turned(time.monotonic())
+            asyncio.get_running_loop().call_later(0, self._run_next_batch)
+        if len(batch) == max_tiles:
+            self._record_batch_time(time.monotonic())
 
-    def _turned(self, now: float) -> None:
-        if self._turned_at:
-            turn_s = now - self._turned_at
-            self._turn_s += OF_LATE * (turn_s - self._turn_s) if self._turn_s else turn_s
-            self._best_turn_s = min(self._best_turn_s * FORGETS, self._turn_s)
-        self._turned_at = now
+    def _record_batch_time(self, now: float) -> None:
+        if self._last_batch_at:
+            batch_s = now - self._last_batch_at
+            self._batch_s += EWMA_ALPHA * (batch_s - self._batch_s) if self._batch_s else batch_s
+            self._best_batch_s = min(self._best_batch_s * BEST_TIME_DECAY, self._batch_s)
+        self._last_batch_at = now
 
-    async def retire(self) -> None:
-        """Wait until nobody is being answered by it, and give back what it holds."""
-        while self.asked:
+    async def drain(self) -> None:
+        """Wait for the requests in flight, then release threads, files and memory."""
+        while self.in_flight:
             self._idle.clear()
             await self._idle.wait()
         await asyncio.to_thread(self.classifier.close)
@@ -160,15 +170,16 @@ class Live:
         await asyncio.to_thread(hardware.malloc_trim)
 
 
-def load(uri: str, settings: Mapping[str, Any]) -> Live:
-    """Ready to answer: loaded, warm, and checked on its own example.
+def load(uri: str, model_config: Mapping[str, Any]) -> LoadedVersion:
+    """Load a version, warm it up, and test it on its own example.
 
     Raises:
-        TrackingError: it cannot be had.
-        CheckFailed: it must not answer anybody.
+        TrackingError: its files cannot be downloaded.
+        SelfTestFailed: it must not get traffic.
     """
     import mlflow.pyfunc
     from mlflow.artifacts import download_artifacts
+    from mlflow.models import Model
     from mlflow.pyfunc import scoring_server
 
     with ExitStack() as stack:
@@ -176,15 +187,18 @@ def load(uri: str, settings: Mapping[str, Any]) -> Live:
         with tracking.translate_errors(uri):
             files = download_artifacts(uri, dst_path=folder)
         try:
-            model = mlflow.pyfunc.load_model(files, model_config=dict(settings))
-            classifier = model.unwrap_python_model()
+            saved_config = Model.load(files).flavors["python_function"].get("config") or {}
+            config = earlier_versions.model_config(model_config, saved_config)
+            model = mlflow.pyfunc.load_model(files, model_config=config)
+            classifier = earlier_versions.adapt(model.unwrap_python_model())
             stack.callback(sys.modules.pop, type(classifier).__module__, None)
-            _check(model, classifier)
-        except CheckFailed:
+            _self_test(model, classifier)
+        except SelfTestFailed:
             raise
-        except Exception as error:  # its own code ran, and may have raised anything
-            raise CheckFailed(f"it cannot be loaded ({type(error).__name__}: {error})") from error
-        return Live(
+        except Exception as error:  # the version's own code ran, and may raise anything
+            message = f"it cannot be loaded ({type(error).__name__}: {error})"
+            raise SelfTestFailed(message) from error
+        return LoadedVersion(
             uri=uri,
             version=classifier.provenance["model_version"],
             model=model,
@@ -194,90 +208,97 @@ def load(uri: str, settings: Mapping[str, Any]) -> Live:
         )
 
 
-def _check(model: Any, classifier: Any) -> None:
+def _self_test(model: Any, classifier: Any) -> None:
+    """Warm the version up, and compare its example's probabilities to the registered ones.
+
+    Raises:
+        SelfTestFailed: a probability differs by more than `SELF_TEST_TOLERANCE`.
+    """
     tile_HWC = np.full(classifier.shape_HWC, GREY, np.uint8)
-    for count in WARM_TILES:
-        answers = _answered(classifier, [tile_HWC] * count)[:1]
+    for count in WARM_UP_BATCHES:
+        predictions = _predict(classifier, [tile_HWC] * count)[:1]
     if (example := model.input_example) is not None:
-        answers += model.predict(example)
+        predictions += model.predict(example)
     expected = classifier.example_probabilities or ()
-    for answer in answers:
-        told = np.array(list(answer["probabilities"].values()))
-        apart = float(np.abs(told - expected).max()) if len(told) == len(expected) else np.inf
-        if not apart <= CHECK_TOLERANCE:
-            raise CheckFailed(
-                f"its example is answered {apart:.3f} away from what it was when it was "
-                f"registered, over the {CHECK_TOLERANCE:g} allowed: register its run again"
+    for prediction in predictions:
+        actual = np.array(list(prediction["probabilities"].values()))
+        same_length = len(actual) == len(expected)
+        difference = float(np.abs(actual - expected).max()) if same_length else np.inf
+        if not difference <= SELF_TEST_TOLERANCE:
+            raise SelfTestFailed(
+                f"a probability of its example differs by {difference:.3f} from the registered "
+                f"one, over the {SELF_TEST_TOLERANCE:g} allowed: register its run again"
             )
 
 
-def _answered(classifier: Any, tiles: list[Any]) -> list[Any]:
-    wish = classifier.wish({})
-    jobs = [classifier.job(tile, wish, None, Future()) for tile in tiles]
-    for start in range(0, len(jobs), most := classifier.most(wish)):
-        classifier.answer(jobs[start : start + most])
-    return [job.future.result() for job in jobs]
+def _predict(classifier: Any, rows: list[Any]) -> list[Any]:
+    options = classifier.parse_options({})
+    max_tiles = classifier.max_tiles_per_batch(options)
+    tiles = [classifier.pending_tile(row, options, None, Future()) for row in rows]
+    for start in range(0, len(tiles), max_tiles):
+        classifier.run_batch(tiles[start : start + max_tiles])
+    return [tile.future.result() for tile in tiles]
 
 
-class Follower:
-    """Keeps `live` the version that a reference names; an alias is asked for again and again."""
+class AliasWatcher:
+    """Keeps `current` the version that a reference names, and polls the registry for an alias."""
 
     def __init__(
-        self, reference: str, settings: Mapping[str, Any], poll_s: float, metrics: Metrics
+        self, reference: str, model_config: Mapping[str, Any], poll_s: float, metrics: Metrics
     ) -> None:
-        self.reference, self._settings, self.poll_s = reference, dict(settings), poll_s
-        self._metrics = metrics
-        self.live: Live | None = None
+        self.reference, self.poll_s = reference, poll_s
+        self._model_config, self._metrics = dict(model_config), metrics
+        self.current: LoadedVersion | None = None
         self.swaps = 0
         self.refused: dict[str, str] = {}
-        """Versions that failed their check, each with why."""
-        self._retiring: set[asyncio.Task[None]] = set()
-        self._told = ""
+        """URI of a version that failed its self-test -> the reason; it is not tried again."""
+        self._draining: set[asyncio.Task[None]] = set()
+        self._last_error = ""
 
-    async def follow(self) -> None:
-        """Until it is cancelled; what goes wrong is told once, and tried again."""
-        while self.live is None or ALIAS.fullmatch(self.reference):
+    async def watch(self) -> None:
+        """Poll the alias until cancelled; an error is logged once, and tried again."""
+        while self.current is None or ALIAS.fullmatch(self.reference):
             await asyncio.sleep(self.poll_s)
-            await self.step()
+            await self.check_alias()
 
-    async def step(self) -> None:
-        """Ask which version it is, and have it answer."""
+    async def check_alias(self) -> None:
+        """Load and swap in the version of the alias, unless it is current or was refused."""
         try:
-            uri = await asyncio.to_thread(self._wanted)
-            if (self.live and self.live.uri == uri) or uri in self.refused:
+            uri = await asyncio.to_thread(self._resolve_alias)
+            if (self.current and self.current.uri == uri) or uri in self.refused:
                 return
             log.info("loading %s", uri)
             try:
-                new = await asyncio.to_thread(load, uri, self._settings)
-            except CheckFailed as error:
+                new = await asyncio.to_thread(load, uri, self._model_config)
+            except SelfTestFailed as error:
                 self.refused[uri] = " ".join(str(error).split())
-                self._metrics.refused()
+                self._metrics.record_refused_version()
                 log.error("%s gets no traffic: %s", uri, self.refused[uri])
                 return
-        except Exception as error:  # noqa: BLE001 - the version that answers goes on answering
-            why = " ".join(str(error).split())[:300]
-            if why != self._told:
-                log.warning("%s cannot be had: %s", self.reference, why)
-            self._told = why
+        except Exception as error:  # noqa: BLE001 - the current version must go on
+            message = " ".join(str(error).split())[:300]
+            if message != self._last_error:
+                log.warning("%s cannot be loaded, trying again: %s", self.reference, message)
+            self._last_error = message
             return
-        self._told = ""
+        self._last_error = ""
         self._swap(new)
 
-    def _swap(self, new: Live) -> None:
-        old, self.live = self.live, new
-        self._metrics.swapped(old.labels if old else None, new.labels)
-        form = new.classifier.form
+    def _swap(self, new: LoadedVersion) -> None:
+        old, self.current = self.current, new
+        self._metrics.record_swap(old.labels if old else None, new.labels)
+        precision = new.classifier.precision
         if old is None:
-            log.info("%s answers (%s)", new.uri, form)
+            log.info("serving %s (%s)", new.uri, precision)
             return
         self.swaps += 1
-        log.info("%s answers (%s); %s finishes what it began", new.uri, form, old.uri)
-        task = asyncio.create_task(old.retire())
-        self._retiring.add(task)
-        task.add_done_callback(self._retiring.discard)
+        log.info("serving %s (%s); %s finishes its requests", new.uri, precision, old.uri)
+        task = asyncio.create_task(old.drain())
+        self._draining.add(task)
+        task.add_done_callback(self._draining.discard)
 
-    def _wanted(self) -> str:
-        """models:/NAME/NUMBER of an alias; another reference as it is."""
+    def _resolve_alias(self) -> str:
+        """Return models:/NAME/NUMBER for an alias, and any other reference as it is."""
         from mlflow import MlflowClient
 
         alias = ALIAS.fullmatch(self.reference)
@@ -288,6 +309,6 @@ class Follower:
         return f"models:/{alias[1]}/{version.version}"
 
     async def close(self) -> None:
-        """Let every version finish what it began."""
-        live, self.live = self.live, None
-        await asyncio.gather(*self._retiring, *([live.retire()] if live else []))
+        """Let every version finish its requests."""
+        current, self.current = self.current, None
+        await asyncio.gather(*self._draining, *([current.drain()] if current else []))

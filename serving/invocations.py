@@ -1,4 +1,4 @@
-"""MLflow's own scoring app, which is asked what the model can answer, and not quoted."""
+"""Forward requests to MLflow's own scoring app, and translate its errors into our JSON shape."""
 
 import json
 import logging
@@ -6,16 +6,16 @@ import logging
 from starlette.responses import Response
 from starlette.types import Message, Scope
 
-from serving.errors import FAULT, TOO_LATE, Refused
-from serving.hot_swap import Live
-from serving.payload_limits import NOT_THE_PROTOCOL
+from serving.errors import DEADLINE_PASSED, INTERNAL_ERROR, RequestRejected
+from serving.hot_swap import LoadedVersion
+from serving.payload_limits import NOT_MLFLOW_PROTOCOL
 
 log = logging.getLogger(__name__)
 
 PARQUET = "application/vnd.apache.parquet"
-"""MLflow reads it, and what it unpacks to cannot be told before."""
-ANOTHER_KIND = "send application/json or text/csv"
-MISREAD = (
+"""MLflow reads it too, but its unpacked size is unknown before it is unpacked."""
+WRONG_MEDIA_TYPE = "send application/json or text/csv"
+PARSE_ERRORS = (
     ArithmeticError,
     AssertionError,
     AttributeError,
@@ -24,48 +24,64 @@ MISREAD = (
     TypeError,
     ValueError,
 )
-"""What MLflow's app lets through when it reads a body that is none of its protocol."""
+"""Exceptions that escape MLflow's app when it reads a body that is not of its protocol."""
+COPIED = (
+    "type",
+    "asgi",
+    "http_version",
+    "method",
+    "path",
+    "raw_path",
+    "query_string",
+    "root_path",
+    "scheme",
+    "headers",
+    "server",
+    "client",
+)
+"""Keys of the ASGI scope that MLflow's app gets."""
 
 
-async def of_mlflow(live: Live, scope: Scope, body: bytes) -> Response:
-    """The answer of MLflow's app; its refusals quote the request, so they are told anew."""
-    status, kind, parts = 500, "application/json", []
+async def forward(version: LoadedVersion, scope: Scope, body: bytes) -> Response:
+    """Return the answer of MLflow's app.
+
+    Raises:
+        RequestRejected: MLflow's app answered with an error, which may repeat the request.
+    """
+    status, media_type, chunks = 500, "application/json", []
 
     async def receive() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message: Message) -> None:
-        nonlocal status, kind
+        nonlocal status, media_type
         if message["type"] == "http.response.start":
             status = message["status"]
             headers = dict(message.get("headers", ()))
-            kind = headers.get(b"content-type", b"application/json").decode("latin-1")
+            media_type = headers.get(b"content-type", b"application/json").decode("latin-1")
         else:
-            parts.append(message.get("body", b""))
+            chunks.append(message.get("body", b""))
 
-    own = {key: scope[key] for key in ("type", "asgi", "http_version", "method", "path")}
-    own |= {key: scope[key] for key in ("raw_path", "query_string", "root_path", "scheme")}
-    own |= {"headers": scope["headers"], "server": scope["server"], "client": scope["client"]}
     try:
-        await live.app(own, receive, send)
-    except MISREAD as error:  # `predict` lets none through: see its faults in serving/pyfunc.py
-        raise Refused(400, NOT_THE_PROTOCOL) from error
-    answer = b"".join(parts)
+        await version.app({key: scope[key] for key in COPIED}, receive, send)
+    except PARSE_ERRORS as error:  # `predict` raises MlflowException alone: see serving/pyfunc.py
+        raise RequestRejected(400, NOT_MLFLOW_PROTOCOL) from error
+    answer = b"".join(chunks)
     if status < 400:
-        return Response(answer, status, media_type=kind)
-    raise _retold(status, answer)
+        return Response(answer, status, media_type=media_type)
+    raise _translate_error(status, answer)
 
 
-def _retold(status: int, answer: bytes) -> Refused:
-    """Why ``predict`` refused; all else that MLflow says may hold what was sent."""
-    if status == 504:  # MLflow's own deadline, where it is before ours
-        return Refused(429, TOO_LATE)
+def _translate_error(status: int, answer: bytes) -> RequestRejected:
+    """Return the ``reason`` that `predict` gave; any other text may repeat the request."""
+    if status == 504:  # MLflow's own deadline passed before ours
+        return RequestRejected(429, DEADLINE_PASSED)
     if status >= 500:
         log.error("MLflow's app answered %d", status)
-        return Refused(500, FAULT)
+        return RequestRejected(500, INTERNAL_ERROR)
     if status == 415:
-        return Refused(415, ANOTHER_KIND)
+        return RequestRejected(415, WRONG_MEDIA_TYPE)
     try:
-        return Refused(422, str(json.loads(answer)["reason"]))
+        return RequestRejected(422, str(json.loads(answer)["reason"]))
     except (ValueError, TypeError, KeyError):
-        return Refused(400, NOT_THE_PROTOCOL)
+        return RequestRejected(400, NOT_MLFLOW_PROTOCOL)

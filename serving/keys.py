@@ -1,4 +1,4 @@
-"""API keys: made once, shown once, kept as hashes in a file that the server reads."""
+"""API keys: made once, printed once, stored as hashes in a file that the server reads."""
 
 import hashlib
 import hmac
@@ -12,99 +12,104 @@ from pathlib import Path
 
 from eurosat.errors import ConfigError
 from eurosat.runtime import cli, exit_codes, logs
-from serving.errors import Refused
-from serving.limits import Bucket
+from serving.errors import RequestRejected
+from serving.limits import TokenBucket
 
-PER_S = 1000.0
-BYTES = 32
-"""Of a key: it cannot be guessed, so that a plain hash keeps it."""
-NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-SHA256 = re.compile(r"[0-9a-f]{64}")
+DEFAULT_RATE_PER_S = 1000.0
+KEY_BYTES = 32
+"""Random bytes of a key: enough to store its plain SHA-256, as nobody can guess it."""
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
+REMEDY = "create it with `python -m serving.keys NAME`"
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class ApiKey:
     name: str
     digest: str
-    bucket: Bucket
+    """SHA-256 of the key, in hexadecimal."""
+    bucket: TokenBucket
 
 
-class Keys:
-    """Who may ask, and how often."""
+class KeyRing:
+    """The API keys that a process accepts, each with its own rate."""
 
-    def __init__(self, keys: Sequence[Key]) -> None:
+    def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._keys = keys
 
     @classmethod
-    def read(cls, file: Path, share: float = 1.0) -> "Keys":
-        """Lines of name, sha256 and requests a second, of which this process admits a ``share``.
+    def from_file(cls, file: Path, share: float = 1.0) -> "KeyRing":
+        """Read lines of "NAME SHA256 REQUESTS_PER_S"; this process allows ``share`` of each rate.
 
         Raises:
-            ConfigError: the file cannot be read, or a line is none.
+            ConfigError: the file cannot be read, or a line is malformed.
         """
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeError) as error:
-            raise ConfigError(
-                f"{file} cannot be read: make it with `python -m serving.keys NAME`"
-            ) from error
+            raise ConfigError(f"{file} cannot be read: {REMEDY}") from error
         keys = []
         for number, line in enumerate(lines, 1):
             if not line.strip() or line.startswith("#"):
                 continue
             try:
-                name, digest, per_s = line.split()
-                if not SHA256.fullmatch(digest) or not 0 < float(per_s) < float("inf"):
+                name, digest, rate_per_s = line.split()
+                if not SHA256_PATTERN.fullmatch(digest) or not 0 < float(rate_per_s) < float("inf"):
                     raise ValueError
-                keys.append(Key(name, digest, Bucket(float(per_s) * share)))
+                keys.append(ApiKey(name, digest, TokenBucket(float(rate_per_s) * share)))
             except ValueError as error:
                 raise ConfigError(
-                    f"{file}:{number} is no line of name, sha256 and requests a second: "
-                    "make it with `python -m serving.keys NAME`"
+                    f"{file}:{number} is not a line of name, sha256 and requests per second: "
+                    f"{REMEDY}"
                 ) from error
         return cls(keys)
 
+    def names(self) -> list[str]:
+        return [key.name for key in self._keys]
+
     def admit(self, headers: Mapping[str, str]) -> str:
-        """The name of the asker.
+        """Return the name of the request's key.
 
         Raises:
-            Refused: no key that is known, or one that asks too often.
+            RequestRejected: the key is missing or unknown (401), or exceeds its rate (429).
         """
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        digest = _digest(given)
-        found = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
-        if not given or not found:
-            raise Refused(401, "send an API key, as `Authorization: Bearer KEY`")
-        if not found[0].bucket.take():
-            raise Refused(429, f"the key {found[0].name} asks more often than it may: wait")
-        return found[0].name
+        sent = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        digest = _digest(sent)
+        matching = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
+        if not sent or not matching:
+            raise RequestRejected(401, "send an API key, as `Authorization: Bearer KEY`")
+        key = matching[0]
+        if not key.bucket.take():
+            message = f"the key {key.name} exceeds its rate: send fewer requests per second"
+            raise RequestRejected(429, message)
+        return key.name
 
 
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def create(file: Path, name: str, per_s: float) -> str:
-    """A new key, of which the file keeps the hash; readable by its owner alone.
+def create(file: Path, name: str, rate_per_s: float) -> str:
+    """Return a new key, and append its hash to the file, which only its owner may read.
 
     Raises:
-        ConfigError: the name is taken or unfit, or the file cannot be written.
+        ConfigError: the name exists or is malformed, or the file cannot be written.
     """
-    if not NAME.fullmatch(name):
+    if not NAME_PATTERN.fullmatch(name):
         raise ConfigError(f"a key's name is 1 to 64 letters, digits, '_', '.' or '-'; got {name!r}")
-    if not 0 < per_s < float("inf"):
-        raise ConfigError(f"--per-second must be above 0; got {per_s:g}")
-    if file.exists() and any(key.name == name for key in Keys.read(file)._keys):
+    if not 0 < rate_per_s < float("inf"):
+        raise ConfigError(f"--per-second must be above 0; got {rate_per_s:g}")
+    if file.exists() and name in KeyRing.from_file(file).names():
         raise ConfigError(
-            f"{file} has a key {name} already: choose another name or remove its line"
+            f"{file} already has a key {name}: choose another name or remove its line"
         )
-    key = secrets.token_urlsafe(BYTES)
+    key = secrets.token_urlsafe(KEY_BYTES)
     try:
-        handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as written:
-            os.fchmod(handle, 0o600)
-            written.write(f"{name} {_digest(key)} {per_s:g}\n")
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            os.fchmod(descriptor, 0o600)
+            stream.write(f"{name} {_digest(key)} {rate_per_s:g}\n")
     except OSError as error:
         raise ConfigError(f"{file} cannot be written: {error.strerror}") from error
     return key
@@ -112,15 +117,17 @@ def create(file: Path, name: str, per_s: float) -> str:
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser(
-        "serving.keys", "Make an API key, print it once, and keep its hash in a file."
+        "serving.keys", "Create an API key, print it once, and store its hash in a file."
     )
-    parser.add_argument("name", help="who it is for")
+    parser.add_argument("name", help="who will use the key")
     parser.add_argument("--file", type=Path, default=Path("keys.txt"))
-    parser.add_argument("--per-second", type=float, default=PER_S, help="requests that it may send")
+    parser.add_argument(
+        "--per-second", type=float, default=DEFAULT_RATE_PER_S, help="requests that it may send"
+    )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     print(create(args.file, args.name, args.per_second))
-    print(f"its hash is in {args.file}; the key itself is kept nowhere", file=sys.stderr)
+    print(f"its hash is in {args.file}; the key itself is not stored anywhere", file=sys.stderr)
     return exit_codes.OK
 
 

@@ -1,4 +1,4 @@
-"""How much a server takes on, and reading no more of a request than that."""
+"""Limits of a server, and the checks that hold a request to them."""
 
 import asyncio
 import math
@@ -8,28 +8,30 @@ from dataclasses import dataclass, replace
 from starlette.requests import Request
 
 from eurosat.errors import ConfigError
-from serving.errors import Refused
+from serving.errors import RequestRejected
 
 TIMEOUT_HEADER = "x-request-timeout"
-"""Seconds that the client waits for an answer."""
+"""Header of a request: how many seconds the client waits for an answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
+    """Limits of a server; each of its processes gets a share: `shared`."""
+
     body_mb: float = 16.0
-    """Of one request, in 10^6 bytes."""
+    """Size of one request body, in 10^6 bytes."""
     tiles: int = 256
-    """In one request."""
+    """Tiles in one request."""
     queue: int = 128
-    """Tiles that wait; a request that comes then is refused."""
+    """Tiles that wait; at this number a new request is rejected."""
     requests: int = 512
-    """That are read or answered at the same time."""
+    """Requests that are read or answered at the same time."""
     deadline_s: float = 10.0
-    """For an answer to be begun; a client may ask for less by `TIMEOUT_HEADER`."""
+    """Time until a prediction must begin; a client may ask for less by `TIMEOUT_HEADER`."""
     head_s: float = 10.0
-    """For a request line and its headers to arrive whole."""
+    """Time for a request line and its headers to arrive."""
     body_s: float = 10.0
-    """For a body to arrive whole."""
+    """Time for a body to arrive."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -37,9 +39,9 @@ class Limits:
                 raise ConfigError(f"{name} must be above 0; got {getattr(self, name)}")
 
     def shared(self, processes: int) -> "Limits":
-        """What each of so many processes takes on."""
-        part = {"queue": self.queue, "requests": self.requests}
-        return replace(self, **{name: max(1, value // processes) for name, value in part.items()})
+        """Return the limits of one of several processes."""
+        divided = {"queue": self.queue, "requests": self.requests}
+        return replace(self, **{name: max(1, n // processes) for name, n in divided.items()})
 
     @property
     def body_bytes(self) -> int:
@@ -47,66 +49,66 @@ class Limits:
 
 
 def deadline(request: Request, limits: Limits) -> float:
-    """On the monotonic clock, in seconds.
+    """Return when a prediction must begin, in seconds on the monotonic clock.
 
     Raises:
-        Refused: the header is no number of seconds.
+        RequestRejected: `TIMEOUT_HEADER` is not a number of seconds above 0.
     """
-    said = request.headers.get(TIMEOUT_HEADER)
+    header = request.headers.get(TIMEOUT_HEADER)
     seconds = limits.deadline_s
-    if said is not None:
+    if header is not None:
         try:
-            seconds = min(float(said), seconds)
+            seconds = min(float(header), seconds)
         except ValueError:
             seconds = math.nan
         if not seconds > 0:
-            raise Refused(422, f"the header {TIMEOUT_HEADER} takes seconds above 0, such as 2.5")
+            message = f"the header {TIMEOUT_HEADER} takes seconds above 0, such as 2.5"
+            raise RequestRejected(422, message)
     return time.monotonic() + seconds
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
-    """The whole body.
+    """Return the complete body.
 
     Raises:
-        Refused: it is larger than is taken, or does not come in time.
+        RequestRejected: the body is too large (413), or does not arrive in time (408).
     """
-    said = request.headers.get("content-length", "0")
-    if not said.isdecimal() or int(said) > limits.body_bytes:
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limits.body_bytes:
         raise _too_large(limits)
-    parts, size = [], 0
+    chunks, size = [], 0
     try:
         async with asyncio.timeout(limits.body_s):
-            async for part in request.stream():
-                size += len(part)
+            async for chunk in request.stream():
+                size += len(chunk)
                 if size > limits.body_bytes:
                     raise _too_large(limits)
-                parts.append(part)
+                chunks.append(chunk)
     except TimeoutError as error:
-        raise Refused(
-            408, f"the body did not arrive within {limits.body_s:g} s: send it without a pause"
-        ) from error
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        message = f"the body did not arrive within {limits.body_s:g} s: send it without a pause"
+        raise RequestRejected(408, message) from error
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
-def _too_large(limits: Limits) -> Refused:
-    return Refused(
-        413, f"a body over {limits.body_mb:g} MB, the most that one request may bring: send less"
-    )
+def _too_large(limits: Limits) -> RequestRejected:
+    message = f"a body over the limit of {limits.body_mb:g} MB: send fewer tiles in one request"
+    return RequestRejected(413, message)
 
 
-class Bucket:
-    """Lets ``per_s`` pass each second, and as many at once (a token bucket)."""
+class TokenBucket:
+    """Lets ``rate_per_s`` requests pass each second, and bursts of one second's requests."""
 
-    def __init__(self, per_s: float) -> None:
-        self._per_s = per_s
-        self._left, self._at = max(per_s, 1.0), time.monotonic()
+    def __init__(self, rate_per_s: float) -> None:
+        self._rate_per_s, self._capacity = rate_per_s, max(rate_per_s, 1.0)
+        self._tokens, self._refilled_at = self._capacity, time.monotonic()
 
     def take(self) -> bool:
+        """Take a token; return whether there was one."""
         now = time.monotonic()
-        full = max(self._per_s, 1.0)
-        self._left = min(full, self._left + (now - self._at) * self._per_s)
-        self._at = now
-        if self._left < 1:
+        refill = (now - self._refilled_at) * self._rate_per_s
+        self._tokens = min(self._capacity, self._tokens + refill)
+        self._refilled_at = now
+        if self._tokens < 1:
             return False
-        self._left -= 1
+        self._tokens -= 1
         return True

@@ -17,26 +17,26 @@ CHAMPION = "models:/eurosat@champion"
 
 
 def command(model: str, host: str, port: int, workers: int) -> list[str]:
-    """MLflow's default environment manager would build a virtual environment first: local."""
-    served = ["--model-uri", model, "--env-manager", "local"]
-    where = ["--host", host, "--port", str(port), "--workers", str(workers)]
-    return [sys.executable, "-m", "mlflow", "models", "serve", *served, *where]
+    """Return the command of the server; another environment manager would first build a venv."""
+    source = ["--model-uri", model, "--env-manager", "local"]
+    address = ["--host", host, "--port", str(port), "--workers", str(workers)]
+    return [sys.executable, "-m", "mlflow", "models", "serve", *source, *address]
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Nothing phones home; MLflow starts ``uvicorn`` by name, so ours comes first in PATH."""
+    """Return the variables of the server: no telemetry, and our ``uvicorn`` first in PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), inherited.get("PATH", os.defpath)])
     return dict(inherited) | telemetry.OFF | {"PATH": path}
 
 
 def check_address(host: str, port: int) -> None:
-    """Raises ConfigError where nothing can listen."""
+    """Raise ConfigError if nothing can listen on the address."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family):
             pass
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"{host}:{port} cannot be listened on ({error}): name another") from error
+        raise ConfigError(f"cannot listen on {host}:{port} ({error}): choose another") from error
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--model", default=CHAMPION, help=f"models:/ or runs:/ ({CHAMPION})")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5001)
-    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     if args.workers < 1:

@@ -1,169 +1,182 @@
-"""Bodies of MLflow's protocol that would take far more memory than they have bytes.
+"""Reject bodies of MLflow's protocol that would take far more memory than they have bytes.
 
-MLflow makes frames and arrays of them whose every row has the columns, and whose every cell the
-size, of the largest. What has none of the protocol's shapes is not handed on at all.
+MLflow turns a body into frames and arrays, in which every row has all columns, and every cell the
+size of the largest one. A body that has none of the protocol's shapes is not forwarded at all.
 """
 
 import json
 import re
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
-from serving.errors import Refused
+from serving.errors import RequestRejected
 
 CSV = "text/csv"
-NOT_THE_PROTOCOL = "the request is not of MLflow's protocol: see GET /openapi.json for an example"
+NOT_MLFLOW_PROTOCOL = "the body is not of MLflow's protocol: see GET /openapi.json for examples"
 FRAMES, ARRAYS = ("dataframe_split", "dataframe_records"), ("inputs", "instances")
 KEYS = {*FRAMES, *ARRAYS, "params", "signature_name"}
-MOST_ROWS = 1024
-"""Of a frame: `serving.pyfunc.MAX_TILES`."""
-MOST_COLUMNS = 1000
-MOST_COMMAS, MOST_CELLS = 20_000, 4_000_000
-"""Of CSV: pandas takes a kilobyte for a column, and 8 bytes for a cell that is not told."""
-MOST_BRACKETS = 4_000_000
-"""Lists and objects of JSON, of which Python makes 56 bytes and more each."""
-MOST_BYTES, MOST_TIMES = 512_000_000, 100
-"""Of an array that is made of a body, and in bytes of the body: that of tiles in base64 has four
-times as many, and more where their sizes differ.
-"""
-CHARACTER_BYTES, NUMBER_BYTES, NUMBER_CHARACTERS = 4, 8, 8
-"""Of NumPy's texts and numbers, and what a number takes among texts."""
+MAX_ROWS = 1024
+"""Rows of a frame: `serving.pyfunc.MAX_TILES`."""
+MAX_COLUMNS = 1000
+MAX_COMMAS, MAX_CELLS = 20_000, 4_000_000
+"""Limits of CSV: pandas takes about 1 kB per column, and 8 bytes per empty cell."""
+MAX_BRACKETS = 4_000_000
+"""Lists and objects in JSON: Python takes 56 bytes or more for each."""
+MAX_ARRAY_BYTES = 512_000_000
+MAX_EXPANSION = 100
+"""Size of an array, relative to its body. Base64 tiles need 4, and more if their sizes differ."""
+CHARACTER_BYTES, NUMBER_BYTES = 4, 8
+"""Size of a character and of a number in a NumPy array."""
+NUMBER_CHARACTERS = 8
+"""Characters of a number in an array of texts."""
 LONG_NUMBER = re.compile(rb"[\[,:\s]-?\d{25}")
-NUMBERS = {int, float, bool, type(None)}
+NUMBER_TYPES = {int, float, bool, type(None)}
 
 
-def check(kind: str, body: bytes) -> None:
-    """Before MLflow reads a body of that media type.
+def check(media_type: str, body: bytes) -> None:
+    """Check a body before MLflow reads it.
 
     Raises:
-        Refused: it would take the machine's memory, or is none of MLflow's protocol.
+        RequestRejected: the body would take too much memory, or is not of MLflow's protocol.
     """
-    if kind == CSV:
+    if media_type == CSV:
         _check_csv(body)
     else:
         _check_json(body)
 
 
 def check_brackets(body: bytes) -> None:
-    """Before JSON is read.
+    """Check JSON before it is parsed.
 
     Raises:
-        Refused: it holds too many.
+        RequestRejected: it holds more than `MAX_BRACKETS` lists and objects.
     """
     brackets = body.count(b"[") + body.count(b"{")
-    if brackets > MOST_BRACKETS:
-        raise Refused(413, f"{brackets} lists and objects: send {MOST_BRACKETS} at most")
+    if brackets > MAX_BRACKETS:
+        raise RequestRejected(413, f"{brackets} lists and objects: send at most {MAX_BRACKETS}")
 
 
 def _check_csv(body: bytes) -> None:
-    bare = b"".join(body.split(b'"')[::2])  # without what is quoted, which may hold line ends
-    lines = bare.count(b"\n") + bare.count(b"\r") - bare.count(b"\r\n")
+    unquoted = b"".join(body.split(b'"')[::2])  # quoted text may hold line ends
+    lines = unquoted.count(b"\n") + unquoted.count(b"\r") - unquoted.count(b"\r\n")
     commas = body.count(b",")
-    _check_rows(lines - 1)  # the first names the columns
-    if commas > MOST_COMMAS or commas * lines > MOST_CELLS:
-        raise Refused(413, f"{commas} commas in {lines} lines: send fewer columns, or rows")
+    _check_rows(lines - 1)  # without the header
+    if commas > MAX_COMMAS or commas * lines > MAX_CELLS:
+        raise RequestRejected(413, f"{commas} commas in {lines} lines: send fewer columns or rows")
 
 
 def _check_json(body: bytes) -> None:
     check_brackets(body)
     if LONG_NUMBER.search(body):
-        raise Refused(422, "a number of over 24 digits: send it as a text")
+        raise RequestRejected(422, "a number of over 24 digits: send a shorter number")
     try:
-        told = json.loads(body)
+        payload = json.loads(body)
     except ValueError:
-        return  # MLflow says what is wrong with it
+        return  # MLflow's own error is translated
     except RecursionError as error:
-        raise Refused(400, NOT_THE_PROTOCOL) from error
-    if not isinstance(told, dict) or not told.keys() <= KEYS:
-        raise Refused(400, NOT_THE_PROTOCOL)
-    most_bytes = min(MOST_BYTES, MOST_TIMES * len(body))
-    split = told.get("dataframe_split")
+        raise RequestRejected(400, NOT_MLFLOW_PROTOCOL) from error
+    if not isinstance(payload, dict) or not payload.keys() <= KEYS:
+        raise RequestRejected(400, NOT_MLFLOW_PROTOCOL)
+    max_bytes = min(MAX_ARRAY_BYTES, MAX_EXPANSION * len(body))
+    split = payload.get("dataframe_split")
     if isinstance(split, dict):
-        _check_rows(len(_scalars(split.get("index"))))
-        _check_columns(len(_scalars(split.get("columns"))))
+        _check_rows(len(_flat_list(split.get("index"))))
+        _check_columns(len(_flat_list(split.get("columns"))))
         split = split.get("data")
-    for frame in (split, told.get("dataframe_records")):
-        _check_frame(frame, most_bytes)
-    for name in ARRAYS:
-        array = told.get(name)
+    for frame in (split, payload.get("dataframe_records")):
+        _check_frame(frame, max_bytes)
+    for key in ARRAYS:
+        array = payload.get(key)
         if isinstance(array, dict) or (isinstance(array, list) and dict in map(type, array)):
-            _check_frame(array, most_bytes)
+            _check_frame(array, max_bytes)
         else:
-            _check_array(array, most_bytes)
+            _check_array(array, max_bytes)
 
 
-def _scalars(names: Any) -> list[Any]:
+def _flat_list(names: Any) -> list[Any]:
     if names is None:
         return []
-    if not isinstance(names, list) or any(isinstance(one, list | dict) for one in names):
-        raise Refused(400, NOT_THE_PROTOCOL)
+    if not isinstance(names, list) or any(isinstance(name, list | dict) for name in names):
+        raise RequestRejected(400, NOT_MLFLOW_PROTOCOL)
     return names
 
 
-def _check_frame(data: Any, most_bytes: int) -> None:
-    """An object of columns, or a list of rows that are all objects, all lists or all values."""
+def _check_frame(data: Any, max_bytes: int) -> None:
+    """Check an object of columns, or a list of rows; anything else is left to MLflow's error."""
     if isinstance(data, dict):
-        if dict in map(type, data.values()):
-            raise Refused(400, NOT_THE_PROTOCOL)
-        columns, rows = len(data), max((_length(one) for one in data.values()), default=0)
-        cells = [cell for one in data.values() for cell in (one if type(one) is list else [one])]
+        rows, columns, cells = _columns_shape(data)
     elif isinstance(data, list):
-        kinds = {kind if kind in (dict, list) else None for kind in map(type, data)}
-        if len(kinds) > 1:
-            raise Refused(400, NOT_THE_PROTOCOL)
-        rows, columns, cells = len(data), 1, data
-        if kinds == {dict}:
-            columns = len(set().union(*data))
-            cells = [cell for row in data for cell in row.values()]
-        elif kinds == {list}:
-            columns = max(map(len, data), default=0)
-            cells = [cell for row in data for cell in row]
+        rows, columns, cells = _rows_shape(data)
     else:
-        return  # MLflow says what is wrong with it
+        return
     _check_rows(rows)
     _check_columns(columns)
     longest = max((_size(cell)[1] for cell in cells), default=0)
-    _check_bytes(len(cells) * longest * CHARACTER_BYTES, most_bytes)
-    _check_array(cells, most_bytes)
+    _check_bytes(len(cells) * longest * CHARACTER_BYTES, max_bytes)
+    _check_array(cells, max_bytes)
 
 
-def _check_array(array: Any, most_bytes: int) -> None:
+def _columns_shape(data: dict[str, Any]) -> tuple[int, int, list[Any]]:
+    """Return the number of rows and columns, and the cells, of an object of columns."""
+    columns = data.values()
+    if dict in map(type, columns):
+        raise RequestRejected(400, NOT_MLFLOW_PROTOCOL)
+    lists = [column if type(column) is list else [column] for column in columns]
+    return max(map(len, lists), default=0), len(data), _flatten(lists)
+
+
+def _rows_shape(data: list[Any]) -> tuple[int, int, list[Any]]:
+    """Return the number of rows and columns, and the cells; rows must be of one kind."""
+    kinds = {kind if kind in (dict, list) else None for kind in map(type, data)}
+    if len(kinds) > 1:
+        raise RequestRejected(400, NOT_MLFLOW_PROTOCOL)
+    if kinds == {dict}:
+        return len(data), len(set().union(*data)), _flatten(row.values() for row in data)
+    if kinds == {list}:
+        return len(data), max(map(len, data), default=0), _flatten(data)
+    return len(data), 1, data
+
+
+def _flatten(rows: Iterable[Iterable[Any]]) -> list[Any]:
+    return list(chain.from_iterable(rows))
+
+
+def _check_array(array: Any, max_bytes: int) -> None:
     cells, _, longest = _size(array)
-    each = CHARACTER_BYTES * max(longest, NUMBER_CHARACTERS) if longest else NUMBER_BYTES
-    _check_bytes(cells * each, most_bytes)
+    text_bytes = CHARACTER_BYTES * max(longest, NUMBER_CHARACTERS)
+    _check_bytes(cells * (text_bytes if longest else NUMBER_BYTES), max_bytes)
 
 
 def _check_rows(rows: int) -> None:
-    if rows > MOST_ROWS:
-        raise Refused(413, f"{rows} rows in one request: send 1 to {MOST_ROWS}")
+    if rows > MAX_ROWS:
+        raise RequestRejected(413, f"{rows} rows in one request: send 1 to {MAX_ROWS}")
 
 
 def _check_columns(columns: int) -> None:
-    if columns > MOST_COLUMNS:
-        raise Refused(413, f"{columns} columns in one request: send 1 to {MOST_COLUMNS}")
+    if columns > MAX_COLUMNS:
+        raise RequestRejected(413, f"{columns} columns in one request: send 1 to {MAX_COLUMNS}")
 
 
-def _check_bytes(size: int, most: int) -> None:
-    if size > most:
-        raise Refused(413, "a long value among many short ones: send them in requests of their own")
-
-
-def _length(value: Any) -> int:
-    return len(value) if isinstance(value, list) else 1
+def _check_bytes(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        message = "one value is much longer than the others: send it in a request of its own"
+        raise RequestRejected(413, message)
 
 
 def _size(value: Any) -> tuple[int, int, int]:
-    """Of nested lists: values, characters of them all as text, characters of the longest text."""
+    """Return the cells of nested lists, their characters as text, and the longest text's length."""
     cells, characters, longest, stack = 0, 0, 0, [value]
     while stack:
-        one = stack.pop()
-        if isinstance(one, dict):
-            raise Refused(400, NOT_THE_PROTOCOL)
-        if isinstance(one, str):
-            cells, characters, longest = cells + 1, characters + len(one), max(longest, len(one))
-        elif not isinstance(one, list):
+        item = stack.pop()
+        if isinstance(item, dict):
+            raise RequestRejected(400, NOT_MLFLOW_PROTOCOL)
+        if isinstance(item, str):
+            cells, characters, longest = cells + 1, characters + len(item), max(longest, len(item))
+        elif not isinstance(item, list):
             cells, characters = cells + 1, characters + NUMBER_CHARACTERS
-        elif set(map(type, one)) <= NUMBERS:
-            cells, characters = cells + len(one), characters + NUMBER_CHARACTERS * len(one)
+        elif set(map(type, item)) <= NUMBER_TYPES:
+            cells, characters = cells + len(item), characters + NUMBER_CHARACTERS * len(item)
         else:
-            stack.extend(one)
+            stack.extend(item)
     return cells, characters, longest

@@ -1,6 +1,10 @@
-"""HTTP as uvicorn reads it, with bounds on a request's head and our shape for what is no HTTP.
+"""uvicorn's HTTP protocol, with limits on a request's head and our JSON shape for its errors.
 
-Tiles that come while the server is crowded are refused here, before the app is asked.
+While the server is overloaded, requests for tiles are rejected here, before the app runs.
+
+It uses attributes of uvicorn's `HttpToolsProtocol` and `RequestResponseCycle` that uvicorn does not
+document (``cycle``, ``pipeline``, ``timeout_keep_alive_task``, ``response_complete``, ...). So
+pyproject.toml limits uvicorn's version, and tests/serving/test_bad_input.py checks a newer one.
 """
 
 import asyncio
@@ -14,103 +18,105 @@ if TYPE_CHECKING:
     from serving.app import App
 
 MAX_HEAD_BYTES = 32_768
-"""Of a request line and its headers together, and of its trailers."""
+"""Size of a request line and its headers together, and of trailers."""
 QUEUED_PATHS = ("/predict", "/predict/batch")
-"""Whose tiles go to the queue at once, and which are refused while it is full."""
-FRAMING = 1 / 8
-"""Of a body, that its chunks and trailers may have beside `MAX_HEAD_BYTES`."""
-TOO_LONG = f"a request line and headers over {MAX_HEAD_BYTES} bytes: send less"
+"""Paths whose tiles go to the queue; they are rejected while it is full."""
+FRAMING_SHARE = 1 / 8
+"""Share of a body that its chunk framing may add to `MAX_HEAD_BYTES`."""
+HEAD_TOO_LARGE = f"a request line and headers over {MAX_HEAD_BYTES} bytes: send fewer headers"
 
 
-class TooLong(ValueError):
-    """A head is past the bound; raised in the parser, which ends by ``send_400_response``."""
+class HeadersTooLarge(ValueError):
+    """Stops the parser in the middle of a head; uvicorn then calls ``send_400_response``."""
 
 
-class Protocol(HttpToolsProtocol):
-    _in_head, _begun, _in_body, _too_long = False, False, False, False
+class GuardedHttpProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    _in_head, _message_began, _in_body, _head_too_large = False, False, False, False
     _head_bytes = _field_bytes = 0
-    """Of a head as it came since the read in which it began, and of its lines as they are parsed:
-    a head that comes at one go has only the latter.
+    """Size of an incomplete head over several reads, and of its parsed fields; a head that arrives
+    in one read has only the latter.
     """
     _body_bytes = _framing_bytes = 0
-    """Since the read after a head's end: of the body, and of chunks and trailers around it."""
-    _late: asyncio.TimerHandle | None = None
-    _arrived = False
-    """A request for tiles of this connection has arrived and has no answer: `App.arrived`."""
-    _crowded = ""
-    """Why the request that is being read is refused, if it is."""
+    """Bytes of the body, and of the chunk framing and trailers around it."""
+    _timeout: asyncio.TimerHandle | None = None
+    _is_counted = False
+    """Whether this connection's request is counted in `Admission.unanswered`."""
+    _overload = ""
+    """Why the request that is being read will be rejected; empty: it will not."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._app: App = self.config.app  # type: ignore[assignment]
-        self._limits = self._app.limits
+        self._limits, self._admission = self._app.limits, self._app.admission
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_is_over()
-        self._answered()
+        self._end_head()
+        self._on_answered()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._begun, in_body, before = False, self._in_body, self._body_bytes
+        self._message_began, in_body, body_bytes = False, self._in_body, self._body_bytes
         super().data_received(data)
         if self.transport.is_closing():
             return
         if in_body and self._in_body:
-            self._framing_bytes += len(data) - (self._body_bytes - before)
-            if self._framing_bytes > MAX_HEAD_BYTES + FRAMING * self._body_bytes:
-                self._end(400, "chunks of a few bytes, or trailers: send larger ones, or none")
-        elif self._in_head and not self._begun:
+            self._framing_bytes += len(data) - (self._body_bytes - body_bytes)
+            if self._framing_bytes > MAX_HEAD_BYTES + FRAMING_SHARE * self._body_bytes:
+                self._abort(400, "too many small chunks, or trailers: send larger chunks")
+        elif self._in_head and not self._message_began:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self._end(431, TOO_LONG)
+                self._abort(431, HEAD_TOO_LARGE)
         elif self.timeout_keep_alive_task is None and self._is_idle():
-            self._await_head()  # line ends between two requests are none yet
+            self._await_head()  # it was line ends between two requests, which begin no message
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._begun, self._field_bytes = True, 0
+        self._message_began, self._field_bytes = True, 0
         self._await_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._field_bytes += len(name) + len(value)
         if self._field_bytes > MAX_HEAD_BYTES:
-            self._refuse_head()
+            self._reject_head()
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._head_is_over()
+        self._end_head()
         if len(self.url) + self._field_bytes > MAX_HEAD_BYTES:
-            self._refuse_head()
+            self._reject_head()
         self._body_bytes = self._framing_bytes = 0
-        tiles = self.parser.get_method() == b"POST" and self._path() in QUEUED_PATHS
-        if tiles and not self._busy() and not self.expect_100_continue:
-            said = dict(self.headers).get(b"content-length", b"0")
-            if said.isdigit() and int(said) <= self._limits.body_bytes:
-                self._crowded = self._app.crowded()
-        if self._crowded:
-            self._late = self.loop.call_later(self._limits.body_s, self._too_late)
+        has_tiles = self.parser.get_method() == b"POST" and self._path() in QUEUED_PATHS
+        if has_tiles and not self._is_busy() and not self.expect_100_continue:
+            length = dict(self.headers).get(b"content-length", b"0")
+            if length.isdigit() and int(length) <= self._limits.body_bytes:
+                self._overload = self._admission.overload_reason()
+        if self._overload:
+            self._timeout = self.loop.call_later(self._limits.body_s, self._on_timeout)
         else:
-            if tiles:
-                self.scope["extensions"] = {"answered": {"tell": self._answered}}
+            if has_tiles:
+                self.scope["extensions"] = {"eurosat": {"on_answered": self._on_answered}}
             super().on_headers_complete()
         self._in_body = True
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
-        if not self._crowded:
+        if not self._overload:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_body = False
-        if self._crowded:
-            self._refuse()
+        if self._overload:
+            self._reject_unread()
             return
-        if self._busy() and not self._arrived and "extensions" in self.cycle.scope:
-            self._arrived = True
-            self._app.arrived += 1
+        if self._is_busy() and not self._is_counted and "extensions" in self.cycle.scope:
+            self._is_counted = True
+            self._admission.unanswered += 1
         super().on_message_complete()
-        if self.cycle is not None and self.cycle.response_complete:  # it was refused early
+        if self.cycle is not None and self.cycle.response_complete:  # answered before its body
             self.cycle.more_body = False
             self.timeout_keep_alive_task = self.loop.call_later(
                 self.timeout_keep_alive, self.timeout_keep_alive_handler
@@ -119,88 +125,89 @@ class Protocol(HttpToolsProtocol):
     def _path(self) -> str:
         return self.url.partition(b"?")[0].decode("latin-1")
 
-    def _busy(self) -> bool:
-        """With a request of this connection that is not answered."""
+    def _is_busy(self) -> bool:
+        """Return whether a request of this connection is not answered yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def _is_idle(self) -> bool:
+        """Return whether the connection is between two requests."""
         between = self.cycle is None or (self.cycle.response_complete and not self.cycle.more_body)
-        return between and not self._crowded
+        return between and not self._overload
 
-    def _answered(self) -> None:
-        if self._arrived:
-            self._arrived = False
-            self._app.arrived -= 1
+    def _on_answered(self) -> None:
+        if self._is_counted:
+            self._is_counted = False
+            self._admission.unanswered -= 1
 
-    def _refuse(self) -> None:
-        """And keep the connection."""
-        self._head_is_over()
-        told, self._crowded = self._crowded, ""
-        self._app.metrics.refused_unread(self._path())
-        keeps = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
-        self.transport.write(_said(429, told, closes=not keeps))
-        if not keeps:
+    def _reject_unread(self) -> None:
+        """Answer 429 without running the app, and keep the connection."""
+        self._end_head()
+        message, self._overload = self._overload, ""
+        self._app.metrics.record_unread_rejection(self._path())
+        keep = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        self.transport.write(_raw_response(429, message, close=not keep))
+        if not keep:
             self.transport.close()
         super().on_response_complete()
 
-    def _refuse_head(self) -> None:
-        self._too_long = True
-        raise TooLong
+    def _reject_head(self) -> None:
+        self._head_too_large = True
+        raise HeadersTooLarge
 
     def send_400_response(self, msg: str) -> None:
-        if self._too_long:
-            self._end(431, TOO_LONG)
+        if self._head_too_large:
+            self._abort(431, HEAD_TOO_LARGE)
         else:
-            self._end(400, "this is not HTTP/1.1")
+            self._abort(400, "the request is not valid HTTP/1.1")
 
     def _await_head(self) -> None:
         if not self._in_head:
             self._in_head, self._head_bytes = True, 0
-            self._late = self.loop.call_later(self._limits.head_s, self._too_late)
+            self._timeout = self.loop.call_later(self._limits.head_s, self._on_timeout)
 
-    def _head_is_over(self) -> None:
+    def _end_head(self) -> None:
         self._in_head = False
-        if self._late is not None:
-            self._late.cancel()
+        if self._timeout is not None:
+            self._timeout.cancel()
 
-    def _too_late(self) -> None:
-        if self._crowded:
-            self._end(429, self._crowded)
+    def _on_timeout(self) -> None:
+        if self._overload:
+            self._abort(429, self._overload)
             return
-        waited = f"{self._limits.head_s:g} s"
-        self._end(408, f"the request did not arrive within {waited}: send it without a pause")
+        limit = f"{self._limits.head_s:g} s"
+        self._abort(408, f"the request did not arrive within {limit}: send it without a pause")
 
     def on_response_complete(self) -> None:
-        self._answered()
+        self._on_answered()
         super().on_response_complete()
-        if self.cycle.more_body:  # refused before its body was read, which may never end
-            self.loop.call_later(self._limits.body_s, self._no_more, self.cycle)
+        if self.cycle.more_body:  # answered before its body was read, which may never end
+            self.loop.call_later(self._limits.body_s, self._close_unread, self.cycle)
 
-    def _no_more(self, cycle: RequestResponseCycle) -> None:
+    def _close_unread(self, cycle: RequestResponseCycle) -> None:
         if cycle.more_body and cycle.response_complete:
             self.transport.close()
 
-    def _end(self, status: int, message: str) -> None:
-        """Say so as the last answer of this connection."""
-        self._head_is_over()
-        if self._in_body and not self._crowded and not self.pipeline:  # of the request itself
+    def _abort(self, status: int, message: str) -> None:
+        """Answer with an error, and close the connection."""
+        self._end_head()
+        if self._in_body and not self._overload and not self.pipeline:  # the body is malformed
             self.cycle.disconnected = True
             self.cycle.message_event.set()
             if self.cycle.response_started:
                 self.transport.close()
                 return
-        elif self._busy():  # with another: its answer comes first, and then none can
+        elif self._is_busy():  # with an earlier request: its answer must stay the last one
             self.transport.pause_reading()
             self.cycle.keep_alive = False
             return
-        self.transport.write(_said(status, message, closes=True))
+        self.transport.write(_raw_response(status, message, close=True))
         self.transport.close()
 
 
-def _said(status: int, message: str, *, closes: bool) -> bytes:
+def _raw_response(status: int, message: str, *, close: bool) -> bytes:
     body = errors.body(status, message)
     lines = [f"HTTP/1.1 {status} {errors.CODES[status]}", "content-type: application/json"]
     lines += [f"content-length: {len(body)}"]
-    lines += [f"retry-after: {errors.RETRY_AFTER_S}"] if status in errors.AGAIN else []
-    lines += ["connection: close"] if closes else []
+    lines += [f"retry-after: {errors.RETRY_AFTER_S}"] if status in errors.RETRYABLE else []
+    lines += ["connection: close"] if close else []
     return "\r\n".join([*lines, "", ""]).encode() + body

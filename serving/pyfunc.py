@@ -1,7 +1,8 @@
-"""The served model, which MLflow loads from this very file: tiles in, answers out.
+"""The served model: satellite tiles in, predictions out. MLflow loads it from this file.
 
-It imports nothing of ours, and is one file whatever its length: the network and its lineage travel
-as artifacts beside it, and two versions loaded in one process must not share a module.
+Every registered version carries its own copy of this file. So it is one file whatever its length,
+and imports nothing of this project: two versions that are loaded in one process must not share a
+module. The network and the description of its training run are artifacts beside it.
 """
 
 import base64
@@ -33,549 +34,601 @@ from PIL import Image
 log = logging.getLogger(__name__)
 
 Tile = npt.NDArray[np.uint8]
-Answer = dict[str, Any]
+Prediction = dict[str, Any]
 
 MAX_TILES = 1024
 """Tiles in one request."""
-MAX_SIDE = 1024
-"""Pixels. A larger picture is a scene to be cut into tiles, or a decompression bomb."""
-BATCH = 16
-"""Views of tiles that go through the network at once: four times as many are 3 % faster a tile."""
-VIEWS = 8
-"""Flips and turns of a square tile that `tta` looks at."""
-ENOUGH = 8
-"""Tiles of a batch: one twice as large is hardly faster a tile."""
+MAX_SIDE_PIXELS = 1024
+"""A larger image is a scene, to be cut into tiles first, or a decompression bomb."""
+MAX_BATCH = 16
+"""Views of tiles in one run of the network: 64 views are only 3 % faster per tile."""
+TTA_VIEWS = 8
+"""Flips and rotations of a square tile, which test-time augmentation (``tta``) averages."""
+TARGET_BATCH = 8
+"""Tiles: a batch twice as large is hardly faster per tile."""
 MAX_WAIT_MS = 2.0
-QUICK_BYTES = 65_536
-"""Of a JPEG that is decoded before anything is asked of it: it has few scans."""
-MAX_SCANS = 50
-"""Of a progressive JPEG; usual are 10, and each costs the time of a whole picture."""
-SCAN = b"\xff\xda"
+FAST_JPEG_MAX_BYTES = 65_536
+"""JPEG files up to this size are decoded before the checks: they cannot hold many scans."""
+MAX_JPEG_SCANS = 50
+"""A progressive JPEG usually has 10 scans; each takes as long to decode as a whole image."""
+JPEG_SCAN_MARKER = b"\xff\xda"
 FORMATS = ("JPEG", "PNG", "TIFF")
-MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
-"""How files of those formats begin; the last two are BigTIFF."""
-TIFF_MAGIC = MAGIC[2:]
+FILE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+"""First bytes of JPEG, PNG, TIFF (two byte orders) and BigTIFF (two byte orders) files."""
+TIFF_SIGNATURES = FILE_SIGNATURES[2:]
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 """Pillow modes that convert to RGB."""
 TIFF_BITS_PER_SAMPLE, PNG_BIT_DEPTH = 258, 24
-"""A TIFF tag, and the offset of IHDR's bit depth: Pillow cuts 16-bit colours to 8 silently."""
-META = "registered_model_meta"
-"""MLflow writes it beside MLmodel when a version is loaded by models:/."""
-FORMS = {"fp32": "network", "int8": "network_int8"}
-"""Of the network, each with the artifact that holds it."""
-NO_MAP = "n/a: this network keeps no map of where it looked"
+"""A TIFF tag, and the offset of a PNG's bit depth: Pillow silently cuts 16-bit colours to 8."""
+VERSION_FILE = "registered_model_meta"
+"""File that MLflow writes beside MLmodel when it loads a version by a ``models:/`` URI."""
+PRECISIONS = {"fp32": "network", "int8": "network_int8"}
+"""Precision of the network -> artifact that holds its ONNX file."""
+NO_ACTIVATION = "n/a: this network was exported without an activation map"
 
 
-class BadTile(ValueError):
-    """What was sent is no tile that this model reads: the message says limit and remedy."""
+class InvalidTile(ValueError):
+    """A row that cannot be read as a tile; the message names the limit and the remedy."""
 
 
-class Settings(NamedTuple):
-    """MLflow's ``model_config``: keys that are left out keep these values."""
+class ModelConfig(NamedTuple):
+    """MLflow's ``model_config``; keys that are left out keep these defaults."""
 
-    form: str = "auto"
-    """``fp32``, ``int8``, or ``auto``: int8 where the training kept it."""
+    precision: str = "auto"
+    """``fp32``, ``int8``, or ``auto``: int8 where the training kept an INT8 network."""
     threads: int = 0
-    """Batches of `ask` that are answered at the same time, each on one core; 0: one per core."""
-    max_batch: int = BATCH
+    """Batches that `TileClassifier.submit` computes in parallel, one core each; 0: all cores."""
+    max_batch: int = MAX_BATCH
     """Views of tiles in one batch."""
     max_wait_ms: float = MAX_WAIT_MS
-    """How long a busy model waits for more tiles; an idle one answers at once."""
+    """How long a busy model waits for more tiles; an idle one starts at once."""
 
 
-class Wish(NamedTuple):
-    """How a tile is to be answered."""
+class PredictOptions(NamedTuple):
+    """Options of a prediction: the ``params`` of MLflow's protocol."""
 
     top_k: int = 0
-    """Probabilities told, the largest first; 0 is all of them, in the order of the classes."""
+    """Number of probabilities, highest first; 0: all classes, in the order of the classes."""
     tta: bool | None = None
-    """Look at all flips and turns; None is as the network was judged."""
+    """Average all flips and rotations; None: as in the evaluation of the model."""
     explain: bool = False
-    """Tell where the network looked."""
+    """Add the activation map of the predicted class."""
 
 
-PLAIN = Wish()
+DEFAULT_OPTIONS = PredictOptions()
 
 
-class Job(NamedTuple):
+class PendingTile(NamedTuple):
+    """A tile that waits for its prediction."""
+
     row: object
-    wish: Wish
+    """File bytes, or a nested (H, W, C) tensor."""
+    options: PredictOptions
     deadline: float | None
-    """On the monotonic clock, seconds; an answer that would start later is not wanted."""
+    """Seconds on the monotonic clock; a tile whose batch starts later is not computed."""
     future: Any
-    """Of `concurrent.futures` or asyncio: is given an `Answer`, a `BadTile` or a TimeoutError."""
+    """Future of `concurrent.futures` or asyncio. Its result is a `Prediction`; it raises
+    `InvalidTile` or TimeoutError.
+    """
 
 
-class Batches:
-    """Threads that answer the tiles which wait, as many at once as there are.
+class DynamicBatcher:
+    """Threads that run waiting tiles through the network in batches.
 
-    A free model takes a single tile at once, and of several each thread its share. While others are
-    busy, a free thread gives the tiles ``max_wait_s`` to become ``ENOUGH``.
+    An idle batcher starts a single tile at once, and splits several tiles among its free threads.
+    While some threads are busy, a free one waits up to ``max_wait_s`` for ``TARGET_BATCH`` tiles.
     """
 
     def __init__(
         self,
-        answer: Callable[[list[Job]], None],
-        most: Callable[[Wish], int],
+        run_batch: Callable[[list[PendingTile]], None],
+        max_tiles_per_batch: Callable[[PredictOptions], int],
         threads: int,
         max_wait_s: float,
     ) -> None:
-        self._answer, self._most, self._max_wait_s = answer, most, max_wait_s
-        self._waiting: deque[Job] = deque()
-        self._changed = threading.Condition()
+        self._run_batch, self._max_tiles_per_batch = run_batch, max_tiles_per_batch
+        self._max_wait_s = max_wait_s
+        self._waiting: deque[PendingTile] = deque()
+        self._condition = threading.Condition()
         self._busy, self._closed = 0, False
         self._threads = [
-            threading.Thread(target=self._work, name=f"tiles-{number}", daemon=True)
+            threading.Thread(target=self._run, name=f"tiles-{number}", daemon=True)
             for number in range(threads)
         ]
         for thread in self._threads:
             thread.start()
 
-    def put(self, jobs: Sequence[Job]) -> None:
-        with self._changed:
+    def submit(self, tiles: Sequence[PendingTile]) -> None:
+        with self._condition:
             if self._closed:
                 raise RuntimeError("this model has been closed")
-            self._waiting.extend(jobs)
-            self._changed.notify(len(jobs))
+            self._waiting.extend(tiles)
+            self._condition.notify(len(tiles))
 
     def __len__(self) -> int:
-        """Tiles that wait."""
+        """Return the number of waiting tiles."""
         return len(self._waiting)
 
     def close(self) -> None:
-        """Answer what waits, and end the threads."""
-        with self._changed:
+        """Compute the waiting tiles, then end the threads."""
+        with self._condition:
             self._closed = True
-            self._changed.notify_all()
+            self._condition.notify_all()
         for thread in self._threads:
             thread.join()
 
-    def _work(self) -> None:
-        while jobs := self._take():
+    def _run(self) -> None:
+        while tiles := self._next_batch():
             try:
-                self._answer(jobs)
-            except Exception as error:  # noqa: BLE001 - whatever it is, nobody must wait for ever
-                for job in jobs:
-                    if not job.future.done():
-                        job.future.set_exception(error)
-            with self._changed:
+                self._run_batch(tiles)
+            except Exception as error:  # noqa: BLE001 - no caller may wait for ever
+                for tile in tiles:
+                    if not tile.future.done():
+                        tile.future.set_exception(error)
+            with self._condition:
                 self._busy -= 1
                 if self._busy == 0:
-                    self._changed.notify_all()
+                    self._condition.notify_all()
 
-    def _take(self) -> list[Job]:
-        """Jobs of one kind, in the order in which they came; none once this is closed."""
-        with self._changed:
-            until: float | None = None
+    def _next_batch(self) -> list[PendingTile]:
+        """Return tiles of equal ``tta`` in order of arrival; an empty list once this is closed."""
+        with self._condition:
+            wait_until: float | None = None
             while not self._closed:
                 if not self._waiting:
-                    until = None
-                    self._changed.wait()
-                elif not self._busy or len(self._waiting) >= ENOUGH or not self._max_wait_s:
+                    wait_until = None
+                    self._condition.wait()
+                elif not self._busy or len(self._waiting) >= TARGET_BATCH or not self._max_wait_s:
                     break
                 else:
-                    until = until or time.monotonic() + self._max_wait_s
-                    if (left := until - time.monotonic()) <= 0:
+                    wait_until = wait_until or time.monotonic() + self._max_wait_s
+                    if (remaining_s := wait_until - time.monotonic()) <= 0:
                         break
-                    self._changed.wait(left)
-            free = len(self._threads) - self._busy
-            share = -(-len(self._waiting) // max(1, free))
-            jobs: list[Job] = []
-            while self._waiting and len(jobs) < share:
-                wish = self._waiting[0].wish
-                if len(jobs) == self._most(wish) or (jobs and wish.tta != jobs[0].wish.tta):
+                    self._condition.wait(remaining_s)
+            num_free = len(self._threads) - self._busy
+            share = -(-len(self._waiting) // max(1, num_free))
+            batch: list[PendingTile] = []
+            while self._waiting and len(batch) < share:
+                options = self._waiting[0].options
+                if len(batch) == self._max_tiles_per_batch(options):
                     break
-                jobs.append(self._waiting.popleft())
-            self._busy += bool(jobs)
-            return jobs
+                if batch and options.tta != batch[0].options.tta:
+                    break
+                batch.append(self._waiting.popleft())
+            self._busy += bool(batch)
+            return batch
 
 
 class TileClassifier(PythonModel):
-    """Answers per tile with label, confidence, how far to trust it, and where the model is from."""
+    """Predicts label, confidence, uncertainty and provenance of each tile."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Open the network, and the threads that ask it: one core each, so none waits for another.
+        """Load the network. Each thread of `submit` uses one core, so that none waits for another.
 
         Raises:
-            ValueError: a setting of ``model_config`` is unknown or out of its range.
+            ValueError: a key of ``model_config`` is unknown or out of range.
         """
-        settings = _settings(context.model_config or {})
-        self.form = _form(settings.form, context.artifacts)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors alone: it warns that `tta` is free to be given
-        network = context.artifacts[FORMS[self.form]]
+        self._config = _parse_config(context.model_config or {})
+        self.precision = _choose_precision(self._config.precision, context.artifacts)
+        artifact = PRECISIONS[self.precision]
+        network_file = context.artifacts[artifact]
+        session_options = onnxruntime.SessionOptions()
+        session_options.intra_op_num_threads = session_options.inter_op_num_threads = 1
+        session_options.log_severity_level = 3  # errors; it would warn that `tta` may be overridden
         self.session = onnxruntime.InferenceSession(
-            network, options, providers=["CPUExecutionProvider"]
+            network_file, session_options, providers=["CPUExecutionProvider"]
         )
         self.outputs = [node.name for node in self.session.get_outputs()]
-        free = self.session.get_overridable_initializers()
-        self.turns = any(node.name == "tta" for node in free)
-        described = self.session.get_modelmeta().custom_metadata_map
-        self.classes: list[str] = json.loads(described["classes"])
-        height, width = json.loads(described["tile_size"])
-        self.shape_HWC = (int(height), int(width), int(described["bands"]))
-        self.judged_views = int(described.get("views", 1))
-        self.full_scale = json.loads(described.get("full_scale", "null"))
-        self.calibration = json.loads(described.get("calibration", "null"))
+        overridable = self.session.get_overridable_initializers()
+        self.supports_tta = any(node.name == "tta" for node in overridable)
+        self._read_metadata(self.session.get_modelmeta().custom_metadata_map)
         lineage = json.loads(Path(context.artifacts["lineage"]).read_text())
-        self.example_probabilities = lineage.get("example_probabilities", {}).get(FORMS[self.form])
-        """What a tile of middle grey was answered when the version was registered."""
+        self.example_probabilities = lineage.get("example_probabilities", {}).get(artifact)
+        """Probabilities of a middle-grey tile, computed when the version was registered."""
         self.provenance = {
-            "model_version": _version(Path(network)),
+            "model_version": _registered_version(Path(network_file)),
             "data_fingerprint": lineage["data_fingerprint"],
             "run_id": lineage["run_id"],
         }
-        self._settings = settings
-        self._batches: Batches | None = None
-        self._starting = threading.Lock()
+        self._batcher: DynamicBatcher | None = None
+        self._batcher_lock = threading.Lock()
+
+    def _read_metadata(self, metadata: dict[str, str]) -> None:
+        self.classes: list[str] = json.loads(metadata["classes"])
+        height, width = json.loads(metadata["tile_size"])
+        self.shape_HWC = (int(height), int(width), int(metadata["bands"]))
+        self.default_views = int(metadata.get("views", 1))
+        """Views of a tile that the evaluation of the model averaged: 1, or `TTA_VIEWS`."""
+        self.full_scale = json.loads(metadata.get("full_scale", "null"))
+        """Per band, the uint16 reflectance that the training scaled to 255; None for uint8."""
+        self.calibration = json.loads(metadata.get("calibration", "null"))
+        if self.calibration and "unlike_above" in self.calibration:  # networks exported before 0.2
+            self.calibration["ood_threshold"] = self.calibration.pop("unlike_above")
 
     def predict(
         self,
         context: PythonModelContext,
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
-    ) -> list[Answer]:
-        """One answer per row of the column ``image``: file bytes, or a nested (H, W, C) tensor.
+    ) -> list[Prediction]:
+        """Return one prediction per row of the column ``image``.
 
-        ``params`` are those of `Wish`. Tiles of callers that ask at the same time are joined.
+        A row is the bytes of a file or a nested (H, W, C) tensor. ``params`` are the fields of
+        `PredictOptions`. Tiles of concurrent callers share batches.
 
         Raises:
             MlflowException: INVALID_PARAMETER_VALUE (HTTP 400) names row, limit and remedy;
-                INTERNAL_ERROR (HTTP 500) is a fault of this model's, which is logged.
+                INTERNAL_ERROR (HTTP 500) is a fault of this model, which is logged.
         """
         rows = list(model_input["image"])
         if not 1 <= len(rows) <= MAX_TILES:
-            raise _fault(f"{len(rows)} tiles in one request: send 1 to {MAX_TILES}")
+            raise _bad_request(f"{len(rows)} tiles in one request: send 1 to {MAX_TILES}")
         try:
-            wish = self.wish(params or {})
+            options = self.parse_options(params or {})
         except ValueError as error:
-            raise _fault(str(error)) from error
-        answers = []
-        for number, future in enumerate(self.ask(rows, wish)):
+            raise _bad_request(str(error)) from error
+        predictions = []
+        for number, future in enumerate(self.submit(rows, options)):
             try:
-                answers.append(future.result())
-            except BadTile as error:
-                raise _fault(f"row {number}: {error}") from error
+                predictions.append(future.result())
+            except InvalidTile as error:
+                raise _bad_request(f"row {number}: {error}") from error
             except Exception as error:
-                log.exception("tiles could not be answered")
-                raise MlflowException("a fault of the model's", INTERNAL_ERROR) from error
-        return answers
+                log.exception("the prediction of row %d failed", number)
+                raise MlflowException("internal error of the model", INTERNAL_ERROR) from error
+        return predictions
 
-    def wish(self, params: dict[str, Any]) -> Wish:
-        """Raises ValueError, which names the parameter and what it takes."""
-        wish = Wish(**{name: params[name] for name in Wish._fields if name in params})
-        if wish.tta and self.shape_HWC[0] != self.shape_HWC[1]:
+    def parse_options(self, params: dict[str, Any]) -> PredictOptions:
+        """Return the options in ``params``; keys of other names are ignored.
+
+        Raises:
+            ValueError: an option is out of range, or this network does not support it.
+        """
+        known = {name: params[name] for name in PredictOptions._fields if name in params}
+        options = PredictOptions(**known)
+        height, width, _ = self.shape_HWC
+        if options.tta and height != width:
+            raise ValueError(f"tta needs square tiles; these are {height}x{width}: omit tta")
+        if options.tta and not self.supports_tta and self.default_views == 1:
             raise ValueError(
-                f"tta turns tiles, which must be square; these are {self.shape_HWC[:2]}"
+                "this network was exported without tta: omit tta, or export the network again"
             )
-        if wish.tta and not self.turns and self.judged_views == 1:
-            raise ValueError("this network looks once: leave tta out, or export it again")
-        if not 0 <= wish.top_k <= len(self.classes):
+        if not 0 <= options.top_k <= len(self.classes):
             raise ValueError(
-                f"top_k is {wish.top_k}: ask for 1 to {len(self.classes)} classes, or 0 for all"
+                f"top_k is {options.top_k}: ask for 1 to {len(self.classes)} classes, or 0 for all"
             )
-        return wish
+        return options
 
-    def ask(
-        self, rows: Sequence[object], wish: Wish = PLAIN, deadline: float | None = None
-    ) -> "list[Future[Answer]]":
-        """What each row will have been answered; a future raises `BadTile` or TimeoutError."""
-        jobs = [self.job(row, wish, deadline, Future()) for row in rows]
-        with self._starting:  # of threads, which a server that calls `answer` never needs
-            if self._batches is None:
-                threads = self._settings.threads or _cores()
-                wait_s = self._settings.max_wait_ms / 1e3
-                self._batches = Batches(self.answer, self.most, threads, wait_s)
-        self._batches.put(jobs)
-        return [job.future for job in jobs]
+    def submit(
+        self,
+        rows: Sequence[object],
+        options: PredictOptions = DEFAULT_OPTIONS,
+        deadline: float | None = None,
+    ) -> "list[Future[Prediction]]":
+        """Queue rows for this model's threads; a future raises `InvalidTile` or TimeoutError."""
+        tiles = [self.pending_tile(row, options, deadline, Future()) for row in rows]
+        with self._batcher_lock:  # a server that calls `run_batch` itself needs no threads
+            if self._batcher is None:
+                self._batcher = DynamicBatcher(
+                    self.run_batch,
+                    self.max_tiles_per_batch,
+                    self._config.threads or _num_cores(),
+                    self._config.max_wait_ms / 1e3,
+                )
+        self._batcher.submit(tiles)
+        return [tile.future for tile in tiles]
 
-    def job(self, row: object, wish: Wish, deadline: float | None, future: Any) -> Job:
-        return Job(row, wish, deadline, future)
+    def pending_tile(
+        self, row: object, options: PredictOptions, deadline: float | None, future: Any
+    ) -> PendingTile:
+        return PendingTile(row, options, deadline, future)
 
     def close(self) -> None:
-        """Answer what waits, and give back threads and memory; nothing can be asked after it."""
-        if self._batches is not None:
-            self._batches.close()
+        """Compute the waiting tiles and release threads and memory; the model ends with this."""
+        if self._batcher is not None:
+            self._batcher.close()
         del self.session
 
-    def _views(self, wish: Wish) -> int:
-        return self.judged_views if wish.tta is None else VIEWS if wish.tta else 1
+    def max_tiles_per_batch(self, options: PredictOptions) -> int:
+        """Return how many tiles fit into one run of the network."""
+        num_views = self.default_views
+        if options.tta is not None:
+            num_views = TTA_VIEWS if options.tta else 1
+        return max(1, self._config.max_batch // num_views)
 
-    def most(self, wish: Wish) -> int:
-        """Tiles in one pass of the network."""
-        return max(1, self._settings.max_batch // self._views(wish))
-
-    def answer(self, jobs: list[Job]) -> None:
-        """Answer jobs of one ``tta`` in this thread, by one pass for those that can be read."""
-        read: list[tuple[Job, Picture]] = []
+    def run_batch(self, tiles: list[PendingTile]) -> None:
+        """Set the futures of tiles of equal ``tta``, by one run of the network in this thread."""
+        decoded: list[tuple[PendingTile, DecodedTile]] = []
         now = time.monotonic()
-        for job in jobs:
-            if job.future.cancelled():
+        for tile in tiles:
+            if tile.future.cancelled():
                 continue
             try:
-                if job.deadline is not None and now > job.deadline:
-                    raise TimeoutError("the time allowed had passed before its turn came")
-                read.append((job, _picture(job.row, self.shape_HWC, self.full_scale)))
-            except (BadTile, TimeoutError) as error:
-                job.future.set_exception(error)
-        if not read:
+                if tile.deadline is not None and now > tile.deadline:
+                    raise TimeoutError("the deadline passed before the tile was computed")
+                decoded.append((tile, _decode(tile.row, self.shape_HWC, self.full_scale)))
+            except (InvalidTile, TimeoutError) as error:
+                tile.future.set_exception(error)
+        if not decoded:
             return
-        given: dict[str, Any] = {"tiles_NHWC": np.stack([picture.tile_HWC for _, picture in read])}
-        tta = read[0][0].wish.tta
-        if tta is not None and tta != (self.judged_views > 1):
-            given["tta"] = np.array(tta)
-        told = dict(zip(self.outputs, self.session.run(self.outputs, given), strict=True))
-        for number, (job, picture) in enumerate(read):
-            one = {name: values[number] for name, values in told.items()}
-            job.future.set_result(self._say(one, job.wish, picture))
+        inputs: dict[str, Any] = {"tiles_NHWC": np.stack([image.tile_HWC for _, image in decoded])}
+        tta = decoded[0][0].options.tta
+        if tta is not None and tta != (self.default_views > 1):
+            inputs["tta"] = np.array(tta)
+        outputs = dict(zip(self.outputs, self.session.run(self.outputs, inputs), strict=True))
+        for number, (tile, image) in enumerate(decoded):
+            output = {name: values[number] for name, values in outputs.items()}
+            tile.future.set_result(self._format_prediction(output, tile.options, image))
 
-    def _say(self, told: dict[str, Any], wish: Wish, picture: "Picture") -> Answer:
-        probabilities = told["probabilities"].tolist()
-        best = int(told["probabilities"].argmax())
-        named = dict(zip(self.classes, probabilities, strict=True))
-        if wish.top_k:
-            first = sorted(named, key=lambda name: -named[name])[: wish.top_k]
-            named = {name: named[name] for name in first}
-        answer: Answer = {
+    def _format_prediction(
+        self, output: dict[str, Any], options: PredictOptions, image: "DecodedTile"
+    ) -> Prediction:
+        probabilities = output["probabilities"].tolist()
+        best = int(output["probabilities"].argmax())
+        by_class = dict(zip(self.classes, probabilities, strict=True))
+        if options.top_k:
+            likeliest = sorted(by_class, key=lambda name: -by_class[name])[: options.top_k]
+            by_class = {name: by_class[name] for name in likeliest}
+        prediction: Prediction = {
             "label": self.classes[best],
             "confidence": probabilities[best],
-            "probabilities": named,
+            "probabilities": by_class,
         }
-        if self.calibration and "energy" in told:
-            answer |= self._trust(probabilities, float(told["energy"]))
-        if picture.resized_from:
-            answer["resized_from"] = picture.resized_from
-        if wish.explain:
-            answer["activation"] = (
-                _lit(told["activation"][best]) if "activation" in told else NO_MAP
+        if self.calibration and "energy" in output:
+            prediction |= self._uncertainty(probabilities, float(output["energy"]))
+        if image.resized_from:
+            prediction["resized_from"] = image.resized_from
+        if options.explain:
+            prediction["activation"] = (
+                _normalise_cam(output["activation"][best])
+                if "activation" in output
+                else NO_ACTIVATION
             )
-        return answer | self.provenance
+        return prediction | self.provenance
 
-    def _trust(self, probabilities: list[float], energy: float) -> Answer:
-        """The classes that hold the true one as often as promised; is the tile unlike training's.
+    def _uncertainty(self, probabilities: list[float], energy: float) -> Prediction:
+        """Return the conformal prediction set, and whether the tile is out of distribution.
 
-        Both by thresholds that the training fitted on its validation fold.
+        The training fitted both thresholds on its validation fold.
         """
-        thresholds, above = self.calibration["thresholds"], self.calibration["ood_threshold"]
-        each = zip(self.classes, probabilities, thresholds, strict=True)
+        thresholds = self.calibration["thresholds"]
+        ood_threshold = self.calibration["ood_threshold"]
+        per_class = zip(self.classes, probabilities, thresholds, strict=True)
         return {
-            "prediction_set": [name for name, p, threshold in each if 1 - p <= threshold],
-            "unlike_training": energy > above,
-            "unlike_score": energy - above,
+            "prediction_set": [name for name, p, threshold in per_class if 1 - p <= threshold],
+            "out_of_distribution": energy > ood_threshold,
+            "ood_score": energy - ood_threshold,
         }
 
 
-class Picture(NamedTuple):
+class DecodedTile(NamedTuple):
     tile_HWC: Tile
     resized_from: list[int] | None = None
-    """Height and width, where it was another size than the tiles of the training."""
+    """Height and width of the image, where they differ from the training's tiles."""
 
 
-def _picture(
+def _decode(
     row: object, shape_HWC: tuple[int, int, int], full_scale: list[float] | None
-) -> Picture:
+) -> DecodedTile:
+    """Return a row as a uint8 tile of the model's shape.
+
+    Raises:
+        InvalidTile: the row cannot be read as one.
+    """
     if isinstance(row, bytes):
         data = _file_bytes(row)
-        if data.startswith(TIFF_MAGIC) and shape_HWC[2] != len("RGB"):
-            return _from_geotiff(data, shape_HWC, full_scale)
-        return _from_bytes(data, shape_HWC)
+        if data.startswith(TIFF_SIGNATURES) and shape_HWC[2] != len("RGB"):
+            return _decode_geotiff(data, shape_HWC, full_scale)
+        return _decode_image(data, shape_HWC)
     if isinstance(row, list | np.ndarray):
-        return Picture(_from_tensor(row, shape_HWC))
-    raise BadTile(
-        f"a {type(row).__name__} is no tile: send base64 of a JPEG, PNG or TIFF "
-        "file in the column 'image', or raw uint8 pixels as 'inputs'"
+        return DecodedTile(_decode_tensor(row, shape_HWC))
+    raise InvalidTile(
+        f"a {type(row).__name__} is not a tile: send the bytes of a JPEG, PNG or TIFF file in the "
+        "column 'image' (in JSON as base64), or uint8 pixels as 'inputs'"
     )
 
 
-def _from_tensor(row: list[Any] | npt.NDArray[Any], shape_HWC: tuple[int, int, int]) -> Tile:
+def _decode_tensor(row: list[Any] | npt.NDArray[Any], shape_HWC: tuple[int, int, int]) -> Tile:
     try:
         values = np.asarray(row)
     except ValueError as error:
-        raise BadTile(f"lists of unequal length where the model takes {shape_HWC}") from error
+        raise InvalidTile(
+            f"lists of unequal length: send pixels of shape {shape_HWC} (height, width, bands)"
+        ) from error
     if values.shape == shape_HWC[1:]:
-        raise BadTile(
-            f"shape {values.shape} is a row of pixels: a single tile needs its batch "
-            f"axis, so send (1, {', '.join(map(str, shape_HWC))})"
+        raise InvalidTile(
+            f"shape {values.shape} is a row of pixels: a single tile needs a batch axis, so send "
+            f"(1, {', '.join(map(str, shape_HWC))})"
         )
     if values.shape != shape_HWC:
-        raise BadTile(f"shape {values.shape} where the model takes {shape_HWC}")
-    if values.dtype.kind == "S":  # MLflow hands JSON numbers to a binary column as their text
+        raise InvalidTile(f"shape {values.shape}: the model takes {shape_HWC}")
+    if values.dtype.kind == "S":  # MLflow passes JSON numbers to a binary column as text
         try:
             values = values.astype(np.int64)
         except (ValueError, OverflowError) as error:
-            raise BadTile("holds what is not a whole number: send pixels from 0 to 255") from error
+            raise InvalidTile(
+                "a pixel is not a whole number: send whole numbers from 0 to 255"
+            ) from error
     if values.dtype.kind not in "iu":
-        raise BadTile(f"{values.dtype} pixels: send whole numbers from 0 to 255 (uint8)")
+        raise InvalidTile(f"{values.dtype} pixels: send whole numbers from 0 to 255 (uint8)")
     if values.min() < 0 or values.max() > 255:
-        raise BadTile("holds pixels outside 0 to 255: scale the tile to uint8")
+        raise InvalidTile("a pixel is outside 0 to 255: scale the tile to uint8")
     return values.astype(np.uint8)
 
 
-def _from_bytes(data: bytes, shape_HWC: tuple[int, int, int]) -> Picture:
+def _decode_image(data: bytes, shape_HWC: tuple[int, int, int]) -> DecodedTile:
     height, width, bands = shape_HWC
     if bands != len("RGB"):
-        raise BadTile(
-            f"this model reads {bands} bands and this file holds a picture in colours: send a "
-            f"GeoTIFF of {bands} bands, or raw uint8 pixels of shape (N, {height}, {width}, "
-            f"{bands}) as 'inputs'"
+        raise InvalidTile(
+            f"this file is a colour image, and the model reads {bands} bands: send a GeoTIFF of "
+            f"{bands} bands, or uint8 pixels of shape (N, {height}, {width}, {bands}) as 'inputs'"
         )
-    if (quick := _plain_jpeg(data, height, width)) is not None:
-        return Picture(quick)
+    if (pixels := _decode_fast_jpeg(data, height, width)) is not None:
+        return DecodedTile(pixels)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_header(image, data)
-            colours = image.convert("RGBA") if image.mode in ("P", "PA") else image
-            rgb = colours.convert("RGB")
-    except BadTile:
+            direct = image.convert("RGBA") if image.mode in ("P", "PA") else image
+            rgb = direct.convert("RGB")
+    except InvalidTile:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large("more pixels than are read") from error
+        raise _too_large("too many pixels to decode") from error
     except Exception as error:  # decoders raise anything on foreign bytes
-        raise BadTile(
-            "the picture is damaged, truncated or of a kind that is not read: "
-            "save it again as an 8-bit JPEG, PNG or TIFF"
+        raise InvalidTile(
+            "the image is damaged, truncated or of an unsupported kind: save it again as an 8-bit "
+            "JPEG, PNG or TIFF"
         ) from error
     if rgb.size == (width, height):
-        return Picture(np.asarray(rgb))
+        return DecodedTile(np.asarray(rgb))
     resized = rgb.resize((width, height), Image.Resampling.BILINEAR)
-    return Picture(np.asarray(resized), [rgb.height, rgb.width])
+    return DecodedTile(np.asarray(resized), [rgb.height, rgb.width])
 
 
-def _plain_jpeg(data: bytes, height: int, width: int) -> Tile | None:
-    """The pixels of a tile like most, as Pillow reads them too, in half the time; else None."""
-    if len(data) > QUICK_BYTES or not data.startswith(MAGIC[0]):
+def _decode_fast_jpeg(data: bytes, height: int, width: int) -> Tile | None:
+    """Return the pixels of an ordinary JPEG tile, as Pillow decodes them, in half of its time.
+
+    None is a file that Pillow must decode, or say what is wrong with it.
+    """
+    if len(data) > FAST_JPEG_MAX_BYTES or not data.startswith(FILE_SIGNATURES[0]):
         return None
     try:
         if simplejpeg.decode_jpeg_header(data)[:3] == (height, width, "YCbCr"):
             pixels: Tile = simplejpeg.decode_jpeg(data, "RGB")
             return pixels
-    except ValueError:  # Pillow tells whether it is damaged
+    except ValueError:
         pass
     return None
 
 
-def _from_geotiff(
+def _decode_geotiff(
     data: bytes, shape_HWC: tuple[int, int, int], full_scale: list[float] | None
-) -> Picture:
-    """Bands of uint8, or of uint16 which the training's full scale takes to uint8."""
+) -> DecodedTile:
+    """Read bands of uint8, or of uint16 that ``full_scale`` takes to uint8 as in the training."""
     import rasterio
     from rasterio.io import MemoryFile
 
     height, width, bands = shape_HWC
     try:
         with rasterio.Env(CPL_LOG="/dev/null"), MemoryFile(data) as file, file.open() as tiff:
-            if max(tiff.height, tiff.width) > MAX_SIDE:
+            if max(tiff.height, tiff.width) > MAX_SIDE_PIXELS:
                 raise _too_large(f"{tiff.width}x{tiff.height} pixels")
             dtypes = set(tiff.dtypes)
-            takes = "uint16" if full_scale else "uint8"
-            if tiff.count != bands or dtypes != {takes}:
-                raise BadTile(
-                    f"a TIFF of {tiff.count} bands of {', '.join(sorted(dtypes))} where the model "
-                    f"takes {bands} of {takes}"
+            expected = "uint16" if full_scale else "uint8"
+            if tiff.count != bands or dtypes != {expected}:
+                raise InvalidTile(
+                    f"a TIFF of {tiff.count} bands of {', '.join(sorted(dtypes))}: the model takes "
+                    f"{bands} bands of {expected}"
                 )
             values: npt.NDArray[Any] = np.moveaxis(tiff.read(), 0, -1)
-    except BadTile:
+    except InvalidTile:
         raise
     except Exception as error:  # GDAL raises anything on foreign bytes
-        raise BadTile("the TIFF is damaged or truncated: write it again") from error
+        raise InvalidTile("the TIFF is damaged or truncated: write it again") from error
     if full_scale:
         scale = np.float32(255) / np.asarray(full_scale, np.float32)
         values = np.rint(np.clip(values * scale, 0, 255))
     pixels = values.astype(np.uint8)
     if pixels.shape[:2] == (height, width):
-        return Picture(pixels)
-    each = (Image.fromarray(np.ascontiguousarray(pixels[:, :, band])) for band in range(bands))
-    resized = [one.resize((width, height), Image.Resampling.BILINEAR) for one in each]
-    return Picture(np.stack([np.asarray(one) for one in resized], axis=-1), [*pixels.shape[:2]])
+        return DecodedTile(pixels)
+    resized = [
+        Image.fromarray(np.ascontiguousarray(pixels[:, :, band])).resize(
+            (width, height), Image.Resampling.BILINEAR
+        )
+        for band in range(bands)
+    ]
+    return DecodedTile(np.stack([np.asarray(band) for band in resized], -1), [*pixels.shape[:2]])
 
 
 def _file_bytes(data: bytes) -> bytes:
-    """The file; base64 that came as ``inputs`` is decoded here, MLflow does columns alone."""
-    if data.startswith(MAGIC):
+    """Return the file, decoded if it is base64: MLflow decodes columns, but not ``inputs``."""
+    if data.startswith(FILE_SIGNATURES):
         return data
     if not data:
-        raise BadTile("no bytes: the column 'image' is empty or not base64")
+        raise InvalidTile("no bytes: send a JPEG, PNG or TIFF file (in JSON as base64)")
     try:
         decoded = base64.b64decode(data, validate=True)
     except binascii.Error:
         decoded = b""
-    if not decoded.startswith(MAGIC):
-        raise BadTile(
-            f"{len(data)} bytes that are no JPEG, PNG or TIFF file: send the file's bytes as base64"
+    if not decoded.startswith(FILE_SIGNATURES):
+        raise InvalidTile(
+            f"{len(data)} bytes that are not a JPEG, PNG or TIFF file: send the file unchanged "
+            "(in JSON as base64)"
         )
     return decoded
 
 
 def _check_header(image: Image.Image, data: bytes) -> None:
-    """Refuse by what the header says, before a pixel is decoded."""
-    if max(image.size) > MAX_SIDE:
+    """Raise InvalidTile for what the header tells, before a pixel is decoded."""
+    if max(image.size) > MAX_SIDE_PIXELS:
         raise _too_large(f"{image.width}x{image.height} pixels")
     if image.format in ("PNG", "TIFF") and getattr(image, "is_animated", False):
-        raise BadTile("holds several pictures: send one tile a row")
-    if data.startswith(MAGIC[0]) and data.count(SCAN) > MAX_SCANS:
-        raise BadTile(f"a JPEG of over {MAX_SCANS} scans: save it again")
+        raise InvalidTile("the file holds several images: send one tile per file")
+    if data.startswith(FILE_SIGNATURES[0]) and data.count(JPEG_SCAN_MARKER) > MAX_JPEG_SCANS:
+        raise InvalidTile(f"a JPEG of over {MAX_JPEG_SCANS} scans: save it again")
     bits = 8
     if image.format == "PNG":
         bits = data[PNG_BIT_DEPTH]
     elif image.format == "TIFF":
         bits = max(image.tag_v2.get(TIFF_BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
     if bits > 8 or image.mode not in EIGHT_BIT_MODES:
-        raise BadTile(
-            f"a {image.format} of {bits} bits, mode {image.mode}: convert it to "
-            "8 bits per band, as the training tiles were"
+        raise InvalidTile(
+            f"a {image.format} of {bits} bits, mode {image.mode}: convert it to 8 bits per band, "
+            "as the training tiles were"
         )
 
 
-def _too_large(size: str) -> BadTile:
-    limit = f"{MAX_SIDE}x{MAX_SIDE}"
-    return BadTile(f"{size}, over the {limit} of a tile: cut the picture into tiles")
+def _too_large(size: str) -> InvalidTile:
+    limit = f"{MAX_SIDE_PIXELS}x{MAX_SIDE_PIXELS}"
+    return InvalidTile(f"{size}, over the {limit} of a tile: cut the image into tiles")
 
 
-def _lit(activation_HW: npt.NDArray[np.float32]) -> list[list[float]]:
-    """From 0 to 1, where the tile spoke for its label; see `eurosat.models.export` for its size."""
-    lit = np.maximum(activation_HW, 0)
-    return [[round(float(one), 4) for one in row] for row in lit / max(float(lit.max()), 1e-6)]
+def _normalise_cam(activation_HW: npt.NDArray[np.float32]) -> list[list[float]]:
+    """Return the evidence for the class in [0, 1]; see `eurosat.models.export` for its size."""
+    evidence = np.maximum(activation_HW, 0)
+    scaled = evidence / max(float(evidence.max()), 1e-6)
+    return [[round(float(value), 4) for value in row] for row in scaled]
 
 
-def _fault(message: str) -> MlflowException:
-    """MLflow's scoring server answers it with 400, echoes the request in its message, and passes
-    ``reason`` on as it is.
+def _bad_request(message: str) -> MlflowException:
+    """Return an error that MLflow's scoring server answers with 400.
+
+    The server's ``message`` repeats the request; ``reason`` is passed on as it is.
     """
     return MlflowException(message, error_code=INVALID_PARAMETER_VALUE, reason=message)
 
 
-def _settings(given: dict[str, Any]) -> Settings:
-    if unknown := sorted(set(given) - set(Settings._fields)):
-        known = ", ".join(Settings._fields)
-        raise ValueError(f"model_config has no {', '.join(unknown)}: it takes {known}")
-    settings = Settings(**given)
-    if settings.threads < 0 or settings.max_batch < 1 or not 0 <= settings.max_wait_ms <= 1000:
+def _parse_config(model_config: dict[str, Any]) -> ModelConfig:
+    if unknown := sorted(set(model_config) - set(ModelConfig._fields)):
+        known = ", ".join(ModelConfig._fields)
+        raise ValueError(f"model_config has no key {', '.join(unknown)}: its keys are {known}")
+    config = ModelConfig(**model_config)
+    if config.threads < 0 or config.max_batch < 1 or not 0 <= config.max_wait_ms <= 1000:
         raise ValueError(
-            f"threads must be 0 or more, max_batch 1 or more, max_wait_ms 0 to 1000; got {settings}"
+            f"threads must be 0 or more, max_batch 1 or more, max_wait_ms 0 to 1000; got {config}"
         )
-    return settings
+    return config
 
 
-def _form(wanted: str, artifacts: dict[str, str]) -> str:
-    held = [form for form, artifact in FORMS.items() if artifact in artifacts]
-    if wanted == "auto":
-        return held[-1]
-    if wanted not in held:
-        raise ValueError(f"this version has no form {wanted}: it has {', '.join(held)}")
-    return wanted
+def _choose_precision(precision: str, artifacts: dict[str, str]) -> str:
+    available = [name for name, artifact in PRECISIONS.items() if artifact in artifacts]
+    if precision == "auto":
+        return available[-1]
+    if precision not in available:
+        raise ValueError(f"this version has no {precision} network: it has {', '.join(available)}")
+    return precision
 
 
-def _version(artifact: Path) -> str | None:
-    """The registered version that these files were loaded as; None by runs:/ or a path."""
+def _registered_version(artifact: Path) -> str | None:
+    """Return the version that the files were loaded as; None for a run or a path."""
     for folder in artifact.parents:
         if (folder / "MLmodel").exists():
-            meta = folder / META
-            return str(yaml.safe_load(meta.read_text())["model_version"]) if meta.exists() else None
+            file = folder / VERSION_FILE
+            return str(yaml.safe_load(file.read_text())["model_version"]) if file.exists() else None
     return None
 
 
-def _cores() -> int:
+def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

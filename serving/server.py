@@ -1,4 +1,4 @@
-"""Serve the champion: pictures in, batched, swapped while it runs, MLflow's protocol beside."""
+"""Serve a registered model over HTTP, and follow its alias to new versions."""
 
 import argparse
 import ipaddress
@@ -23,25 +23,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 10.0
-POLL_S = 1.0
+SHUTDOWN_GRACE_S = 10.0
+POLL_INTERVAL_S = 1.0
+"""Time between two polls of the alias."""
+KEEP_ALIVE_S = 75
+LIMIT_HELP = {
+    "body_mb": "size of one request in MB",
+    "tiles": "tiles in one request",
+    "queue": "waiting tiles",
+    "requests": "open requests",
+    "deadline_s": "seconds until a prediction must begin",
+    "head_s": "seconds for a request line and its headers to arrive",
+    "body_s": "seconds for a body to arrive",
+}
+"""Help text of the flag for each field of `Limits`."""
 
 
-def loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
 
 
-def config(app: Any, grace_s: float) -> "uvicorn.Config":
+def uvicorn_config(app: Any, grace_s: float) -> "uvicorn.Config":
     import uvicorn
 
-    from serving.protocol import Protocol
+    from serving.protocol import GuardedHttpProtocol
 
     return uvicorn.Config(
         app,
-        http=Protocol,
+        http=GuardedHttpProtocol,
         loop="uvloop",
         ws="none",
         log_config=None,
@@ -50,7 +62,7 @@ def config(app: Any, grace_s: float) -> "uvicorn.Config":
         date_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=math.ceil(grace_s),
-        timeout_keep_alive=75,
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
 
 
@@ -58,36 +70,43 @@ def main(argv: Sequence[str]) -> int:
     from serving import processes
     from serving.limits import Limits
 
-    parser = cli.parser("serving.server", "Serve a registered model, and follow its alias.")
-    parser.add_argument("--model", default=CHAMPION, help=f"models:/ or runs:/ ({CHAMPION})")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=5001)
-    parser.add_argument("--poll", type=float, default=POLL_S, metavar="S", help="asks the alias")
-    parser.add_argument("--keys", type=Path, help="API keys (python -m serving.keys)")
-    parser.add_argument("--open", action="store_true", help="answer everybody, beyond loopback too")
-    parser.add_argument("--grace", type=float, default=GRACE_S, metavar="S", help="to shut down")
-    parser.add_argument("--processes", type=int, default=cores(), help="one per core, or fewer")
-    parser.add_argument("--form", choices=("auto", "fp32", "int8"), default="auto")
-    parser.add_argument("--max-batch", type=int, default=16, help="views of tiles in a batch")
-    for field in fields(Limits):
-        flag = f"--max-{field.name.replace('_', '-')}"
-        kind = type(field.default)
-        parser.add_argument(flag, dest=field.name, type=kind, default=field.default)
-    args = parser.parse_args(argv)
+    args = _parse(argv)
     logs.setup(args.log_level)
-    bounds = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
+    limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
     _check(args)
     if processes.is_worker():
-        return _serve(args, bounds)
+        return _serve(args, limits)
     log.info("serving %s on http://%s:%d", args.model, args.host, args.port)
     return processes.run([sys.executable, "-m", "serving.server", *argv], args)
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from serving.limits import Limits
+
+    parser = cli.parser("serving.server", "Serve a registered model, and follow its alias.")
+    add = parser.add_argument
+    add("--model", default=CHAMPION, help=f"models:/ or runs:/ ({CHAMPION})")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=5001)
+    add("--poll", type=float, default=POLL_INTERVAL_S, metavar="S", help="time between polls")
+    add("--keys", type=Path, help="file of API keys (python -m serving.keys)")
+    add("--no-auth", action="store_true", help="answer everybody, beyond loopback too")
+    add("--grace", type=float, default=SHUTDOWN_GRACE_S, metavar="S", help="time to shut down")
+    add("--processes", type=int, default=cores(), help="worker processes (one per core)")
+    add("--precision", choices=("auto", "fp32", "int8"), default="auto", help="of the network")
+    add("--max-batch", type=int, default=16, help="views of tiles in one batch")
+    for field in fields(Limits):
+        flag = f"--max-{field.name.replace('_', '-')}"
+        kind, text = type(field.default), f"{LIMIT_HELP[field.name]} ({field.default:g})"
+        add(flag, dest=field.name, type=kind, default=field.default, help=text)
+    return parser.parse_args(argv)
+
+
 def _check(args: argparse.Namespace) -> None:
-    if not (loopback(args.host) or args.keys or args.open):
+    if not (is_loopback(args.host) or args.keys or args.no_auth):
         raise ConfigError(
             f"{args.host} can be reached by others: give --keys FILE (python -m serving.keys), "
-            "or --open to answer everybody"
+            "or --no-auth to answer everybody"
         )
     for name in ("poll", "grace", "processes", "max_batch"):
         if not getattr(args, name) > 0:
@@ -95,28 +114,29 @@ def _check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag} must be above 0; got {getattr(args, name):g}")
 
 
-def _serve(args: argparse.Namespace, bounds: "Limits") -> int:
-    """One of the processes."""
+def _serve(args: argparse.Namespace, limits: "Limits") -> int:
+    """Run one of the worker processes until it is stopped."""
     import uvicorn
 
     from serving import processes
-    from serving.app import App
-    from serving.hot_swap import Follower
-    from serving.keys import Keys
-    from serving.metrics import Metrics
+    from serving.app import create_app
 
     processes.end_with_parent()
-    keys = Keys.read(args.keys, share=1 / args.processes) if args.keys else None
-    settings, metrics = {"form": args.form, "max_batch": args.max_batch}, Metrics()
-    follower = Follower(args.model, settings, args.poll, metrics)
-    app = App(follower, metrics, bounds.shared(args.processes), keys)
+    app = create_app(
+        args.model,
+        {"precision": args.precision, "max_batch": args.max_batch},
+        poll_s=args.poll,
+        limits=limits.shared(args.processes),
+        keys_file=args.keys,
+        processes=args.processes,
+    )
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            app.closing = True  # no longer ready, while it answers what it was asked
+            app.closing = True  # /ready answers 503 while requests in flight are answered
             super().handle_exit(sig, frame)
 
-    server = Server(config(app, args.grace))
+    server = Server(uvicorn_config(app, args.grace))
     server.run(sockets=[processes.listener(args.host, args.port)])
     return exit_codes.OK
 

@@ -1,1 +1,1 @@
-"""bench-serving: one tile a request, ours and its peers. Run by `python -m benchmarks.serving`."""
+"""bench-serving: our server and its peers, with one tile per request; see `__main__`."""

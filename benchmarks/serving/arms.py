@@ -1,4 +1,4 @@
-"""Who takes part in bench-serving: how each is started, what it is asked, and what it answers."""
+"""The servers of bench-serving: how each is started, its requests, and its answers."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ import requests
 from benchmarks.reports import ROOT
 from benchmarks.serving import model, networks
 from benchmarks.serving.load import Requests
-from benchmarks.serving.model import Served
+from benchmarks.serving.model import ServedModel
 from eurosat.runtime import hardware
 from serving import mlflow_server
 
@@ -24,24 +24,25 @@ JSON, JPEG = "application/json", "image/jpeg"
 TIMEOUT_S = 60.0
 
 WORKERS = 2
-"""Processes of a peer, which share the cores: at concurrency 32 on two cores FastAPI, and LitServe
-and BentoML with ONNX, answered a fifth more and better so than in one process."""
+"""Processes of a peer, which share the cores: on two cores at concurrency 32, FastAPI, and LitServe
+and BentoML with ONNX, were about 20 % faster than in one process.
+"""
 RUNTIMES = {"torch": "torch", "onnx": "our ONNX file"}
 
-Command = Callable[[Served, int], list[str]]
+Command = Callable[[ServedModel, int], list[str]]
 
 
-def _column(tile: bytes) -> bytes:
+def _as_column(tile: bytes) -> bytes:
     split = {"columns": ["image"], "data": [[base64.b64encode(tile).decode()]]}
     return json.dumps({"dataframe_split": split}).encode()
 
 
-def _tensor(tile: bytes) -> bytes:
+def _as_tensor(tile: bytes) -> bytes:
     pixels_CHW = np.moveaxis(networks.decode(tile), -1, 0)
     return json.dumps({"inputs": [pixels_CHW.tolist()]}).encode()
 
 
-def _field(name: str, *, listed: bool) -> Callable[[bytes], bytes]:
+def _as_field(name: str, *, listed: bool) -> Callable[[bytes], bytes]:
     def encode(tile: bytes) -> bytes:
         text = base64.b64encode(tile).decode()
         return json.dumps({name: [text] if listed else text}).encode()
@@ -49,30 +50,30 @@ def _field(name: str, *, listed: bool) -> Callable[[bytes], bytes]:
     return encode
 
 
-def _highest(answer: Any, classes: tuple[str, ...]) -> str:
+def _argmax(answer: Any, classes: tuple[str, ...]) -> str:
     return classes[int(np.argmax(answer["predictions"][0]))]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
     name: str
-    what: str
+    description: str
     command: Command
-    environment: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=dict)
     path: str = "/predict"
     content_type: str = JPEG
     encode: Callable[[bytes], bytes] = lambda tile: tile
     label: Callable[[Any, tuple[str, ...]], str] = lambda answer, _: str(answer["label"])
     ready: str
 
-    def surroundings(self, served: Served) -> dict[str, str]:
-        """The variables of its processes."""
-        own = mlflow_server.environment(os.environ) | dict(self.environment)
-        own |= {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": served.uri}
-        return own | {networks.FOLDER: str(served.folder)}
+    def environment(self, served: ServedModel) -> dict[str, str]:
+        """Return the environment variables of its processes."""
+        variables = mlflow_server.environment(os.environ) | dict(self.variables)
+        variables |= {"PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": served.uri}
+        return variables | {networks.FOLDER: str(served.folder)}
 
-    def requests(self, served: Served, scratch: Path) -> Requests:
-        """Its request for each tile, as files."""
+    def requests(self, served: ServedModel, scratch: Path) -> Requests:
+        """Write its request for each tile into a file."""
         folder = scratch / f"{self.name}.requests"
         folder.mkdir()
         for number, tile in enumerate(served.tiles, start=1):
@@ -81,9 +82,9 @@ class Arm:
             folder=folder, count=len(served.tiles), path=self.path, content_type=self.content_type
         )
 
-    def check(self, served: Served, port: int) -> None:
-        """End where it answers otherwise than the network does."""
-        for tile, label in served.sure:
+    def check(self, served: ServedModel, port: int) -> None:
+        """Exit if it predicts another label than the network for a tile it must know."""
+        for tile, expected in served.checked:
             answer = requests.post(
                 f"http://{HOST}:{port}{self.path}",
                 self.encode(tile),
@@ -92,9 +93,9 @@ class Arm:
             )
             if not answer.ok:
                 sys.exit(f"error: {self.name} answers {answer.status_code}: {answer.text[-500:]}")
-            said = self.label(answer.json(), served.classes)
-            if said != label:
-                sys.exit(f"error: {self.name} takes a tile for {said} that is {label}")
+            label = self.label(answer.json(), served.classes)
+            if label != expected:
+                sys.exit(f"error: {self.name} predicts {label} for a tile of {expected}")
 
 
 def _mlflow(name: str) -> Command:
@@ -103,7 +104,7 @@ def _mlflow(name: str) -> Command:
     )
 
 
-def _settings(runtime: str) -> dict[str, str]:
+def _peer_variables(runtime: str) -> dict[str, str]:
     return {
         networks.RUNTIME: runtime,
         networks.WORKERS: str(WORKERS),
@@ -112,61 +113,70 @@ def _settings(runtime: str) -> dict[str, str]:
 
 
 def ours() -> list[Arm]:
-    """Those that run in this project's own environment."""
+    """Return the servers that run in this project's own environment."""
     return [
-        _scoring(
-            "mlflow", "mlflow models serve, a pyfunc of Pillow and torch", _mlflow(model.USUAL)
+        _mlflow_arm(
+            "mlflow",
+            "mlflow models serve, a pyfunc of Pillow and torch",
+            _mlflow(model.PILLOW_TORCH),
         ),
         replace(
-            _scoring(
+            _mlflow_arm(
                 "mlflow-pytorch",
                 "mlflow models serve, its PyTorch flavour, JSON tensors",
-                _mlflow(model.FLAVOUR),
+                _mlflow(model.PYTORCH_FLAVOUR),
             ),
-            encode=_tensor,
-            label=_highest,
+            encode=_as_tensor,
+            label=_argmax,
         ),
-        _scoring("stock", "our model under mlflow models serve", _verb("serving.mlflow_server")),
-        Arm(name="server", what="our server", command=_verb("serving.server"), ready="/ready"),
+        _mlflow_arm(
+            "stock", "our model under mlflow models serve", _command("serving.mlflow_server")
+        ),
+        Arm(
+            name="server",
+            description="our server",
+            command=_command("serving.server"),
+            ready="/ready",
+        ),
     ]
 
 
-def _scoring(name: str, what: str, command: Command) -> Arm:
-    """It speaks MLflow's protocol."""
+def _mlflow_arm(name: str, description: str, command: Command) -> Arm:
+    """Return a server with MLflow's protocol."""
     return Arm(
         name=name,
-        what=what,
+        description=description,
         command=command,
         path="/invocations",
         content_type=JSON,
-        encode=_column,
+        encode=_as_column,
         label=lambda answer, _: str(answer["predictions"][0]["label"]),
         ready="/ping",
     )
 
 
-def _verb(name: str) -> Command:
-    def command(_: Served, port: int) -> list[str]:
-        where = ["--host", HOST, "--port", str(port)]
-        return [sys.executable, "-m", name, "--model", model.CHAMPION, *where]
+def _command(module: str) -> Command:
+    def command(_: ServedModel, port: int) -> list[str]:
+        address = ["--host", HOST, "--port", str(port)]
+        return [sys.executable, "-m", module, "--model", model.CHAMPION, *address]
 
     return command
 
 
 def peers(litserve: str | None, bentoml: str | None) -> list[Arm]:
-    """Those with an environment of their own, given by its python."""
-    found = []
+    """Return the servers with an environment of their own, given by its python."""
+    peers = []
     if litserve:
-        found += [_fastapi(litserve), _litserve(litserve, "torch"), _litserve(litserve, "onnx")]
+        peers += [_fastapi(litserve), _litserve(litserve, "torch"), _litserve(litserve, "onnx")]
     if bentoml:
-        found += [_bentoml(bentoml, "torch"), _bentoml(bentoml, "onnx")]
-    return found
+        peers += [_bentoml(bentoml, "torch"), _bentoml(bentoml, "onnx")]
+    return peers
 
 
 def _fastapi(python: str) -> Arm:
     return Arm(
         name="fastapi",
-        what="FastAPI and torch, written by hand",
+        description="FastAPI and torch, written by hand",
         command=lambda _, port: [
             python,
             "-m",
@@ -182,7 +192,7 @@ def _fastapi(python: str) -> Arm:
             "--log-level",
             "warning",
         ],
-        environment=_settings("torch"),
+        variables=_peer_variables("torch"),
         ready="/openapi.json",
     )
 
@@ -190,11 +200,11 @@ def _fastapi(python: str) -> Arm:
 def _litserve(python: str, runtime: str) -> Arm:
     return Arm(
         name=f"litserve-{runtime}",
-        what=f"LitServe, batching, {RUNTIMES[runtime]}",
+        description=f"LitServe, batching, {RUNTIMES[runtime]}",
         command=lambda _, port: [python, "-m", "benchmarks.serving.litserve_server", str(port)],
-        environment=_settings(runtime),
+        variables=_peer_variables(runtime),
         content_type=JSON,
-        encode=_field("image", listed=False),
+        encode=_as_field("image", listed=False),
         ready="/health",
     )
 
@@ -202,7 +212,7 @@ def _litserve(python: str, runtime: str) -> Arm:
 def _bentoml(python: str, runtime: str) -> Arm:
     return Arm(
         name=f"bentoml-{runtime}",
-        what=f"BentoML, adaptive batching, {RUNTIMES[runtime]}",
+        description=f"BentoML, adaptive batching, {RUNTIMES[runtime]}",
         command=lambda _, port: [
             python,
             "-m",
@@ -216,9 +226,9 @@ def _bentoml(python: str, runtime: str) -> Arm:
             "--working-dir",
             str(ROOT),
         ],
-        environment=_settings(runtime),
+        variables=_peer_variables(runtime),
         content_type=JSON,
-        encode=_field("images", listed=True),
+        encode=_as_field("images", listed=True),
         label=lambda answer, _: str(answer[0]["label"]),
         ready="/readyz",
     )

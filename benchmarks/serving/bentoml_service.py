@@ -7,11 +7,12 @@ import bentoml
 import numpy as np
 
 from benchmarks.serving import networks
-from benchmarks.serving.networks import Answer
+from benchmarks.serving.networks import Prediction
 
 MAX_BATCH = 32
-"""More is no faster. The longest latency is left at BentoML's own: with a shorter one it refuses
-requests as soon as it reckons that they would take longer."""
+"""A larger one is not faster. BentoML keeps its default for the longest latency: with a shorter one
+it rejects requests that it estimates to take longer.
+"""
 
 
 @bentoml.service(
@@ -24,6 +25,6 @@ class Tiles:
         self.network = networks.from_environment()
 
     @bentoml.api(batchable=True, max_batch_size=MAX_BATCH)
-    def predict(self, images: list[str]) -> list[Answer]:
+    def predict(self, images: list[str]) -> list[Prediction]:
         files = map(base64.b64decode, images)
         return self.network(np.stack([networks.decode(file) for file in files]))

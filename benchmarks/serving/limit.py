@@ -1,7 +1,7 @@
-"""What ONNX Runtime alone does with decoded tiles, no server around it.
+"""Measure ONNX Runtime alone on decoded tiles, without a server.
 
-`python -m benchmarks.serving.limit FOLDER SECONDS [BATCH SESSIONS]` prints tiles a second as JSON;
-without a batch and a number of sessions it tries them all and prints the best.
+`python -m benchmarks.serving.limit FOLDER SECONDS [BATCH SESSIONS]` prints tiles per second as
+JSON. Without BATCH and SESSIONS it tries all settings and prints the fastest.
 """
 
 import itertools
@@ -23,7 +23,7 @@ WARM_RUNS = 3
 
 
 def speed(folder: Path, tiles_NHWC: Tiles, batch: int, sessions: int, seconds: float) -> float:
-    """Tiles a second of ``sessions`` side by side, which share the cores evenly."""
+    """Return tiles per second of concurrent ``sessions``, which share the cores evenly."""
     cores = len(os.sched_getaffinity(0))
     networks = [OnnxNetwork(folder, max(1, cores // sessions)) for _ in range(sessions)]
     chunks = [
@@ -43,20 +43,22 @@ def speed(folder: Path, tiles_NHWC: Tiles, batch: int, sessions: int, seconds: f
             networks[number].probabilities(chunk)
             done[number] += batch
 
-    began = time.perf_counter()
+    started = time.perf_counter()
     threads = [threading.Thread(target=work, args=(number,)) for number in range(sessions)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(done) / (time.perf_counter() - began)
+    return sum(done) / (time.perf_counter() - started)
 
 
 def main(argv: Sequence[str]) -> None:
     folder, seconds = Path(argv[0]), float(argv[1])
-    tiles_NHWC: Tiles = np.load(folder / "tiles.npy")  # as `model` has left them
+    tiles_NHWC: Tiles = np.load(folder / "tiles.npy")  # written by `model`
     cores = len(os.sched_getaffinity(0))
-    tried = [(int(argv[2]), int(argv[3]))] if argv[2:] else itertools.product(BATCHES, {1, cores})
+    settings = (
+        [(int(argv[2]), int(argv[3]))] if argv[2:] else itertools.product(BATCHES, {1, cores})
+    )
     best: dict[str, Any] = max(
         (
             {
@@ -64,9 +66,9 @@ def main(argv: Sequence[str]) -> None:
                 "batch": batch,
                 "sessions": sessions,
             }
-            for batch, sessions in tried
+            for batch, sessions in settings
         ),
-        key=lambda one: one["tiles_per_s"],
+        key=lambda result: result["tiles_per_s"],
     )
     print(json.dumps(best))
 

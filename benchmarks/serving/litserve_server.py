@@ -10,10 +10,10 @@ import litserve
 import numpy as np
 
 from benchmarks.serving import networks
-from benchmarks.serving.networks import Answer, Tiles
+from benchmarks.serving.networks import Prediction, Tiles
 
 MAX_BATCH, BATCH_TIMEOUT_S = 32, 0.002
-"""More of either was no faster. A timeout of 0 keeps two cores busy when nothing is asked."""
+"""Larger values were not faster. A timeout of 0 keeps two cores busy without any request."""
 
 
 class TileAPI(litserve.LitAPI):
@@ -26,13 +26,13 @@ class TileAPI(litserve.LitAPI):
     def batch(self, inputs: Sequence[Tiles]) -> Tiles:
         return np.stack(inputs)
 
-    def predict(self, x: Tiles) -> list[Answer]:
+    def predict(self, x: Tiles) -> list[Prediction]:
         return self.network(x)
 
-    def unbatch(self, output: list[Answer]) -> list[Answer]:
+    def unbatch(self, output: list[Prediction]) -> list[Prediction]:
         return output
 
-    def encode_response(self, output: Answer) -> Answer:
+    def encode_response(self, output: Prediction) -> Prediction:
         return output
 
 

@@ -1,5 +1,5 @@
--- wrk -s load.lua URL -- FOLDER COUNT PATH TYPE PAUSE_MS: posts FOLDER/1 to FOLDER/COUNT in turn, over
--- and over, each connection with a pause after an answer, and says how it went in one line of JSON.
+-- wrk -s load.lua URL -- FOLDER COUNT PATH TYPE PAUSE_MS: posts FOLDER/1 to FOLDER/COUNT in turn, again
+-- and again, with a pause after each answer on a connection, and prints the result as one line of JSON.
 local requests, turn = {}, 0
 
 function init(args)

@@ -1,4 +1,4 @@
-"""The client: wrk, which is written in C and takes little of the cores that the server needs."""
+"""Run wrk as the client: it is written in C, and leaves most of the cores to the server."""
 
 import json
 import shutil
@@ -9,17 +9,17 @@ from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("load.lua")
 TIMEOUT_S = 10
-"""After which wrk gives a request up."""
+"""wrk gives up a request after this time."""
 FAULTS = ("connect", "read", "write", "timeout", "status")
-"""What wrk counts apart; `status` are answers of 400 and above."""
+"""wrk's counters of errors; `status` are answers of 400 and above."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Load:
-    """What one spell of requests came to."""
+class LoadResult:
+    """Result of one run of wrk."""
 
     answered: int
-    """Requests that got an answer below 400."""
+    """Requests that were answered with a status below 400."""
     seconds: float
     p50_ms: float
     p95_ms: float
@@ -27,18 +27,18 @@ class Load:
     errors: int
 
     @property
-    def asked(self) -> int:
+    def num_requests(self) -> int:
         return self.answered + self.errors
 
     @property
     def rate(self) -> float:
-        """Good answers a second."""
+        """Successful answers per second."""
         return self.answered / self.seconds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Requests:
-    """What is posted: ``count`` bodies in the files 1, 2, 3 ... of ``folder``."""
+    """Requests to post: ``count`` bodies, in the files 1, 2, 3 ... of ``folder``."""
 
     folder: Path
     count: int
@@ -51,33 +51,30 @@ def check_installed() -> None:
         sys.exit("error: wrk is not installed: apt-get install wrk")
 
 
-def parse(said: str) -> Load:
-    """Read what wrk printed, whose own report stands before the script's line of JSON."""
-    lines = [line for line in said.splitlines() if line.startswith("{")]
+def parse(output: str) -> LoadResult:
+    """Parse wrk's output: its own report, and then the line of JSON of our script."""
+    lines = [line for line in output.splitlines() if line.startswith("{")]
     if not lines:
-        sys.exit(f"error: wrk said nothing that can be read: {' '.join(said.split())[-300:]}")
-    told = json.loads(lines[-1])
-    return Load(
-        answered=told["requests"] - told["status"],
-        errors=sum(told[name] for name in FAULTS),
-        **{name: told[name] for name in ("seconds", "p50_ms", "p95_ms", "p99_ms")},
+        sys.exit(f"error: wrk printed no result: {' '.join(output.split())[-300:]}")
+    counters = json.loads(lines[-1])
+    return LoadResult(
+        answered=counters["requests"] - counters["status"],
+        errors=sum(counters[name] for name in FAULTS),
+        **{name: counters[name] for name in ("seconds", "p50_ms", "p95_ms", "p99_ms")},
     )
 
 
-def load(port: int, requests: Requests, concurrency: int, seconds: int, pause_ms: int = 0) -> Load:
-    """Post for a while over ``concurrency`` connections, each with one request at a time."""
+def load(
+    port: int, requests: Requests, concurrency: int, seconds: int, pause_ms: int = 0
+) -> LoadResult:
+    """Post requests for some seconds over ``concurrency`` connections, one at a time on each."""
     command = [
         "wrk",
-        "--threads",
-        "1",
-        "--connections",
-        str(concurrency),
-        "--duration",
-        f"{seconds}s",
-        "--timeout",
-        f"{TIMEOUT_S}s",
-        "--script",
-        str(SCRIPT),
+        "--threads=1",
+        f"--connections={concurrency}",
+        f"--duration={seconds}s",
+        f"--timeout={TIMEOUT_S}s",
+        f"--script={SCRIPT}",
         f"http://127.0.0.1:{port}",
         "--",
         str(requests.folder),

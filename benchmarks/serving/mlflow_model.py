@@ -1,4 +1,4 @@
-"""The pyfunc that users of MLflow write: base64 of a JPEG in a column, Pillow, torch."""
+"""A pyfunc as users of MLflow write it: base64 of a JPEG in a column, Pillow, torch."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from mlflow.pyfunc.model import PythonModel, PythonModelContext
 from benchmarks.serving.networks import TorchNetwork, decode
 
 
-class Usual(PythonModel):
+class PillowTorchModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         self.network = TorchNetwork(Path(context.artifacts["network"]))
 
@@ -24,4 +24,4 @@ class Usual(PythonModel):
         return self.network(np.stack([decode(file) for file in model_input["image"]]))
 
 
-set_model(Usual())
+set_model(PillowTorchModel())

@@ -1,7 +1,7 @@
-"""The network that every peer serves, in torch and in ONNX Runtime, and how a tile is read.
+"""The network that every peer serves, in torch and in ONNX Runtime, and the decoding of a tile.
 
-Needs nothing of this project: it runs in the environments of others too. What to serve and how is
-said by variables of the environment, which every kind of server passes on to its workers.
+It imports nothing of this project, because it also runs in the environments of the peers. It is
+configured by environment variables, which every kind of server passes on to its workers.
 """
 
 import io
@@ -16,28 +16,28 @@ import numpy.typing as npt
 from PIL import Image
 
 Tiles = npt.NDArray[np.uint8]
-Answer = dict[str, Any]
+Prediction = dict[str, Any]
 
 FOLDER, RUNTIME = "BENCH_FOLDER", "BENCH_RUNTIME"
 THREADS, WORKERS = "BENCH_THREADS", "BENCH_WORKERS"
 WEIGHTS, DESCRIPTION, ONNX = "network.safetensors", "network.json", "served.onnx"
-"""In the folder: a state dict of timm's, what else is needed to use it, and our own file."""
+"""Files of the folder: a state dict of timm, its metadata, and our ONNX file."""
 
 
 class Network(Protocol):
-    """Tiles of pixels to an answer each."""
+    """Predicts each tile of a batch."""
 
-    def __call__(self, tiles_NHWC: Tiles) -> list[Answer]: ...
+    def __call__(self, tiles_NHWC: Tiles) -> list[Prediction]: ...
 
 
 def decode(file: bytes) -> Tiles:
-    """(H, W, 3) of a JPEG."""
+    """Return the (H, W, 3) pixels of a JPEG."""
     with Image.open(io.BytesIO(file)) as image:
         return np.asarray(image.convert("RGB"))
 
 
 class TorchNetwork:
-    """Eager float32 in channels_last, the fastest mode of it on a CPU."""
+    """Eager torch, float32, channels_last: its fastest mode on a CPU."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         import timm
@@ -46,28 +46,28 @@ class TorchNetwork:
 
         if threads:
             torch.set_num_threads(threads)
-        told = json.loads((folder / DESCRIPTION).read_text())
-        self.classes: list[str] = told["classes"]
-        network = timm.create_model(told["name"], num_classes=len(self.classes))
+        metadata = json.loads((folder / DESCRIPTION).read_text())
+        self.classes: list[str] = metadata["classes"]
+        network = timm.create_model(metadata["name"], num_classes=len(self.classes))
         network.load_state_dict(load_file(folder / WEIGHTS))
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = network.eval()
-        self.mean = torch.tensor(told["mean"]).view(1, -1, 1, 1)
-        self.std = torch.tensor(told["std"]).view(1, -1, 1, 1)
-        self.temperature: float = told["temperature"]
+        self.mean = torch.tensor(metadata["mean"]).view(1, -1, 1, 1)
+        self.std = torch.tensor(metadata["std"]).view(1, -1, 1, 1)
+        self.temperature: float = metadata["temperature"]
 
-    def __call__(self, tiles_NHWC: Tiles) -> list[Answer]:
+    def __call__(self, tiles_NHWC: Tiles) -> list[Prediction]:
         import torch
 
         with torch.inference_mode():
             tiles_NCHW = torch.tensor(tiles_NHWC).permute(0, 3, 1, 2)
             logits = self.network((tiles_NCHW.float() - self.mean) / self.std)
             probabilities: Tiles = (logits / self.temperature).softmax(dim=1).numpy()
-        return answers(self.classes, probabilities)
+        return format_predictions(self.classes, probabilities)
 
 
 class OnnxNetwork:
-    """The file that our own server serves."""
+    """The ONNX file that our own server serves."""
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         import onnxruntime
@@ -77,19 +77,21 @@ class OnnxNetwork:
         self.session = onnxruntime.InferenceSession(
             str(folder / ONNX), options, providers=["CPUExecutionProvider"]
         )
-        self.given = self.session.get_inputs()[0].name
-        self.wanted = self.session.get_outputs()[0].name
+        self.input_name = self.session.get_inputs()[0].name
+        self.output_name = self.session.get_outputs()[0].name
         self.classes: list[str] = json.loads((folder / DESCRIPTION).read_text())["classes"]
 
     def probabilities(self, tiles_NHWC: Tiles) -> npt.NDArray[np.float32]:
-        (told,) = self.session.run([self.wanted], {self.given: tiles_NHWC})
-        return np.asarray(told)
+        (probabilities,) = self.session.run([self.output_name], {self.input_name: tiles_NHWC})
+        return np.asarray(probabilities)
 
-    def __call__(self, tiles_NHWC: Tiles) -> list[Answer]:
-        return answers(self.classes, self.probabilities(tiles_NHWC))
+    def __call__(self, tiles_NHWC: Tiles) -> list[Prediction]:
+        return format_predictions(self.classes, self.probabilities(tiles_NHWC))
 
 
-def answers(classes: Sequence[str], probabilities_NK: npt.NDArray[Any]) -> list[Answer]:
+def format_predictions(
+    classes: Sequence[str], probabilities_NK: npt.NDArray[Any]
+) -> list[Prediction]:
     best = probabilities_NK.argmax(axis=1)
     return [
         {"label": classes[number], "confidence": float(probabilities[number])}

@@ -1,4 +1,4 @@
-"""A server that stands ready, stopped while it is another's turn."""
+"""A server process that is paused while another server is measured."""
 
 import os
 import signal
@@ -16,44 +16,45 @@ import psutil
 READY_S = 300
 KILL_S = 10
 SETTLE_S, CALM, CALM_S = 30, 0.5, 0.2
-"""So long a server may work off what a client has left behind; it is done when it takes less than
-half of a core for a while."""
+"""After a client has gone, a server may work for up to SETTLE_S; it is idle when it uses less than
+CALM of a core for CALM_S.
+"""
 IDLE_S = 3.0
-"""For so long the CPU time of a server without requests is measured."""
+"""How long the CPU time of an idle server is measured."""
 ANONYMOUS = ("Pss_Anon", "Pss_Shmem")
-"""Of smaps_rollup: what no file backs, a page of several processes counted once."""
+"""Lines of smaps_rollup: memory without a file, where shared pages count in proportion."""
 
 
 class Server:
-    """The processes behind a port of this machine."""
+    """The processes of a server on a port of this machine."""
 
     def __init__(self, name: str, process: "subprocess.Popen[bytes]", port: int) -> None:
         self.name, self.port = name, port
         self._process = process
 
     def tree(self) -> list[psutil.Process]:
-        """Parents first."""
+        """Return all processes, parents first."""
         first = psutil.Process(self._process.pid)
         return [first, *first.children(recursive=True)]
 
     def pause(self) -> None:
-        """Idle servers poll, some of them at the cost of a core: nobody does it in our turn."""
+        """Stop all processes: some idle servers poll, and use up to a core for it."""
         for process in self.tree():
             with suppress(psutil.NoSuchProcess):
                 process.suspend()
 
     def resume(self) -> None:
-        """Children first: those that watch them find them awake."""
+        """Continue all processes, children first, so that their supervisors find them alive."""
         for process in reversed(self.tree()):
             with suppress(psutil.NoSuchProcess):
                 process.resume()
 
     def idle_cores(self) -> float:
-        """CPU time that it takes without a request, as a share of one core."""
+        """Return the CPU time without any request, as a share of one core."""
         return self._used(IDLE_S)
 
     def settle(self) -> None:
-        """Wait until it works no more: servers answer on though the client has gone."""
+        """Wait until the server is idle: it may still answer requests of a client that has gone."""
         deadline = time.monotonic() + SETTLE_S
         while self._used(CALM_S) > CALM and time.monotonic() < deadline:
             pass
@@ -65,10 +66,10 @@ class Server:
 
     def _cpu_s(self) -> float:
         times = [process.cpu_times() for process in self.tree()]
-        return float(sum(one.user + one.system for one in times))
+        return float(sum(cpu.user + cpu.system for cpu in times))
 
     def memory_mb(self) -> float:
-        """Memory of all its processes that no file backs."""
+        """Return the memory without a file of all processes, in MiB."""
         total_kb = 0
         for process in self.tree():
             with suppress(OSError):  # one that has ended since
@@ -79,11 +80,11 @@ class Server:
 
     def end(self) -> None:
         tree = self.tree() if self._process.poll() is None else []
-        for told in (signal.SIGCONT, signal.SIGTERM):
+        for number in (signal.SIGCONT, signal.SIGTERM):
             with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, told)
-        _, left = psutil.wait_procs(tree, timeout=KILL_S)
-        for process in left:
+                os.killpg(self._process.pid, number)
+        _, alive = psutil.wait_procs(tree, timeout=KILL_S)
+        for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.wait()
@@ -98,28 +99,28 @@ def running(
     ready: str,
     folder: Path,
 ) -> Iterator[Server]:
-    """Started in ``folder``, where its log is; yielded once ``ready``, a path, answers 200."""
+    """Start a server in ``folder``, and yield it once the path ``ready`` answers 200."""
     log = folder / f"{name}.log"
-    with log.open("w") as said:
+    with log.open("w") as stream:
         process = subprocess.Popen(
             command,
             cwd=folder,
             env=dict(environment),
             stdin=subprocess.DEVNULL,
-            stdout=said,
+            stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     server = Server(name, process, port)
     try:
-        if not _answers(port, ready, process):
+        if not _wait_ready(port, ready, process):
             sys.exit(f"error: {name} did not start:\n{log.read_text()[-2000:]}")
         yield server
     finally:
         server.end()
 
 
-def _answers(port: int, path: str, process: "subprocess.Popen[bytes]") -> bool:
+def _wait_ready(port: int, path: str, process: "subprocess.Popen[bytes]") -> bool:
     deadline = time.monotonic() + READY_S
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(urllib.error.URLError, OSError):

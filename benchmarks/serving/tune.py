@@ -1,7 +1,7 @@
-"""tune-serving: which processes and batches of our server answer fastest on this machine.
+"""tune-serving: find the number of processes and the batch size that are fastest on this machine.
 
-`python -m benchmarks.serving.tune [--rounds 3]` tries each setting in turn, with the network of
-bench-serving, and prints the flags of the best.
+`python -m benchmarks.serving.tune [--rounds 3]` tries each setting with the network of
+bench-serving, and prints the flags of the fastest.
 """
 
 import statistics
@@ -24,17 +24,23 @@ CLIENTS = 32
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.parser("benchmarks.serving.tune", "The fastest settings of our server here.")
+    parser = cli.parser(
+        "benchmarks.serving.tune", "Find the fastest settings of our server on this machine."
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=3)
-    parser.add_argument("--retrain", action="store_true", help="the network that is served")
+    parser.add_argument(
+        "--retrain", action="store_true", help="train the network again, though it is cached"
+    )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     load.check_installed()
-    served = model.served(retrain=args.retrain)
-    arm = next(one for one in arms.ours() if one.name == "server")
+    served = model.prepare(retrain=args.retrain)
+    arm = next(arm for arm in arms.ours() if arm.name == "server")
     processes = sorted({1, max(1, hardware.cores() // 2), hardware.cores()})
-    rates: dict[tuple[int, int], list[float]] = {one: [] for one in product(processes, BATCHES)}
+    rates: dict[tuple[int, int], list[float]] = {
+        setting: [] for setting in product(processes, BATCHES)
+    }
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         folder, started = Path(scratch), dict[tuple[int, int], Server]()
         requests = arm.requests(served, folder)
@@ -44,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
             command = [*arm.command(served, port), *flags]
             name = f"server-{count}-{batch}"
             server = stack.enter_context(
-                running(name, command, arm.surroundings(served), port, arm.ready, folder)
+                running(name, command, arm.environment(served), port, arm.ready, folder)
             )
             server.pause()
             started[count, batch] = server
@@ -56,10 +62,10 @@ def main(argv: Sequence[str]) -> int:
                 server.pause()
             print(f"round {number + 1} of {args.rounds}", flush=True)
     table = Table("processes", "views in a batch", f"answers/s at {CLIENTS}")
-    for (count, batch), told in rates.items():
-        table.add_row(str(count), str(batch), f"{statistics.median(told):,.0f}")
+    for (count, batch), values in rates.items():
+        table.add_row(str(count), str(batch), f"{statistics.median(values):,.0f}")
     Console().print(table)
-    count, batch = max(rates, key=lambda one: statistics.median(rates[one]))
+    count, batch = max(rates, key=lambda setting: statistics.median(rates[setting]))
     print(f"python -m serving.server --processes {count} --max-batch {batch}")
     return exit_codes.OK
 

@@ -1,4 +1,4 @@
-"""docs/serving.md: its clients are run, and its tables are held against the server's own words."""
+"""docs/serving.md: its clients are run, and its tables are compared with the server."""
 
 import ast
 import os
@@ -14,8 +14,8 @@ import pytest
 import requests
 
 from serving import mlflow_server, ray_app
-from serving import server as verb
-from serving.app import document
+from serving import server as server_module
+from serving.app import openapi_schema
 from serving.limits import Limits
 from tests.support.images import encoded
 from tests.support.paths import ROOT
@@ -34,20 +34,20 @@ class Block:
     text: str
 
     @property
-    def asks(self) -> bool:
+    def is_client(self) -> bool:
         return DEFAULT_URL in self.text
 
     @property
-    def guarded(self) -> bool:
+    def needs_key(self) -> bool:
         return "key.txt" in self.text
 
 
-BLOCKS = [Block(*found) for found in re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.M | re.S)]
+BLOCKS = [Block(*groups) for groups in re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.M | re.S)]
 CLIENTS = [
     pytest.param(block, id=f"{number}-{block.language}")
-    for number, block in enumerate(block for block in BLOCKS if block.asks)
+    for number, block in enumerate(block for block in BLOCKS if block.is_client)
 ]
-(MAKES_A_KEY,) = (block for block in BLOCKS if "serving.keys" in block.text)
+(CREATES_A_KEY,) = (block for block in BLOCKS if "serving.keys" in block.text)
 LABELS = {"tile.jpg": "River", "other.png": "Forest"}
 
 
@@ -67,60 +67,62 @@ def server(store: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def guarded(store: Path) -> Iterator[Server]:
-    """With the key that the page makes."""
-    done(MAKES_A_KEY, store)
+    """Start a server with the key that the page creates."""
+    run(CREATES_A_KEY, store)
     assert (store / "key.txt").read_text().strip()
     with running(store, "--keys", "keys.txt") as started:
         yield started
 
 
-def done(block: Block, folder: Path) -> str:
-    """What it prints."""
+def run(block: Block, folder: Path) -> str:
+    """Run a block of the page, and return its output."""
     program = {"sh": "bash", "python": sys.executable, "js": "node"}[block.language]
-    found = shutil.which(program)
-    if found is None:
+    executable = shutil.which(program)
+    if executable is None:
         pytest.skip(f"{program} is not on PATH: the page's {block.language} was not run")
     file = folder / f"block.{ {'sh': 'sh', 'python': 'py', 'js': 'mjs'}[block.language] }"
     file.write_text(f"set -eu\n{block.text}" if block.language == "sh" else block.text)
     python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    ran = subprocess.run(
-        [found, str(file)],
+    process = subprocess.run(
+        [executable, str(file)],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=60,
         env=os.environ | {"PYTHONPATH": python_path, "PATH": path},
     )
-    assert ran.returncode == 0, f"{block.text}\n{ran.stdout[-500:]}\n{ran.stderr[-1500:]}"
-    return ran.stdout
+    assert process.returncode == 0, (
+        f"{block.text}\n{process.stdout[-500:]}\n{process.stderr[-1500:]}"
+    )
+    return process.stdout
 
 
 @pytest.mark.parametrize("block", CLIENTS)
-def test_a_client_of_the_page_is_answered(
+def test_every_client_of_the_page_gets_predictions(
     block: Block, store: Path, request: pytest.FixtureRequest
 ) -> None:
     if "curl" in block.text and shutil.which("curl") is None:
         pytest.skip("curl is not on PATH: the page's sh was not run")
-    asked: Server = request.getfixturevalue("guarded" if block.guarded else "server")
-    printed = done(Block(block.language, block.text.replace(DEFAULT_URL, asked.url)), store)
-    said = f'"label": "{LABELS["tile.jpg"]}"' if block.language == "sh" else LABELS["tile.jpg"]
-    assert printed.count(said) >= len(re.findall(r"^(?:curl|python|EUROSAT)", block.text, re.M))
-    assert said in printed
+    server: Server = request.getfixturevalue("guarded" if block.needs_key else "server")
+    printed = run(Block(block.language, block.text.replace(DEFAULT_URL, server.url)), store)
+    expected = f'"label": "{LABELS["tile.jpg"]}"' if block.language == "sh" else LABELS["tile.jpg"]
+    assert printed.count(expected) >= len(re.findall(r"^(?:curl|python|EUROSAT)", block.text, re.M))
+    assert expected in printed
     if "other.png" in block.text:
-        assert said.replace(LABELS["tile.jpg"], LABELS["other.png"]) in printed
+        assert expected.replace(LABELS["tile.jpg"], LABELS["other.png"]) in printed
 
 
-def test_every_language_that_is_promised_is_there() -> None:
-    assert {block.language for block in BLOCKS if block.asks} == {"sh", "python", "js"}
-    others = [block for block in BLOCKS if not block.asks and block.language != "json"]
+def test_the_page_has_clients_in_shell_python_and_javascript() -> None:
+    assert {block.language for block in BLOCKS if block.is_client} == {"sh", "python", "js"}
+    others = [block for block in BLOCKS if not block.is_client and block.language != "json"]
     for block in others:
-        found = re.match(r"python -m serving\.(server|keys|ray_app) (.*)", block.text)
-        assert found
+        command = re.match(r"python -m serving\.(server|keys|ray_app) (.*)", block.text)
+        assert command
         if (
-            found[1] == "ray_app"
-        ):  # tests/serving/test_ray_app.py starts it; here, what is said to it
-            ray_app.read(dict(word.split("=", 1) for word in found[2].split()))
+            command[1] == "ray_app"
+        ):  # started by tests/serving/test_ray_app.py; here its settings are read
+            ray_app.parse_config(dict(word.split("=", 1) for word in command[2].split()))
 
 
 def table(heading: str) -> str:
@@ -128,51 +130,56 @@ def table(heading: str) -> str:
 
 
 def test_the_flags_are_those_of_the_server() -> None:
-    helped = subprocess.run(
+    help_page = subprocess.run(
         [sys.executable, "-m", "serving.server", "--help"],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     )
-    offered = set(re.findall(r"--[a-z-]+", helped.stdout.split("options:")[1])) - {"--help"}
+    offered = set(re.findall(r"--[a-z-]+", help_page.stdout.split("options:")[1])) - {"--help"}
     rows = re.findall(r"^\| (`--.*?) \| (.*?) \|", table("Limits and flags"), re.M)
-    told = {flag: default for cell, default in rows for flag in re.findall(r"--[a-z-]+", cell)}
-    assert set(told) == offered
+    documented = {
+        flag: default for cell, default in rows for flag in re.findall(r"--[a-z-]+", cell)
+    }
+    assert set(documented) == offered
     for field in fields(Limits):
-        assert told[f"--max-{field.name.replace('_', '-')}"] == f"{field.default:g}"
-    assert (told["--poll"], told["--grace"]) == (f"{verb.POLL_S:g}", f"{verb.GRACE_S:g}")
-    assert told["--model"] == f"`{mlflow_server.CHAMPION}`"
+        assert documented[f"--max-{field.name.replace('_', '-')}"] == f"{field.default:g}"
+    assert (documented["--poll"], documented["--grace"]) == (
+        f"{server_module.POLL_INTERVAL_S:g}",
+        f"{server_module.SHUTDOWN_GRACE_S:g}",
+    )
+    assert documented["--model"] == f"`{mlflow_server.CHAMPION}`"
 
 
 def test_the_routes_are_those_of_the_document() -> None:
     assert set(re.findall(r"`(?:GET |POST )?(/[\w/.]*)`", table("Routes"))) == set(
-        document()["paths"]
+        openapi_schema()["paths"]
     )
 
 
-def test_the_metrics_are_those_that_are_told(server: Server) -> None:
+def test_the_metrics_are_those_of_the_server(server: Server) -> None:
     tile = encoded(kind="JPEG")
     assert requests.post(f"{server.url}/predict", data=tile, timeout=30).status_code == 200
-    told = requests.get(f"{server.url}/metrics", timeout=30).text
-    measured = set(re.findall(r"^# HELP (\w+)", told, re.M))
-    assert set(re.findall(r"^\| `(\w+)`", table("Metrics"), re.M)) == measured
+    text = requests.get(f"{server.url}/metrics", timeout=30).text
+    exposed = set(re.findall(r"^# HELP (\w+)", text, re.M))
+    assert set(re.findall(r"^\| `(\w+)`", table("Metrics"), re.M)) == exposed
 
 
-def test_the_keys_of_an_answer_are_those_of_the_document() -> None:
-    promised = set(document()["components"]["schemas"]["Answer"]["properties"])
-    rows = re.findall(r"^\| (`.*?) \|", table("What an answer holds"), re.M)
-    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == promised
+def test_the_keys_of_a_prediction_are_those_of_the_document() -> None:
+    documented = set(openapi_schema()["components"]["schemas"]["Prediction"]["properties"])
+    rows = re.findall(r"^\| (`.*?) \|", table("Predictions"), re.M)
+    assert {key for row in rows for key in re.findall(r"`(\w+)`", row)} == documented
 
 
-def test_the_load_test_asks_for_what_there_is() -> None:
+def test_the_load_test_uses_existing_routes() -> None:
     source = (ROOT / "tests" / "load" / "locustfile.py").read_text()
-    asked = {
+    paths = {
         node.value.partition("?")[0]
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
         and node.value.startswith("/")
     }
-    assert asked == {"/predict", "/predict/batch", "/invocations", "/model"}
-    assert asked <= set(document()["paths"])
+    assert paths == {"/predict", "/predict/batch", "/invocations", "/model"}
+    assert paths <= set(openapi_schema()["paths"])

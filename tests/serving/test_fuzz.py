@@ -1,4 +1,4 @@
-"""The decoder of the served model, given files that were damaged at random."""
+"""The decoder of the served model, with randomly damaged files."""
 
 import random
 
@@ -12,8 +12,8 @@ from tests.support.registry import MLFLOW_WARNS
 
 pytestmark = MLFLOW_WARNS
 
-FUZZED = 2000
-FUZZED_LONG = 100_000
+NUM_FILES = 2000
+NUM_FILES_LONG = 100_000
 FUZZ_GROWTH_MB = 24.0
 SHAPE = (64, 64, 3)
 SEEDS = [
@@ -22,11 +22,11 @@ SEEDS = [
     for size, mode in ((64, "RGB"), (64, "L"), (90, "RGB"), (64, "CMYK"), (64, "RGBA"), (64, "P"))
     if (kind, mode) not in {("JPEG", "RGBA"), ("JPEG", "P"), ("PNG", "CMYK")}
 ]
-"""Files that are read, of which others are made."""
+"""Valid files that are mutated."""
 
 
 def mutated(chance: random.Random) -> bytes:
-    """A file with bits flipped, bytes put in, left out, repeated, or of another file."""
+    """Return a file with bytes changed, inserted, removed, repeated, or from another file."""
     data = bytearray(chance.choice(SEEDS))
     for _ in range(chance.choice((1, 1, 2, 4, 16))):
         at = int(len(data) * chance.random() ** chance.choice((1, 3)))  # heads matter most
@@ -51,55 +51,55 @@ def mutated(chance: random.Random) -> bytes:
 
 
 def fuzz(count: int, seed: int) -> dict[str, int]:
-    """How many were read and refused."""
-    from serving.pyfunc import BadTile, _picture
+    """Return how many files were decoded and rejected."""
+    from serving.pyfunc import InvalidTile, _decode
 
     chance = random.Random(seed)
-    told, said = {"read": 0, "refused": 0}, set()
+    counts, messages = {"decoded": 0, "rejected": 0}, set()
     for number in range(count):
         data = mutated(chance)
         try:
-            tile = _picture(data, SHAPE, None).tile_HWC
-        except BadTile as error:
-            told["refused"] += 1
-            said.add(str(error))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is a fault
+            tile = _decode(data, SHAPE, None).tile_HWC
+        except InvalidTile as error:
+            counts["rejected"] += 1
+            messages.add(str(error))
+        except Exception as error:  # noqa: BLE001 - any other exception is a fault
             pytest.fail(f"file {number} of seed {seed}: {error!r}")
         else:
-            told["read"] += 1
+            counts["decoded"] += 1
             assert tile.shape == SHAPE, f"file {number} of seed {seed}"
             assert tile.dtype == np.uint8, f"file {number} of seed {seed}"
-    assert all(0 < len(why) < 300 for why in said)
-    return told
+    assert all(0 < len(message) < 300 for message in messages)
+    return counts
 
 
-def fuzzed_in_even_memory(count: int) -> dict[str, int]:
-    fuzz(count // 4, seed=1)  # what is loaded and kept on the way is kept once
+def fuzz_in_constant_memory(count: int) -> dict[str, int]:
+    fuzz(count // 4, seed=1)  # loads modules and fills caches
     before = psutil.Process().memory_info().rss
-    told = fuzz(count, seed=0)
+    counts = fuzz(count, seed=0)
     assert (psutil.Process().memory_info().rss - before) / 1e6 < FUZZ_GROWTH_MB
-    return told
+    return counts
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
-def test_the_decoder_reads_or_refuses_whatever_it_is_given() -> None:
-    told = fuzzed_in_even_memory(FUZZED)
-    assert told["read"] > FUZZED / 50, "the mutations are so rough that nothing is ever decoded"
-    assert told["refused"] > FUZZED / 50
+def test_the_decoder_decodes_or_rejects_any_file() -> None:
+    counts = fuzz_in_constant_memory(NUM_FILES)
+    assert counts["decoded"] > NUM_FILES / 50, "the mutations are too rough"
+    assert counts["rejected"] > NUM_FILES / 50
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
-def test_the_decoder_reads_or_refuses_whatever_it_is_given_for_long() -> None:
-    fuzzed_in_even_memory(FUZZED_LONG)
+def test_the_decoder_decodes_or_rejects_any_of_many_files() -> None:
+    fuzz_in_constant_memory(NUM_FILES_LONG)
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
-def test_a_geotiff_of_noise_is_read_or_refused() -> None:
-    """GDAL reads the tiles of more bands than three."""
+def test_a_damaged_geotiff_is_decoded_or_rejected() -> None:
+    """GDAL decodes tiles of more than three bands."""
     from rasterio.io import MemoryFile
 
-    from serving.pyfunc import BadTile, _picture
+    from serving.pyfunc import InvalidTile, _decode
 
     with MemoryFile() as file:
         with file.open(
@@ -107,13 +107,13 @@ def test_a_geotiff_of_noise_is_read_or_refused() -> None:
         ) as tiff:
             tiff.write(np.arange(13 * 256, dtype=np.uint8).reshape(13, 16, 16))
         good = file.read()
-    read = 0
+    decoded = 0
     for seed in range(200):
         try:
-            tile = _picture(flipped(good, seed), (16, 16, 13), None).tile_HWC
-        except BadTile:
+            tile = _decode(flipped(good, seed), (16, 16, 13), None).tile_HWC
+        except InvalidTile:
             continue
-        read += 1
+        decoded += 1
         assert tile.shape == (16, 16, 13)
         assert tile.dtype == np.uint8
-    assert 0 < read < 200
+    assert 0 < decoded < 200

@@ -1,8 +1,8 @@
-"""Tiles as files, good and bad, for the tests of serving."""
+"""The reason in an error response, as the client prints it."""
 
 import pytest
 
-from serving.client import reason
+from serving.client import error_reason
 
 
 @pytest.mark.parametrize(
@@ -14,11 +14,11 @@ from serving.client import reason
         ("[]", "[]"),
     ],
 )
-def test_the_reason_is_what_follows_the_echo(body: str, expected: str) -> None:
-    assert reason(body) == expected
+def test_the_reason_is_what_follows_the_copy_of_the_request(body: str, expected: str) -> None:
+    assert error_reason(body) == expected
 
 
-def test_the_reason_names_the_tile_where_it_is_known() -> None:
+def test_the_reason_names_the_tile_if_its_name_is_known() -> None:
     body = '{"message": "x \\nError: row 1: too large"}'
-    assert reason(body, ["a.png", "b.png"]) == "b.png: too large"
-    assert reason(body, ["a.png"]) == "row 1: too large"
+    assert error_reason(body, ["a.png", "b.png"]) == "b.png: too large"
+    assert error_reason(body, ["a.png"]) == "row 1: too large"

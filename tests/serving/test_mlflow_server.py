@@ -1,4 +1,4 @@
-"""A real ``mlflow models serve``, started by our command, asked over REST."""
+"""A real ``mlflow models serve``, started by our command and called over REST."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tests.support.commands import fails, last_error
 from tests.support.images import (
     COLOURS,
     MALFORMED,
-    REFUSED,
+    REJECTED,
     encoded,
     files,
     pixels,
@@ -34,7 +34,9 @@ pytestmark = REGISTRY
 
 @pytest.fixture(scope="module")
 def version(store: Path) -> str:
-    register.register(make_run(store), "eurosat", "challenger")  # so that the served is not 1
+    register.register(
+        make_run(store), "eurosat", "challenger"
+    )  # so that the champion is not version 1
     number = register.register(make_run(store), "eurosat", "challenger")
     versions.client().set_registered_model_alias("eurosat", "champion", number)
     return number
@@ -69,12 +71,14 @@ def predictions(url: str, payload: object) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 def test_files_are_scored(url: str, kind: str) -> None:
-    assert [one["label"] for one in predictions(url, files(encoded("River", kind)))] == ["River"]
+    assert [
+        prediction["label"] for prediction in predictions(url, files(encoded("River", kind)))
+    ] == ["River"]
     many = predictions(url, files(*[encoded(label, kind) for label in COLOURS]))
-    assert [one["label"] for one in many] == list(COLOURS)
+    assert [prediction["label"] for prediction in many] == list(COLOURS)
 
 
-def test_answers_are_what_onnx_runtime_gives_and_say_where_they_are_from(
+def test_predictions_equal_onnx_runtime_and_name_their_provenance(
     url: str, version: str, tmp_path: Path
 ) -> None:
     tiles = np.stack([pixels(label) for label in COLOURS])
@@ -92,26 +96,28 @@ def test_answers_are_what_onnx_runtime_gives_and_say_where_they_are_from(
             assert answer["confidence"] == answer["probabilities"][answer["label"]]
 
 
-def test_one_raw_tile_is_a_batch_of_one(url: str) -> None:
-    assert [one["label"] for one in predictions(url, raw(pixels("SeaLake")))] == ["SeaLake"]
+def test_a_single_raw_tile_is_a_batch_of_1(url: str) -> None:
+    assert [prediction["label"] for prediction in predictions(url, raw(pixels("SeaLake")))] == [
+        "SeaLake"
+    ]
     assert predictions(url, {"instances": raw(pixels("SeaLake"))["inputs"]})
 
 
-@pytest.mark.parametrize("case", list(REFUSED))
-def test_bad_tiles_are_a_400_that_says_why(url: str, case: str) -> None:
-    payload, reason = REFUSED[case]
+@pytest.mark.parametrize("case", list(REJECTED))
+def test_invalid_tiles_get_a_400_with_the_reason(url: str, case: str) -> None:
+    payload, reason = REJECTED[case]
     answer = post(url, payload)
     assert answer.status_code == 400
     assert answer.json()["error_code"] == "INVALID_PARAMETER_VALUE"
-    ours = answer.json()["message"].rpartition("\nError: ")[2]
-    assert reason in ours
-    assert "\n" not in ours
-    assert len(ours) < 300
-    assert "SECRET" not in ours
+    reason_line = answer.json()["message"].rpartition("\nError: ")[2]
+    assert reason in reason_line
+    assert "\n" not in reason_line
+    assert len(reason_line) < 300
+    assert "SECRET" not in reason_line
 
 
 @pytest.mark.parametrize("case", list(MALFORMED))
-def test_what_mlflow_refuses_itself_is_a_400_too(url: str, case: str) -> None:
+def test_payloads_that_mlflow_rejects_itself_get_a_400_too(url: str, case: str) -> None:
     assert post(url, MALFORMED[case]).status_code == 400
 
 
@@ -137,7 +143,9 @@ def test_the_client_sends_many_tiles_in_several_requests(
 ) -> None:
     monkeypatch.setattr(client, "TILES_PER_REQUEST", 2)
     answers = client.score(url, {label: encoded(label) for label in COLOURS})
-    assert [(one["tile"], one["label"]) for one in answers] == [(name, name) for name in COLOURS]
+    assert [(answer["tile"], answer["label"]) for answer in answers] == [
+        (name, name) for name in COLOURS
+    ]
 
 
 def test_the_client_passes_on_the_reason_without_the_echo(
@@ -146,9 +154,9 @@ def test_the_client_passes_on_the_reason_without_the_echo(
     tile = tmp_path / "tile.jpg"
     tile.write_bytes(b"SECRETSECRET")
     assert fails(client.main, "--url", url, str(tile)) == 2
-    said = last_error(capfd)
-    assert f"answered 400: {tile}: 12 bytes that are no JPEG, PNG or TIFF file" in said
-    assert "SECRET" not in said
+    error = last_error(capfd)
+    assert f"answered 400: {tile}: 12 bytes that are not a JPEG, PNG or TIFF file" in error
+    assert "SECRET" not in error
 
 
 def test_a_client_without_a_server_or_a_file_fails_in_one_line(
@@ -165,13 +173,13 @@ def test_a_client_without_a_server_or_a_file_fails_in_one_line(
     assert "none.png cannot be read" in last_error(capfd)
 
 
-def test_waiting_ends_when_the_server_does() -> None:
+def test_waiting_for_a_server_ends_when_its_process_ends() -> None:
     process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     with pytest.raises(client.ServerError, match="ended with code 3"):
         client.wait_ready(f"http://127.0.0.1:{free_port()}", process, START_TIMEOUT_S)
 
 
-def test_a_server_that_is_none_of_mlflow_is_said(url: str) -> None:
+def test_a_server_without_mlflows_protocol_is_named(url: str) -> None:
     with pytest.raises(client.ServerError, match="answered 404"):
         client.score(f"{url}/elsewhere", {"tile": encoded()})
 
@@ -185,31 +193,31 @@ def test_serving_fails_in_one_line(
     )
     assert "models:/eurosat@nobody" in last_error(capfd)
     assert fails(mlflow_server.main, "--port", url.rpartition(":")[2]) == 2
-    assert "cannot be listened on" in last_error(capfd)
+    assert "cannot listen on" in last_error(capfd)
     assert fails(mlflow_server.main, "--workers", "0") == 2
     assert "--workers must be 1 or more" in last_error(capfd)
 
 
-def test_the_server_runs_in_this_environment_and_phones_nobody(
+def test_the_server_runs_in_this_environment_without_telemetry(
     version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, Any] = {}
+    executed: dict[str, Any] = {}
     monkeypatch.setattr(
-        os, "execve", lambda file, argv, env: seen.update(file=file, argv=argv, env=env)
+        os, "execve", lambda file, argv, env: executed.update(file=file, argv=argv, env=env)
     )
     port = str(free_port())
     mlflow_server.main(["--port", port, "--workers", "2"])
-    assert seen["file"] == sys.executable
-    assert seen["argv"][1:5] == ["-m", "mlflow", "models", "serve"]
-    pairs = set(zip(seen["argv"], seen["argv"][1:], strict=False))
+    assert executed["file"] == sys.executable
+    assert executed["argv"][1:5] == ["-m", "mlflow", "models", "serve"]
+    pairs = set(zip(executed["argv"], executed["argv"][1:], strict=False))
     assert pairs >= {
         ("--model-uri", "models:/eurosat@champion"),
         ("--env-manager", "local"),
         ("--port", port),
         ("--workers", "2"),
     }
-    assert seen["env"]["MLFLOW_DISABLE_TELEMETRY"] == seen["env"]["DO_NOT_TRACK"] == "true"
-    assert seen["env"]["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+    assert executed["env"]["MLFLOW_DISABLE_TELEMETRY"] == executed["env"]["DO_NOT_TRACK"] == "true"
+    assert executed["env"]["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 
 def test_a_model_loaded_by_its_run_has_no_version(store: Path) -> None:

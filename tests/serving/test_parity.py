@@ -1,4 +1,4 @@
-"""One trained network answers the same through every way in which it can be asked."""
+"""A trained network predicts the same through every interface."""
 
 import base64
 import json
@@ -30,11 +30,11 @@ from tests.support.registry import MLFLOW_WARNS
 
 pytestmark = MLFLOW_WARNS
 CLOSE = 1e-4
-"""Between torch and ONNX Runtime in float32, as `eurosat.models.export.TOLERANCE`."""
+"""Tolerance between torch and ONNX Runtime in float32: `eurosat.models.export.TOLERANCE`."""
 SAME = 1e-6
-"""Between two ways to the same file: batches of other sizes are summed in another order."""
+"""Tolerance between two interfaces to the same ONNX file: batch sizes change the summation."""
 INT8_MEAN = 0.01
-"""Mean difference of a probability, between float32 and INT8."""
+"""Largest mean difference of a probability between float32 and INT8."""
 PER_REQUEST = 64
 Floats = npt.NDArray[np.float64]
 
@@ -44,7 +44,7 @@ def matrix(answers: Sequence[Mapping[str, dict[str, float]]]) -> Floats:
 
 
 def by_rest(url: str, path: str, tiles_NHWC: npt.NDArray[np.uint8]) -> Floats:
-    """As PNG files, which keep every pixel."""
+    """Send the tiles as PNG files, which are lossless."""
     answers: list[dict[str, dict[str, float]]] = []
     for start in range(0, len(tiles_NHWC), PER_REQUEST):
         files = [
@@ -59,16 +59,16 @@ def by_rest(url: str, path: str, tiles_NHWC: npt.NDArray[np.uint8]) -> Floats:
     return matrix(answers)
 
 
-def started(folder: Path, form: str, verb: str, *given: str) -> "subprocess.Popen[bytes]":
+def started(folder: Path, precision: str, module: str, *args: str) -> "subprocess.Popen[bytes]":
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
     }
     environment |= {
-        "SERVING_MODEL_CONFIG": json.dumps({"form": form})
+        "SERVING_MODEL_CONFIG": json.dumps({"precision": precision})
     }  # MLflow's own server reads it
-    with (folder / f"{verb}.log").open("w") as log:
+    with (folder / f"{module}.log").open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", verb, *given],
+            [sys.executable, "-m", module, *args],
             cwd=folder,
             env=environment,
             stdout=log,
@@ -76,8 +76,10 @@ def started(folder: Path, form: str, verb: str, *given: str) -> "subprocess.Pope
         )
 
 
-def ways(settings: Sequence[str], folder: Path, form: str) -> Iterator[tuple[str, Floats, Floats]]:
-    """Each way's name, what it answers of the test fold, and what torch did."""
+def interfaces(
+    settings: Sequence[str], folder: Path, precision: str
+) -> Iterator[tuple[str, Floats, Floats]]:
+    """Yield each interface's name, its probabilities for the test fold, and those of torch."""
     import mlflow.pyfunc
     from mlflow.artifacts import download_artifacts
 
@@ -91,55 +93,55 @@ def ways(settings: Sequence[str], folder: Path, form: str) -> Iterator[tuple[str
     )
     model = "models:/eurosat@champion"
     files = Path(download_artifacts(model))
-    told = pd.read_parquet(download_artifacts(f"runs:/{run_id}/predictions.parquet"))
-    torch_NK = told[[name for name in told if str(name).startswith("p/")]].to_numpy(np.float64)
+    table = pd.read_parquet(download_artifacts(f"runs:/{run_id}/predictions.parquet"))
+    torch_NK = table[[name for name in table if str(name).startswith("p/")]].to_numpy(np.float64)
     tiles_NHWC = data.pack.tiles_NHWC[data.split.indices("test")]
-    name = "model.onnx" if form == "fp32" else "model.int8.onnx"
+    name = "model.onnx" if precision == "fp32" else "model.int8.onnx"
     yield "ONNX", onnx_session.probabilities(files / "artifacts" / name, tiles_NHWC), torch_NK
-    loaded = mlflow.pyfunc.load_model(model, model_config={"form": form})
+    loaded = mlflow.pyfunc.load_model(model, model_config={"precision": precision})
     frame = pd.DataFrame({"image": [saved(Image.fromarray(tile), "PNG") for tile in tiles_NHWC]})
     parts = [loaded.predict(frame[start : start + 1024]) for start in range(0, len(frame), 1024)]
     yield "pyfunc", matrix([answer for part in parts for answer in part]), torch_NK
-    for verb, words, path in (
+    for module, words, path in (
         ("serving.mlflow_server", "--port {}", "/invocations"),
-        ("serving.server", f"--form {form} --port {{}}", "/invocations"),
-        ("serving.server", f"--form {form} --port {{}}", "/predict/batch"),
-        ("serving.ray_app", f"form={form} port={{}}", "/predict/batch"),
+        ("serving.server", f"--precision {precision} --port {{}}", "/invocations"),
+        ("serving.server", f"--precision {precision} --port {{}}", "/predict/batch"),
+        ("serving.ray_app", f"precision={precision} port={{}}", "/predict/batch"),
     ):
         port = free_port()
-        process = started(folder, form, verb, *words.format(port).split())
+        process = started(folder, precision, module, *words.format(port).split())
         try:
             url = f"http://127.0.0.1:{port}"
             client.wait_ready(url, process, START_TIMEOUT_S)
-            yield f"{verb} {path}", by_rest(url, path, tiles_NHWC), torch_NK
+            yield f"{module} {path}", by_rest(url, path, tiles_NHWC), torch_NK
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=30)
 
 
-def hold(settings: Sequence[str], folder: Path, form: str) -> None:
+def check_all(settings: Sequence[str], folder: Path, precision: str) -> None:
     first: Floats | None = None
-    for way, answered, torch_NK in ways(settings, folder, form):
-        first = answered if first is None else first
-        apart = np.abs(answered - torch_NK)
-        print(f"{form}, {way}: {len(answered)} tiles, apart from torch {apart.max():.1e}")
-        assert np.abs(answered - first).max() < (SAME if form == "fp32" else CLOSE), way
-        if form == "fp32":
-            assert apart.max() < CLOSE, way
+    for name, onnx_NK, torch_NK in interfaces(settings, folder, precision):
+        first = onnx_NK if first is None else first
+        difference = np.abs(onnx_NK - torch_NK)
+        print(f"{precision}, {name}: {len(onnx_NK)} tiles, up to {difference.max():.1e} from torch")
+        assert np.abs(onnx_NK - first).max() < (SAME if precision == "fp32" else CLOSE), name
+        if precision == "fp32":
+            assert difference.max() < CLOSE, name
         else:
-            assert apart.mean() < INT8_MEAN, way
-            same = (answered.argmax(axis=1) == torch_NK.argmax(axis=1)).mean()
-            assert same > 0.98, way
+            assert difference.mean() < INT8_MEAN, name
+            same = (onnx_NK.argmax(axis=1) == torch_NK.argmax(axis=1)).mean()
+            assert same > 0.98, name
 
 
-def test_every_way_gives_the_same_answers(tracking_store: str, tmp_path: Path) -> None:
-    hold(TINY, tmp_path, "fp32")
+def test_every_interface_predicts_the_same(tracking_store: str, tmp_path: Path) -> None:
+    check_all(TINY, tmp_path, "fp32")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["fp32", "int8"])
-def test_every_way_gives_the_same_answers_on_the_real_test_fold(
-    form: str, tracking_store: str, tmp_path: Path, eurosat_root: Path
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_interface_predicts_the_same_for_the_real_test_fold(
+    precision: str, tracking_store: str, tmp_path: Path, eurosat_root: Path
 ) -> None:
     real = (
         "data=eurosat",
@@ -147,4 +149,4 @@ def test_every_way_gives_the_same_answers_on_the_real_test_fold(
         "model.name=resnet18",
         "model.tta_views=1",
     )
-    hold((*real, "distill.teacher=none", "trainer.epochs=1"), tmp_path, form)
+    check_all((*real, "distill.teacher=none", "trainer.epochs=1"), tmp_path, precision)

@@ -1,4 +1,4 @@
-"""Bodies that are small on their way and large in memory."""
+"""Bodies that are small in bytes and large in memory."""
 
 import base64
 import json
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from serving import payload_limits
-from serving.errors import Refused
+from serving.errors import RequestRejected
 from tests.support import malformed_requests
 from tests.support.registry import MLFLOW_WARNS
 
@@ -16,20 +16,20 @@ pytestmark = MLFLOW_WARNS
 JSON = "application/json"
 
 
-def test_it_allows_as_many_rows_as_the_model_does() -> None:
+def test_the_limit_of_rows_is_that_of_the_model() -> None:
     from serving.pyfunc import MAX_TILES
 
-    assert payload_limits.MOST_ROWS == MAX_TILES
+    assert payload_limits.MAX_ROWS == MAX_TILES
 
 
 def tiles(count: int) -> list[list[str]]:
-    """Files of other lengths, in base64."""
+    """Return rows of base64 files of different lengths."""
     lengths = np.random.default_rng(0).integers(500, 12_000, count)
     return [[base64.b64encode(bytes(int(length))).decode()] for length in lengths]
 
 
 @pytest.mark.parametrize(
-    "told",
+    "payload",
     [
         {
             "dataframe_split": {
@@ -48,11 +48,11 @@ def tiles(count: int) -> list[list[str]]:
         {"dataframe_split": None, "dataframe_records": 5, "inputs": None},
     ],
 )
-def test_what_can_be_answered_is_let_through(told: Any) -> None:
-    payload_limits.check(JSON, json.dumps(told, separators=(",", ":")).encode())
+def test_valid_payloads_pass(payload: Any) -> None:
+    payload_limits.check(JSON, json.dumps(payload, separators=(",", ":")).encode())
 
 
-def test_a_table_of_tiles_is_let_through() -> None:
+def test_a_csv_of_tiles_passes() -> None:
     lines = ["image,where", *(f"{row[0]},here" for row in tiles(1024))]
     for end in ("\n", "\r\n"):
         payload_limits.check(payload_limits.CSV, (end.join(lines) + end).encode())
@@ -60,10 +60,10 @@ def test_a_table_of_tiles_is_let_through() -> None:
     payload_limits.check(payload_limits.CSV, "\n".join(quoted).encode())
 
 
-@pytest.mark.parametrize("name", list(malformed_requests.bombs()))
-def test_what_would_grow_is_refused(name: str) -> None:
-    with pytest.raises(Refused, match="send"):
-        payload_limits.check(JSON, json.dumps(malformed_requests.bombs()[name]).encode())
+@pytest.mark.parametrize("name", list(malformed_requests.memory_bombs()))
+def test_payloads_that_would_grow_in_memory_are_rejected(name: str) -> None:
+    with pytest.raises(RequestRejected, match="send"):
+        payload_limits.check(JSON, json.dumps(malformed_requests.memory_bombs()[name]).encode())
 
 
 @pytest.mark.parametrize(
@@ -77,19 +77,19 @@ def test_what_would_grow_is_refused(name: str) -> None:
         (JSON, b'{"inputs": [' + b"9" * 4000 + b', "x"]}'),
     ],
 )
-def test_few_bytes_are_not_many_rows(kind: str, body: bytes) -> None:
-    with pytest.raises(Refused, match="send"):
+def test_few_bytes_may_not_become_many_cells(kind: str, body: bytes) -> None:
+    with pytest.raises(RequestRejected, match="send"):
         payload_limits.check(kind, body)
 
 
-@pytest.mark.parametrize("name", list(malformed_requests.strange()))
-def test_what_is_none_of_the_protocol_is_not_handed_on(name: str) -> None:
-    with pytest.raises(Refused, match="not of MLflow's protocol"):
-        payload_limits.check(JSON, json.dumps(malformed_requests.strange()[name]).encode())
-    with pytest.raises(Refused, match="not of MLflow's protocol"):
+@pytest.mark.parametrize("name", list(malformed_requests.outside_protocol()))
+def test_payloads_outside_the_protocol_are_rejected(name: str) -> None:
+    with pytest.raises(RequestRejected, match="not of MLflow's protocol"):
+        payload_limits.check(JSON, json.dumps(malformed_requests.outside_protocol()[name]).encode())
+    with pytest.raises(RequestRejected, match="not of MLflow's protocol"):
         payload_limits.check(JSON, b"[" * 100_000)
 
 
-def test_what_is_no_json_is_left_to_mlflow() -> None:
+def test_bodies_that_are_not_json_are_left_to_mlflow() -> None:
     for body in (b"{", b"\xff", b""):
         payload_limits.check(JSON, body)

@@ -1,4 +1,4 @@
-"""``python -m serving.server`` itself, asked over REST."""
+"""A real ``python -m serving.server``, called over REST."""
 
 import base64
 import contextlib
@@ -28,9 +28,9 @@ from PIL import Image
 from eurosat.errors import ConfigError
 from registry import versions
 from serving import client, keys, server
-from serving.app import document
-from serving.errors import Refused
-from serving.limits import Bucket, Limits
+from serving.app import openapi_schema
+from serving.errors import RequestRejected
+from serving.limits import Limits, TokenBucket
 from tests.support.commands import fails, last_error
 from tests.support.images import COLOURS, encoded, files, raw, saved
 from tests.support.mlflow_server import free_port
@@ -40,7 +40,7 @@ from tests.support.serving import (
     CALIBRATION,
     Server,
     make_champion,
-    make_whole_network,
+    make_full_network,
     read_answer,
     running,
     until,
@@ -58,15 +58,15 @@ def version(store: Path) -> str:
 
 @pytest.fixture(scope="module")
 def pair(store: Path, version: str) -> Iterator[Server]:
-    """Two processes."""
+    """Start a server of two processes."""
     with running(store, processes=2) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def secrets(store: Path) -> dict[str, str]:
-    """Keys by name: one may ask as often as it likes, one every ten seconds."""
-    return {name: keys.create(store / "keys.txt", name, at) for name, at in KEYS.items()}
+    """Create a key without a real limit, and one for a request every ten seconds."""
+    return {name: keys.create(store / "keys.txt", name, rate) for name, rate in KEYS.items()}
 
 
 KEYS = {"team": 10_000.0, "visitor": 0.1}
@@ -74,7 +74,7 @@ KEYS = {"team": 10_000.0, "visitor": 0.1}
 
 @pytest.fixture(scope="module")
 def strict(store: Path, version: str, secrets: dict[str, str]) -> Iterator[Server]:
-    """One process, which asks for keys, answers tile by tile, and takes little."""
+    """Start a server of one process that requires keys, with small limits and batches of 1."""
     flags = ["--keys", "keys.txt", "--max-queue", str(QUEUE), "--max-tiles", str(TILES)]
     flags += ["--max-body-mb", str(BODY_MB), "--max-batch", "1"]
     with running(store, *flags) as server:
@@ -87,29 +87,29 @@ def bearer(secrets: dict[str, str]) -> dict[str, str]:
 
 
 def halves() -> npt.NDArray[np.uint8]:
-    """Forest on the left; on the right, and over all of it, a river."""
+    """Return a tile that is Forest in its left half, and River in its right half and on average."""
     tile = np.full((64, 64, 3), (90, 30, 20), np.uint8)
     tile[:, 32:] = (10, 250, 20)
     return tile
 
 
-def of_onnx_runtime(folder: Path, *tiles: npt.NDArray[np.uint8], tta: bool = False) -> Any:
-    network = make_whole_network(folder / "model.onnx")
+def run_onnx(folder: Path, *tiles: npt.NDArray[np.uint8], tta: bool = False) -> Any:
+    network = make_full_network(folder / "model.onnx")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(network, options)
-    given = {"tiles_NHWC": np.stack(tiles), "tta": np.array(tta)}
+    inputs = {"tiles_NHWC": np.stack(tiles), "tta": np.array(tta)}
     names = ["probabilities", "energy", "activation"]
-    return dict(zip(names, session.run(names, given), strict=True))
+    return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def predict(url: str, picture: bytes, query: str = "", **headers: str) -> requests.Response:
-    sent = {"Content-Type": "image/jpeg"} | {k.replace("_", "-"): v for k, v in headers.items()}
-    return requests.post(f"{url}/predict{query}", data=picture, headers=sent, timeout=30)
+def predict(url: str, image: bytes, query: str = "", **headers: str) -> requests.Response:
+    fields = {"Content-Type": "image/jpeg"} | {k.replace("_", "-"): v for k, v in headers.items()}
+    return requests.post(f"{url}/predict{query}", data=image, headers=fields, timeout=30)
 
 
-def refused(answer: requests.Response, status: int) -> str:
-    """What it says; every refusal has the one shape."""
+def rejection(answer: requests.Response, status: int) -> str:
+    """Check the shape of an error, and return its message."""
     assert answer.status_code == status, answer.text[:500]
     assert answer.headers["content-type"] == "application/json"
     assert set(answer.json()) == {"error_code", "message"}
@@ -117,65 +117,65 @@ def refused(answer: requests.Response, status: int) -> str:
     return str(answer.json()["message"])
 
 
-def by_body(url: str, kind: str, pictures: list[bytes]) -> list[dict[str, Any]]:
+def by_body(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
     headers = {"Content-Type": f"image/{kind.lower()}"}
-    answers = [requests.post(f"{url}/predict", data=one, headers=headers) for one in pictures]
+    answers = [requests.post(f"{url}/predict", data=image, headers=headers) for image in images]
     return [answer.json() for answer in answers]
 
 
-def by_form(url: str, kind: str, pictures: list[bytes]) -> list[dict[str, Any]]:
-    answers = [requests.post(f"{url}/predict", files={"file": one}) for one in pictures]
+def by_form(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
+    answers = [requests.post(f"{url}/predict", files={"file": image}) for image in images]
     return [answer.json() for answer in answers]
 
 
-def by_batch_of_files(url: str, kind: str, pictures: list[bytes]) -> list[dict[str, Any]]:
-    sent = [("files", (f"{number}", one)) for number, one in enumerate(pictures)]
-    told = requests.post(f"{url}/predict/batch", files=sent).json()
-    return list(told["predictions"])
+def by_batch_of_files(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
+    sent = [("files", (f"{number}", image)) for number, image in enumerate(images)]
+    answer = requests.post(f"{url}/predict/batch", files=sent).json()
+    return list(answer["predictions"])
 
 
-def by_batch_of_base64(url: str, kind: str, pictures: list[bytes]) -> list[dict[str, Any]]:
-    texts = [base64.b64encode(one).decode() for one in pictures]
-    told = requests.post(f"{url}/predict/batch", json={"images": texts}).json()
-    return list(told["predictions"])
+def by_batch_of_base64(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
+    texts = [base64.b64encode(image).decode() for image in images]
+    answer = requests.post(f"{url}/predict/batch", json={"images": texts}).json()
+    return list(answer["predictions"])
 
 
-def by_invocations(url: str, kind: str, pictures: list[bytes]) -> list[dict[str, Any]]:
-    told = requests.post(f"{url}/invocations", json=files(*pictures)).json()
-    return list(told["predictions"])
+def by_invocations(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
+    answer = requests.post(f"{url}/invocations", json=files(*images)).json()
+    return list(answer["predictions"])
 
 
-def by_pixels(url: str, kind: str, pictures: list[bytes]) -> list[dict[str, Any]]:
-    tiles = [np.asarray(Image.open(io.BytesIO(one))) for one in pictures]
+def by_pixels(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
+    tiles = [np.asarray(Image.open(io.BytesIO(image))) for image in images]
     return list(requests.post(f"{url}/invocations", json=raw(*tiles)).json()["predictions"])
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize(
-    "ask",
+    "send",
     [by_body, by_form, by_batch_of_files, by_batch_of_base64, by_invocations, by_pixels],
 )
-def test_every_way_answers_what_onnx_runtime_does(
+def test_every_route_predicts_the_same_as_onnx_runtime(
     pair: Server,
     version: str,
     tmp_path: Path,
     kind: str,
-    ask: Callable[[str, str, list[bytes]], list[dict[str, Any]]],
+    send: Callable[[str, str, list[bytes]], list[dict[str, Any]]],
 ) -> None:
-    pictures = [encoded(label, kind) for label in COLOURS]
-    tiles = [np.asarray(Image.open(io.BytesIO(one))) for one in pictures]
-    expected = of_onnx_runtime(tmp_path, *tiles)
-    answers = ask(pair.url, kind, pictures)
-    told = [list(answer["probabilities"].values()) for answer in answers]
-    np.testing.assert_allclose(told, expected["probabilities"], atol=1e-6)
+    images = [encoded(label, kind) for label in COLOURS]
+    tiles = [np.asarray(Image.open(io.BytesIO(image))) for image in images]
+    expected = run_onnx(tmp_path, *tiles)
+    answers = send(pair.url, kind, images)
+    probabilities = [list(answer["probabilities"].values()) for answer in answers]
+    np.testing.assert_allclose(probabilities, expected["probabilities"], atol=1e-6)
     run_id = versions.run_of(versions.get("eurosat", version))
     for label, energy, answer in zip(COLOURS, expected["energy"], answers, strict=True):
         assert answer["label"] == label
         assert answer["confidence"] == answer["probabilities"][label]
         assert answer["prediction_set"] == [label], "the only one above 0.1"
         score = energy - float(str(CALIBRATION["ood_threshold"]))
-        assert answer["unlike_score"] == pytest.approx(score, abs=1e-5)
-        assert answer["unlike_training"] == (score > 0)
+        assert answer["ood_score"] == pytest.approx(score, abs=1e-5)
+        assert answer["out_of_distribution"] == (score > 0)
         assert answer["model_version"] == version
         assert answer["run_id"] == run_id
         assert answer["data_fingerprint"] == TAGS["data.fingerprint"]
@@ -183,61 +183,62 @@ def test_every_way_answers_what_onnx_runtime_does(
 
 
 @pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "application/octet-stream"])
-def test_a_picture_need_not_be_announced(pair: Server, kind: str) -> None:
+def test_an_image_needs_no_media_type(pair: Server, kind: str) -> None:
     answer = requests.post(
         f"{pair.url}/predict", data=encoded("Forest"), headers={"Content-Type": kind}
     )
     assert answer.json()["label"] == "Forest"
-    untold = requests.post(f"{pair.url}/predict", data=encoded("Forest"))
-    assert untold.json()["label"] == "Forest"
+    untyped = requests.post(f"{pair.url}/predict", data=encoded("Forest"))
+    assert untyped.json()["label"] == "Forest"
 
 
-def test_a_picture_of_another_size_is_resized_and_the_answer_says_so(pair: Server) -> None:
+def test_an_image_of_another_size_is_resized_and_the_answer_has_its_size(pair: Server) -> None:
     answer = predict(pair.url, encoded("SeaLake", "JPEG", size=100)).json()
     assert answer["label"] == "SeaLake"
     assert answer["resized_from"] == [100, 100]
 
 
-def test_top_k_tells_the_likeliest_first(pair: Server) -> None:
+def test_top_k_returns_the_highest_probabilities_first(pair: Server) -> None:
     tile = encoded("River", "JPEG")
-    everything = predict(pair.url, tile).json()["probabilities"]
+    complete = predict(pair.url, tile).json()["probabilities"]
     two = predict(pair.url, tile, "?top_k=2").json()["probabilities"]
-    assert list(everything) == CLASSES
-    assert list(two) == sorted(everything, key=lambda name: -everything[name])[:2]
-    told = requests.post(f"{pair.url}/invocations", json=files(tile) | {"params": {"top_k": 2}})
-    assert told.json()["predictions"][0]["probabilities"] == two
+    assert list(complete) == CLASSES
+    assert list(two) == sorted(complete, key=lambda name: -complete[name])[:2]
+    answer = requests.post(f"{pair.url}/invocations", json=files(tile) | {"params": {"top_k": 2}})
+    assert answer.json()["predictions"][0]["probabilities"] == two
 
 
-def test_tta_is_as_the_model_was_judged_unless_it_is_said(pair: Server, tmp_path: Path) -> None:
+def test_tta_is_as_in_the_evaluation_unless_it_is_requested(pair: Server, tmp_path: Path) -> None:
     tile = saved(Image.fromarray(halves()), "PNG")
     for query, tta in (("", False), ("?tta=false", False), ("?tta=true", True), ("?tta=1", True)):
-        expected = of_onnx_runtime(tmp_path, halves(), tta=tta)["probabilities"][0]
+        expected = run_onnx(tmp_path, halves(), tta=tta)["probabilities"][0]
         answer = predict(pair.url, tile, query).json()
         np.testing.assert_allclose(list(answer["probabilities"].values()), expected, atol=1e-6)
         assert answer["label"] == ("River" if tta else "Forest")
 
 
-def test_explain_tells_where_it_looked(pair: Server, tmp_path: Path) -> None:
+def test_explain_adds_the_activation_map(pair: Server, tmp_path: Path) -> None:
     answer = predict(pair.url, saved(Image.fromarray(halves()), "PNG"), "?explain=true").json()
-    expected = of_onnx_runtime(tmp_path, halves())["activation"][0][CLASSES.index("Forest")]
+    expected = run_onnx(tmp_path, halves())["activation"][0][CLASSES.index("Forest")]
     np.testing.assert_allclose(answer["activation"], expected / expected.max(), atol=1e-4)
     assert "activation" not in predict(pair.url, encoded(kind="JPEG")).json()
 
 
 @pytest.mark.parametrize(
-    ("query", "said"),
+    ("query", "message"),
     [
         ("?top_k=4", "ask for 1 to 3 classes"),
-        ("?top_k=-1", "the query takes top_k=NUMBER"),
-        ("?top_k=two", "the query takes top_k=NUMBER"),
+        ("?top_k=-1", "top_k has a malformed value: the options are top_k=NUMBER"),
+        ("?top_k=two", "top_k has a malformed value: the options are top_k=NUMBER"),
         ("?tta=perhaps", "tta=true|false"),
-        ("?SECRET=1", "the query takes"),
+        ("?SECRET=1", "unknown option: the options are top_k=NUMBER"),
+        ("?topk=2", "unknown option topk, did you mean top_k?"),
     ],
 )
-def test_parameters_that_cannot_be_are_refused(pair: Server, query: str, said: str) -> None:
-    told = refused(predict(pair.url, encoded(kind="JPEG"), query), 422)
-    assert said in told
-    assert "SECRET" not in told
+def test_malformed_options_are_rejected(pair: Server, query: str, message: str) -> None:
+    error = rejection(predict(pair.url, encoded(kind="JPEG"), query), 422)
+    assert message in error
+    assert "SECRET" not in error
 
 
 @pytest.mark.parametrize(
@@ -261,22 +262,22 @@ def test_parameters_that_cannot_be_are_refused(pair: Server, query: str, said: s
         ("POST", "/invocations", "application/json", b'{"inputs": ["SECRETSECRET"]}', 422),
     ],
 )
-def test_refusals_have_one_shape_and_no_echo(
+def test_errors_have_one_shape_and_do_not_repeat_the_payload(
     pair: Server, method: str, path: str, kind: str, body: bytes, status: int
 ) -> None:
     headers = {"Content-Type": kind} if kind else {}
     answer = requests.request(method, f"{pair.url}{path}", data=body, headers=headers, timeout=30)
-    assert "SECRET" not in refused(answer, status)
+    assert "SECRET" not in rejection(answer, status)
 
 
-def test_ready_model_and_mlflows_own_routes(pair: Server, version: str) -> None:
+def test_routes_of_the_state_and_of_mlflow(pair: Server, version: str) -> None:
     ready = requests.get(f"{pair.url}/ready")
     assert (ready.status_code, ready.json()["model_version"]) == (200, version)
     model = requests.get(f"{pair.url}/model").json()
     assert model["follows"] == "models:/eurosat@champion"
     assert model["uri"] == f"models:/eurosat/{version}"
     assert model["run_id"] == versions.run_of(versions.get("eurosat", version))
-    assert (model["form"], model["classes"]) == ("fp32", CLASSES)
+    assert (model["precision"], model["classes"]) == ("fp32", CLASSES)
     assert model["tile"] == {"height": 64, "width": 64, "bands": 3}
     assert (model["swaps"], model["refused"]) == (0, {})
     assert requests.get(f"{pair.url}/ping").status_code == 200
@@ -284,24 +285,24 @@ def test_ready_model_and_mlflows_own_routes(pair: Server, version: str) -> None:
     assert requests.get(f"{pair.url}/version").text.startswith("3.")
 
 
-def test_the_document_tells_of_every_route(pair: Server) -> None:
-    told = requests.get(f"{pair.url}/openapi.json").json()
-    assert told == document()
-    for path, methods in told["paths"].items():
+def test_the_openapi_document_has_every_route(pair: Server) -> None:
+    document = requests.get(f"{pair.url}/openapi.json").json()
+    assert document == openapi_schema()
+    for path, methods in document["paths"].items():
         for method in methods:
             answer = requests.request(method, f"{pair.url}{path}", timeout=30)
             assert answer.status_code not in (404, 405), f"{method} {path}"
 
 
-def test_both_processes_count_together(pair: Server) -> None:
-    """Each request is a connection of its own, which the kernel hands to either."""
-    before = pair.counted("eurosat_requests_total"), pair.counted("eurosat_tiles_total")
+def test_the_metrics_are_the_sum_of_both_processes(pair: Server) -> None:
+    """The kernel gives the connection of each request to one of the processes."""
+    before = pair.metric("eurosat_requests_total"), pair.metric("eurosat_tiles_total")
     for label in ["River"] * 30 + ["Forest"] * 10:
         assert predict(pair.url, encoded(label, "JPEG")).json()["label"] == label
-    after = pair.counted("eurosat_requests_total"), pair.counted("eurosat_tiles_total")
-    asked = 40 + 2  # what /metrics told last did not count itself
-    assert (after[0] - before[0], after[1] - before[1]) == (asked, 40)
-    assert pair.counted("eurosat_model") == 2
+    after = pair.metric("eurosat_requests_total"), pair.metric("eurosat_tiles_total")
+    num_requests = 40 + 2  # /metrics does not count the request that it answers
+    assert (after[0] - before[0], after[1] - before[1]) == (num_requests, 40)
+    assert pair.metric("eurosat_model") == 2
     workers = [child.pid for child in psutil.Process(pair.process.pid).children()]
     assert len(workers) == 2
     folder = environment_of(workers[0])["PROMETHEUS_MULTIPROC_DIR"]
@@ -313,43 +314,43 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(psutil.Process(pid).environ())
 
 
-def test_a_process_that_is_killed_is_started_again(pair: Server) -> None:
-    """The other one answers meanwhile."""
+def test_a_killed_process_is_restarted(pair: Server) -> None:
+    """The other process answers meanwhile."""
     parent = psutil.Process(pair.process.pid)
     old = {child.pid for child in parent.children()}
     victim = min(old)
     psutil.Process(victim).kill()
-    until(lambda: not psutil.pid_exists(victim), 10, "the end of the killed process")
+    until(lambda: not psutil.pid_exists(victim), 10, "the process is killed")
 
-    def again() -> bool:
+    def restarted() -> bool:
         assert predict(pair.url, encoded("River", "JPEG")).json()["label"] == "River"
         now = {child.pid for child in parent.children()}
-        return len(now) == 2 and victim not in now and pair.counted("eurosat_model") == 2
+        return len(now) == 2 and victim not in now and pair.metric("eurosat_model") == 2
 
-    until(again, 60, "another process in its place")
+    until(restarted, 60, "another process in its place")
 
 
-def test_keys_are_asked_for(strict: Server, secrets: dict[str, str]) -> None:
+def test_keys_are_required(strict: Server, secrets: dict[str, str]) -> None:
     tile, team = encoded("River", "JPEG"), secrets["team"]
     for headers in ({}, {"x-api-key": "SECRET"}, {"Authorization": f"Basic {team}"}):
         answer = predict(strict.url, tile, **headers)
-        assert "SECRET" not in refused(answer, 401)
+        assert "SECRET" not in rejection(answer, 401)
         assert answer.headers["www-authenticate"] == "Bearer"
     for headers in ({"Authorization": f"Bearer {team}"}, {"x-api-key": team}):
         assert predict(strict.url, tile, **headers).json()["label"] == "River"
-    refused(requests.get(f"{strict.url}/model"), 401)
-    refused(requests.post(f"{strict.url}/invocations", json=files(tile)), 401)
+    rejection(requests.get(f"{strict.url}/model"), 401)
+    rejection(requests.post(f"{strict.url}/invocations", json=files(tile)), 401)
     for path in ("/ready", "/ping", "/health", "/version", "/metrics", "/openapi.json"):
         assert requests.get(f"{strict.url}{path}").status_code == 200
 
 
-def test_a_key_that_asks_too_often_waits_and_no_other_does(
+def test_the_rate_of_a_key_does_not_limit_other_keys(
     strict: Server, secrets: dict[str, str]
 ) -> None:
     tile = encoded("River", "JPEG")
     assert predict(strict.url, tile, x_api_key=secrets["visitor"]).status_code == 200
-    said = refused(predict(strict.url, tile, x_api_key=secrets["visitor"]), 429)
-    assert "the key visitor asks more often than it may" in said
+    error = rejection(predict(strict.url, tile, x_api_key=secrets["visitor"]), 429)
+    assert "the key visitor exceeds its rate" in error
     assert predict(strict.url, tile, x_api_key=secrets["team"]).status_code == 200
 
 
@@ -358,109 +359,109 @@ def test_the_client_takes_its_key_from_the_environment(
 ) -> None:
     with pytest.raises(client.ServerError, match="answered 401: send an API key"):
         client.score(strict.url, {"tile": encoded()})
-    monkeypatch.setenv(client.KEY, secrets["team"])
+    monkeypatch.setenv(client.KEY_VARIABLE, secrets["team"])
     (answer,) = client.score(strict.url, {"tile": encoded("SeaLake")})
     assert answer["label"] == "SeaLake"
-    with pytest.raises(client.ServerError, match="answered 422: bad.png: 3 bytes that are no"):
+    with pytest.raises(client.ServerError, match="answered 422: bad.png: 3 bytes that are not"):
         client.score(strict.url, {"tile": encoded(), "bad.png": b"abc"})
 
 
 def test_a_body_over_the_limit_is_not_read(strict: Server, bearer: dict[str, str]) -> None:
     large = b"\xff" * (BODY_MB * 1_000_000 + 1)
-    assert "a body over 2 MB" in refused(predict(strict.url, large, **bearer), 413)
-    in_parts = (large[start : start + 65_536] for start in range(0, len(large), 65_536))
+    assert "a body over the limit of 2 MB" in rejection(predict(strict.url, large, **bearer), 413)
+    chunks = (large[start : start + 65_536] for start in range(0, len(large), 65_536))
     headers = bearer | {"Content-Type": "image/jpeg"}
-    answer = requests.post(f"{strict.url}/predict", data=in_parts, headers=headers, timeout=30)
-    assert "a body over 2 MB" in refused(answer, 413)
+    answer = requests.post(f"{strict.url}/predict", data=chunks, headers=headers, timeout=30)
+    assert "a body over the limit of 2 MB" in rejection(answer, 413)
 
 
-def test_more_tiles_than_one_request_may_bring_are_refused(
+def test_more_tiles_than_the_limit_of_a_request_are_rejected(
     strict: Server, bearer: dict[str, str]
 ) -> None:
     tile = encoded("River", "JPEG")
     texts = [base64.b64encode(tile).decode()] * (TILES + 1)
     url = f"{strict.url}/predict/batch"
     answer = requests.post(url, json={"images": texts}, headers=bearer)
-    assert f"send 1 to {TILES}" in refused(answer, 413)
+    assert f"send 1 to {TILES}" in rejection(answer, 413)
     answer = requests.post(url, files=[("files", tile)] * (TILES + 1), headers=bearer)
-    assert f"send 1 to {TILES}" in refused(answer, 413)
+    assert f"send 1 to {TILES}" in rejection(answer, 413)
     two = requests.post(f"{strict.url}/predict", files=[("files", tile)] * 2, headers=bearer)
-    assert "send 1 to 1" in refused(two, 413)
-    enough = requests.post(url, json={"images": texts[:TILES]}, headers=bearer).json()
-    assert [one["label"] for one in enough["predictions"]] == ["River"] * TILES
+    assert "send 1 to 1" in rejection(two, 413)
+    at_the_limit = requests.post(url, json={"images": texts[:TILES]}, headers=bearer).json()
+    assert [prediction["label"] for prediction in at_the_limit["predictions"]] == ["River"] * TILES
 
 
 @contextlib.contextmanager
 def busy(strict: Server, bearer: dict[str, str], tiles: int) -> Iterator[None]:
-    """While it answers so many tiles that take their time; they are all answered at the end."""
+    """Run the block while the server predicts large tiles; check their predictions afterwards."""
     large = saved(Image.new("RGB", (1024, 1024), COLOURS["River"]), "PNG")
-    told: list[requests.Response] = []
+    answers: list[requests.Response] = []
 
-    def ask() -> None:
+    def send() -> None:
         sent = [("files", large)] * tiles
-        told.append(requests.post(f"{strict.url}/predict/batch", files=sent, headers=bearer))
+        answers.append(requests.post(f"{strict.url}/predict/batch", files=sent, headers=bearer))
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    thread = threading.Thread(target=send)
+    thread.start()
     try:
-        until(lambda: strict.counted("eurosat_tiles_waiting") > tiles * 0.75, 20, "a full queue")
+        until(lambda: strict.metric("eurosat_tiles_waiting") > tiles * 0.75, 20, "a full queue")
         yield
     finally:
-        asking.join()
-    assert told[0].status_code == 200, told[0].text[:500]
-    assert len(told[0].json()["predictions"]) == tiles
+        thread.join()
+    assert answers[0].status_code == 200, answers[0].text[:500]
+    assert len(answers[0].json()["predictions"]) == tiles
 
 
-def test_a_client_says_how_long_it_waits(strict: Server, bearer: dict[str, str]) -> None:
-    """Before the queue has ever been full, from when on less of it is used."""
+def test_a_client_may_shorten_the_deadline(strict: Server, bearer: dict[str, str]) -> None:
+    """Runs before the queue is full for the first time, after which it is shorter."""
     tile = encoded(kind="JPEG")
-    for said in ("soon", "0", "-1", "nan"):
-        answer = predict(strict.url, tile, **bearer, x_request_timeout=said)
-        assert "takes seconds above 0" in refused(answer, 422)
+    for header in ("soon", "0", "-1", "nan"):
+        answer = predict(strict.url, tile, **bearer, x_request_timeout=header)
+        assert "takes seconds above 0" in rejection(answer, 422)
     with busy(strict, bearer, QUEUE - 2):
         answer = predict(strict.url, tile, **bearer, x_request_timeout="0.02")
-        assert "the time allowed had passed" in refused(answer, 429)
+        assert "the deadline passed" in rejection(answer, 429)
     assert predict(strict.url, tile, **bearer, x_request_timeout="5").status_code == 200
 
 
-def test_a_full_queue_takes_no_more(strict: Server, bearer: dict[str, str]) -> None:
+def test_a_full_queue_rejects_tiles(strict: Server, bearer: dict[str, str]) -> None:
     with busy(strict, bearer, TILES):
         answer = predict(strict.url, encoded(kind="JPEG"), **bearer)
         by_mlflow = requests.post(f"{strict.url}/invocations", json=files(), headers=bearer)
-        assert "tiles wait" in refused(answer, 429)
-        assert "tiles wait" in refused(by_mlflow, 429)
+        assert "tiles wait" in rejection(answer, 429)
+        assert "tiles wait" in rejection(by_mlflow, 429)
     assert predict(strict.url, encoded(kind="JPEG"), **bearer).status_code == 200
 
 
-def test_who_is_told_to_wait_keeps_the_connection(strict: Server, bearer: dict[str, str]) -> None:
+def test_a_rejected_request_keeps_its_connection(strict: Server, bearer: dict[str, str]) -> None:
     tile = encoded(kind="JPEG")
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(tile)}\r\n"
     head += "Content-Type: image/jpeg\r\n" + "".join(f"{k}: {v}\r\n" for k, v in bearer.items())
-    whole = head.encode() + b"\r\n" + tile
-    told = r'eurosat_requests_total\{path="/predict",status="429"\}'
-    before = strict.counted(told)
-    at = ("127.0.0.1", strict.port)
-    with socket.create_connection(at, 30) as sent, sent.makefile("rb") as answers:
+    request = head.encode() + b"\r\n" + tile
+    rejected = r'eurosat_requests_total\{path="/predict",status="429"\}'
+    before = strict.metric(rejected)
+    address = ("127.0.0.1", strict.port)
+    with socket.create_connection(address, 30) as sent, sent.makefile("rb") as answers:
         with busy(strict, bearer, TILES):
-            for parts in ([whole], [whole[:9], whole[9:-9], whole[-9:]], [whole * 2]):
+            for parts in ([request], [request[:9], request[9:-9], request[-9:]], [request * 2]):
                 for part in parts:
                     sent.sendall(part)
                     time.sleep(0.02)
                 for _ in range(b"".join(parts).count(head.encode())):
                     assert status_of(answers) == 429
-        sent.sendall(whole)
+        sent.sendall(request)
         assert status_of(answers) == 200
-        assert strict.counted(told) == before + 4
+        assert strict.metric(rejected) == before + 4
         with busy(strict, bearer, TILES):
-            sent.sendall(whole.replace(b"Host: x", b"Connection: close", 1))
+            sent.sendall(request.replace(b"Host: x", b"Connection: close", 1))
             assert status_of(answers) == 429
             assert answers.read() == b""
 
 
-def test_a_connection_is_kept_through_what_is_refused_before_its_body(strict: Server) -> None:
+def test_a_connection_is_kept_after_an_answer_before_the_body(strict: Server) -> None:
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
-    at = ("127.0.0.1", strict.port)
-    with socket.create_connection(at, 30) as sent, sent.makefile("rb") as answers:
+    address = ("127.0.0.1", strict.port)
+    with socket.create_connection(address, 30) as sent, sent.makefile("rb") as answers:
         for _ in range(2):
             sent.sendall(head)  # without a key
             assert status_of(answers) == 401
@@ -471,10 +472,10 @@ def test_a_connection_is_kept_through_what_is_refused_before_its_body(strict: Se
         sent.sendall(broken)
         assert status_of(answers) == 401
         sent.sendall(b"SECRET")
-        assert answers.read() == b"", "one answer to one request"
+        assert answers.read() == b"", "one answer to each request"
 
 
-def test_what_is_no_chunk_is_told_at_once(strict: Server, bearer: dict[str, str]) -> None:
+def test_a_malformed_chunk_is_rejected_at_once(strict: Server, bearer: dict[str, str]) -> None:
     head = "POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n"
     head += "Content-Type: image/jpeg\r\n" + "".join(f"{k}: {v}\r\n" for k, v in bearer.items())
     for broken in (b"SECRET\r\n", b"0\r\nX: " + b"x" * 40_000, b"1\r\nx\r\n" * 40_000):
@@ -484,69 +485,71 @@ def test_what_is_no_chunk_is_told_at_once(strict: Server, bearer: dict[str, str]
             with contextlib.suppress(ConnectionError):
                 for start in range(0, len(broken), 9999):
                     sent.sendall(broken[start : start + 9999])
-            sent.settimeout(3.0)  # sooner than a body may take
+            sent.settimeout(3.0)  # less than the limit for a body
             with sent.makefile("rb") as answers, contextlib.suppress(ConnectionResetError):
                 assert status_of(answers) in (400, 431)
                 assert answers.read() == b""
 
 
 def status_of(answers: BinaryIO) -> int:
-    """Of the next one, which is read to its end."""
+    """Read the next answer, and return its status."""
     answer = read_answer(answers)
     assert answer is not None, "the connection was closed"
     return answer.status
 
 
-def test_what_it_has_begun_is_answered_when_it_is_stopped(store: Path, version: str) -> None:
+def test_requests_in_flight_are_answered_when_the_server_is_stopped(
+    store: Path, version: str
+) -> None:
     tile = encoded("SeaLake", "JPEG")
     with running(store) as server:
-        begun = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(8)]
-        for one in begun:
-            one.putrequest("POST", "/predict")
-            one.putheader("Content-Type", "image/jpeg")
-            one.putheader("Content-Length", str(len(tile)))
-            one.endheaders(tile[:100])
+        connections = [http.client.HTTPConnection("127.0.0.1", server.port) for _ in range(8)]
+        for connection in connections:
+            connection.putrequest("POST", "/predict")
+            connection.putheader("Content-Type", "image/jpeg")
+            connection.putheader("Content-Length", str(len(tile)))
+            connection.endheaders(tile[:100])
         until(
-            lambda: server.counted("eurosat_requests_open") == len(begun) + 1,
+            lambda: server.metric("eurosat_requests_open") == len(connections) + 1,
             10,
-            "requests that have begun, and the one that asks for their number",
+            "the requests in flight, and the one to /metrics, are open",
         )
         server.process.terminate()
 
-        def deaf() -> bool:
+        def stopped_listening() -> bool:
             try:
                 requests.get(f"{server.url}/ready", timeout=5)
             except requests.RequestException:
                 return True
             return False
 
-        until(deaf, 10, "an end of listening")
+        until(stopped_listening, 10, "the server stops listening")
         assert server.process.poll() is None
-        for one in begun:
-            one.send(tile[100:])
-        answers = [one.getresponse() for one in begun]
-        assert [answer.status for answer in answers] == [200] * len(begun)
+        for connection in connections:
+            connection.send(tile[100:])
+        answers = [connection.getresponse() for connection in connections]
+        assert [answer.status for answer in answers] == [200] * len(connections)
         assert all(b'"label": "SeaLake"' in answer.read() for answer in answers)
         assert server.process.wait(timeout=10) == 0
     assert "killed" not in server.log.read_text()
 
 
-def test_it_fails_in_one_line(
+def test_malformed_flags_fail_in_one_line(
     pair: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = {
+    errors = {
         ("--host", "0.0.0.0"): "0.0.0.0 can be reached by others: give --keys FILE",
-        ("--port", str(pair.port)): "cannot be listened on",
+        ("--port", str(pair.port)): "cannot listen on",
         ("--processes", "0"): "--processes must be above 0",
         ("--max-queue", "0"): "queue must be above 0",
         ("--max-deadline-s", "nan"): "deadline_s must be above 0",
     }
-    for flags, said in wrong.items():
+    for flags, message in errors.items():
         assert fails(server.main, *flags) == 2
-        assert said in last_error(capfd)
+        assert message in last_error(capfd)
 
 
-def test_a_worker_that_says_what_is_wrong_ends_the_server(
+def test_a_worker_that_exits_for_bad_input_ends_the_server(
     store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = [sys.executable, "-m", "serving.server", "--port", str(free_port())]
@@ -557,11 +560,11 @@ def test_a_worker_that_says_what_is_wrong_ends_the_server(
         command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == 2
-    assert "none.txt cannot be read: make it with `python -m serving.keys NAME`" in ended.stderr
+    assert "none.txt cannot be read: create it with `python -m serving.keys NAME`" in ended.stderr
 
 
 @pytest.mark.parametrize(
-    ("host", "alone"),
+    ("host", "expected"),
     [
         ("127.0.0.1", True),
         ("127.8.8.8", True),
@@ -573,19 +576,19 @@ def test_a_worker_that_says_what_is_wrong_ends_the_server(
         ("tiles.example", False),
     ],
 )
-def test_what_others_cannot_reach_is_known(host: str, alone: bool) -> None:
-    assert server.loopback(host) == alone
+def test_loopback_addresses_are_recognised(host: str, expected: bool) -> None:
+    assert server.is_loopback(host) == expected
 
 
 def test_limits_are_divided_among_processes() -> None:
-    each = Limits(queue=128, requests=3).shared(4)
-    assert (each.queue, each.requests, each.tiles) == (32, 1, Limits().tiles)
+    share = Limits(queue=128, requests=3).shared(4)
+    assert (share.queue, share.requests, share.tiles) == (32, 1, Limits().tiles)
 
 
-def test_a_bucket_fills_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_bucket_is_refilled(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("serving.limits.time", SimpleNamespace(monotonic=lambda: now))
-    bucket = Bucket(2)
+    bucket = TokenBucket(2)
     assert [bucket.take() for _ in range(3)] == [True, True, False]
     now += 0.5
     assert [bucket.take() for _ in range(2)] == [True, False]
@@ -593,7 +596,7 @@ def test_a_bucket_fills_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [bucket.take() for _ in range(3)] == [True, True, False]
 
 
-def test_a_key_is_printed_once_and_its_hash_is_kept(
+def test_a_key_is_printed_once_and_stored_as_a_hash(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "keys.txt"
@@ -603,39 +606,41 @@ def test_a_key_is_printed_once_and_its_hash_is_kept(
     assert key not in file.read_text()
     assert file.read_text() == f"team {hashlib.sha256(key.encode()).hexdigest()} 3\n"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert keys.Keys.read(file).admit({"x-api-key": key}) == "team"
+    assert keys.KeyRing.from_file(file).admit({"x-api-key": key}) == "team"
 
 
-def test_a_file_that_others_may_read_is_closed_to_them(tmp_path: Path) -> None:
+def test_a_key_file_becomes_readable_by_its_owner_only(tmp_path: Path) -> None:
     file = tmp_path / "keys.txt"
     file.write_text("# who may ask\n\n")
     file.chmod(0o644)
     first, second = (keys.create(file, name, 1) for name in ("one", "two"))
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    read = keys.Keys.read(file)
-    assert [read.admit({"authorization": f"bearer {key}"}) for key in (first, second)] == [
+    ring = keys.KeyRing.from_file(file)
+    assert [ring.admit({"authorization": f"bearer {key}"}) for key in (first, second)] == [
         "one",
         "two",
     ]
-    with pytest.raises(Refused, match="send an API key"):
-        read.admit({"authorization": "bearer "})
+    with pytest.raises(RequestRejected, match="send an API key"):
+        ring.admit({"authorization": "bearer "})
 
 
 @pytest.mark.parametrize(
-    ("name", "per_s", "said"),
+    ("name", "rate_per_s", "message"),
     [
-        ("one", 1.0, "has a key one already"),
+        ("one", 1.0, "already has a key one"),
         ("a b", 1.0, "a key's name is 1 to 64 letters"),
         ("two", 0.0, "--per-second must be above 0"),
         ("two", float("nan"), "--per-second must be above 0"),
     ],
 )
-def test_keys_that_cannot_be_made(tmp_path: Path, name: str, per_s: float, said: str) -> None:
+def test_a_key_with_a_malformed_name_or_rate_is_not_created(
+    tmp_path: Path, name: str, rate_per_s: float, message: str
+) -> None:
     file = tmp_path / "keys.txt"
     keys.create(file, "one", 1)
     before = file.read_text()
-    with pytest.raises(ConfigError, match=said):
-        keys.create(file, name, per_s)
+    with pytest.raises(ConfigError, match=message):
+        keys.create(file, name, rate_per_s)
     assert file.read_text() == before
 
 
@@ -649,8 +654,8 @@ def test_keys_that_cannot_be_made(tmp_path: Path, name: str, per_s: float, said:
         f"team {'0' * 64} inf",
     ],
 )
-def test_a_line_that_is_no_key_is_named(tmp_path: Path, line: str) -> None:
+def test_a_malformed_line_of_a_key_file_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "keys.txt"
     file.write_text(f"# keys\n{line}\n")
-    with pytest.raises(ConfigError, match=r"keys.txt:2 is no line of name, sha256 and requests"):
-        keys.Keys.read(file)
+    with pytest.raises(ConfigError, match=r"keys.txt:2 is not a line of name, sha256 and requests"):
+        keys.KeyRing.from_file(file)

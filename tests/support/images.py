@@ -1,4 +1,4 @@
-"""Tiles as image files, good and bad."""
+"""Tiles as image files, valid and invalid."""
 
 import base64
 import io
@@ -12,11 +12,11 @@ import numpy.typing as npt
 from PIL import Image
 
 COLOURS = {"Forest": (200, 40, 60), "River": (30, 180, 20), "SeaLake": (10, 60, 220)}
-"""One per class of the small network: the largest band wins."""
+"""A colour per class of the small network, which predicts the class of the largest band."""
 
 
 def pixels(label: str, size: int = 64) -> npt.NDArray[np.uint8]:
-    """A tile of that class, a little uneven so that compression has something to do."""
+    """Return a tile of the class, with some noise so that it does not compress to nothing."""
     noise = np.random.default_rng(0).integers(-9, 10, (size, size, 3))
     return np.clip(np.array(COLOURS[label]) + noise, 0, 255).astype(np.uint8)
 
@@ -27,17 +27,17 @@ def encoded(label: str = "River", kind: str = "PNG", size: int = 64, mode: str =
     return file.getvalue()
 
 
-def saved(image: Image.Image, kind: str, more: Sequence[Image.Image] = ()) -> bytes:
+def saved(image: Image.Image, kind: str, pages: Sequence[Image.Image] = ()) -> bytes:
     file = io.BytesIO()
-    if more:
-        image.save(file, kind, save_all=True, append_images=list(more))
+    if pages:
+        image.save(file, kind, save_all=True, append_images=list(pages))
     else:
         image.save(file, kind)
     return file.getvalue()
 
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
-    """A PNG that may lie: what Pillow would not write."""
+    """Return a PNG whose header may be wrong, which Pillow would not write."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -47,7 +47,7 @@ def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
 
 
 def tiff_16_bit() -> bytes:
-    """An RGB TIFF of 16 bits a band, which Pillow would cut to 8 without a word."""
+    """Return an RGB TIFF of 16 bits per band, which Pillow would silently cut to 8."""
     width = height = 64
     bits_at = 8
     data_at = bits_at + 6
@@ -74,7 +74,7 @@ def grey_16_bit(kind: str) -> bytes:
 
 
 def files(*rows: bytes | str) -> dict[str, Any]:
-    """The request for files; text goes as it is."""
+    """Return the payload for files; a text is sent as it is."""
     texts = [row if isinstance(row, str) else base64.b64encode(row).decode() for row in rows]
     return {"dataframe_split": {"columns": ["image"], "data": [[text] for text in texts]}}
 
@@ -84,7 +84,7 @@ def raw(*tiles: npt.NDArray[np.generic]) -> dict[str, Any]:
 
 
 def changed(value: object) -> dict[str, Any]:
-    """A raw tile in which one pixel's band is something else."""
+    """Return the payload of a tile in which one band of one pixel is ``value``."""
     tile = pixels("River").tolist()
     tile[3][4][1] = value
     return {"inputs": [tile]}
@@ -92,11 +92,11 @@ def changed(value: object) -> dict[str, Any]:
 
 GOOD = encoded()
 FRAMES = [Image.fromarray(pixels(label)) for label in COLOURS]
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+REJECTED: dict[str, tuple[dict[str, Any], str]] = {
     "junk base64": (files("!!!!"), "row 0: no bytes"),
     "junk base64 in the second row": (files(GOOD, "é"), "row 1: no bytes"),
-    "base64 of text": (files(b"SECRETSECRET"), "row 0: 12 bytes that are no JPEG, PNG or TIFF"),
-    "GIF": (files(saved(FRAMES[0], "GIF")), "no JPEG, PNG or TIFF file"),
+    "base64 of text": (files(b"SECRETSECRET"), "row 0: 12 bytes that are not a JPEG, PNG or TIFF"),
+    "GIF": (files(saved(FRAMES[0], "GIF")), "not a JPEG, PNG or TIFF file"),
     "BMP in the third row": (files(GOOD, GOOD, saved(FRAMES[0], "BMP")), "row 2: 12342 bytes"),
     "truncated JPEG": (files(encoded(kind="JPEG")[:500]), "damaged, truncated"),
     "truncated PNG": (files(GOOD[:500]), "damaged, truncated"),
@@ -115,15 +115,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "LAB TIFF": (files(saved(Image.new("LAB", (64, 64)), "TIFF")), "mode LAB"),
     "a scene": (files(encoded(size=1025)), "1025x1025 pixels, over the 1024x1024"),
-    "a bomb": (files(png(50_000, 50_000, 8, 2, b"\0" * 1000)), "cut the picture into tiles"),
-    "a small bomb": (files(png(10_000, 9_500, 8, 2, b"\0" * 1000)), "cut the picture into tiles"),
-    "several pages": (files(saved(FRAMES[0], "TIFF", FRAMES[1:])), "several pictures"),
-    "animated PNG": (files(saved(FRAMES[0], "PNG", FRAMES[1:])), "several pictures"),
+    "a bomb": (files(png(50_000, 50_000, 8, 2, b"\0" * 1000)), "cut the image into tiles"),
+    "a small bomb": (files(png(10_000, 9_500, 8, 2, b"\0" * 1000)), "cut the image into tiles"),
+    "several pages": (files(saved(FRAMES[0], "TIFF", FRAMES[1:])), "several images"),
+    "animated PNG": (files(saved(FRAMES[0], "PNG", FRAMES[1:])), "several images"),
     "no tile": (files(), "0 tiles in one request"),
     "no raw tile": ({"inputs": []}, "0 tiles in one request"),
     "too many tiles": (files(*[""] * 1025), "1025 tiles in one request: send 1 to 1024"),
-    "a single raw tile": (raw(*pixels("River")), "a single tile needs its batch axis"),
-    "another size": (raw(pixels("River", 32)), "shape (32, 32, 3) where the model takes"),
+    "a single raw tile": (raw(*pixels("River")), "a single tile needs a batch axis"),
+    "another size": (raw(pixels("River", 32)), "shape (32, 32, 3): the model takes"),
     "channels first": (raw(pixels("River").transpose(2, 0, 1)), "shape (3, 64, 64)"),
     "four bands": (raw(np.zeros((64, 64, 4), np.uint8)), "shape (64, 64, 4)"),
     "float pixels": (raw(pixels("River") / 255), "not a whole number"),
@@ -134,11 +134,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a pixel that is null": (changed(None), "not a whole number"),
     "a pixel that is true": (changed(True), "not a whole number"),
     "a pixel that is NaN": (changed(float("nan")), "not a whole number"),
-    "numbers": ({"inputs": [1, 2, 3]}, "no JPEG, PNG or TIFF file"),
-    "text": ({"inputs": ["SECRETSECRET"]}, "no JPEG, PNG or TIFF file"),
-    "named text": ({"inputs": [{"image": "SECRET"}]}, "no JPEG, PNG or TIFF file"),
+    "numbers": ({"inputs": [1, 2, 3]}, "not a JPEG, PNG or TIFF file"),
+    "text": ({"inputs": ["SECRETSECRET"]}, "not a JPEG, PNG or TIFF file"),
+    "named text": ({"inputs": [{"image": "SECRET"}]}, "not a JPEG, PNG or TIFF file"),
 }
-"""Requests that ``predict`` refuses, and what it says."""
+"""Payloads that ``predict`` rejects, with a part of the message."""
 MALFORMED: dict[str, dict[str, object]] = {
     "ragged rows": {"inputs": [[[1, 2]], [[3]]]},
     "another column": {"dataframe_split": {"columns": ["picture"], "data": [["QUJD"]]}},
@@ -147,4 +147,4 @@ MALFORMED: dict[str, dict[str, object]] = {
     "nothing": {},
     "both": files(GOOD) | raw(pixels("River")),
 }
-"""Requests that MLflow refuses before ``predict`` is called."""
+"""Payloads that MLflow rejects before it calls ``predict``."""

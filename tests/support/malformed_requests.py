@@ -1,4 +1,4 @@
-"""Broken requests, as the bytes that are sent: the corpus of tests/serving/test_bad_input.py."""
+"""Malformed requests as raw bytes: the corpus of tests/serving/test_bad_input.py."""
 
 import base64
 import io
@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 
 from serving.errors import CODES
-from tests.support.images import GOOD, MALFORMED, REFUSED, encoded, files, png, saved
+from tests.support.images import GOOD, MALFORMED, REJECTED, encoded, files, png, saved
 
 SECRET = "SECRET"
-"""Stands in many of the payloads, and in no answer."""
-PATIENCE_S = 1.0
-"""What the server of these tests gives a head, a body and an answer."""
+"""Text in many payloads, which no answer may repeat."""
+TIMEOUT_S = 1.0
+"""Time that the server of these tests allows for a head, and for a body."""
 JPEG, TIFF = encoded(kind="JPEG"), encoded(kind="TIFF")
 KINDS = {"image/jpeg": JPEG, "image/png": GOOD, "image/tiff": TIFF}
 JSON, FORM = "application/json", "multipart/form-data; boundary=edge"
@@ -29,15 +29,15 @@ JSON, FORM = "application/json", "multipart/form-data; boundary=edge"
 @dataclass(frozen=True)
 class Case:
     wire: Callable[[], Sequence[bytes | float]]
-    """What is sent: bytes, and seconds of silence between them."""
+    """Return what is sent: bytes, and seconds of silence between them."""
     statuses: frozenset[int] = frozenset()
-    """That are right; left out, any 4xx that is not of an overload."""
+    """Allowed statuses; empty: any 4xx but 401 and 429."""
     closes: bool = False
-    """May be cut off without a word: closing on what was not read can take the answer along."""
+    """The answer may be lost, because the server closes a connection with unread data."""
     to_head: bool = False
-    """Is answered without a body."""
+    """The answer has no body, as for HEAD."""
     large: bool = False
-    """Megabytes, which an allocator keeps or gives back as it likes."""
+    """A body of megabytes, whose memory an allocator may keep."""
 
 
 CASES: dict[str, Case] = {}
@@ -47,8 +47,8 @@ WRONG = frozenset(status for status in CODES if 400 <= status < 500) - {401, 429
 def request(
     path: str, body: bytes = b"", headers: Mapping[str, str] | None = None, method: str = "POST"
 ) -> bytes:
-    given = {"Host": "x", "Content-Length": str(len(body))} | dict(headers or {})
-    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items())]
+    fields = {"Host": "x", "Content-Length": str(len(body))} | dict(headers or {})
+    lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
@@ -63,13 +63,13 @@ def add(
 def post(
     name: str, path: str, kind: str | None, body: bytes, *statuses: int, **headers: str
 ) -> None:
-    given = {key.replace("_", "-"): value for key, value in headers.items()}
-    given |= {} if kind is None else {"Content-Type": kind}
-    add(f"{path}: {name}", request(path, body, given), statuses=statuses)
+    fields = {key.replace("_", "-"): value for key, value in headers.items()}
+    fields |= {} if kind is None else {"Content-Type": kind}
+    add(f"{path}: {name}", request(path, body, fields), statuses=statuses)
 
 
-def later(name: str, path: str, kind: str, body: Callable[[], bytes], *statuses: int) -> None:
-    """A body that is too large to be made before it is wanted."""
+def post_large(name: str, path: str, kind: str, body: Callable[[], bytes], *statuses: int) -> None:
+    """Add a request whose large body is made only when it is sent."""
     CASES[f"{path}: {name}"] = Case(
         lambda: [request(path, body(), {"Content-Type": kind})], frozenset(statuses), large=True
     )
@@ -93,12 +93,12 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def with_chunk(kind: bytes, data: bytes) -> bytes:
-    """A good PNG with one chunk more, behind its header."""
+    """Return a valid PNG with one more chunk after its header."""
     return GOOD[:33] + chunk(kind, data) + GOOD[33:]
 
 
 def many_scans() -> bytes:
-    """A progressive JPEG whose last scan is told over and over: each costs as much as a picture."""
+    """Return a progressive JPEG with 20,000 scans, each as slow to decode as a whole image."""
     file = io.BytesIO()
     Image.new("RGB", (1024, 1024)).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -110,12 +110,16 @@ def empty_lists(name: str) -> bytes:
     return f'{{"{name}": ['.encode() + b"[]," * 5_000_000 + b"[]]}"
 
 
-def as_json(told: object) -> bytes:
-    return json.dumps(told).encode()
+def many_numbers() -> bytes:
+    return b'{"inputs": [' + b"1," * 8_500_000 + b"1]}"
 
 
-def strange() -> dict[str, Any]:
-    """Shapes that MLflow would read, and no client of ours sends."""
+def as_json(value: object) -> bytes:
+    return json.dumps(value).encode()
+
+
+def outside_protocol() -> dict[str, Any]:
+    """Return payloads that MLflow would read, but that are not of its documented protocol."""
     return {
         "names of another protocol": {"prompt": 1, "c0": {"0": 1}, "c1": {"1": 1}},
         "columns of rows by name": {"dataframe_split": {"data": {"a": {"0": 1}, "b": {"1": 1}}}},
@@ -126,8 +130,8 @@ def strange() -> dict[str, Any]:
     }
 
 
-def bombs() -> dict[str, dict[str, Any]]:
-    """Frames and arrays as wide as their widest row, or whose cells are as long as the longest."""
+def memory_bombs() -> dict[str, dict[str, Any]]:
+    """Return small payloads of which MLflow would make huge frames and arrays."""
     long = "x" * 60_000
     return {
         "rows of one column and one of many": {
@@ -148,7 +152,7 @@ def bombs() -> dict[str, dict[str, Any]]:
     }
 
 
-def zipped() -> bytes:
+def zip_archive() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(SECRET, SECRET)
@@ -156,15 +160,15 @@ def zipped() -> bytes:
 
 
 def corpus() -> None:
-    pictures()
-    forms()
+    images()
+    multipart_forms()
     batches()
-    protocol_of_mlflow()
-    heads()
-    sockets()
+    mlflow_protocol()
+    request_heads()
+    connections()
 
 
-def pictures() -> None:
+def images() -> None:
     for kind, good in KINDS.items():
         for number, end in enumerate(np.linspace(1, len(good) - 1, 20).astype(int)):
             post(f"{kind} cut at {number}/20", "/predict", kind, good[:end], 200, 422)
@@ -175,7 +179,7 @@ def pictures() -> None:
         post(f"nothing as {kind}", "/predict", kind, b"", 422)
         post(f"zeros as {kind}", "/predict", kind, bytes(5000), 422)
         post(f"text as {kind}", "/predict", kind, SECRET.encode() * 99, 422)
-        post(f"{kind}, and a ZIP behind it", "/predict", kind, good + zipped(), 200, 422)
+        post(f"{kind}, and a ZIP behind it", "/predict", kind, good + zip_archive(), 200, 422)
         html = f"<html><script>{SECRET}</script></html>".encode()
         post(f"{kind}, and HTML behind it", "/predict", kind, good + html, 200, 422)
         post(f"HTML, and {kind} behind it", "/predict", kind, html + good, 422)
@@ -183,7 +187,7 @@ def pictures() -> None:
         post(f"base64 of {kind}", "/predict", kind, base64.b64encode(good), 200, 422)
         post(f"magic of {kind} alone", "/predict", kind, good[:4], 422)
         post(f"magic of {kind} and noise", "/predict", kind, good[:4] + noise(4000), 422)
-    for name, (payload, _) in REFUSED.items():
+    for name, (payload, _) in REJECTED.items():
         if "dataframe_split" in payload:
             rows = [row[0] for row in payload["dataframe_split"]["data"]]
             batch = json.dumps({"images": rows}).encode()
@@ -196,7 +200,7 @@ def pictures() -> None:
         "WebP": saved(Image.new("RGB", (64, 64)), "WEBP"),
         "PDF": b"%PDF-1.7\n" + noise(300),
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><text>SECRET</text></svg>',
-        "ZIP": zipped(),
+        "ZIP": zip_archive(),
         "ELF": b"\x7fELF" + noise(300),
         "a pickle": b"\x80\x04cos\nsystem\nS'echo SECRET'\n.",
         "a PNG of no width": png(0, 64, 8, 2, b""),
@@ -224,9 +228,9 @@ def pictures() -> None:
         200,
         422,
     )
-    later("a JPEG of 20,000 scans", "/predict", "image/jpeg", many_scans, 422)
-    later("17 MB", "/predict", "image/jpeg", lambda: JPEG + bytes(17_000_000), 413)
-    later(
+    post_large("a JPEG of 20,000 scans", "/predict", "image/jpeg", many_scans, 422)
+    post_large("17 MB", "/predict", "image/jpeg", lambda: JPEG + bytes(17_000_000), 413)
+    post_large(
         "15 MB behind a JPEG", "/predict", "image/jpeg", lambda: JPEG + bytes(15_000_000), 200, 422
     )
     for kind in (
@@ -258,7 +262,7 @@ def noise(count: int) -> bytes:
     return random.Random(count).randbytes(count)
 
 
-def forms() -> None:
+def multipart_forms() -> None:
     good = form((file_part(), JPEG))
     for path in ("/predict", "/predict/batch"):
         multipart = "multipart/form-data"
@@ -296,6 +300,33 @@ def forms() -> None:
             200,
             400,
             422,
+        )
+        twice = f"{file_part()}\r\n{file_part()}"
+        post("a part with two dispositions", path, FORM, form((twice, JPEG)), 400)
+        nine = "X-SECRET: x\r\n" * 8 + file_part()
+        post("a part of 9 headers", path, FORM, form((nine, JPEG)), 400)
+        padded = good.replace(b"--edge\r\n", b"--edge \r\n")
+        post("spaces after the first boundary", path, FORM, padded, 400)
+        padded = form((file_part(), JPEG), (file_part(), JPEG)).replace(
+            b"--edge\r\n", b"--edge\t\r\n"
+        )
+        post("tabs after a boundary", path, FORM, padded, 400)
+        post("text before the first boundary", path, FORM, b"SECRET\r\n" + good, 400)
+        post("one dash at the end", path, FORM, form((file_part(), JPEG), end=b"--edge-\r\n"), 400)
+        post_large("a form of boundaries", path, FORM, lambda: b"--edge\r\n\r\n" * 100_000, 400)
+        post_large(
+            "a file of boundaries",
+            path,
+            FORM,
+            lambda: form((file_part(), b"\r\n--edgeX" * 200_000)),
+            400,
+        )
+        post_large(
+            "spaces after a boundary",
+            path,
+            FORM,
+            lambda: b"--edge\r\n\r\n\r\n--edge" + b" " * 2_000_000,
+            400,
         )
         post("a form cut in a head", path, FORM, good[:30], 400, 422)
         post("a form cut in a file", path, FORM, good[:900], 400, 422)
@@ -365,10 +396,10 @@ def forms() -> None:
             422,
         )
         post("a file by a path", path, FORM, form((file_part(filename="../../SECRET"), b"x")), 422)
-        later(
+        post_large(
             "a form of line ends", path, FORM, lambda: b"--edge\r\n" + b"\r" * 15_000_000, 400, 422
         )
-        later(
+        post_large(
             "a file of line ends",
             path,
             FORM,
@@ -376,7 +407,7 @@ def forms() -> None:
             422,
         )
     post(
-        "two files where one is wanted",
+        "two files for a route of one",
         "/predict",
         FORM,
         form((file_part(), JPEG), (file_part(), JPEG)),
@@ -419,7 +450,7 @@ NO_OBJECT = {
     "a JPEG": JPEG,
     "two objects": b'{"images": [""]} {"images": [""]}',
 }
-"""Bodies that say they are JSON."""
+"""Bodies that are not JSON, sent as JSON."""
 
 
 def batches() -> None:
@@ -466,9 +497,9 @@ def batches() -> None:
     post("of no type", "/predict/batch", None, b'{"images": []}', 415)
 
 
-def protocol_of_mlflow() -> None:
+def mlflow_protocol() -> None:
     path = "/invocations"
-    for name, (payload, _) in REFUSED.items():
+    for name, (payload, _) in REJECTED.items():
         post(name, path, JSON, json.dumps(payload).encode(), 400, 413, 422)
     for name, malformed in MALFORMED.items():
         post(name, path, JSON, json.dumps(malformed).encode(), 400, 422)
@@ -562,7 +593,7 @@ def protocol_of_mlflow() -> None:
         post(f"as {kind!r}", path, kind, text, 200, 415)
     post("Parquet, which unpacks", path, "application/vnd.apache.parquet", b"PAR1" * 9, 415)
     post("of no type", path, None, text, 400)
-    later(
+    post_large(
         "one long text among many",
         path,
         JSON,
@@ -572,18 +603,18 @@ def protocol_of_mlflow() -> None:
         422,
     )
     for lists, kind in ((path, "inputs"), ("/predict/batch", "images")):
-        later("15 MB of empty lists", lists, JSON, partial(empty_lists, kind), 413)
-    for name, bomb in bombs().items():
-        later(name, path, JSON, partial(as_json, bomb), 413)
-    for name, shape in strange().items():
+        post_large("15 MB of empty lists", lists, JSON, partial(empty_lists, kind), 413)
+    for name, bomb in memory_bombs().items():
+        post_large(name, path, JSON, partial(as_json, bomb), 413)
+    for name, shape in outside_protocol().items():
         post(name, path, JSON, as_json(shape), 400)
     post("nested too deep beside", path, JSON, b'{"inputs": ["x"], "params": ' + b"[" * 5000, 400)
-    later("CSV of 5,000 rows", path, "text/csv", lambda: b"image\n" + b"x\n" * 5000, 413)
-    later("CSV of 100,000 columns", path, "text/csv", lambda: b"," * 100_000 + b"\n1", 413)
-    later("17 MB of JSON", path, JSON, lambda: b'{"inputs": [' + b"1," * 8_500_000 + b"1]}", 413)
+    post_large("CSV of 5,000 rows", path, "text/csv", lambda: b"image\n" + b"x\n" * 5000, 413)
+    post_large("CSV of 100,000 columns", path, "text/csv", lambda: b"," * 100_000 + b"\n1", 413)
+    post_large("17 MB of JSON", path, JSON, many_numbers, 413)
 
 
-def heads() -> None:
+def request_heads() -> None:
     for path, kind, body in (
         ("/predict", "image/jpeg", JPEG),
         (
@@ -688,8 +719,8 @@ def heads() -> None:
     add("a path of raw letters", b"POST /\xc3\xa9 HTTP/1.1\r\nHost: x\r\n\r\n", statuses=[400, 404])
 
 
-def sockets() -> None:
-    """What is no whole request, or comes late."""
+def connections() -> None:
+    """Add incomplete requests, and slow ones."""
     jpeg = b"Content-Type: image/jpeg\r\n"
     start = b"POST /predict HTTP/1.1\r\nHost: x\r\n" + jpeg
     get = b"GET /ready HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -727,7 +758,7 @@ def sockets() -> None:
         "a chunk of no length": start + b"Transfer-Encoding: chunked\r\n\r\nSECRET\r\n",
         "a chunk below nothing": start + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabcde\r\n",
         "a chunk of 2^64": start + b"Transfer-Encoding: chunked\r\n\r\n10000000000000000\r\nabcde",
-        "a chunk that is longer than said": start
+        "a chunk that is longer than its size": start
         + b"Transfer-Encoding: chunked\r\n\r\n2\r\nabcdefgh\r\n",
         "chunks of no picture": start
         + b"Transfer-Encoding: chunked\r\n\r\n6\r\nSECRET\r\n0\r\n\r\n",
@@ -797,9 +828,9 @@ def sockets() -> None:
 
 
 def drip(*pieces: bytes) -> list[bytes | float]:
-    """So slowly that it would take minutes; single bytes of the one piece."""
+    """Return pieces with pauses between them, so slow that the request would take minutes."""
     each = [pieces[0][k : k + 1] for k in range(len(pieces[0]))] if len(pieces) == 1 else pieces
-    return [one for piece in each for one in (piece, PATIENCE_S / 5)]
+    return [part for piece in each for part in (piece, TIMEOUT_S / 5)]
 
 
 corpus()

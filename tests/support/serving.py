@@ -1,4 +1,4 @@
-"""A real ``python -m serving.server``, and a small network that has all that can be asked for."""
+"""A real ``python -m serving.server``, and a small network with every output."""
 
 import contextlib
 import json
@@ -7,10 +7,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -23,12 +23,13 @@ from tests.support.mlflow_server import free_port
 from tests.support.paths import ROOT
 from tests.support.registry import CLASSES, make_run
 
-START_S = 120.0
-STOP_S = 30.0
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 30.0
 CALIBRATION = {"thresholds": [0.9, 0.9, 0.9], "ood_threshold": -2.0}
 
 
 def until(holds: Callable[[], bool], seconds: float, what: str) -> None:
+    """Poll until a condition holds; ``what`` names it in the failure."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
@@ -42,31 +43,31 @@ class Server:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def counted(self, name: str) -> float:
-        """A metric over all of its labels; 0 before it is told."""
-        told = requests.get(f"{self.url}/metrics", timeout=10).text
+    def metric(self, name: str) -> float:
+        """Return a metric summed over its labels; 0 if it is missing."""
+        text = requests.get(f"{self.url}/metrics", timeout=10).text
         pattern = rf"^{name}(?:{{[^}}]*}})? (\S+)$"
-        return sum(float(value) for value in re.findall(pattern, told, re.MULTILINE))
+        return sum(float(value) for value in re.findall(pattern, text, re.MULTILINE))
 
 
 @contextlib.contextmanager
 def started(folder: Path, log: Path, *command: str) -> "Iterator[subprocess.Popen[bytes]]":
-    """A verb of ours as a process in ``folder``; stopped as an operator would."""
+    """Run one of our commands in ``folder``, and stop it by SIGTERM."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with log.open("wb") as written:
+    with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", *command],
             cwd=folder,
             env=os.environ | {"PYTHONPATH": path},
-            stdout=written,
-            stderr=written,
+            stdout=stream,
+            stderr=stream,
         )
     try:
         yield process
     finally:
         process.terminate()
         try:
-            process.wait(timeout=STOP_S)
+            process.wait(timeout=STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
@@ -74,7 +75,7 @@ def started(folder: Path, log: Path, *command: str) -> "Iterator[subprocess.Pope
 
 @contextlib.contextmanager
 def running(folder: Path, *flags: str, processes: int = 1) -> Iterator[Server]:
-    """Ready, all of its processes; stopped as an operator would, unless the test has done it."""
+    """Start a server, yield it when all processes are ready, and stop it by SIGTERM."""
     port = free_port()
     log = folder / f"server-{port}.log"
     command = ["serving.server", "--port", str(port), *flags, "--processes", str(processes)]
@@ -84,18 +85,18 @@ def running(folder: Path, *flags: str, processes: int = 1) -> Iterator[Server]:
         def ready() -> bool:
             assert process.poll() is None, log.read_text()[-2000:]
             try:
-                return server.counted("eurosat_model") == processes
+                return server.metric("eurosat_model") == processes
             except requests.RequestException:
                 return False
 
-        until(ready, START_S, f"{processes} processes that answer")
+        until(ready, START_TIMEOUT_S, f"{processes} processes are ready")
         yield server
 
 
-def make_whole_network(file: Path) -> Path:
-    """As `eurosat.models.export` writes it: ``tta``, ``energy`` and ``activation`` too.
+def make_full_network(file: Path, calibration: Mapping[str, Any] = CALIBRATION) -> Path:
+    """Write a network like `eurosat.models.export`, with ``tta``, ``energy`` and ``activation``.
 
-    It looks at the left half of a tile, or, with ``tta``, at all of it.
+    It uses the left half of a tile, or with ``tta`` all of it.
     """
     weights = np.eye(3, dtype=np.float32) * 10 / 255
     constants = {
@@ -110,20 +111,20 @@ def make_whole_network(file: Path) -> Path:
         "end": np.array([64, 64]),
         "step": np.array([16, 16]),
     }
-    made = helper.make_node
+    node = helper.make_node
     nodes = [
-        made("Cast", ["tiles_NHWC"], ["pixels"], to=TensorProto.FLOAT),
-        made("Slice", ["pixels", "from", "half", "across"], ["left"]),
-        made("ReduceMean", ["left", "axes"], ["left_means"], keepdims=0),
-        made("ReduceMean", ["pixels", "axes"], ["all_means"], keepdims=0),
-        made("Where", ["tta", "all_means", "left_means"], ["means"]),
-        made("MatMul", ["means", "weights"], ["logits"]),
-        made("Softmax", ["logits"], ["probabilities"], axis=1),
-        made("ReduceLogSumExp", ["logits", "last"], ["knowing"], keepdims=0),
-        made("Neg", ["knowing"], ["energy"]),
-        made("Slice", ["pixels", "corner", "end", "axes", "step"], ["few"]),
-        made("MatMul", ["few", "weights"], ["maps"]),
-        made("Transpose", ["maps"], ["activation"], perm=[0, 3, 1, 2]),
+        node("Cast", ["tiles_NHWC"], ["pixels"], to=TensorProto.FLOAT),
+        node("Slice", ["pixels", "from", "half", "across"], ["left"]),
+        node("ReduceMean", ["left", "axes"], ["left_means"], keepdims=0),
+        node("ReduceMean", ["pixels", "axes"], ["all_means"], keepdims=0),
+        node("Where", ["tta", "all_means", "left_means"], ["means"]),
+        node("MatMul", ["means", "weights"], ["logits"]),
+        node("Softmax", ["logits"], ["probabilities"], axis=1),
+        node("ReduceLogSumExp", ["logits", "last"], ["log_sum"], keepdims=0),
+        node("Neg", ["log_sum"], ["energy"]),
+        node("Slice", ["pixels", "corner", "end", "axes", "step"], ["corners"]),
+        node("MatMul", ["corners", "weights"], ["maps"]),
+        node("Transpose", ["maps"], ["activation"], perm=[0, 3, 1, 2]),
     ]
     count = len(CLASSES)
     outputs: dict[str, list[str | int | None]] = {
@@ -145,22 +146,22 @@ def make_whole_network(file: Path) -> Path:
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     network = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    told = {
+    metadata = {
         "classes": CLASSES,
         "tile_size": [64, 64],
         "bands": 3,
         "views": 1,
-        "calibration": CALIBRATION,
+        "calibration": dict(calibration),
     }
-    helper.set_model_props(network, {name: json.dumps(value) for name, value in told.items()})
+    helper.set_model_props(network, {name: json.dumps(value) for name, value in metadata.items()})
     onnx.save(network, str(file))
     return file
 
 
 def make_champion(store: Path) -> str:
-    """A run with that network, registered as the champion; its version."""
+    """Register a run with the full network as the champion; return its version."""
     run_id = make_run(store)
-    MlflowClient().log_artifact(run_id, str(make_whole_network(store / run_id / "model.onnx")))
+    MlflowClient().log_artifact(run_id, str(make_full_network(store / run_id / "model.onnx")))
     number = register.register(run_id, "eurosat", "challenger")
     versions.client().set_registered_model_alias("eurosat", "champion", number)
     return number
@@ -185,7 +186,7 @@ def headers_of(head: bytes) -> dict[str, str]:
 
 
 def read_answer(file: BinaryIO, *, to_head: bool = False) -> Answer | None:
-    """The next one of a connection; None where it has been closed."""
+    """Return the next answer on a connection; None if it is closed."""
     status = 100
     while status == 100:
         lines = []

@@ -23,6 +23,9 @@ EUROSAT_NAMES = ("EuroSAT_RGB.zip", "EuroSAT.zip", "EuroSAT_RGB", "2750", "euros
 """Names to look for under EUROSAT_ROOT: the archives of zenodo.org/records/7711810 and of the
 authors, packed or unpacked; the last is the folder that torchvision's downloader makes."""
 
+ZIP_ERRORS = (OSError, zipfile.BadZipFile, EOFError, ValueError, zlib.error, RuntimeError)
+"""Errors that `zipfile` raises when it reads a damaged or encrypted member."""
+
 
 class Source(Protocol):
     """Tiles by path. A path is ``Class/file``, without any prefix that the archive has."""
@@ -201,14 +204,7 @@ class ZipSource:
     def read(self, path: str) -> bytes:
         try:
             return self._zip.read(self._members[path])
-        except (
-            OSError,
-            zipfile.BadZipFile,
-            EOFError,
-            ValueError,
-            zlib.error,
-            RuntimeError,
-        ) as error:
+        except ZIP_ERRORS as error:
             raise DataError(
                 f"{self._members[path]} in {self._file} cannot be read ({error}): "
                 "download the archive again"

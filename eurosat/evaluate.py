@@ -18,7 +18,9 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.parser("eurosat.evaluate", __doc__ or "")
     parser.add_argument("run", metavar="RUN", help="run id, runs:/ID or models:/eurosat@champion")
     parser.add_argument("--fold", choices=FOLDS, default="test", help="fold of the run's own data")
-    parser.add_argument("--data", help="evaluate on other tiles: synthetic, 'folder data.root=DIR'")
+    parser.add_argument(
+        "--data", help="use other data, such as synthetic or 'folder data.root=DIR'"
+    )
     parser.add_argument("--against", metavar="OTHER", help="also compare with this run or version")
     parser.add_argument(
         "--corruptions", action="store_true", help="also try haze, blur, noise, ..."

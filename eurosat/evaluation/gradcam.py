@@ -103,21 +103,32 @@ def heat_maps(
 
 
 def _find_target_layer(network: Network, tile_NCHW: Tensor) -> tuple[nn.Module, Any]:
-    """Return the last layer with a map of at least MIN_MAP_SIDE, and a transform of its output.
+    """Return the layer to explain, and a transform of its output to (N, C, h, w).
 
-    The transform gives (N, C, h, w); it is None where the output has that shape already.
+    The transform is None if the output has that shape already.
     """
     backbone: Any = network.backbone
     if hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks"):
-        height, width = backbone.patch_embed.grid_size
-        prefix = getattr(backbone, "num_prefix_tokens", 0)
+        return _last_tokens(backbone)
+    return _last_feature_map(network, tile_NCHW)
 
-        def tokens_to_map(tokens: Tensor) -> Tensor:
-            batch, _, channels = tokens.shape
-            grid = tokens[:, prefix:].reshape(batch, height, width, channels)
-            return grid.permute(0, 3, 1, 2)
 
-        return backbone.blocks[-1].norm1, tokens_to_map
+def _last_tokens(backbone: Any) -> tuple[nn.Module, Any]:
+    """Return the last block of a transformer, and what makes a map of its tokens."""
+    height, width = backbone.patch_embed.grid_size
+    prefix = getattr(backbone, "num_prefix_tokens", 0)
+
+    def tokens_to_map(tokens: Tensor) -> Tensor:
+        batch, _, channels = tokens.shape
+        grid = tokens[:, prefix:].reshape(batch, height, width, channels)
+        return grid.permute(0, 3, 1, 2)
+
+    return backbone.blocks[-1].norm1, tokens_to_map
+
+
+def _last_feature_map(network: Network, tile_NCHW: Tensor) -> tuple[nn.Module, Any]:
+    """Return the last layer whose output is a map of at least MIN_MAP_SIDE."""
+    backbone: Any = network.backbone
     candidates: list[nn.Module] = []
     channels_last = "NHWC" in str(getattr(backbone, "output_fmt", "NCHW"))  # as timm's Swin
     height, width = (1, 2) if channels_last else (2, 3)

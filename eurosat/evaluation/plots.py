@@ -17,8 +17,6 @@ from eurosat.evaluation.metrics import NUM_BINS, confidence_bin
 DPI = 120
 TITLE_CHARACTERS_PER_INCH = 11
 """Characters of a title at its font size of 10 points that fit into an inch."""
-
-
 LINE_STYLES = {"accuracy": "-", "confidence": "--", "out_of_distribution": ":"}
 """Line of each value in `corruption_curves`."""
 

@@ -82,8 +82,8 @@ def unseen_tiles(run_id: str, network: Network, data: str) -> tuple[Pack, npt.ND
         )
     with tracking.artifact(run_id, "split.csv") as file:
         split = pd.read_csv(file)
-    seen = set(split.loc[split["fold"] != "test", "sha256"])
-    rows = np.flatnonzero(~pack.table["sha256"].isin(seen))
+    seen_sha256 = set(split.loc[split["fold"] != "test", "sha256"])
+    rows = np.flatnonzero(~pack.table["sha256"].isin(seen_sha256))
     log.info("%d of %d tiles were not seen in training", len(rows), len(pack.table))
     if not len(rows):
         raise DataError(f"--data {data}: the run was trained on all tiles; use another data set")

@@ -1,4 +1,4 @@
-"""bench-tracking: what logging one metric set a step costs a training, on a near and a far server.
+"""bench-tracking: the cost of logging one set of metrics per step, by server and logger.
 
 `python -m benchmarks.tracking [--rounds 10] [--seconds 6]`
 """
@@ -25,6 +25,7 @@ from eurosat.runtime import hardware, logs
 from tests.support.mlflow_server import free_port, mlflow_server, proxy
 
 FAR_DELAY_S = 0.05
+"""Delay of each request to the far server."""
 METRICS = ("train_loss_step", "train_accuracy_step", "lr")
 ARMS = {
     "none": "no logging",
@@ -34,31 +35,35 @@ ARMS = {
     "MLFlowLogger, near": "Lightning's MLFlowLogger, a server on this machine",
     "MLFlowLogger, far": "Lightning's MLFlowLogger, a server 50 ms away",
 }
-
+"""What each arm logs to, by its name in the report."""
 DRAIN_TIMEOUT_S = 60
-"""A server that answers has what a turn logged within EVERY_S of `eurosat.tracking.uploader`."""
+"""Limit for sending what a turn has logged; it starts within `uploader.UPLOAD_INTERVAL_S`."""
 
 Log = Callable[[dict[str, float], int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
+    """A way of logging to measure."""
+
     log_metrics: Log
     drain: Callable[[], None] = lambda: None
-    """Returns once nothing waits to be sent."""
+    """Wait until everything is sent."""
 
 
 @contextmanager
 def journal_arm(uri: str, *, is_reachable: bool = True) -> Iterator[Arm]:
-    """``there`` says that a server answers at ``uri``: without one nothing is ever sent."""
+    """Log through a journal; ``is_reachable`` says whether a server answers at ``uri``."""
     os.environ["MLFLOW_TRACKING_URI"] = uri
     with tracking.run("bench", "ours", system_metrics=False) as run:
 
         def drain() -> None:
             deadline = time.monotonic() + DRAIN_TIMEOUT_S
-            while waiting := run.backlog():
+            while backlog := run.backlog():
                 if time.monotonic() > deadline:
-                    raise TrackingError(f"{uri} did not take {waiting} within {DRAIN_TIMEOUT_S} s")
+                    raise TrackingError(
+                        f"{uri} did not accept {backlog} within {DRAIN_TIMEOUT_S} s: is it busy?"
+                    )
                 time.sleep(0.05)
 
         yield Arm(log_metrics=run.log_metrics, drain=drain if is_reachable else lambda: None)
@@ -66,7 +71,7 @@ def journal_arm(uri: str, *, is_reachable: bool = True) -> Iterator[Arm]:
 
 @contextmanager
 def lightning_arm(uri: str) -> Iterator[Arm]:
-    """It sends within the call: nothing waits after it."""
+    """Log through Lightning's logger, which sends within the call."""
     from lightning.pytorch.loggers import MLFlowLogger
 
     logger = MLFlowLogger("bench", tracking_uri=uri)
@@ -75,20 +80,20 @@ def lightning_arm(uri: str) -> Iterator[Arm]:
 
 
 def time_steps(step: Callable[[], float], arm: Arm, seconds: float) -> tuple[float, float]:
-    """Train and log for a while; returns the seconds of a step, and of a call to the logger.
+    """Train and log for a while; return the seconds per step and per call of the logger.
 
-    What is left to be sent is sent after them, so that it does not slow the next arm's turn.
+    The rest is sent after the measured time, so that it does not slow the next arm.
     """
-    begun, steps, calling = time.perf_counter(), 0, 0.0
-    while time.perf_counter() - begun < seconds:
+    started, steps, logging_s = time.perf_counter(), 0, 0.0
+    while time.perf_counter() - started < seconds:
         loss = step()
-        called = time.perf_counter()
+        before = time.perf_counter()
         arm.log_metrics(dict.fromkeys(METRICS, loss), steps)
-        calling += time.perf_counter() - called
+        logging_s += time.perf_counter() - before
         steps += 1
-    taken = time.perf_counter() - begun
+    total_s = time.perf_counter() - started
     arm.drain()
-    return taken / steps, calling / steps
+    return total_s / steps, logging_s / steps
 
 
 def report_row(
@@ -105,46 +110,60 @@ def report_row(
     }
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=6)
-    args = parser.parse_args(argv)
-    logs.setup("info")
-    torch.set_num_threads(hardware.cores())
-    started, (step, _) = reports.now(), make_step("resnet18-quick")
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        os.environ["EUROSAT_CACHE"] = folder
-        port = stack.enter_context(mlflow_server(Path(folder)))
+@contextmanager
+def open_arms(folder: Path) -> Iterator[dict[str, Arm]]:
+    """Start the servers, and yield the arm for each name of ARMS."""
+    with ExitStack() as stack:
+        port = stack.enter_context(mlflow_server(folder))
         far = stack.enter_context(proxy(port))
         far.delay_s = FAR_DELAY_S
-        near, gone = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
-        arms: dict[str, Arm] = {
+        near, nowhere = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{free_port()}"
+        yield {
             "none": Arm(log_metrics=lambda *_: None),
             "ours, near": stack.enter_context(journal_arm(near)),
             "ours, far": stack.enter_context(journal_arm(far.uri)),
-            "ours, gone": stack.enter_context(journal_arm(gone, is_reachable=False)),
+            "ours, gone": stack.enter_context(journal_arm(nowhere, is_reachable=False)),
             "MLFlowLogger, near": stack.enter_context(lightning_arm(near)),
             "MLFlowLogger, far": stack.enter_context(lightning_arm(far.uri)),
         }
-        step()
-        for arm in arms.values():
-            arm.drain()
-        steps: dict[str, list[float]] = {name: [] for name in ARMS}
-        calls: dict[str, list[float]] = {name: [] for name in ARMS}
-        for number in range(args.rounds):
-            names = list(ARMS)
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                of_step, of_call = time_steps(step, arms[name], args.seconds)
-                steps[name].append(of_step)
-                calls[name].append(of_call)
-                print(
-                    f"round {number + 1} of {args.rounds}: {name} {1000 * of_step:.1f} ms a step, "
-                    f"{1000 * of_call:.3f} of it logging",
-                    flush=True,
-                )
-        rows = [report_row(name, steps[name], calls[name], steps["none"]) for name in ARMS]
-    worst = max(one["overhead"] for one in rows if str(one["arm"]).startswith("ours"))
+
+
+def measure(arms: dict[str, Arm], rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Time all arms in every round, each round beginning with another; return the report's rows."""
+    step, _ = make_step("resnet18-quick")
+    step()
+    for arm in arms.values():
+        arm.drain()
+    steps_s: dict[str, list[float]] = {name: [] for name in ARMS}
+    calls_s: dict[str, list[float]] = {name: [] for name in ARMS}
+    names = list(ARMS)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            step_s, call_s = time_steps(step, arms[name], seconds)
+            steps_s[name].append(step_s)
+            calls_s[name].append(call_s)
+            print(
+                f"round {number + 1} of {rounds}: {name} {1000 * step_s:.1f} ms per step, "
+                f"{1000 * call_s:.3f} ms of it logging",
+                flush=True,
+            )
+    return [report_row(name, steps_s[name], calls_s[name], steps_s["none"]) for name in ARMS]
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each arm")
+    parser.add_argument("--seconds", type=float, default=6, help="length of a turn")
+    args = parser.parse_args(argv)
+    logs.setup("info")
+    torch.set_num_threads(hardware.cores())
+    started = reports.now()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["EUROSAT_CACHE"] = folder
+        with open_arms(Path(folder)) as arms:
+            rows = measure(arms, args.rounds, args.seconds)
+    worst = max(row["overhead"] for row in rows if str(row["arm"]).startswith("ours"))
     goals = [reports.goal("tracking.overhead", worst, 0.01, at_most=True)]
     reports.write("tracking", started=started, n=args.rounds, goals=goals, rows=rows)
 

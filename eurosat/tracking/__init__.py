@@ -1,7 +1,7 @@
-"""Runs on the tracking server: the one place where this package calls MLflow.
+"""Write and read runs; no other part of this package calls MLflow.
 
-A run is written into a journal on this machine and sent on from there (`runs`, `journal`,
-`delivery`); what the server holds is read from it (`store`).
+A `run` is written into a `journal` on this machine, and the `uploader` sends it from there.
+`mlflow_client` reads what the server has.
 """
 
 from eurosat.tracking.journal import Status

@@ -1,10 +1,8 @@
-"""What runs on this machine have not told the tracking server yet: look at it, and send it."""
+"""List or send what the tracking server does not have yet of this machine's runs."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-
-from rich.progress import TaskID
 
 from eurosat.runtime import cli, exit_codes, logs
 from eurosat.runtime.progress import bar
@@ -12,116 +10,132 @@ from eurosat.tracking import journal_index, mlflow_client
 from eurosat.tracking.journal import PREFIX, Journal, now_ms
 from eurosat.tracking.uploader import upload_all
 
+ALL_SENT = "the tracking server has everything"
+
 
 def unsent(references: Sequence[str] = ()) -> Iterator[tuple[Journal, bool]]:
-    """The journals that hold something back, were refused something, or that nobody will end, and
-    whether they are held.
+    """Yield the journals with something to send, and whether a living process writes them.
 
-    A journal that is held is written by a living process, which sends it too.
+    These have a backlog, or entries that the server refused, or a run that nobody will end. The
+    process of a run sends its journal itself.
     """
     for directory in list(journal_index.all_journals()):
         if (journal := journal_index.try_open(directory)) is None:
             continue
-        alive = not journal.acquire()
-        abandoned = (
-            not alive and not journal.get_meta("status") and not journal.get_meta("attached")
-        )
+        is_alive = not journal.acquire()
+        is_unsent = journal.outbox.backlog() or journal.outbox.refusals()
+        is_abandoned = not is_alive and not _has_ended(journal)
         names = {journal.reference, journal.id, PREFIX + journal.id}
-        held_back = abandoned or journal.backlog() or journal.refusals()
-        if held_back and (not references or names & {*references}):
-            yield journal, alive
+        is_selected = not references or names & {*references}
+        if is_selected and (is_unsent or is_abandoned):
+            yield journal, is_alive
         journal.close()
 
 
 def status() -> int:
-    """Print what waits; 1 where something does."""
-    found = 0
-    for journal, alive in unsent():
-        found += 1
+    """Print a line for each journal with something to send; return NEGATIVE if there is one."""
+    count = 0
+    for journal, is_alive in unsent():
+        count += 1
         minutes = (now_ms() - int(journal.get_meta("start_ms") or 0)) / 60e3
-        state = "a process writes it" if alive else "its process has ended"
-        if refused := journal.refusals():
-            state += f", {_refused(refused)}"
+        state = "its process is writing it" if is_alive else "its process has ended"
+        if refusals := journal.outbox.refusals():
+            state += f", {_describe_refusals(refusals)}"
         name = journal.get_meta("run_name") or "additions"
         print(
-            f"{journal.reference}\t{name}\t{minutes:.0f} min\t{journal.backlog()}\t{state}\t"
+            f"{journal.reference}\t{name}\t{minutes:.0f} min\t{journal.outbox.backlog()}\t{state}\t"
             f"{mlflow_client.without_password(journal.get_meta('server') or '')}"
         )
-    if not found:
-        print("the tracking server has everything")
-    return exit_codes.NEGATIVE if found else exit_codes.OK
+    if not count:
+        print(ALL_SENT)
+    return exit_codes.NEGATIVE if count else exit_codes.OK
 
 
 def sync(references: Sequence[str]) -> int:
-    """Send what waits, and once more what was refused; 1 where some of it could not be sent."""
-    left, skipped, started = 0, 0, time.monotonic()
-    with bar() as shown:
-        for journal, alive in unsent(references):
-            if alive:
-                print(f"{journal.reference}: its process is alive and sends it itself")
-                skipped += 1
-                continue
-            if journal.get_meta("status") is None and not journal.get_meta("attached"):
-                _end(journal)
-            journal.requeue_rejected()
-            waiting = journal.backlog()
-            task = shown.add_task(
-                f"send {journal.get_meta('run_name') or journal.id}", total=None, note=str(waiting)
-            )
-
-            def told(task: TaskID = task, journal: Journal = journal) -> None:
-                shown.update(task, note=f"{journal.backlog()} left")
-
-            why = _delivered(journal, told)
-            shown.remove_task(task)
-            refused = journal.refusals()
-            left += bool(why or refused)
-            print(f"{journal.reference}: " + (f"not sent: {why}" if why else f"sent {waiting}"))
-            if refused:
-                print(f"  {_refused(refused)}; delete {journal.directory} to give that up")
-            elif not why and journal.get_meta("status") in ("FINISHED", None):
-                journal.remove()
-    if not left and not skipped:
-        said = "nothing of these waits here" if references else "the tracking server has everything"
-        print(f"{said} ({time.monotonic() - started:.0f} s)")
-    return exit_codes.NEGATIVE if left else exit_codes.OK
+    """Send everything, also what was refused before; return NEGATIVE if some could not be sent."""
+    num_failed, num_skipped, started = 0, 0, time.monotonic()
+    for journal, is_alive in unsent(references):
+        if is_alive:
+            print(f"{journal.reference}: its process is running and sends it itself")
+            num_skipped += 1
+        elif not _send(journal):
+            num_failed += 1
+    if not num_failed and not num_skipped:
+        seconds = time.monotonic() - started
+        result = "nothing left to send of these runs" if references else ALL_SENT
+        print(f"{result} ({seconds:.0f} s)")
+    return exit_codes.NEGATIVE if num_failed else exit_codes.OK
 
 
-def _refused(refusals: Sequence[str]) -> str:
-    return f"the server refused {len(refusals)}, the first: {refusals[0]}"
+def _send(journal: Journal) -> bool:
+    """Send one journal, with a progress bar, and print the result; False if some is left."""
+    if not _has_ended(journal):
+        _end_abandoned(journal)
+    outbox = journal.outbox
+    outbox.requeue_refused()
+    backlog = outbox.backlog()
+    with bar() as progress:
+        name = journal.get_meta("run_name") or journal.id
+        task = progress.add_task(f"send {name}", total=None, note=str(backlog))
+
+        def show_backlog() -> None:
+            progress.update(task, note=f"{outbox.backlog()} left")
+
+        error = _upload(journal, show_backlog)
+        progress.remove_task(task)
+    print(f"{journal.reference}: " + (f"not sent: {error}" if error else f"sent {backlog}"))
+    refusals = outbox.refusals()
+    if refusals:
+        print(f"  {_describe_refusals(refusals)}; to give that up, delete {journal.directory}")
+    elif not error and journal.get_meta("status") in ("FINISHED", None):
+        journal.remove()
+    return not error and not refusals
 
 
-def _end(journal: Journal) -> None:
-    """The last word of a run whose process left none here: KILLED, until somebody continues it.
-
-    Where the disk had no room for it, the server was told FAILED at least.
-    """
-    if journal.run_id and journal.get_meta("opened"):
-        with contextlib.suppress(Exception):  # whatever it is, `_delivered` tells it
-            heard = mlflow_client.client(journal.get_meta("server")).get_run(journal.run_id)
-            if heard.info.status == "FAILED":
-                return journal.end("FAILED")
-    journal.set_tags({"killed.why": "its process ended without a word"})
-    return journal.end("KILLED")
-
-
-def _delivered(journal: Journal, told: Callable[[], None]) -> str | None:
+def _upload(journal: Journal, on_progress: Callable[[], None]) -> str | None:
+    """Send a journal to its server; return the reason if that failed, else None."""
     try:
         client = mlflow_client.client(journal.get_meta("server"))
     except Exception as error:  # noqa: BLE001 - MLflow raises many kinds for a bad address
         return mlflow_client.first_line(error)
-    return upload_all(journal, client, told)
+    return upload_all(journal, client, on_progress)
+
+
+def _has_ended(journal: Journal) -> bool:
+    """Return whether the run has a final status, or another process ends it."""
+    return bool(journal.get_meta("status") or journal.get_meta("attached"))
+
+
+def _end_abandoned(journal: Journal) -> None:
+    """End a run whose process died without a status: KILLED, until somebody continues it.
+
+    It is FAILED if the server says so: a process without space on its disk ended it there.
+    """
+    status_on_server = None
+    if journal.run_id and journal.get_meta("opened"):
+        with contextlib.suppress(Exception):  # `_upload` will report what is wrong
+            client = mlflow_client.client(journal.get_meta("server"))
+            status_on_server = client.get_run(journal.run_id).info.status
+    if status_on_server == "FAILED":
+        journal.end("FAILED")
+    else:
+        journal.set_tags({"killed.why": "its process ended without a status"})
+        journal.end("KILLED")
+
+
+def _describe_refusals(refusals: Sequence[str]) -> str:
+    return f"the server refused {len(refusals)}, the first: {refusals[0]}"
 
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser("eurosat.tracking", __doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("status", help="list the runs that the server does not have in full")
-    sending = verbs.add_parser("sync", help="send what the server does not have")
-    sending.add_argument("runs", nargs="*", help="only these: ids, or journal:ID")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("status", help="list the runs that the server does not have in full")
+    sync_parser = commands.add_parser("sync", help="send what the server does not have")
+    sync_parser.add_argument("runs", nargs="*", help="only these runs: ids or journal:ID")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    return status() if args.verb == "status" else sync(args.runs)
+    return status() if args.command == "status" else sync(args.runs)
 
 
 if __name__ == "__main__":

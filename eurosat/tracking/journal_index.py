@@ -1,4 +1,4 @@
-"""The journals of this machine: which there are, and which of them belongs to a run."""
+"""Find the journals on this machine, and remove old ones."""
 
 import contextlib
 import logging
@@ -10,20 +10,21 @@ from pathlib import Path
 
 from eurosat.errors import TrackingError
 from eurosat.runtime.cache import MAX_AGE_DAYS
-from eurosat.tracking.journal import DATABASE, PREFIX, Journal, root
+from eurosat.tracking.journal import PREFIX, Journal, root
+from eurosat.tracking.journal_database import DATABASE
 
 log = logging.getLogger(__name__)
 
 
 def all_journals() -> Iterator[Path]:
-    """The folders of the journals here, the oldest first."""
+    """Yield the folders of all journals, oldest run first."""
     if root().is_dir():
-        found = [path.parent for path in root().glob(f"[!.]*/{DATABASE}")]
-        yield from sorted(found, key=lambda folder: (_start_ms(folder), folder.name))
+        directories = [path.parent for path in root().glob(f"[!.]*/{DATABASE}")]
+        yield from sorted(directories, key=lambda folder: (_start_ms(folder), folder.name))
 
 
 def find_journal(reference: str) -> Path | None:
-    """The journal of a run, by its id on the server or by ``journal:ID``."""
+    """Return the journal of a run, given its id on the server or ``journal:ID``."""
     if reference.startswith(PREFIX):
         directory = root() / reference.removeprefix(PREFIX)
         return directory if (directory / DATABASE).is_file() else None
@@ -34,39 +35,41 @@ def find_journal(reference: str) -> Path | None:
 
 
 def prune_old() -> None:
-    """Remove the journals that wait for nothing and that nobody came back for.
+    """Remove journals that are older than MAX_AGE_DAYS and have nothing left to send.
 
-    And what a process left that was killed while it made one.
+    Old folders that a process left when it was killed while it created a journal go as well.
     """
-    for unmade in root().glob(f".*/{DATABASE}"):
-        if _is_old(unmade.parent):
-            shutil.rmtree(unmade.parent, ignore_errors=True)
+    for unfinished in root().glob(f".*/{DATABASE}"):
+        if _is_old(unfinished.parent):
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
     for directory in list(all_journals()):
         if not _is_old(directory):
             continue
-        if (old := try_open(directory)) is None:
+        if (journal := try_open(directory)) is None:
             continue
-        told = old.get_meta("status") is not None or old.get_meta("attached") is not None
-        if old.acquire() and told and not old.backlog() and not old.refusals():
-            old.remove()
+        has_ended = journal.get_meta("status") is not None
+        has_ended = has_ended or journal.get_meta("attached") is not None
+        outbox = journal.outbox
+        if journal.acquire() and has_ended and not outbox.backlog() and not outbox.refusals():
+            journal.remove()
         else:
-            old.close()
+            journal.close()
 
 
 def try_open(directory: Path) -> Journal | None:
-    """The journal there, or None where it was removed meanwhile or cannot be read."""
+    """Open a journal; None if it was removed meanwhile or cannot be read (logged)."""
     try:
         journal = Journal(directory)
         journal.get_meta("server")
     except (TrackingError, sqlite3.Error) as error:
         if directory.exists():
-            log.warning("the journal %s cannot be read: %s", directory, error)
+            log.warning("cannot read the journal %s: %s", directory, error)
         return None
     return journal
 
 
 def _is_old(directory: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):  # another process was quicker
+    with contextlib.suppress(FileNotFoundError):  # another process may have removed it
         return time.time() - directory.stat().st_mtime > MAX_AGE_DAYS * 86400
     return False
 
@@ -76,7 +79,7 @@ def _start_ms(directory: Path) -> int:
 
 
 def _read_meta(directory: Path) -> dict[str, str]:
-    """What is noted in a journal, or nothing where it cannot be read."""
+    """Return a journal's metadata, or an empty dict if it cannot be read."""
     with (
         contextlib.suppress(sqlite3.Error, TrackingError),
         contextlib.closing(

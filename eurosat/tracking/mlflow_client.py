@@ -1,4 +1,4 @@
-"""What the tracking server holds: runs, their artifacts, versions of models."""
+"""Read runs, artifacts and model versions from the tracking server."""
 
 import os
 import re
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 BEST_RUN = "sweep.best_run_id"
-"""On a sweep's parent run: the run of the best configuration, refitted in full."""
+"""Tag of a sweep's parent run: id of the run that refits the best configuration in full."""
 
 NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow answers an unknown alias of a known model with the second."""
+"""MLflow's codes for what does not exist; the second for an unknown alias of a known model."""
 JOURNAL_TAG = "journal.id"
-"""Tag by which a run is found again that was made, but whose id did not arrive here."""
+"""Tag with the id of a run's journal: it finds a run whose id did not arrive here."""
 PARENT, NAME_TAG = "mlflow.parentRunId", "mlflow.runName"
 MAX_RETRIES = 2
-"""Of a request, by MLflow; its own seven keep a verb waiting four minutes for a dead server."""
+"""MLflow's retries of a request; its default of 7 takes four minutes if the server is down."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunRecord:
-    """What the server holds of a run."""
+    """A run as the server has it."""
 
     run_id: str
     experiment_id: str
@@ -39,69 +39,71 @@ class RunRecord:
     metrics: Mapping[str, float] = field(repr=False)
     tags: Mapping[str, str] = field(repr=False)
     seconds: float
-    """From its start to its end, or to now where it goes on."""
+    """Duration, until now if the run has not ended."""
 
 
 def get(run_id: str) -> RunRecord:
-    """Read a run.
+    """Read a run, by its id or ``journal:ID``.
 
     Raises:
-        TrackingError: there is no such run.
+        TrackingError: there is no such run, or the server cannot be reached.
     """
     with translate_errors(f"run {run_id}"):
-        found = client().get_run(to_run_id(run_id))
+        run = client().get_run(to_run_id(run_id))
+    end_ms = run.info.end_time or time.time() * 1000
     return RunRecord(
-        run_id=found.info.run_id,
-        experiment_id=found.info.experiment_id,
-        status=found.info.status,
-        params=found.data.params,
-        metrics=found.data.metrics,
-        tags=found.data.tags,
-        seconds=(found.info.end_time or time.time() * 1000) / 1000 - found.info.start_time / 1000,
+        run_id=run.info.run_id,
+        experiment_id=run.info.experiment_id,
+        status=run.info.status,
+        params=run.data.params,
+        metrics=run.data.metrics,
+        tags=run.data.tags,
+        seconds=(end_ms - run.info.start_time) / 1000,
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSnapshot:
-    """What a run was told, as a journal takes it up."""
+    """What was logged to a run, in the form in which a journal imports it."""
 
     start_ms: int
     parent: str | None
-    """By its journal where it has one: another server knows it by that."""
+    """Parent as ``journal:ID``, stable across servers, or as a run id if it has no journal."""
     points: list[tuple[str, float, int, int]]
-    """Name, value, milliseconds since 1970 and step of each metric."""
+    """Name, value, time (milliseconds since 1970) and step of each point of a metric."""
     params: Mapping[str, str]
     tags: Mapping[str, str]
-    """But for those that say which run it is."""
+    """All tags but those that identify the run, its parent and its journal."""
 
 
 def snapshot(run_id: str) -> RunSnapshot:
-    """All that the server has of a run but its files.
+    """Read everything that the server has of a run, except its artifacts.
 
     Raises:
         MlflowException: there is no such run.
     """
-    asked = client()
-    held = asked.get_run(run_id)
-    if parent := held.data.tags.get(PARENT):
-        named = asked.get_run(parent).data.tags.get(JOURNAL_TAG)
-        parent = f"{PREFIX}{named}" if named else parent
+    mlflow = client()
+    run = mlflow.get_run(run_id)
+    if parent := run.data.tags.get(PARENT):
+        journal_id = mlflow.get_run(parent).data.tags.get(JOURNAL_TAG)
+        parent = f"{PREFIX}{journal_id}" if journal_id else parent
+    identity_tags = (JOURNAL_TAG, PARENT, NAME_TAG)
     return RunSnapshot(
-        start_ms=held.info.start_time,
+        start_ms=run.info.start_time,
         parent=parent,
         points=[
-            (one.key, one.value, one.timestamp, one.step)
-            for name in held.data.metrics
-            for one in asked.get_metric_history(run_id, name)
+            (point.key, point.value, point.timestamp, point.step)
+            for name in run.data.metrics
+            for point in mlflow.get_metric_history(run_id, name)
         ],
-        params=held.data.params,
-        tags={k: v for k, v in held.data.tags.items() if k not in (JOURNAL_TAG, PARENT, NAME_TAG)},
+        params=run.data.params,
+        tags={k: v for k, v in run.data.tags.items() if k not in identity_tags},
     )
 
 
 @contextmanager
 def artifact(run_id: str, path: str) -> Iterator[Path]:
-    """A local copy of an artifact file or folder, gone after the block.
+    """Download an artifact file or folder, for the duration of the block.
 
     Raises:
         TrackingError: the run has no such artifact.
@@ -113,7 +115,7 @@ def artifact(run_id: str, path: str) -> Iterator[Path]:
 
 
 def tracking_uri() -> str:
-    """URI of the tracking server; that of a local database holds wherever one stands."""
+    """Return the URI of the tracking server; the path of a local database is made absolute."""
     from mlflow import get_tracking_uri
 
     uri = str(get_tracking_uri())
@@ -122,12 +124,13 @@ def tracking_uri() -> str:
 
 
 def resolve_run(reference: str) -> str:
-    """The run behind ``ID``, ``runs:/ID``, ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``.
+    """Return the run id that a reference stands for.
 
-    A sweep's parent run stands for its refitted best.
+    References are ``ID``, ``runs:/ID``, ``models:/NAME/VERSION`` and ``models:/NAME@ALIAS``. A
+    sweep's parent run stands for the run that refits its best configuration.
 
     Raises:
-        TrackingError: nothing stands behind the reference.
+        TrackingError: there is no such run, version or alias.
     """
     with translate_errors(reference):
         if reference.startswith("models:/"):
@@ -139,45 +142,45 @@ def resolve_run(reference: str) -> str:
                 version = client().get_model_version(name, number)
             return str(version.run_id)
         run_id = reference.removeprefix("runs:/").strip("/")
-    found = get(run_id)
-    return found.tags.get(BEST_RUN, found.run_id)
+    run = get(run_id)
+    return run.tags.get(BEST_RUN, run.run_id)
 
 
 def latest_run(experiment: str, *, kind: str) -> str:
-    """The id of the run of this kind (its tag ``kind``) that was started last.
+    """Return the id of the latest run with this tag ``kind``.
 
     Raises:
-        TrackingError: there is none.
+        TrackingError: the experiment has no such run.
     """
-    if not (found := _search_run_ids(experiment, f"tags.kind = '{kind}'", max_results=1)):
+    if not (run_ids := _search_run_ids(experiment, f"tags.kind = '{kind}'", max_results=1)):
         raise TrackingError(f"experiment {experiment} has no run of kind {kind}")
-    return found[0]
+    return run_ids[0]
 
 
 def finished_runs(
     experiment: str, tags: Mapping[str, str], params: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Ids of the runs with these tags and parameters that ended well, the latest first."""
-    wanted = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
-    wanted += [f"params.`{name}` = '{value}'" for name, value in (params or {}).items()]
-    finished = " AND ".join([*wanted, "attributes.status = 'FINISHED'"])
-    return _search_run_ids(experiment, finished, max_results=100)
+    """Return ids of FINISHED runs with these tags and params, latest first, 100 at most."""
+    conditions = [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    conditions += [f"params.`{name}` = '{value}'" for name, value in (params or {}).items()]
+    conditions.append("attributes.status = 'FINISHED'")
+    return _search_run_ids(experiment, " AND ".join(conditions), max_results=100)
 
 
 def _search_run_ids(experiment: str, filter_string: str, *, max_results: int) -> list[str]:
     with translate_errors(f"experiment {experiment}"):
-        asked = client()
-        found = asked.search_runs(
-            [get_or_create_experiment(asked, experiment)],
+        mlflow = client()
+        runs = mlflow.search_runs(
+            [get_or_create_experiment(mlflow, experiment)],
             filter_string,
             order_by=["attributes.start_time DESC"],
             max_results=max_results,
         )
-    return [str(run.info.run_id) for run in found]
+    return [str(run.info.run_id) for run in runs]
 
 
 def alias_version(model: str, alias: str) -> str | None:
-    """The number of the version that carries the alias, or None where none does."""
+    """Return the number of the version with this alias, or None."""
     from mlflow.exceptions import MlflowException
 
     with translate_errors(f"{model}@{alias}"):
@@ -190,32 +193,32 @@ def alias_version(model: str, alias: str) -> str | None:
 
 
 def to_run_id(reference: str) -> str:
-    """The id of a run, also where it is given as ``journal:ID``.
+    """Return the run id for a run id or ``journal:ID``.
 
     Raises:
         TrackingError: the server does not have that journal's run yet.
     """
     if not reference.startswith(PREFIX):
         return reference
-    if found := find_runs_by_tag(client(), JOURNAL_TAG, reference.removeprefix(PREFIX)):
-        return found[0]
+    if run_ids := find_runs_by_tag(client(), JOURNAL_TAG, reference.removeprefix(PREFIX)):
+        return run_ids[0]
     raise TrackingError(
         f"{reference} is not on the tracking server yet: run `python -m eurosat.tracking sync`"
     )
 
 
 def find_runs_by_tag(client: "MlflowClient", name: str, value: str) -> list[str]:
-    """Ids of the runs of all experiments that carry the tag, the first made first."""
-    found = client.search_runs(
-        [one.experiment_id for one in client.search_experiments()],
+    """Return ids of the runs of all experiments with this tag, oldest first."""
+    runs = client.search_runs(
+        [experiment.experiment_id for experiment in client.search_experiments()],
         f"tags.`{name}` = '{value}'",
         order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
     )
-    return [str(run.info.run_id) for run in found]
+    return [str(run.info.run_id) for run in runs]
 
 
 def client(uri: str | None = None) -> "MlflowClient":
-    """Of the server at ``uri``; None is the one that MLFLOW_TRACKING_URI names."""
+    """Return a client of the server at ``uri``, by default that of MLFLOW_TRACKING_URI."""
     from mlflow import MlflowClient
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(MAX_RETRIES))
@@ -224,62 +227,65 @@ def client(uri: str | None = None) -> "MlflowClient":
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Credentials:
-    """What MLflow's client shows a server, from its variables or ~/.mlflow/credentials."""
+    """Credentials of MLflow's client, from its variables or ~/.mlflow/credentials."""
 
     username: str | None
     password: str | None = field(repr=False)
     token: str | None = field(repr=False)
     verify: bool | str
-    """Of TLS: whether, or by which file of certificates."""
+    """Whether TLS certificates are checked, or the file of certificates to check with."""
 
 
 def credentials() -> Credentials:
+    """Return the credentials that MLflow's client uses for the tracking server."""
     from mlflow.utils.credentials import get_default_host_creds
 
-    taken = get_default_host_creds(tracking_uri())
-    verify = taken.server_cert_path or not taken.ignore_tls_verification
+    host = get_default_host_creds(tracking_uri())
+    verify = host.server_cert_path or not host.ignore_tls_verification
     return Credentials(
-        username=taken.username, password=taken.password, token=taken.token, verify=verify
+        username=host.username, password=host.password, token=host.token, verify=verify
     )
 
 
 def get_or_create_experiment(client: "MlflowClient", name: str) -> str:
-    """Of the experiment of that name, which is made where there is none."""
+    """Return the id of an experiment, which is created if it does not exist."""
     from mlflow.exceptions import MlflowException
 
-    if found := client.get_experiment_by_name(name):
-        return str(found.experiment_id)
+    if experiment := client.get_experiment_by_name(name):
+        return str(experiment.experiment_id)
     try:
         return str(client.create_experiment(name))
-    except MlflowException:  # another process made it in between
-        found = client.get_experiment_by_name(name)
-        if found is None:
+    except MlflowException:  # another process created it meanwhile
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
             raise
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
 
 def is_denied(error: BaseException) -> bool:
-    """Whether the server does not take these credentials."""
+    """Return whether the server refused the credentials (401 or 403)."""
     from mlflow.exceptions import MlflowException
 
     return isinstance(error, MlflowException) and error.get_http_status_code() in (401, 403)
 
 
 def first_line(error: BaseException) -> str:
-    """What a library said, without its traces; passwords in addresses are left out."""
-    said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """Return the first line of an error's message, with passwords in addresses hidden."""
+    text = str(error).strip()
+    message = text.splitlines()[0] if text else type(error).__name__
     if is_denied(error):
-        said += " (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD are the credentials)"
-    return without_password(said[:400])
+        message += " (set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)"
+    return without_password(message[:400])
 
 
 def without_password(text: str) -> str:
+    """Replace the passwords of all addresses in a text by ***."""
     return re.sub(r"(\w+://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
 
 
 @contextmanager
 def translate_errors(what: str = "") -> Iterator[None]:
-    """Turn MLflow's errors into one line that names the server."""
+    """Turn MLflow's errors into one line that names ``what`` and the server."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -287,5 +293,5 @@ def translate_errors(what: str = "") -> Iterator[None]:
     except (MlflowException, OSError) as error:
         raise TrackingError(
             f"{what + ': ' if what else ''}{first_line(error)} (tracking server "
-            f"{without_password(tracking_uri())}; MLFLOW_TRACKING_URI names another)"
+            f"{without_password(tracking_uri())}; set MLFLOW_TRACKING_URI to use another)"
         ) from error

@@ -1,6 +1,6 @@
-"""Runs that this machine writes: into a journal, and from there to the server.
+"""Write runs: into a journal on this machine, and from there to the server.
 
-Written on ``MlflowClient`` with explicit run ids: MLflow's fluent API keeps global state, which
+All calls use ``MlflowClient`` with explicit run ids: MLflow's fluent API keeps global state, which
 parallel trials would share.
 """
 
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat.errors import TrackingError
 from eurosat.tracking import journal_index, mlflow_client
-from eurosat.tracking.journal import PREFIX, Backlog, Journal, Status, now_ms
+from eurosat.tracking.journal import PREFIX, Journal, Status, now_ms
+from eurosat.tracking.outbox import Backlog
 from eurosat.tracking.system_metrics import SystemMetrics
 from eurosat.tracking.uploader import BackgroundUploader
 
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SYNC_WAIT_S = 60.0
-"""A run that is to go on waits so long for a `sync` that sends its journal at this moment."""
+"""Longest wait of a continued run for a `sync` that is sending its journal."""
 FORBIDDEN_IN_NAMES = re.compile(r"[^/\w.\- :]")
-"""What MLflow refuses in the name of a metric."""
+"""Characters that MLflow does not allow in the name of a metric."""
 
 
 class Run:
-    """One run that this process writes. Methods may be called from several threads.
+    """A run that this process writes. Methods may be called from several threads.
 
-    What a method has returned from survives this process, and arrives at the server when it can.
+    Once a method has returned, its data survive this process and reach the server when possible.
     """
 
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
@@ -45,31 +46,31 @@ class Run:
 
     @property
     def run_id(self) -> str:
-        """The server's id; ``journal:ID`` as long as the server has not been reached."""
+        """The id on the server; ``journal:ID`` until the server has the run."""
         return self._last_id or self._journal.reference
 
     @property
     def journal(self) -> str:
-        """By which `run` continues it, and readers find it on any server: ``journal:ID``."""
+        """``journal:ID``, with which `run` continues it and readers find it on any server."""
         return PREFIX + self._journal.id
 
     @property
     def age_s(self) -> float:
-        """Since it was begun, by whichever process."""
+        """Seconds since the run began, in this process or an earlier one."""
         return (now_ms() - int(self._journal.get_meta("start_ms") or now_ms())) / 1000
 
     def log_metrics(
         self, metrics: Mapping[str, float], step: int = 0, *, once: bool = False
     ) -> None:
-        """Log metrics with the present time; ``once`` leaves a step's point that is there already.
+        """Log metrics with the current time; characters that MLflow forbids become underscores.
 
-        Characters that MLflow does not allow in a name become underscores.
+        With ``once``, a continued run leaves out a step that it has logged already.
         """
-        named = {FORBIDDEN_IN_NAMES.sub("_", key): float(value) for key, value in metrics.items()}
-        self._journal.log_metrics(named, now_ms(), step, once=once)
+        allowed = {FORBIDDEN_IN_NAMES.sub("_", key): float(value) for key, value in metrics.items()}
+        self._journal.log_metrics(allowed, now_ms(), step, once=once)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Nested mappings become dotted names.
+        """Log params; nested mappings become dotted names.
 
         Raises:
             TrackingError: a param was logged with another value before.
@@ -80,42 +81,46 @@ class Run:
         self._journal.set_tags({key: str(value) for key, value in tags.items()})
 
     def tag(self, name: str) -> str | None:
-        """What this run was tagged with."""
+        """Return the value of a tag, or None."""
         return self._journal.tag(name)
 
     def log_file(self, file: Path, folder: str | None = None) -> None:
+        """Log a file as an artifact, in ``folder`` of the run's artifacts."""
         self._journal.add_file(file, f"{folder}/{file.name}" if folder else file.name)
 
     def log_folder(self, folder: Path, into: str | None = None) -> None:
+        """Log all files of a folder and its subfolders, in ``into`` of the run's artifacts."""
         for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-            inside = file.relative_to(folder).as_posix()
-            self._journal.add_file(file, f"{into}/{inside}" if into else inside)
+            path = file.relative_to(folder).as_posix()
+            self._journal.add_file(file, f"{into}/{path}" if into else path)
 
     def log_text(self, text: str, path: str) -> None:
         self._journal.add_file(text.encode(), path)
 
     def wait_for_start(self) -> None:
-        """Until the server has the run, was seen to be away, or has let it wait for seconds."""
+        """Wait until the server has the run or cannot be reached, for some seconds at most."""
         self._uploader.wait_for_start()
 
     def backlog(self) -> Backlog:
-        """What the server does not have yet."""
-        return self._journal.backlog()
+        """Return what the server does not have yet."""
+        return self._journal.outbox.backlog()
 
     def checkpoint(self) -> None:
-        """Force what was logged onto the disk: a power cut spares it too."""
+        """Force what was logged to the disk, so that it survives a power cut."""
         self._journal.checkpoint_wal()
 
     def finish(self, status: Status | None) -> None:
-        """Send what is left, and the status; what cannot be sent is told in one line and kept.
+        """Send the rest and the status; what cannot be sent is kept, and one warning says so.
+
+        With None as the status the run goes on, or another process ends it.
 
         Raises:
-            TrackingError: the disk had no room for metrics.
+            TrackingError: there was no space on the disk for metrics.
         """
         try:
             if status:
                 self._journal.end(status)
-        except TrackingError:  # no room
+        except TrackingError:  # no space on the disk
             self._uploader.report_failed()
             raise
         finally:
@@ -125,9 +130,9 @@ class Run:
             ended_well = status is None or (
                 status == "FINISHED" and journal.get_meta("status_sent")
             )
-            if delivered and not journal.refusals() and ended_well:
+            if delivered and not journal.outbox.refusals() and ended_well:
                 journal.remove()
-            else:  # not sent, or to be continued
+            else:  # to be sent later, or to be continued
                 journal.close()
 
     def _log_undelivered(self, delivered: bool) -> None:
@@ -137,22 +142,22 @@ class Run:
                 "run %s: the tracking server does not have %s yet (%s); it is kept in %s, and "
                 "`python -m eurosat.tracking sync` sends it",
                 self.run_id,
-                journal.backlog(),
+                journal.outbox.backlog(),
                 self._uploader.last_error or "it does not answer",
                 journal.directory,
             )
-        elif refused := journal.refusals():
+        elif refusals := journal.outbox.refusals():
             log.warning(
-                "run %s: the tracking server refused %d entries, kept in %s, the first: %s",
+                "run %s: the tracking server refused %d entries (kept in %s); the first: %s",
                 self.run_id,
-                len(refused),
+                len(refusals),
                 journal.directory,
-                refused[0],
+                refusals[0],
             )
 
 
 class NullRun(Run):
-    """A run that keeps nothing: of the processes beside the one that logs."""
+    """A run that logs nothing, for the processes of a distributed training that do not log."""
 
     def __init__(self) -> None: ...
     @property
@@ -163,6 +168,10 @@ class NullRun(Run):
     def journal(self) -> str:
         return ""
 
+    @property
+    def age_s(self) -> float:
+        return 0
+
     def log_metrics(
         self, metrics: Mapping[str, float], step: int = 0, *, once: bool = False
     ) -> None: ...
@@ -172,6 +181,7 @@ class NullRun(Run):
     def log_file(self, file: Path, folder: str | None = None) -> None: ...
     def log_folder(self, folder: Path, into: str | None = None) -> None: ...
     def log_text(self, text: str, path: str) -> None: ...
+    def wait_for_start(self) -> None: ...
     def backlog(self) -> Backlog:
         return Backlog(entries=0, files=0, bytes=0, status=False)
 
@@ -191,38 +201,42 @@ def run(
     system_metrics: bool = True,
     killed_by: tuple[type[BaseException], ...] = (),
 ) -> Iterator[Run]:
-    """Open a run and end it with its true status.
+    """Open a run, and end it with its true status.
 
-    That is FINISHED, FAILED by an exception, or KILLED by an interrupt or one of ``killed_by``;
-    exceptions go on to the caller. With ``parent`` the run stands below it, in its experiment.
-    Where the server is away, the run goes on without it.
+    The status is FINISHED, FAILED after an exception, or KILLED after an interrupt or one of the
+    exceptions ``killed_by``; exceptions go on to the caller. The run does not need the server: it
+    is sent when the server answers.
 
-    ``journal`` names the journal of a new run (`new_journal`), so that the caller can keep its
-    name first. ``resume`` opens the run of that journal again (`can_continue`), in a new journal
-    where it is another machine's. Without it and without
-    ``parent``, the run that ``mlflow run`` made for this process (MLFLOW_RUN_ID) is joined rather
-    than a second one opened; beside a resumed one it gets the tag ``continued.run_id``.
+    ``parent`` is the reference of the run above this one, which is then in the same experiment.
+    ``journal`` is the reference of a new run, from `new_journal`, for callers that store it before
+    the run begins. ``resume`` is the reference of a run to continue (see `can_continue`); if its
+    journal is on another machine, a new one begins with what the server has.
+
+    Without ``resume`` and ``parent``, the run that ``mlflow run`` created for this process
+    (MLFLOW_RUN_ID) is used; with ``resume``, that run gets the tag ``continued.run_id``.
 
     Raises:
-        TrackingError: the server's address is not one that MLflow knows, or the journal cannot
-            be written.
+        TrackingError: MLflow does not know the kind of the server's address, or the journal
+            cannot be written.
     """
     with mlflow_client.translate_errors():
         client = mlflow_client.client()
     journal_index.prune_old()
-    opened = Run(_open_journal(experiment, name, parent, journal, resume), client)
+    active_run = Run(_open_journal(experiment, name, parent, journal, resume), client)
     status: Status = "FAILED"
     sampler: SystemMetrics | None = None
     try:
-        opened.wait_for_start()
-        own = {
+        active_run.wait_for_start()
+        origin_tags = {
             "code.commit": code_commit(),
             "mlflow.user": user(),
             "mlflow.source.name": _command_name(),
         }
-        opened.set_tags(own | dict(tags or {}))
-        sampler = SystemMetrics(opened.log_metrics, opened.age_s) if system_metrics else None
-        yield opened
+        active_run.set_tags(origin_tags | dict(tags or {}))
+        sampler = (
+            SystemMetrics(active_run.log_metrics, active_run.age_s) if system_metrics else None
+        )
+        yield active_run
         status = "FINISHED"
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit, *killed_by)):
@@ -231,51 +245,54 @@ def run(
     finally:
         if sampler:
             sampler.stop()
-        opened.finish(status)
+        active_run.finish(status)
 
 
 @contextmanager
 def append_to(reference: str) -> Iterator[Run]:
-    """Add to a run that another process has opened and ends, or has ended.
+    """Add to a run that has ended, or that another process will end.
 
     Raises:
-        TrackingError: the server's address is not one that MLflow knows, or the journal cannot
-            be written.
+        TrackingError: MLflow does not know the kind of the server's address, or the journal
+            cannot be written.
     """
     with mlflow_client.translate_errors():
         client = mlflow_client.client()
-    opened = Run(Journal.create(server=mlflow_client.tracking_uri(), attached=reference), client)
+    target = Run(Journal.create(server=mlflow_client.tracking_uri(), attached=reference), client)
     try:
-        yield opened
+        yield target
     finally:
-        opened.finish(None)
+        target.finish(None)
 
 
-def fail(reference: str, why: str) -> None:
-    """End a run whose process can no longer do it: FAILED, with the tag ``failed.why``."""
-    end(reference, "FAILED", {"failed.why": why})
+def fail(reference: str, reason: str) -> None:
+    """End a run as FAILED for its dead process; the tag ``failed.why`` gives the reason."""
+    end(reference, "FAILED", {"failed.why": reason})
 
 
 def end(reference: str, status: Status, tags: Mapping[str, object] | None = None) -> None:
-    """End a run whose process can no longer do it."""
+    """End a run for its dead process."""
     with mlflow_client.translate_errors():
         client = mlflow_client.client()
     directory = journal_index.find_journal(reference)
     journal = journal_index.try_open(directory) if directory else None
     if journal is None or not journal.acquire():
         journal = Journal.create(server=mlflow_client.tracking_uri(), attached=reference)
-    over = Run(journal, client)
-    over.set_tags(tags or {})
-    over.finish(status)
+    dead_run = Run(journal, client)
+    dead_run.set_tags(tags or {})
+    dead_run.finish(status)
 
 
 def new_journal() -> str:
-    """A name for the journal of a run that is not there yet."""
+    """Return a new reference ``journal:ID`` for a run that does not exist yet."""
     return PREFIX + uuid.uuid4().hex
 
 
 def can_continue(reference: str | None) -> bool:
-    """Whether this run's journal is here, it did not end well, and nobody deleted it since."""
+    """Return whether a run can be continued from its journal here.
+
+    It must not have FINISHED, and must not have been deleted on the server.
+    """
     from mlflow.exceptions import MlflowException
 
     directory = journal_index.find_journal(reference) if reference else None
@@ -291,12 +308,15 @@ def can_continue(reference: str | None) -> bool:
     try:
         return bool(mlflow_client.client().get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
-        return error.error_code not in mlflow_client.NOT_FOUND_CODES  # away: it may well have it
+        return (
+            error.error_code not in mlflow_client.NOT_FOUND_CODES
+        )  # a server that is down may have it
 
 
 def journal_state(journal: str) -> Literal["new", "open", "over"]:
-    """Whether a run of that journal was begun, here or on another machine, and whether it ended
-    well; "new" where the server, which alone may know, is away.
+    """Return "over" if the journal's run FINISHED, "open" if it began, "new" if it is unknown.
+
+    A run of another machine is looked up on the server; it is "new" if the server is down.
     """
     if can_continue(journal):
         return "open"
@@ -308,19 +328,19 @@ def journal_state(journal: str) -> Literal["new", "open", "over"]:
 
 
 def code_commit() -> str:
-    """The commit of the working directory, with ``-dirty`` where files differ from it.
+    """Return the commit of the working directory, with ``-dirty`` if files differ from it.
 
-    Reports and docs aside: a benchmark that has written its own measures the same code again. Where
-    there is no repository, as in an image of the code, EUROSAT_COMMIT says it.
+    Changes in reports and docs do not count: a benchmark that has written its report still
+    measures the same code. Without a repository, as in a container image, it is EUROSAT_COMMIT.
     """
     try:
-        differ = ["diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)reports"]
-        differ += [":(top,exclude)docs", ":(top,exclude)*.md"]
+        diff = ["diff", "--name-only", "HEAD", "--", ":/", ":(top,exclude)reports"]
+        diff += [":(top,exclude)docs", ":(top,exclude)*.md"]
         commit, changed = (
             subprocess.run(
                 ["git", *command], capture_output=True, text=True, check=True, timeout=10
             ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], differ)
+            for command in (["rev-parse", "HEAD"], diff)
         )
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("EUROSAT_COMMIT", "unknown")
@@ -328,7 +348,7 @@ def code_commit() -> str:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one with dotted names."""
+    """Return nested mappings as one dict with dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -339,52 +359,60 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def user() -> str:
+    """Return the user's name, or "unknown"."""
     import getpass
 
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # no name for this user id, as in some containers
+    except (OSError, KeyError):  # some containers have no name for the user id
         return "unknown"
 
 
 def _open_journal(
     experiment: str, name: str, parent: str | None, journal: str | None, resume: str | None
 ) -> Journal:
-    made_by_mlflow_run = None if parent else os.environ.get("MLFLOW_RUN_ID")
-    if resume:
-        if (directory := journal_index.find_journal(resume)) is None:
-            with mlflow_client.translate_errors():
-                run_id = mlflow_client.to_run_id(resume)
-                held = mlflow_client.snapshot(run_id)
-            made = Journal.create(  # by the same name: runs below it know it by that
-                resume.removeprefix(PREFIX),
-                server=mlflow_client.tracking_uri(),
-                experiment=experiment,
-                run_name=name,
-                run_id=run_id,
-                parent=held.parent,
-                start_ms=str(held.start_ms),
-            )
-            made.import_history(held.points, held.params, held.tags)
-            made.reopen()
-            return made
-        continued = Journal(directory)
-        if not continued.acquire(SYNC_WAIT_S):
-            continued.close()
-            raise TrackingError(f"another process writes the journal {directory}")
-        continued.reopen()
-        if made_by_mlflow_run:
-            with append_to(made_by_mlflow_run) as beside:
-                beside.set_tags({"continued.run_id": continued.reference})
-        return continued
-    return Journal.create(
-        journal.removeprefix(PREFIX) if journal else None,
+    """Create or continue a journal; `run` describes the arguments."""
+    run_of_mlflow = None if parent else os.environ.get("MLFLOW_RUN_ID")
+    if not resume:
+        return Journal.create(
+            journal.removeprefix(PREFIX) if journal else None,
+            server=mlflow_client.tracking_uri(),
+            experiment=experiment,
+            run_name=name,
+            parent=parent,
+            run_id=run_of_mlflow,
+        )
+    directory = journal_index.find_journal(resume)
+    if directory is None:
+        return _import_journal(experiment, name, resume)
+    existing = Journal(directory)
+    if not existing.acquire(SYNC_WAIT_S):
+        existing.close()
+        raise TrackingError(f"another process is writing the journal {directory}: wait for it")
+    existing.reopen()
+    if run_of_mlflow:
+        with append_to(run_of_mlflow) as other:
+            other.set_tags({"continued.run_id": existing.reference})
+    return existing
+
+
+def _import_journal(experiment: str, name: str, resume: str) -> Journal:
+    """Create a journal here for a run of another machine, from what the server has."""
+    with mlflow_client.translate_errors():
+        run_id = mlflow_client.to_run_id(resume)
+        snapshot = mlflow_client.snapshot(run_id)
+    journal = Journal.create(
+        resume.removeprefix(PREFIX),  # the same id: child runs refer to it
         server=mlflow_client.tracking_uri(),
         experiment=experiment,
         run_name=name,
-        parent=parent,
-        run_id=made_by_mlflow_run,
+        run_id=run_id,
+        parent=snapshot.parent,
+        start_ms=str(snapshot.start_ms),
     )
+    journal.import_history(snapshot.points, snapshot.params, snapshot.tags)
+    journal.reopen()
+    return journal
 
 
 def _command_name() -> str:

@@ -1,4 +1,4 @@
-"""The machine's own metrics, sampled beside a run."""
+"""Sample the metrics of this machine while a run goes on."""
 
 import contextlib
 import logging
@@ -8,17 +8,17 @@ from collections.abc import Callable, Mapping
 log = logging.getLogger(__name__)
 
 SAMPLE_INTERVAL_S = 5.0
-"""Seconds between two samples."""
+"""Time between two samples."""
 
 LogMetrics = Callable[[Mapping[str, float], int], None]
-"""Takes metrics and their step."""
+"""Function that logs metrics with their step."""
 
 
 class SystemMetrics:
-    """Samples MLflow's own collectors, but logs through the run like everything else."""
+    """Samples MLflow's collectors in a thread, and logs through the run like everything else."""
 
     def __init__(self, log_metrics: LogMetrics, age_s: float = 0) -> None:
-        """``age_s`` is the run's: steps go on where a process that was killed has stopped."""
+        """Start sampling. The first step follows from ``age_s``, the age of a continued run."""
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -26,7 +26,7 @@ class SystemMetrics:
 
         self._log_metrics = log_metrics
         self._collectors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(Exception):  # no NVIDIA card or no pynvml: nothing to sample
+        with contextlib.suppress(Exception):  # no NVIDIA GPU, or no pynvml
             self._collectors.append(GPUMonitor())
         self._stopped = threading.Event()
         self._step = int(age_s / SAMPLE_INTERVAL_S)
@@ -34,6 +34,7 @@ class SystemMetrics:
         self._thread.start()
 
     def stop(self) -> None:
+        """Take a last sample and stop."""
         self._stopped.set()
         self._thread.join()
 
@@ -48,9 +49,9 @@ class SystemMetrics:
         for collector in self._collectors:
             try:
                 collector.collect_metrics()
-                metrics = {f"system/{k}": v for k, v in collector.aggregate_metrics().items()}
+                sample = collector.aggregate_metrics()
                 collector.clear_metrics()
-                self._log_metrics(metrics, self._step)
+                self._log_metrics({f"system/{k}": v for k, v in sample.items()}, self._step)
             except Exception as error:  # noqa: BLE001 - a thread's boundary: training goes on
-                log.warning("system metrics were not logged: %s", error)
+                log.warning("cannot log system metrics: %s", error)
         self._step += 1

@@ -1,4 +1,4 @@
-"""From a journal to the server: what it holds, once, however often that is interrupted."""
+"""Send journals to the tracking server: everything arrives once, despite interruptions."""
 
 import logging
 import random
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from eurosat.errors import TrackingError
 from eurosat.tracking import mlflow_client
-from eurosat.tracking.journal import PREFIX, Entry, Journal, PendingFile, sha256_of
+from eurosat.tracking.journal import PREFIX, Journal, sha256_of
+from eurosat.tracking.outbox import Entry, PendingFile
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,35 +20,37 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UPLOAD_INTERVAL_S = 5.0
-"""Entries are sent in batches at most this often; what is left goes when the run ends."""
+"""Pause between two batches; at the end of a run the rest is sent at once."""
 MAX_ENTRIES, MAX_PARAMS_OR_TAGS = 1000, 100
-"""MLflow's limits on one request: in all, and of params or tags."""
+"""MLflow's limits for one request: of all entries, and of params or of tags."""
 MIN_BACKOFF_S, MAX_BACKOFF_S = 1.0, 30.0
-"""Before the first repetition, doubled up to the cap; a random half of it is waited."""
+"""Delay before the first retry, and the cap up to which it doubles; see `backoff_s`."""
 START_TIMEOUT_S = 5.0
-"""A run waits so long for the server at its start, and then begins without it."""
+"""Longest wait for the server at the start of a run, which then begins without it."""
 STALL_TIMEOUT_S = 20.0
-"""At the end a run waits for as long as the server gets on; and then so long for nothing."""
+"""At the end of a run, give up after this long without progress."""
 UNREACHABLE_TIMEOUT_S = 1.0
-"""So long, at its start and at its end, for one that an earlier run has waited for in vain."""
+"""Replaces both timeouts for a server that did not answer an earlier run of this process."""
 MIN_BYTES_PER_S = 250_000
-"""Bytes a second, there and back: a file that is on its way for as long as that is no fault."""
+"""Slowest transfer of a file, upload and check together, that counts as progress."""
 PROGRESS_AFTER_S = 2.0
+"""At the end of a run, log what is still being sent after this long."""
 
 
 class JournalUploader:
-    """Carries one journal to its server, one request a step."""
+    """Sends one journal to its server, one request per step."""
 
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
         self._journal, self._client = journal, client
         self.file_deadline = 0.0
-        """Until then a file may be on its way, on the clock of `time.monotonic`."""
+        """Time by `time.monotonic` until which a file may be in transfer; 0 if there is none."""
 
     def step(self) -> bool:
-        """Send what is next; False where nothing waits. May be repeated after any exception.
+        """Send the next part; False if nothing is left. May be called again after any error.
 
         Raises:
-            MlflowException, OSError: the server is away, refuses the credentials, or is wrong.
+            MlflowException, OSError: the server is down, fails, or refuses the credentials.
+            TrackingError: a file arrived damaged, or a parent run is not on the server yet.
         """
         from mlflow.exceptions import MlflowException
 
@@ -56,103 +59,106 @@ class JournalUploader:
         except MlflowException as error:
             if not self._is_lost(error):
                 raise
-            log.warning("the server no longer has run %s: it is made anew", self._journal.run_id)
-            self._journal.requeue_all()
+            log.warning("the server no longer has run %s: creating it again", self._journal.run_id)
+            self._journal.outbox.requeue_all()
             return True
 
     def _step(self) -> bool:
+        outbox = self._journal.outbox
         if not self._journal.get_meta("opened"):
             self._open_run()
-        elif entries := _first_batch(self._journal.pending_entries(MAX_ENTRIES)):
+        elif entries := _first_batch(outbox.entries(MAX_ENTRIES)):
             self._send_entries(entries)
-            self._journal.mark_delivered(entries[-1].seq)
-        elif file := self._journal.next_pending_file():
+            outbox.mark_delivered(entries[-1].seq)
+        elif file := outbox.next_file():
             self._send_file(file)
-        elif self._journal.backlog().status:
+        elif outbox.backlog().status:
             self._end_run()
         else:
             return False
         return True
 
     def _open_run(self) -> None:
-        """Find the run, or make it: by the journal's id it is made once."""
-        about = self._journal.get_meta
-        run_id = about("run_id") or self._find_run()
-        if about("attached"):  # the run is another's to open and to end
+        """Find the run on the server or create it; the tag `journal.id` makes it unique."""
+        get_meta = self._journal.get_meta
+        run_id = get_meta("run_id") or self._find_run()
+        if attached := get_meta("attached"):  # another process starts and ends the run
             if not run_id:
-                raise TrackingError(f"the run {about('attached')} is not on the server yet")
+                raise TrackingError(f"run {attached} is not on the server yet")
         elif run_id:
-            self._client.update_run(run_id, status="RUNNING", name=about("run_name"))
+            self._client.update_run(run_id, status="RUNNING", name=get_meta("run_name"))
             self._client.set_tag(run_id, mlflow_client.JOURNAL_TAG, self._journal.id)
         else:
             run_id = self._create_run()
         self._journal.set_meta(run_id=run_id, opened="yes")
 
     def _create_run(self) -> str:
-        about = self._journal.get_meta
+        get_meta = self._journal.get_meta
         tags = {mlflow_client.JOURNAL_TAG: self._journal.id}
-        experiment = about("experiment") or "Default"
-        if parent := about("parent"):
-            tags[mlflow_client.PARENT] = self._parent_run_id(parent)
-            experiment_id = self._client.get_run(tags[mlflow_client.PARENT]).info.experiment_id
+        if parent := get_meta("parent"):
+            parent_id = self._parent_run_id(parent)
+            tags[mlflow_client.PARENT] = parent_id
+            experiment_id = self._client.get_run(parent_id).info.experiment_id
         else:
+            experiment = get_meta("experiment") or "Default"
             experiment_id = mlflow_client.get_or_create_experiment(self._client, experiment)
-        made = self._client.create_run(
-            experiment_id, int(about("start_ms") or 0), tags, about("run_name")
+        created = self._client.create_run(
+            experiment_id, int(get_meta("start_ms") or 0), tags, get_meta("run_name")
         )
-        self._journal.set_meta(run_id=made.info.run_id)
-        return self._find_run() or str(made.info.run_id)
+        self._journal.set_meta(run_id=created.info.run_id)
+        return self._find_run() or str(created.info.run_id)
 
     def _find_run(self) -> str | None:
-        """The run that this journal is of.
+        """Return the id of this journal's run, or None if the server does not have it.
 
-        Of several, made by requests that were repeated although they had arrived, the one that was
-        written to, else the first; the others are deleted.
+        A request that was repeated although it had arrived creates a second run. Of several, the
+        run that was written to is kept, else the first; the others are deleted.
 
         Raises:
-            TrackingError: there are several, and the journal of another process is to choose.
+            TrackingError: there are several, and another process decides which one is kept.
         """
-        reference = self._journal.get_meta("attached") or PREFIX + self._journal.id
+        attached = self._journal.get_meta("attached")
+        reference = attached or PREFIX + self._journal.id
         if not reference.startswith(PREFIX):
             return reference
-        found = mlflow_client.find_runs_by_tag(
-            self._client, mlflow_client.JOURNAL_TAG, _journal_id(reference)
+        run_ids = self._runs_of_journal(reference)
+        if len(run_ids) > 1 and attached:
+            raise TrackingError(f"run {reference} is on the server {len(run_ids)} times for now")
+        keep = (
+            self._journal.run_id if self._journal.run_id in run_ids else next(iter(run_ids), None)
         )
-        if len(found) > 1 and self._journal.get_meta("attached"):
-            raise TrackingError(f"the run {reference} is there {len(found)} times for the moment")
-        kept = self._journal.run_id if self._journal.run_id in found else next(iter(found), None)
-        for other in found:
-            if other != kept:
-                self._client.delete_run(other)
-        return kept
+        for run_id in run_ids:
+            if run_id != keep:
+                self._client.delete_run(run_id)
+        return keep
 
     def _parent_run_id(self, reference: str) -> str:
-        """A run's id on the server, also where only its journal is known so far."""
+        """Return the parent's run id, found by its journal if that is all we know."""
         if not reference.startswith(PREFIX):
             return reference
-        if found := mlflow_client.find_runs_by_tag(
-            self._client, mlflow_client.JOURNAL_TAG, _journal_id(reference)
-        ):
-            return found[0]
-        raise TrackingError(f"the run {reference} above this one is not on the server yet")
+        if run_ids := self._runs_of_journal(reference):
+            return run_ids[0]
+        raise TrackingError(f"the parent run {reference} is not on the server yet")
+
+    def _runs_of_journal(self, reference: str) -> list[str]:
+        journal_id = reference.removeprefix(PREFIX)
+        return mlflow_client.find_runs_by_tag(self._client, mlflow_client.JOURNAL_TAG, journal_id)
 
     def _send_entries(self, entries: Sequence[Entry]) -> None:
-        """In one request; where it is refused, by halves, until the culprit is alone."""
+        """Send entries in one request; if it is refused, halve it until the cause is alone."""
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.exceptions import MlflowException
 
-        tags = {one.name: one.value for one in entries if one.kind == "tag"}  # the last of each
+        metrics = [
+            Metric(entry.name, entry.value, entry.time, entry.step)
+            for entry in entries
+            if entry.kind == "metric"
+        ]
+        params = [Param(entry.name, entry.value) for entry in entries if entry.kind == "param"]
+        latest_tags = {entry.name: entry.value for entry in entries if entry.kind == "tag"}
+        tags = [RunTag(name, value) for name, value in latest_tags.items()]
         try:
-            self._client.log_batch(
-                self._run_id,
-                metrics=[
-                    Metric(one.name, one.value, one.time, one.step)
-                    for one in entries
-                    if one.kind == "metric"
-                ],
-                params=[Param(one.name, one.value) for one in entries if one.kind == "param"],
-                tags=[RunTag(name, value) for name, value in tags.items()],
-            )
+            self._client.log_batch(self._run_id, metrics=metrics, params=params, tags=tags)
         except MlflowException as error:
             if not _is_bad_request(error) or self._is_lost(error):
                 raise
@@ -161,9 +167,9 @@ class JournalUploader:
                 self._send_entries(entries[:half])
                 self._send_entries(entries[half:])
                 return
-            why = mlflow_client.first_line(error)
-            log.warning("the server refuses %s %s: %s", entries[0].kind, entries[0].name, why)
-            self._journal.mark_entry_refused(entries[0].seq, why)
+            reason = mlflow_client.first_line(error)
+            log.warning("the server refuses %s %s: %s", entries[0].kind, entries[0].name, reason)
+            self._journal.outbox.mark_entry_refused(entries[0].seq, reason)
 
     def _send_file(self, file: PendingFile) -> None:
         from mlflow.exceptions import MlflowException
@@ -174,35 +180,35 @@ class JournalUploader:
         except (MlflowException, OSError) as error:
             if not _is_bad_request(error) or self._is_lost(error):
                 raise
-            why = mlflow_client.first_line(error)
-            log.warning("the server refuses the artifact %s: %s", file.path, why)
-            self._journal.mark_file_refused(file.seq, why)
+            reason = mlflow_client.first_line(error)
+            log.warning("the server refuses the artifact %s: %s", file.path, reason)
+            self._journal.outbox.mark_file_refused(file.seq, reason)
         else:
-            self._journal.mark_file_sent(file.seq)
+            self._journal.outbox.mark_file_sent(file.seq)
         finally:
             self.file_deadline = 0.0
 
     def _upload(self, file: PendingFile) -> None:
+        """Upload a file, and download it again to compare its sha256."""
         folder = str(Path(file.path).parent)
-        self._client.log_artifact(
-            self._run_id, str(file.local_path), None if folder == "." else folder
-        )
+        artifact_folder = None if folder == "." else folder
+        self._client.log_artifact(self._run_id, str(file.local_path), artifact_folder)
         with tempfile.TemporaryDirectory() as temporary:
             copy = self._client.download_artifacts(self._run_id, file.path, temporary)
-            if (arrived := sha256_of(Path(copy))) != file.sha256:
+            if (sha256 := sha256_of(Path(copy))) != file.sha256:
                 raise TrackingError(
-                    f"artifact {file.path} arrived with sha256 {arrived[:12]}, not "
-                    f"{file.sha256[:12]}: it is sent again"
+                    f"artifact {file.path} arrived with sha256 {sha256[:12]} instead of "
+                    f"{file.sha256[:12]}: sending it again"
                 )
 
     def _end_run(self) -> None:
-        about = self._journal.get_meta
-        self._find_run()  # the last word is said of one run: repeated requests have all arrived
-        self._client.set_terminated(self._run_id, about("status"), int(about("end_ms") or 0))
+        get_meta = self._journal.get_meta
+        self._find_run()  # repeated requests have arrived by now: end one run, delete the others
+        self._client.set_terminated(self._run_id, get_meta("status"), int(get_meta("end_ms") or 0))
         self._journal.set_meta(status_sent="yes")
 
     def report_failed(self) -> None:
-        """The last word of a run whose journal has no room for it."""
+        """End the run as FAILED without its journal, which cannot be written."""
         if run_id := self._journal.run_id:
             self._client.set_terminated(run_id, "FAILED")
 
@@ -213,7 +219,7 @@ class JournalUploader:
         return run_id
 
     def _is_lost(self, error: Any) -> bool:
-        """Whether the run was there and is no more: a new disk, or deleted by hand."""
+        """Return whether the server had the run but lost it, or somebody deleted it."""
         from mlflow.exceptions import MlflowException
 
         run_id = self._journal.run_id
@@ -225,85 +231,81 @@ class JournalUploader:
             return False
         try:
             return bool(self._client.get_run(run_id).info.lifecycle_stage != "active")
-        except MlflowException as answer:
-            return bool(answer.error_code in mlflow_client.NOT_FOUND_CODES)
+        except MlflowException as get_error:
+            return bool(get_error.error_code in mlflow_client.NOT_FOUND_CODES)
 
 
 class BackgroundUploader:
-    """Delivers a journal in a thread of its own, so that the server's moods are not ours."""
+    """Sends a journal in a thread of its own, so that training never waits for the server."""
 
     unreachable_servers: ClassVar[set[str | None]] = set()
-    """Servers for which a run of this process has waited in vain: until one answers, the next run
-    does not wait so long for it again."""
+    """Servers that did not answer an earlier run of this process, until one does."""
 
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
         self._journal = Journal(journal.directory)  # a connection of its own
         self._uploader = JournalUploader(self._journal, client)
+        self._server = self._journal.get_meta("server")
+        self.last_error: str | None = None
+        """Why the last attempt failed; None if it succeeded."""
+        self._error_is_local = False
+        """Whether the last error came from the journal or from a parent that is not sent yet."""
+        self._steps_done = 0
+        self._ending = self._given_up = self._failure_pending = False
         self._wake = threading.Event()
         self._attempted = threading.Event()
         self._done = threading.Event()
-        self._ending = self._given_up = self._failure_pending = False
-        self._error_is_local = False
-        """Whether the fault is in what is here: in the journal, or in a run above that waits."""
-        self._steps_done = 0
-        self._server = self._journal.get_meta("server")
-        self.last_error: str | None = None
-        """Why the last attempt failed."""
         self._thread = threading.Thread(target=self._loop, name="tracking", daemon=True)
         self._thread.start()
 
     def wait_for_start(self) -> None:
-        """Until the first attempt has ended, or START_S at most; tells of its failure."""
-        self._attempted.wait(
-            UNREACHABLE_TIMEOUT_S if self._server in self.unreachable_servers else START_TIMEOUT_S
-        )
-        if fault := self.last_error or (
-            "" if self._attempted.is_set() else "it has not answered yet"
-        ):
+        """Wait for the first attempt, up to a timeout; log a warning if it failed."""
+        self._attempted.wait(self._timeout_s(START_TIMEOUT_S))
+        error = self.last_error
+        if not error and not self._attempted.is_set():
+            error = "it has not answered yet"
+        if error:
             log.warning(
-                "the run is kept in %s until the tracking server takes it: %s",
+                "the run is kept in %s until the tracking server accepts it: %s",
                 self._journal.directory,
-                fault,
+                error,
             )
 
     def finish(self) -> bool:
-        """Send all that waits; False where the server made no progress for PATIENCE_S, or AWAY_S
-        where it is `away`.
-        """
+        """Send the rest; False if the server made no progress within the timeout."""
         self._ending = True
         self._wake.set()
-        started = moved = time.monotonic()
-        steps, shown = self._steps_done, False
+        started = last_progress = time.monotonic()
+        steps, is_logged = self._steps_done, False
         while not self._done.wait(0.05):
             now = time.monotonic()
             if self._steps_done != steps:
-                steps, moved = self._steps_done, now
-            if now - started > PROGRESS_AFTER_S and not shown:
-                shown = True
-                log.info("sending to the tracking server: %s", self._journal.backlog())
-            patience_s = (
-                UNREACHABLE_TIMEOUT_S
-                if self._server in self.unreachable_servers
-                else STALL_TIMEOUT_S
-            )
-            if now - moved > patience_s and now > self._uploader.file_deadline:
-                if moved == started and not self._error_is_local:
+                steps, last_progress = self._steps_done, now
+            if now - started > PROGRESS_AFTER_S and not is_logged:
+                is_logged = True
+                log.info("sending to the tracking server: %s", self._journal.outbox.backlog())
+            is_stalled = now - last_progress > self._timeout_s(STALL_TIMEOUT_S)
+            if is_stalled and now > self._uploader.file_deadline:
+                if last_progress == started and not self._error_is_local:
                     self.unreachable_servers.add(self._server)
                 self._given_up = True
                 self._wake.set()
-                self._thread.join(1)  # unless a request hangs
+                self._thread.join(1)  # it stays behind if a request hangs
                 return False
         self._thread.join()
         return True
 
     def report_failed(self) -> None:
-        """Past the journal, which has no room for that."""
+        """Let the thread end the run as FAILED, past a journal that cannot be written."""
         self._failure_pending = True
+
+    def _timeout_s(self, default_s: float) -> float:
+        is_unreachable = self._server in self.unreachable_servers
+        return UNREACHABLE_TIMEOUT_S if is_unreachable else default_s
 
     def _loop(self) -> None:
         failures = 0
         while not self._given_up:
-            ending = self._ending  # all was said before it was asked for
+            ending = self._ending  # read first: everything was logged before it was set
             try:
                 if self._failure_pending:
                     self._uploader.report_failed()
@@ -315,18 +317,16 @@ class BackgroundUploader:
                 if ending:
                     self._done.set()
                     break
-                wait = UPLOAD_INTERVAL_S
+                wait_s = UPLOAD_INTERVAL_S
             except Exception as error:  # noqa: BLE001 - a thread's boundary: training goes on
-                self.last_error, self._error_is_local = (
-                    mlflow_client.first_line(error),
-                    isinstance(error, TrackingError),
-                )
-                log.debug("delivery of %s failed: %s", self._journal.reference, self.last_error)
-                wait = backoff_s(failures, MIN_BACKOFF_S if self._ending else MAX_BACKOFF_S)
+                self.last_error = mlflow_client.first_line(error)
+                self._error_is_local = isinstance(error, TrackingError)
+                log.debug("cannot send %s: %s", self._journal.reference, self.last_error)
+                wait_s = backoff_s(failures, MIN_BACKOFF_S if self._ending else MAX_BACKOFF_S)
                 failures += 1
             self._attempted.set()
-            self._journal.checkpoint_wal("PASSIVE")  # beside the training, which writes on
-            self._wake.wait(wait)
+            self._journal.checkpoint_wal("PASSIVE")  # training keeps writing meanwhile
+            self._wake.wait(wait_s)
             self._wake.clear()
         self._journal.close()
 
@@ -334,19 +334,20 @@ class BackgroundUploader:
 def upload_all(
     journal: Journal, client: "MlflowClient", on_progress: Callable[[], None] | None = None
 ) -> str | None:
-    """Send all of a journal now. Returns why it could not, or None where all arrived.
+    """Send a whole journal now; return the reason if that failed, else None.
 
-    ``told`` is called after each step.
+    It gives up after STALL_TIMEOUT_S of failures, or at once if the credentials are refused.
+    ``on_progress`` is called after each request.
     """
-    delivery, failing_since = JournalUploader(journal, client), None
+    uploader, failing_since = JournalUploader(journal, client), None
     while True:
         try:
-            while delivery.step():
+            while uploader.step():
                 failing_since = None
                 if on_progress:
                     on_progress()
             return None
-        except Exception as error:  # noqa: BLE001 - any fault of the far end is the answer
+        except Exception as error:  # noqa: BLE001 - whatever the server does wrong is the result
             failing_since = failing_since or time.monotonic()
             if time.monotonic() - failing_since > STALL_TIMEOUT_S or mlflow_client.is_denied(error):
                 return mlflow_client.first_line(error)
@@ -354,34 +355,32 @@ def upload_all(
 
 
 def backoff_s(failures: int, max_s: float) -> float:
-    """Before a request is repeated that has failed so often before: doubled each time, up to
-    ``most``, less a random half, so that many runs do not return to a server at once.
+    """Return the delay before the next retry after this many failures.
+
+    The delay doubles up to ``max_s``, minus up to 50 % jitter, so that many runs do not return to
+    a server at the same moment.
     """
     return min(MIN_BACKOFF_S * 2.0 ** min(failures, 60), max_s) * random.uniform(0.5, 1)  # noqa: S311
 
 
 def _first_batch(entries: Sequence[Entry]) -> list[Entry]:
-    """As many from the front as one request may hold."""
-    taken: list[Entry] = []
+    """Return as many of the first entries as one request may contain."""
+    batch: list[Entry] = []
     counts = {"param": 0, "tag": 0, "metric": 0}
-    for one in entries:
-        counts[one.kind] += 1
+    for entry in entries:
+        counts[entry.kind] += 1
         if max(counts["param"], counts["tag"]) > MAX_PARAMS_OR_TAGS:
             break
-        taken.append(one)
-    return taken
-
-
-def _journal_id(reference: str) -> str:
-    return reference.removeprefix(PREFIX)
+        batch.append(entry)
+    return batch
 
 
 def _is_bad_request(error: Any) -> bool:
-    """Whether the fault is in what was sent, so that sending it again is in vain."""
+    """Return whether the server refuses the content itself, so that a retry is useless."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        too_large = "error code 413" in str(error)  # MLflow knows no code of its own for it
+        too_large = "error code 413" in str(error)  # MLflow has no error code for it
         return error.get_http_status_code() == 400 or too_large
-    answer = getattr(error, "response", None)  # artifacts raise what requests raises
-    return getattr(answer, "status_code", None) in (400, 413, 414)
+    response = getattr(error, "response", None)  # artifacts raise the errors of `requests`
+    return getattr(response, "status_code", None) in (400, 413, 414)

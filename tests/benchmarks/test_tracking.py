@@ -1,4 +1,4 @@
-"""The benchmark of tracking times training steps, and nothing that is sent after them."""
+"""The benchmark of tracking times training steps, but not the sending after them."""
 
 import time
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ pytestmark = MLFLOW_WARNS
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(uploader, "UPLOAD_INTERVAL_S", 0.1)
-    with mlflow_server(tmp_path) as port, proxy(port) as way:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", way.uri)
-        yield way
+    with mlflow_server(tmp_path) as port, proxy(port) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        yield server
 
 
-def test_a_round_ends_when_the_server_has_every_point_and_its_time_excludes_sending(
+def test_a_turn_ends_when_the_server_has_every_point_and_its_time_excludes_sending(
     server: Proxy,
 ) -> None:
     server.delay_s = 0.2

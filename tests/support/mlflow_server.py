@@ -1,6 +1,6 @@
-"""A real MLflow server on SQLite, and a proxy before it that is slow or faulty when asked to be.
+"""A real MLflow server, and a proxy before it that can be slow or faulty.
 
-Benchmarks and tests put a run behind it; both stay on loopback.
+For tests and benchmarks; both listen on loopback only.
 """
 
 import contextlib
@@ -19,8 +19,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 READY_TIMEOUT_S = 240
+"""Limit for the start of `mlflow_server`."""
 START_TIMEOUT_S = 180.0
-"""MLflow is imported three times on the way: seconds each, more on a busy machine."""
+"""Limit for a model server: it imports MLflow three times, some seconds each."""
+
+OWN_HEADERS = ("connection", "transfer-encoding", "content-length")
+"""Headers that the proxy sets itself."""
 
 
 def free_port() -> int:
@@ -30,8 +34,10 @@ def free_port() -> int:
 
 @contextmanager
 def mlflow_server(folder: Path, backend: str | None = None, *flags: str) -> Iterator[int]:
-    """Started on a free port, its artifacts in ``folder``, and its database where ``backend`` is
-    not the URL of another; yields the port. ``flags`` are further ones of `mlflow server`.
+    """Start a server on a free port, and yield the port.
+
+    Its artifacts are in ``folder``, and so is its SQLite database unless ``backend`` is the URL of
+    another. ``flags`` are further flags of `mlflow server`.
     """
     port = free_port()
     command = [
@@ -54,32 +60,35 @@ def mlflow_server(folder: Path, backend: str | None = None, *flags: str) -> Iter
     ]
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    with (folder / "server.log").open("w") as output:
+    log_file = folder / "server.log"
+    with log_file.open("w") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder
         )
         try:
-            _wait_until_ready(port, process, folder / "server.log")
+            _wait_until_ready(port, process, log_file)
             yield port
         finally:
             process.terminate()
             process.wait(timeout=30)
 
 
-def _wait_until_ready(port: int, process: "subprocess.Popen[bytes]", said: Path) -> None:
+def _wait_until_ready(port: int, process: "subprocess.Popen[bytes]", log_file: Path) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise RuntimeError(f"the server ended with {process.returncode}: {said.read_text()}")
+            raise RuntimeError(
+                f"the server exited with {process.returncode}: {log_file.read_text()}"
+            )
         with contextlib.suppress(urllib.error.URLError, OSError):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
             return
         time.sleep(0.1)
-    raise RuntimeError(f"the server was not ready after {READY_TIMEOUT_S} s: {said.read_text()}")
+    raise RuntimeError(f"no server after {READY_TIMEOUT_S} s: {log_file.read_text()}")
 
 
 class Proxy(ThreadingHTTPServer):
-    """Forwards to ``upstream``, a port of this machine, and does what its attributes say."""
+    """Forwards requests to ``upstream``, a port of this machine, with faults set as attributes."""
 
     daemon_threads = True
 
@@ -87,16 +96,17 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Forward)
         self.upstream = upstream
         self.is_down = False
-        """Connections are cut."""
+        """Whether connections are cut without an answer."""
         self.delay_s = 0.0
-        """Before each answer."""
+        """Delay before each request is forwarded."""
         self.status_for: Callable[[int, str, str], int | None] = lambda number, method, path: None
-        """Answered instead of forwarding, by the request's number, method and path."""
+        """Return a status to answer instead, given the request's number, method and path."""
         self.forward_before_status = False
-        """Whether what `status` answers for was forwarded all the same."""
+        """Whether requests with such a status are forwarded all the same."""
         self.alter_body: Callable[[str, bytes], bytes | None] = lambda path, body: body
-        """What becomes of a body on its way; None cuts the connection in the middle of it."""
+        """Return the body to forward, given path and body; None cuts the connection."""
         self.requests: list[tuple[str, str]] = []
+        """Method and path of each request."""
         self.requests_lock = threading.Lock()
 
     @property
@@ -104,11 +114,12 @@ class Proxy(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_: object) -> None:
-        """Clients that went away are part of the game."""
+        """Ignore clients that have disconnected."""
 
 
 @contextmanager
 def proxy(upstream: int) -> Iterator[Proxy]:
+    """Run a proxy in a thread, on a free port."""
     server = Proxy(upstream)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
@@ -126,11 +137,11 @@ class _Forward(BaseHTTPRequestHandler):
     server: Proxy
 
     def do_GET(self) -> None:
-        self._pass_on()
+        self._forward()
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
-    def _pass_on(self) -> None:
+    def _forward(self) -> None:
         proxy, path = self.server, self.path
         body: bytes | None = self._body()
         if proxy.is_down:
@@ -140,9 +151,9 @@ class _Forward(BaseHTTPRequestHandler):
             proxy.requests.append((self.command, path))
             number = len(proxy.requests)
         time.sleep(proxy.delay_s)
-        refusal = proxy.status_for(number, self.command, path)
-        if refusal and not proxy.forward_before_status:
-            self._answer(refusal, {"Content-Type": "text/plain"}, b"")
+        status = proxy.status_for(number, self.command, path)
+        if status and not proxy.forward_before_status:
+            self._answer(status, {"Content-Type": "text/plain"}, b"")
             return
         if body:
             body = proxy.alter_body(path, body)
@@ -151,23 +162,23 @@ class _Forward(BaseHTTPRequestHandler):
             return
         upstream = http.client.HTTPConnection("127.0.0.1", proxy.upstream, timeout=60)
         try:
-            kept = {
+            headers_out = {
                 name: value
                 for name, value in self.headers.items()
-                if name.lower() not in ("host", "connection", "transfer-encoding", "content-length")
+                if name.lower() not in (*OWN_HEADERS, "host")
             }
-            upstream.request(self.command, path, body, kept)
-            answer = upstream.getresponse()
-            content, headers = answer.read(), dict(answer.getheaders())
+            upstream.request(self.command, path, body, headers_out)
+            response = upstream.getresponse()
+            content, headers = response.read(), dict(response.getheaders())
         except OSError:
             self._answer(502, {"Content-Type": "text/plain"}, b"")
             return
         finally:
             upstream.close()
-        if refusal:
-            self._answer(refusal, {"Content-Type": "text/plain"}, b"")
+        if status:
+            self._answer(status, {"Content-Type": "text/plain"}, b"")
         else:
-            self._answer(answer.status, headers, content)
+            self._answer(response.status, headers, content)
 
     def _body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -182,7 +193,7 @@ class _Forward(BaseHTTPRequestHandler):
     def _answer(self, status: int, headers: dict[str, str], content: bytes) -> None:
         self.send_response_only(status)
         for name, value in headers.items():
-            if name.lower() not in ("connection", "transfer-encoding", "content-length"):
+            if name.lower() not in OWN_HEADERS:
                 self.send_header(name, value)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

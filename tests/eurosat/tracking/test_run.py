@@ -1,4 +1,4 @@
-"""Runs hold what was logged, and end with their true status."""
+"""Runs contain everything that was logged, and end with their true status."""
 
 import logging
 import re
@@ -15,7 +15,13 @@ from eurosat.runtime import logs
 pytestmark = pytest.mark.usefixtures("tracking_store")
 
 
-def test_a_run_holds_every_point_param_tag_and_file(tmp_path: Path) -> None:
+def test_a_null_run_replaces_every_public_method_and_property_of_a_run() -> None:
+    public = {name for name in vars(tracking.Run) if not name.startswith("_")}
+    assert public <= set(vars(tracking.NullRun))
+    assert not tracking.NullRun().backlog()
+
+
+def test_a_run_contains_every_point_param_tag_and_file(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("hello")
     with tracking.run("e", "r", tags={"kind": "test"}, system_metrics=False) as run:
         for step in range(2500):
@@ -23,21 +29,21 @@ def test_a_run_holds_every_point_param_tag_and_file(tmp_path: Path) -> None:
         run.log_params({"optim": {"lr": 0.1}, "seed": 3})
         run.log_file(tmp_path / "note.txt", "notes")
         run.log_text("world", "notes/other.txt")
-    held = tracking.get(run.run_id)
-    assert held.status == "FINISHED"
-    assert held.params == {"optim.lr": "0.1", "seed": "3"}
-    assert held.tags["kind"] == "test"
-    assert held.tags["code.commit"]
+    stored = tracking.get(run.run_id)
+    assert stored.status == "FINISHED"
+    assert stored.params == {"optim.lr": "0.1", "seed": "3"}
+    assert stored.tags["kind"] == "test"
+    assert stored.tags["code.commit"]
     points = MlflowClient().get_metric_history(run.run_id, "loss")
-    assert sorted(p.step for p in points) == list(range(2500))
+    assert sorted(point.step for point in points) == list(range(2500))
     with tracking.artifact(run.run_id, "notes") as folder:
-        assert {f.name: f.read_text() for f in folder.iterdir()} == {
+        assert {file.name: file.read_text() for file in folder.iterdir()} == {
             "note.txt": "hello",
             "other.txt": "world",
         }
 
 
-def test_the_commit_is_dirty_by_code_and_not_by_reports(
+def test_changes_of_code_make_the_commit_dirty_but_reports_and_docs_do_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -45,8 +51,8 @@ def test_the_commit_is_dirty_by_code_and_not_by_reports(
     for file in ("code.py", "reports/a.json", "docs/a.png", "README.md"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("1")
-    name = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
-    for command in (["init", "-q"], ["add", "-A"], [*name, "commit", "-qm", "first"]):
+    author = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "first"]):
         subprocess.run(["git", *command], check=True, timeout=30)
     commit = tracking.code_commit()
     assert re.fullmatch("[0-9a-f]{40}", commit)
@@ -58,30 +64,30 @@ def test_the_commit_is_dirty_by_code_and_not_by_reports(
     assert tracking.code_commit() == f"{commit}-dirty"
 
 
-def test_the_run_that_mlflow_run_made_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_that_mlflow_run_created_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     client = MlflowClient()
-    made = client.create_run(client.create_experiment("made")).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", made)
-    with tracking.run("other", "joined", system_metrics=False) as run:
-        assert run.run_id == made
-    assert tracking.get(made).status == "FINISHED"
-    assert client.get_run(made).info.run_name == "joined"
+    run_id = client.create_run(client.create_experiment("by mlflow")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    with tracking.run("other", "used", system_metrics=False) as run:
+        assert run.run_id == run_id
+    assert tracking.get(run_id).status == "FINISHED"
+    assert client.get_run(run_id).info.run_name == "used"
     assert client.get_experiment_by_name("other") is None
 
 
-def test_a_child_stands_below_its_parent_in_the_parents_experiment(
+def test_a_child_run_is_in_the_experiment_of_its_parent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with tracking.run("one", "parent", system_metrics=False) as parent:
         monkeypatch.setenv("MLFLOW_RUN_ID", parent.run_id)
         with tracking.run("two", "child", parent=parent.run_id, system_metrics=False) as child:
             assert child.run_id != parent.run_id
-    held = tracking.get(child.run_id)
-    assert held.tags[tracking.PARENT] == parent.run_id
-    assert held.experiment_id == tracking.get(parent.run_id).experiment_id
+    stored = tracking.get(child.run_id)
+    assert stored.tags[tracking.PARENT] == parent.run_id
+    assert stored.experiment_id == tracking.get(parent.run_id).experiment_id
 
 
-def test_the_machine_is_sampled_into_the_run() -> None:
+def test_system_metrics_are_logged_to_the_run() -> None:
     with tracking.run("e", "r") as run:
         pass
     names = tracking.get(run.run_id).metrics
@@ -89,7 +95,7 @@ def test_the_machine_is_sampled_into_the_run() -> None:
     assert "system/system_memory_usage_megabytes" in names
 
 
-def test_references_lead_to_runs(tmp_path: Path) -> None:
+def test_every_kind_of_reference_resolves_to_its_run(tmp_path: Path) -> None:
     with tracking.run("e", "best", system_metrics=False) as best:
         best.log_text("x", "model/MLmodel")
     with tracking.run("e", "sweep", tags={"kind": "sweep"}, system_metrics=False) as parent:
@@ -113,19 +119,21 @@ def test_references_lead_to_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reference", ["0" * 32, "models:/none/1", "models:/none@champion"])
-def test_a_reference_to_nothing_is_named(reference: str) -> None:
-    with pytest.raises(TrackingError, match=r"tracking server sqlite:.*MLFLOW_TRACKING_URI") as e:
+def test_the_error_for_a_missing_reference_names_it_and_the_server(reference: str) -> None:
+    with pytest.raises(
+        TrackingError, match=r"tracking server sqlite:.*MLFLOW_TRACKING_URI"
+    ) as caught:
         tracking.resolve_run(reference)
-    assert reference.split("/")[-1].split("@")[0] in str(e.value)
-    assert "\n" not in str(e.value)
+    assert reference.split("/")[-1].split("@")[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_no_run_of_a_kind_is_said() -> None:
+def test_the_error_for_a_missing_kind_of_run_names_the_experiment() -> None:
     with pytest.raises(TrackingError, match="experiment e has no run of kind sweep"):
         tracking.latest_run("e", kind="sweep")
 
 
-def test_an_artifact_that_is_not_there_is_named() -> None:
+def test_the_error_for_a_missing_artifact_names_it() -> None:
     with tracking.run("e", "r", system_metrics=False) as run:
         pass
     with (
@@ -139,21 +147,21 @@ def test_the_log_goes_to_the_console_and_into_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = logging.getLogger()
-    before, level = root.handlers[:], root.level
+    handlers, level = root.handlers[:], root.level
     try:
         logs.setup("warning")
         with logs.copied_to(tmp_path / "run.log"):
-            logging.getLogger("eurosat.test").warning("kept %d", 1)
+            logging.getLogger("eurosat.test").warning("shown %d", 1)
             logging.getLogger("eurosat.test").info("dropped")
         logging.getLogger("eurosat.test").warning("after")
     finally:
-        root.handlers[:] = before
+        root.handlers[:] = handlers
         root.setLevel(level)
         logging.captureWarnings(False)
-    assert (tmp_path / "run.log").read_text().rstrip().endswith("WARNING eurosat.test: kept 1")
-    said = capsys.readouterr().err
-    assert "kept 1" in said
-    assert "dropped" not in said
+    assert (tmp_path / "run.log").read_text().rstrip().endswith("WARNING eurosat.test: shown 1")
+    stderr = capsys.readouterr().err
+    assert "shown 1" in stderr
+    assert "dropped" not in stderr
 
 
 def test_an_unknown_level_is_refused() -> None:

@@ -218,6 +218,7 @@ def test_a_run_whose_server_was_never_up_is_sent_later_once(
     assert capsys.readouterr().out == "the tracking server has everything\n"
 
 
+@pytest.mark.usefixtures("long_timeouts")
 def test_a_server_restarted_with_an_empty_disk_gets_the_whole_run_again(
     server: Proxy, ports: list[int], experiment: str, tmp_path: Path
 ) -> None:

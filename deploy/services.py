@@ -76,7 +76,7 @@ def _promoter(layout: Layout) -> Service:
             f"--port={layout.ports['promoter']}",
             "--promote",
             f"--serving={layout.url('serving')}",
-            f"--inbox={layout.folder / 'inbox.db'}",
+            f"--queue={layout.folder / 'inbox.db'}",
         ],
     )
 

@@ -1,1 +1,1 @@
-"""Versions of the model: registered, judged, promoted, and who did it."""
+"""Versions of the model: registered, judged, promoted and rolled back, with a ledger of changes."""

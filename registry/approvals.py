@@ -1,7 +1,7 @@
-"""What people have said of a version, kept as its tags."""
+"""Decisions of people about a version, stored as its tags."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from eurosat import tracking
@@ -11,37 +11,50 @@ from registry import ledger, versions
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-APPROVAL, RETIRED = "approval", "retired"
-"""Tags."""
-APPROVED, REJECTED = "approved", "rejected"
+APPROVAL_TAG, RETIRED_TAG = "approval", "retired"
+APPROVED, REJECTED, RETIRED = "approved", "rejected", "retired"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Opinion:
-    word: str
+class ReviewDecision:
+    """What a person decided about a version, and why."""
+
+    decision: str
+    """APPROVED, REJECTED or RETIRED."""
     by: str
     why: str
     time: str
     """UTC, ISO 8601."""
 
     @classmethod
-    def of(cls, version: "ModelVersion", tag: str) -> "Opinion | None":
-        """None where nobody has said anything that can be read."""
+    def from_tag(cls, version: "ModelVersion", tag: str) -> "ReviewDecision | None":
+        """Read the decision from a tag; None if there is none that can be read."""
         try:
-            return cls(**json.loads(version.tags[tag]))
-        except (KeyError, TypeError, ValueError):
+            stored = json.loads(version.tags[tag])
+            return cls(decision=stored.pop("word"), **stored)
+        except (AttributeError, KeyError, TypeError, ValueError):
             return None
 
+    def as_json(self) -> str:
+        """Return the tag's value."""
+        return json.dumps(
+            {"word": self.decision, "by": self.by, "why": self.why, "time": self.time}
+        )
 
-def say(model: str, number: str, tag: str, word: str, why: str, by: str | None) -> Opinion:
-    """Leave it with the version.
+
+def record(
+    model: str, number: str, tag: str, decision: str, why: str, by: str | None
+) -> ReviewDecision:
+    """Store a decision with the version; ``by`` defaults to the user.
 
     Raises:
         ConfigError: ``why`` is too long.
     """
     if len(why) > ledger.MAX_WHY:
-        raise ConfigError(f"--why has {len(why)} characters, over {ledger.MAX_WHY}")
-    said = Opinion(word=word, by=by or tracking.user(), why=why, time=ledger.now())
+        raise ConfigError(
+            f"--why has {len(why)} characters, over {ledger.MAX_WHY}: give a shorter reason"
+        )
+    review = ReviewDecision(decision=decision, by=by or tracking.user(), why=why, time=ledger.now())
     with tracking.translate_errors(f"tag of version {number}"):
-        versions.client().set_model_version_tag(model, number, tag, json.dumps(asdict(said)))
-    return said
+        versions.client().set_model_version_tag(model, number, tag, review.as_json())
+    return review

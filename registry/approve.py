@@ -1,4 +1,4 @@
-"""Say that a version may become champion, or that it may not; gates.toml says who is asked."""
+"""Approve or reject a version, for the gate `approval`."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,22 @@ from registry import approvals, versions
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser(
         "registry.approve",
-        "Approve VERSION, or reject it, for the gate `approval`; `registry.promote` goes on then, "
-        "or the receiver by itself.",
+        "Approve or reject VERSION for the gate `approval`. Then run `registry.promote`; a running "
+        "`registry.receiver` judges the version again by itself.",
     )
     parser.add_argument("version", metavar="VERSION")
-    parser.add_argument("--why", required=True)
-    parser.add_argument("--by", help="who says so; default: the user")
-    parser.add_argument("--reject", action="store_true")
+    parser.add_argument("--why", required=True, help="reason, stored with the version")
+    parser.add_argument("--by", help="name of the person; default: the user")
+    parser.add_argument("--reject", action="store_true", help="reject instead of approve")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    number = str(versions.named(args.model, args.version).version)
-    word = approvals.REJECTED if args.reject else approvals.APPROVED
-    said = approvals.say(args.model, number, approvals.APPROVAL, word, args.why, args.by)
-    print(f"{args.model} version {number} is {said.word} by {said.by}")
+    number = str(versions.from_argument(args.model, args.version).version)
+    decision = approvals.REJECTED if args.reject else approvals.APPROVED
+    review = approvals.record(
+        args.model, number, approvals.APPROVAL_TAG, decision, args.why, args.by
+    )
+    print(f"{args.model} version {number} is {review.decision} by {review.by}")
     return exit_codes.OK
 
 

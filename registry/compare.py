@@ -1,17 +1,18 @@
 """Two versions side by side on one HTML page, with the tiles on which they differ."""
 
 import base64
-import html
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eurosat.errors import ConfigError, EuroSATError, ModelError
 from eurosat.runtime import cli, exit_codes, logs
-from registry import evidence, gates, versions
-from registry.gates import Paired
+from registry import card, evidence, versions
+from registry.gates import DifferenceGate
+from registry.metric_gates import PairedCounts, judge_difference
+from registry.rendering import render
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,127 +20,115 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_TILES = 120
-"""That are shown; the page says how many there are."""
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse; margin: 1rem 0 }
-td, th { padding: .2rem .8rem; border-bottom: 1px solid #ddd; text-align: left }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-.better { color: #116329; font-weight: 600 } .worse { color: #a40e26; font-weight: 600 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem }
-figure { margin: 0 } img { width: 100%; image-rendering: pixelated }
-figcaption { font-size: 12px; overflow-wrap: anywhere }
-"""
+MAX_TILES = 120
+"""Tiles that a page shows; it says how many there are."""
 LESS_IS_BETTER = ("nll", "brier", "ece")
 
 
-def page(one: "ModelVersion", other: "ModelVersion") -> str:
-    """The page.
+def render_page(first: "ModelVersion", second: "ModelVersion") -> str:
+    """Return the page as HTML.
 
     Raises:
         TrackingError: a run or its predictions cannot be read.
-        ModelError: they were tested on no tile in common.
+        ModelError: the two were tested on no tile in common.
     """
-    names = [html.escape(f"{version.name} {version.version}") for version in (one, other)]
-    both = [evidence.read(versions.run_of(version)) for version in (one, other)]
-    mine, yours = evidence.in_common(both[0], both[1])
-    if mine.frame.empty:
-        raise ModelError(f"{names[0]} and {names[1]} were tested on no tile in common")
-    figures = [evidence.figures(predictions) for predictions in (mine, yours)]
-    title = f"{names[0]} and {names[1]}"
-    rows = [
-        f"<tr><th>{html.escape(name)}</th>{_cells(name, figures)}</tr>"
-        for name in figures[0]
-        if name in figures[1]
+    pair = (first, second)
+    names = [f"{version.name} {version.version}" for version in pair]
+    stored = [evidence.read(versions.run_of(version)) for version in pair]
+    common = evidence.common_tiles(stored[0], stored[1])
+    if common[0].frame.empty:
+        raise ModelError(
+            f"{names[0]} and {names[1]} were tested on no tile in common, so they cannot be "
+            "compared: train one of them with the split of the other"
+        )
+    answers = [_answers(predictions) for predictions in common]
+    counts = _paired_counts(*answers)
+    differs = (answers[0]["answer"] != answers[1]["answer"]).to_numpy()
+    differing = [frame[differs][:MAX_TILES] for frame in answers]
+    return render(
+        "compare.html.j2",
+        names=names,
+        tiles=counts.tiles,
+        counts=counts,
+        difference=judge_difference(counts, DifferenceGate()).value,
+        verdicts=[v.tags.get(versions.VERDICT_TAG, card.NOT_JUDGED) for v in pair],
+        metrics=_metric_rows(*(evidence.metrics(predictions) for predictions in common)),
+        differing=_differing_tiles(versions.run_of(first), differing, names),
+        differing_count=int(differs.sum()),
+    )
+
+
+def _metric_rows(first: Mapping[str, float], second: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the metrics that both have; the better value of each is marked by its CSS class."""
+    return [
+        {"name": name, "cells": _cells(name, value, second[name])}
+        for name, value in first.items()
+        if name in second
     ]
-    verdicts = [html.escape(v.tags.get(versions.VERDICT, "not judged yet")) for v in (one, other)]
-    return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>
-<h1>{title}</h1>
-<p>On the {len(mine.frame):,} test tiles that both were tested on. {_chance(mine, yours)}</p>
-<table><tr><th></th><th>{names[0]}</th><th>{names[1]}</th></tr>
-<tr><th>verdict</th><td>{verdicts[0]}</td><td>{verdicts[1]}</td></tr>
-{"".join(rows)}</table>
-{_tiles(one, mine, yours, names)}</html>
-"""
 
 
-def _cells(name: str, figures: Sequence[dict[str, float]]) -> str:
-    a, b = (values[name] for values in figures)
+def _cells(name: str, first: float, second: float) -> list[dict[str, str]]:
     sign = -1 if name in LESS_IS_BETTER else 1
-    marks = (
-        ("", "") if a == b else ("better", "worse") if sign * a > sign * b else ("worse", "better")
-    )
-    return "".join(
-        f'<td class="n {mark}">{value:.4f}</td>' for value, mark in zip((a, b), marks, strict=True)
-    )
+    classes = ("better", "worse") if sign * first > sign * second else ("worse", "better")
+    if first == second:
+        classes = ("", "")
+    return [
+        {"value": f"{value:.4f}", "css": css}
+        for value, css in zip((first, second), classes, strict=True)
+    ]
 
 
-def _right(predictions: evidence.Predictions) -> "pd.DataFrame":
-    """Per tile what was answered, how surely, and whether it is right."""
+def _answers(predictions: evidence.Predictions) -> "pd.DataFrame":
+    """Return per tile: sha256, label, path, answer, confidence, and whether it is right."""
     frame = predictions.frame
-    columns = [evidence.PREFIX + name for name in predictions.classes]
+    columns = [evidence.PROBABILITY_PREFIX + name for name in predictions.classes]
     probabilities = frame[columns].to_numpy()
-    told = frame[["sha256", "label"]].copy()
-    told["tile"] = frame["tile"] if "tile" in frame else frame["sha256"]
-    told["said"] = [predictions.classes[k] for k in probabilities.argmax(axis=1)]
-    told["confidence"] = probabilities.max(axis=1)
-    told["right"] = told["said"] == told["label"]
-    return told
+    answers = frame[["sha256", "label"]].copy()
+    answers["path"] = frame["tile"] if "tile" in frame else frame["sha256"]
+    answers["answer"] = [predictions.classes[k] for k in probabilities.argmax(axis=1)]
+    answers["confidence"] = probabilities.max(axis=1)
+    answers["right"] = answers["answer"] == answers["label"]
+    return answers
 
 
-def _chance(mine: evidence.Predictions, yours: evidence.Predictions) -> str:
-    one, other = _right(mine)["right"], _right(yours)["right"]
-    paired = Paired(
-        tiles=len(one),
-        only_candidate=int((one & ~other).sum()),
-        only_champion=int((other & ~one).sum()),
-    )
-    found = gates.judge_difference(paired, gates.Difference())
-    return (
-        f"The first alone has {paired.only_candidate} right, the second alone "
-        f"{paired.only_champion}: accuracy differs by {html.escape(found.value)} (95 % interval, "
-        "exact McNemar test)."
+def _paired_counts(first: "pd.DataFrame", second: "pd.DataFrame") -> PairedCounts:
+    first_right, second_right = first["right"], second["right"]
+    return PairedCounts(
+        tiles=len(first),
+        only_candidate=int((first_right & ~second_right).sum()),
+        only_champion=int((second_right & ~first_right).sum()),
     )
 
 
-def _tiles(
-    one: "ModelVersion",
-    mine: evidence.Predictions,
-    yours: evidence.Predictions,
-    names: Sequence[str],
-) -> str:
-    a, b = _right(mine), _right(yours)
-    differ = (a["said"] != b["said"]).to_numpy()
-    count = int(differ.sum())
-    if not count:
-        return "<p>They answer every one of these tiles alike.</p>"
-    pictures = _pictures(versions.run_of(one), list(a["sha256"][differ][:MOST_TILES]))
-    shown = []
-    for first, second in zip(
-        a[differ][:MOST_TILES].itertuples(), b[differ][:MOST_TILES].itertuples(), strict=True
-    ):
-        said = "".join(
-            f'<br><span class="{"better" if row.right else "worse"}">{name}: '
-            f"{html.escape(str(row.said))} {row.confidence:.2f}</span>"
-            for name, row in zip(names, (first, second), strict=True)
+def _differing_tiles(
+    run_id: str, answers: Sequence["pd.DataFrame"], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return what the page shows of each tile, and each version's answer."""
+    pictures = _pictures(run_id, list(answers[0]["sha256"])) if len(answers[0]) else {}
+    tiles = []
+    for rows in zip(*(frame.itertuples() for frame in answers), strict=True):
+        tile_answers = [
+            {
+                "version": name,
+                "class_name": row.answer,
+                "confidence": f"{row.confidence:.2f}",
+                "right": row.right,
+            }
+            for name, row in zip(names, rows, strict=True)
+        ]
+        tiles.append(
+            {
+                "png": pictures.get(str(rows[0].sha256), ""),
+                "path": rows[0].path,
+                "label": rows[0].label,
+                "answers": tile_answers,
+            }
         )
-        shown.append(
-            f"<figure>{pictures.get(str(first.sha256), '')}<figcaption>"
-            f"{html.escape(str(first.tile))}<br>{html.escape(str(first.label))}{said}"
-            "</figcaption></figure>"
-        )
-    more = f", of which {MOST_TILES} are shown" if count > MOST_TILES else ""
-    head = f"<h2>{count:,} tiles on which they differ{more}</h2>"
-    return f'{head}<div class="tiles">{"".join(shown)}</div>'
+    return tiles
 
 
 def _pictures(run_id: str, tiles: Sequence[str]) -> dict[str, str]:
-    """An image element by the tile's sha256; none where this machine lacks the data."""
-    from PIL import Image
-
-    from eurosat.data import bands
+    """Return PNG files in base64 by the tile's sha256; empty if the data is not on this machine."""
     from eurosat.evaluation.recorded import recorded_fold
 
     try:
@@ -148,32 +137,35 @@ def _pictures(run_id: str, tiles: Sequence[str]) -> dict[str, str]:
         log.warning("the page shows no pictures: %s", error)
         return {}
     row_of = {str(pack.table["sha256"].iloc[row]): int(row) for row in rows}
-    told = {}
-    for sha256 in tiles:
-        if (row := row_of.get(sha256)) is None:
-            continue
-        pixels = pack.tiles_NHWC[row]
-        file = io.BytesIO()
-        Image.fromarray(
-            pixels if pack.bands == len("RGB") else pixels[..., bands.rgb_indices()]
-        ).save(file, "PNG")
-        told[sha256] = (
-            f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-        )
-    return told
+    return {
+        sha256: _png_base64(pack.tiles_NHWC[row_of[sha256]], pack.bands)
+        for sha256 in tiles
+        if sha256 in row_of
+    }
+
+
+def _png_base64(tile_HWC: Any, bands: int) -> str:
+    from PIL import Image
+
+    from eurosat.data.bands import rgb_indices
+
+    pixels = tile_HWC if bands == len("RGB") else tile_HWC[..., rgb_indices()]
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.parser("registry.compare", __doc__ or "")
+    parser = cli.parser("registry.compare", "Write an HTML page with two versions side by side.")
     parser.add_argument("versions", nargs=2, metavar="VERSION")
     parser.add_argument("--out", type=Path, default=Path("compared.html"), metavar="FILE")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    one, other = (versions.named(args.model, number) for number in args.versions)
-    told = page(one, other)
+    first, second = (versions.from_argument(args.model, number) for number in args.versions)
+    page = render_page(first, second)
     try:
-        args.out.write_text(told, encoding="utf-8")
+        args.out.write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--out {args.out}: {error.strerror}") from error
     print(f"written to {args.out}")

@@ -1,4 +1,4 @@
-"""Deliveries that were taken in and are worked off: a queue on disk that outlives its process."""
+"""A queue of registry events on disk, so that a restart loses none."""
 
 import sqlite3
 import threading
@@ -9,9 +9,11 @@ from pathlib import Path
 from eurosat.errors import ConfigError
 
 WAITING, DONE, DEAD = "waiting", "done", "dead"
-MOST_TRIES = 5
-FIRST_PAUSE_S = 1.0
-"""Before the second try; doubled before each further one."""
+"""States of an event; dead is one that failed MAX_TRIES times."""
+MAX_TRIES = 5
+FIRST_BACKOFF_S = 1.0
+"""Delay before the second try; doubles with each further try."""
+SECONDS_PER_DAY = 86_400
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS deliveries (
     id TEXT PRIMARY KEY, received REAL NOT NULL, event TEXT NOT NULL, model TEXT NOT NULL,
@@ -22,131 +24,139 @@ CREATE TABLE IF NOT EXISTS about (since REAL NOT NULL);
 INSERT INTO about SELECT strftime('%s', 'now') WHERE NOT EXISTS (SELECT * FROM about);
 CREATE INDEX IF NOT EXISTS waiting ON deliveries (state, due);
 """
+"""Existing files have these columns: `told` holds an event's detail, `said` its message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class QueuedEvent:
     id: str
+    """Id of MLflow's delivery, or one of the worker's own; an id is accepted once."""
     event: str
     """Such as model_version.created."""
     model: str
     version: str
-    told: str
-    """Alias, or tag and its value; empty where an event has none."""
+    detail: str
+    """The alias, the tag or the address to notify; empty if the event has none."""
     tries: int = 0
-    said: str = ""
+    """Tries that have failed."""
+    message: str = ""
     """Why the last try failed."""
 
 
-FIELDS = tuple(field.name for field in fields(Job))
+COLUMNS = {"detail": "told", "message": "said"}
+SELECTED = ", ".join(COLUMNS.get(field.name, field.name) for field in fields(QueuedEvent))
 
 
-class Inbox:
-    """One file; several threads and processes may share it, one of them working on it."""
+class EventQueue:
+    """An SQLite file that threads and processes may share; one of them processes the events."""
 
     def __init__(self, file: Path) -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            self._store = sqlite3.connect(file, timeout=30, check_same_thread=False)
-            self._store.execute("PRAGMA journal_mode=WAL")
-            self._store.execute("PRAGMA synchronous=FULL")  # what was acknowledged is not lost
-            self._store.executescript(SCHEMA)
+            self._database = sqlite3.connect(file, timeout=30, check_same_thread=False)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=FULL")  # an acknowledged event is not lost
+            self._database.executescript(SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
-                f"the inbox {file} cannot be opened ({error}): give --inbox a file in a folder "
-                "that can be written"
+                f"the event queue {file} cannot be opened ({error}): name a file in a writable "
+                "folder with --queue"
             ) from error
         self._lock = threading.Lock()
-        self._more = threading.Condition(self._lock)
+        self._added = threading.Condition(self._lock)
 
-    def accept(self, job: Job) -> bool:
-        """Keep it, on disk when this returns; False where that delivery is known already."""
+    def accept(self, event: QueuedEvent) -> bool:
+        """Store the event on disk; return False if its id is known already."""
         now = time.time()
-        with self._more, self._store:
-            done = self._store.execute(
-                "INSERT OR IGNORE INTO deliveries VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, '')",
-                (job.id, now, job.event, job.model, job.version, job.told, WAITING, now),
+        row = (event.id, now, event.event, event.model, event.version, event.detail, WAITING, now)
+        with self._added, self._database:
+            cursor = self._database.execute(
+                "INSERT OR IGNORE INTO deliveries VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, '')", row
             )
-            self._more.notify()
-            return done.rowcount == 1
+            self._added.notify()
+            return cursor.rowcount == 1
 
     @property
-    def since(self) -> float:
-        """When this inbox was made, in seconds since 1970."""
+    def created_at(self) -> float:
+        """Return when this queue's file was made, in seconds since 1970."""
         with self._lock:
-            return float(self._store.execute("SELECT since FROM about").fetchone()[0])
+            return float(self._database.execute("SELECT since FROM about").fetchone()[0])
 
-    def next(self, model: str, wait_s: float) -> Job | None:
-        """The job that has waited longest of those that are due, or None after ``wait_s``."""
-        with self._more:
-            if not (due := self._due(model)):
-                self._more.wait(wait_s)
-                due = self._due(model)
-            return due[0] if due else None
+    def next(self, model: str, wait_s: float) -> QueuedEvent | None:
+        """Return the oldest event that is due, or None after ``wait_s``."""
+        with self._added:
+            if not (events := self._due(model)):
+                self._added.wait(wait_s)
+                events = self._due(model)
+            return events[0] if events else None
 
-    def _due(self, model: str) -> list[Job]:
-        return self._jobs(
+    def _due(self, model: str) -> list[QueuedEvent]:
+        return self._select(
             "state = ? AND due <= ? AND model = ? ORDER BY received, rowid LIMIT 1",
             WAITING,
             time.time(),
             model,
         )
 
-    def _jobs(self, where: str, *values: str | float) -> list[Job]:
-        rows = self._store.execute(
-            f"SELECT {', '.join(FIELDS)} FROM deliveries WHERE {where}",  # noqa: S608 - ours alone
+    def _select(self, where: str, *values: str | float) -> list[QueuedEvent]:
+        rows = self._database.execute(
+            f"SELECT {SELECTED} FROM deliveries WHERE {where}",  # noqa: S608 - no user input
             values,
         )
-        return [Job(**dict(zip(FIELDS, row, strict=True))) for row in rows]
+        names = [field.name for field in fields(QueuedEvent)]
+        return [QueuedEvent(**dict(zip(names, row, strict=True))) for row in rows]
 
-    def finish(self, job: Job, said: str) -> None:
-        with self._lock, self._store:
-            self._store.execute(
-                "UPDATE deliveries SET state = ?, said = ? WHERE id = ?", (DONE, said, job.id)
+    def finish(self, event: QueuedEvent, message: str) -> None:
+        """Mark the event as done, with its result."""
+        with self._lock, self._database:
+            self._database.execute(
+                "UPDATE deliveries SET state = ?, said = ? WHERE id = ?", (DONE, message, event.id)
             )
 
-    def fail(self, job: Job, why: str) -> bool:
-        """Try it again later, or after MOST_TRIES never; whether it will be tried again."""
-        tries = job.tries + 1
-        state = DEAD if tries >= MOST_TRIES else WAITING
-        due = time.time() + FIRST_PAUSE_S * 2 ** (tries - 1)
-        with self._lock, self._store:
-            self._store.execute(
+    def fail(self, event: QueuedEvent, message: str) -> bool:
+        """Schedule another try, or none after MAX_TRIES; return whether there will be one."""
+        tries = event.tries + 1
+        state = DEAD if tries >= MAX_TRIES else WAITING
+        due = time.time() + FIRST_BACKOFF_S * 2 ** (tries - 1)
+        with self._lock, self._database:
+            self._database.execute(
                 "UPDATE deliveries SET state = ?, tries = ?, due = ?, said = ? WHERE id = ?",
-                (state, tries, due, why, job.id),
+                (state, tries, due, message, event.id),
             )
         return state == WAITING
 
-    def revive(self) -> int:
-        """Let what is dead be tried again; how many."""
-        with self._more, self._store:
-            revived = self._store.execute(
+    def retry_dead(self) -> int:
+        """Schedule the dead events again; return how many there are."""
+        with self._added, self._database:
+            cursor = self._database.execute(
                 "UPDATE deliveries SET state = ?, tries = 0, due = ? WHERE state = ?",
                 (WAITING, time.time(), DEAD),
             )
-            self._more.notify()
-            return revived.rowcount
+            self._added.notify()
+            return cursor.rowcount
 
     def counts(self) -> dict[str, int]:
+        """Return the number of events in each state."""
         with self._lock:
-            rows = self._store.execute(
+            rows = self._database.execute(
                 "SELECT state, COUNT(*) FROM deliveries GROUP BY state"
             ).fetchall()
         return {WAITING: 0, DONE: 0, DEAD: 0} | dict(rows)
 
-    def dead(self) -> list[Job]:
+    def dead(self) -> list[QueuedEvent]:
+        """Return the events that failed MAX_TRIES times, the oldest first."""
         with self._lock:
-            return self._jobs("state = ? ORDER BY received", DEAD)
+            return self._select("state = ? ORDER BY received", DEAD)
 
-    def forget(self, days: float, *events: str) -> None:
-        """Drop what was done so long ago; a delivery of that age is too old to be replayed."""
+    def prune(self, days: float, *events: str) -> None:
+        """Delete done events of these kinds that are older; MLflow does not send them again."""
         marks = ", ".join("?" * len(events))
-        with self._lock, self._store:
-            self._store.execute(
-                f"DELETE FROM deliveries WHERE state = ? AND received < ? AND event IN ({marks})",  # noqa: S608 - marks alone
-                (DONE, time.time() - days * 86400, *events),
+        with self._lock, self._database:
+            self._database.execute(
+                f"DELETE FROM deliveries WHERE state = ? AND received < ? AND event IN ({marks})",  # noqa: S608 - marks only
+                (DONE, time.time() - days * SECONDS_PER_DAY, *events),
             )
 
     def close(self) -> None:
         with self._lock:
-            self._store.close()
+            self._database.close()

@@ -1,4 +1,4 @@
-"""What is known of a version, from what its run and its registration have stored."""
+"""Stored test predictions of a run, their metrics, and the comparison of two versions."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from eurosat import tracking
 from eurosat.errors import ModelError
-from registry.gates import Gates, Paired
+from registry.gates import Gates
+from registry.metric_gates import PairedCounts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,50 +19,61 @@ if TYPE_CHECKING:
 
 PREDICTIONS = "predictions.parquet"
 SPLIT = "split.csv"
-LEARNED = ("train", "val")
-TILE = ("sha256", "label")
-"""Columns that a test tile is known by: its content, and what it was called."""
-RECALL, DROP = "recall/", "recall_drop"
-PREFIX = "p/"
-"""Before a class's name in the columns of probabilities."""
-ENOUGH_TILES, ENOUGH_SHARE = 500, 0.9
-"""Common test tiles that make a comparison: at 500, the standard error of an accuracy of 0.95 is
-one percentage point; the share is for small test folds."""
+TRAINING_FOLDS = ("train", "val")
+TILE_KEY = ("sha256", "label")
+"""Columns that identify a test tile: its content and its label."""
+RECALL, RECALL_DROP, WORST_RECALL = "recall/", "recall_drop", "worst_recall"
+PROBABILITY_PREFIX = "p/"
+"""Precedes a class's name in the columns of probabilities."""
+MIN_COMMON_TILES, MIN_COMMON_SHARE = 500, 0.9
+"""Common test tiles that are enough for a comparison. With 500 tiles the standard error of an
+accuracy of 0.95 is one percentage point; the share is for small test folds."""
+FIXED_LIMITS_ONLY = "only the fixed limits apply"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predictions:
-    """A test fold: one row per tile."""
+    """A table of predictions, one row per tile."""
 
     frame: "pd.DataFrame"
     """Columns sha256, label and one ``p/Class`` per class."""
     sha256: str = ""
-    """Of the file that it was read from."""
+    """Digest of the file that was read."""
 
     @property
     def classes(self) -> list[str]:
         columns = map(str, self.frame.columns)
-        return [name.removeprefix(PREFIX) for name in columns if name.startswith(PREFIX)]
+        return [
+            name.removeprefix(PROBABILITY_PREFIX)
+            for name in columns
+            if name.startswith(PROBABILITY_PREFIX)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class EvidenceComparison:
+    """Metrics of a candidate and of the champion on the same test tiles."""
+
     candidate: Mapping[str, float]
     champion: Mapping[str, float] | None
-    """None where the bounds alone judge."""
-    paired: Paired | None = None
+    """None if only the fixed limits apply."""
+    paired: PairedCounts | None = None
     notes: tuple[str, ...] = ()
     refusal: str = ""
+    """Why the two cannot be compared, and what to do; empty if they can."""
 
 
 def read(
-    run_id: str, name: str = PREDICTIONS, tile: Sequence[str] = TILE, remedy: str = "train again"
+    run_id: str,
+    name: str = PREDICTIONS,
+    key: Sequence[str] = TILE_KEY,
+    remedy: str = "train again",
 ) -> Predictions:
-    """A run's predictions, of its test fold or of another table with the columns ``tile``.
+    """Read a run's predictions of its test fold, or another table with the columns ``key``.
 
     Raises:
         TrackingError: the run has none.
-        ModelError: the table lacks a column, is empty, or names a class that it has no column for.
+        ModelError: the table lacks a column, is empty, or has a label without probabilities.
     """
     import pandas as pd
 
@@ -70,26 +82,29 @@ def read(
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
             predictions = Predictions(frame=pd.read_parquet(file), sha256=sha256)
         except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
-            raise ModelError(f"{name} of run {run_id} is no Parquet file: {remedy}") from error
+            raise ModelError(f"{name} of run {run_id} is not a Parquet file: {remedy}") from error
     frame = predictions.frame
-    lacking = [column for column in tile if column not in frame]
-    if lacking or not predictions.classes or frame.empty:
+    missing = [column for column in key if column not in frame]
+    if missing or not predictions.classes or frame.empty:
         raise ModelError(
             f"{name} of run {run_id} has {len(frame)} rows and {len(predictions.classes)} columns "
-            f"{PREFIX}Class, and lacks {', '.join(lacking) or 'nothing else'}: {remedy}"
+            f"{PROBABILITY_PREFIX}Class, and lacks {', '.join(missing) or 'nothing else'}: {remedy}"
         )
-    strangers = sorted(set(frame["label"].astype(str)) - set(predictions.classes))
-    if strangers:
-        raise ModelError(f"{name} of run {run_id} has labels without probabilities: {strangers[0]}")
+    unknown = sorted(set(frame["label"].astype(str)) - set(predictions.classes))
+    if unknown:
+        raise ModelError(
+            f"{name} of run {run_id} has labels without probabilities, such as {unknown[0]}: "
+            f"{remedy}"
+        )
     return predictions
 
 
-def learned_from(run_id: str) -> set[str]:
-    """sha256 of the tiles that a run has learned from, or chosen its weights by.
+def training_tiles(run_id: str) -> set[str]:
+    """Return the sha256 of the tiles that a run used to train or to choose its weights.
 
     Raises:
         TrackingError: the run has no split.
-        ModelError: the split is not what training writes.
+        ModelError: the split does not have the form that training writes.
     """
     import pandas as pd
 
@@ -97,45 +112,49 @@ def learned_from(run_id: str) -> set[str]:
         try:
             table = pd.read_csv(file, dtype=str, usecols=["sha256", "fold"])
         except (ValueError, OSError) as error:
-            raise ModelError(f"{SPLIT} of run {run_id} is no table of tiles: {error}") from error
-    return set(table.loc[table["fold"].isin(LEARNED), "sha256"])
+            raise ModelError(
+                f"{SPLIT} of run {run_id} is not a table of tiles ({error}): train again"
+            ) from error
+    return set(table.loc[table["fold"].isin(TRAINING_FOLDS), "sha256"])
 
 
-def digest(judged: Sequence[Predictions], bars: Gates) -> str:
-    """sha256 of what a verdict rests on: the files of predictions, and the gates."""
-    told = [[one.sha256 for one in judged], dataclasses.asdict(bars)]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def digest(judged: Sequence[Predictions], gates: Gates) -> str:
+    """Return the sha256 of what a verdict is based on: the files of predictions, and the gates."""
+    basis = [[predictions.sha256 for predictions in judged], dataclasses.asdict(gates)]
+    return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
 
 
-def figures(predictions: Predictions) -> dict[str, float]:
-    """As ``eurosat.evaluation.metrics.evaluate``, and the recall of the class that fares worst.
+def metrics(predictions: Predictions) -> dict[str, float]:
+    """Return the metrics of ``eurosat.evaluation.metrics.evaluate``, and the worst class's recall.
 
-    Empty where a probability is not a number in [0, 1].
+    Empty if a probability is not a number in [0, 1].
     """
     from eurosat.evaluation.metrics import evaluate
 
-    if (found := arrays(predictions)) is None:
+    if (arrays := to_arrays(predictions)) is None:
         return {}
-    told = evaluate(*found, predictions.classes)
-    return told | {"worst_recall": min(v for k, v in told.items() if k.startswith(RECALL))}
+    values = evaluate(*arrays, predictions.classes)
+    recalls = [value for name, value in values.items() if name.startswith(RECALL)]
+    return values | {WORST_RECALL: min(recalls)}
 
 
-def intervals(predictions: Predictions, resamples: int) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals of the figures; empty as they are."""
-    from eurosat.evaluation import metrics
+def metric_intervals(predictions: Predictions, resamples: int) -> dict[str, tuple[float, float]]:
+    """Return 95 % bootstrap intervals of the metrics; empty as those are."""
+    from eurosat.evaluation.metrics import intervals
 
-    if (found := arrays(predictions)) is None:
+    if (arrays := to_arrays(predictions)) is None:
         return {}
-    return metrics.intervals(*found, predictions.classes, resamples=resamples)
+    return intervals(*arrays, predictions.classes, resamples=resamples)
 
 
-def arrays(predictions: Predictions) -> "tuple[Labels, Floats] | None":
-    """(N,) labels and (N, K) probabilities, if those are numbers in [0, 1]."""
+def to_arrays(predictions: Predictions) -> "tuple[Labels, Floats] | None":
+    """Return (N,) labels and (N, K) probabilities, or None if these are not all in [0, 1]."""
     import numpy as np
 
     classes = predictions.classes
-    probabilities = predictions.frame[[PREFIX + name for name in classes]].to_numpy(np.float64)
-    if not ((probabilities >= 0) & (probabilities <= 1)).all():  # NaN is neither
+    columns = [PROBABILITY_PREFIX + name for name in classes]
+    probabilities = predictions.frame[columns].to_numpy(np.float64)
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():  # refuses NaN too
         return None
     index = {name: k for k, name in enumerate(classes)}
     labels = np.array([index[name] for name in predictions.frame["label"]], np.int64)
@@ -145,71 +164,91 @@ def arrays(predictions: Predictions) -> "tuple[Labels, Floats] | None":
 def compare(
     candidate: Predictions,
     champion: Predictions | None,
-    known: Collection[str] = (),
+    excluded: Collection[str] = (),
     *,
     accept_new_data: bool = False,
-) -> Comparison:
-    """Figures of both on the tiles (same content, same label) that both were tested on.
+) -> EvidenceComparison:
+    """Return the metrics of both on the test tiles (same content, same label) that they share.
 
-    Without the ``known``, the sha256 of tiles that one of them has learned from.
+    ``excluded`` holds the sha256 of tiles that one of them was trained with.
     """
     if champion is None:
-        note = "there is no champion yet: the bounds alone judge"
-        return Comparison(candidate=alone(candidate), champion=None, notes=(note,))
-    ours, theirs = in_common(candidate, champion, known)
-    common, total = len(ours.frame), max(len(candidate.frame), len(champion.frame))
-    if common >= min(ENOUGH_TILES, ENOUGH_SHARE * total):
+        note = f"there is no champion yet: {FIXED_LIMITS_ONLY}"
+        return EvidenceComparison(
+            candidate=absolute_metrics(candidate), champion=None, notes=(note,)
+        )
+    common_candidate, common_champion = common_tiles(candidate, champion, excluded)
+    common = len(common_candidate.frame)
+    total = max(len(candidate.frame), len(champion.frame))
+    if common >= min(MIN_COMMON_TILES, MIN_COMMON_SHARE * total):
         notes = () if common == total else (f"compared on the {common} test tiles in common",)
-        return _side_by_side(ours, theirs, notes)
-    few = (
-        "the test tiles are others than the champion's"
+        return _compare_common(common_candidate, common_champion, notes)
+    overlap = (
+        "the test tiles are not the champion's"
         if common == 0
-        else f"only {common} of {total} test tiles are the champion's too"
+        else f"only {common} of {total} test tiles are also the champion's"
     )
     if accept_new_data:
-        note = f"{few}, which was accepted: the bounds alone judge"
-        return Comparison(candidate=alone(candidate), champion=None, notes=(note,))
-    refusal = f"{few}, so the two do not compare: --accept-new-data lets the bounds alone judge"
-    return Comparison(candidate=alone(candidate), champion=None, refusal=refusal)
+        note = f"{overlap}, which was accepted: {FIXED_LIMITS_ONLY}"
+        return EvidenceComparison(
+            candidate=absolute_metrics(candidate), champion=None, notes=(note,)
+        )
+    refusal = (
+        f"{overlap}, so the two cannot be compared: to apply only the fixed limits, pass "
+        "--accept-new-data"
+    )
+    return EvidenceComparison(candidate=absolute_metrics(candidate), champion=None, refusal=refusal)
 
 
-def alone(candidate: Predictions) -> dict[str, float]:
-    """Its figures; against nobody, no recall has dropped."""
-    found = figures(candidate)
-    return found | {DROP: 0.0} if found else {}
+def absolute_metrics(candidate: Predictions) -> dict[str, float]:
+    """Return the metrics of a candidate without a champion: no recall has dropped."""
+    values = metrics(candidate)
+    return values | {RECALL_DROP: 0.0} if values else {}
 
 
-def _side_by_side(ours: Predictions, theirs: Predictions, notes: tuple[str, ...]) -> Comparison:
-    mine, yours = figures(ours), figures(theirs)
-    one, other = arrays(ours), arrays(theirs)
+def _compare_common(
+    candidate: Predictions, champion: Predictions, notes: tuple[str, ...]
+) -> EvidenceComparison:
+    candidate_metrics, champion_metrics = metrics(candidate), metrics(champion)
     paired = None
-    if one is not None and other is not None:
-        right, champions_right = (
-            probabilities.argmax(axis=1) == labels for labels, probabilities in (one, other)
+    candidate_arrays, champion_arrays = to_arrays(candidate), to_arrays(champion)
+    if candidate_arrays is not None and champion_arrays is not None:
+        candidate_right, champion_right = (
+            probabilities.argmax(axis=1) == labels
+            for labels, probabilities in (candidate_arrays, champion_arrays)
         )
-        paired = Paired(
-            tiles=len(right),
-            only_candidate=int((right & ~champions_right).sum()),
-            only_champion=int((champions_right & ~right).sum()),
+        paired = PairedCounts(
+            tiles=len(candidate_right),
+            only_candidate=int((candidate_right & ~champion_right).sum()),
+            only_champion=int((champion_right & ~candidate_right).sum()),
         )
-        drops = [yours[k] - mine.get(k, 0.0) for k in yours if k.startswith(RECALL)]
-        mine[DROP] = max(drops)
-    return Comparison(candidate=mine, champion=yours, paired=paired, notes=notes)
+        drops = [
+            value - candidate_metrics.get(name, 0.0)
+            for name, value in champion_metrics.items()
+            if name.startswith(RECALL)
+        ]
+        candidate_metrics[RECALL_DROP] = max(drops)
+    return EvidenceComparison(
+        candidate=candidate_metrics, champion=champion_metrics, paired=paired, notes=notes
+    )
 
 
-def in_common(
-    one: Predictions,
-    other: Predictions,
-    known: Collection[str] = (),
-    columns: Sequence[str] = TILE,
+def common_tiles(
+    first: Predictions,
+    second: Predictions,
+    excluded: Collection[str] = (),
+    columns: Sequence[str] = TILE_KEY,
 ) -> tuple[Predictions, Predictions]:
-    """The rows of each that pair up; equal tiles pair in the order in which they stand."""
+    """Return the rows of each with equal ``columns``; duplicates pair in the order of the tables.
+
+    ``excluded`` holds the sha256 of tiles to leave out.
+    """
     keyed = []
-    for whole in (one.frame, other.frame):
-        frame = whole[~whole["sha256"].isin(known)]
-        tile = [frame[name].astype(str) for name in columns]
-        nth = frame.groupby([series.to_numpy() for series in tile]).cumcount()
-        keyed.append(frame.set_index([*tile, nth]))
+    for table in (first.frame, second.frame):
+        frame = table[~table["sha256"].isin(excluded)]
+        key = [frame[name].astype(str) for name in columns]
+        nth = frame.groupby([series.to_numpy() for series in key]).cumcount()
+        keyed.append(frame.set_index([*key, nth]))
     common = keyed[0].index.intersection(keyed[1].index)
-    mine, yours = (Predictions(frame=frame.loc[common].reset_index(drop=True)) for frame in keyed)
-    return mine, yours
+    first, second = (Predictions(frame=frame.loc[common].reset_index(drop=True)) for frame in keyed)
+    return first, second

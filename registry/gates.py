@@ -1,92 +1,101 @@
-"""What a candidate must reach to become champion, and the verdict on it."""
+"""The gates that a candidate must pass to become champion, as gates.toml sets them."""
 
 import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 from eurosat.config import from_mapping
 from eurosat.errors import ConfigError
 
 FILE = Path(__file__).with_name("gates.toml")
-NONE, NOT_ASKED = "-", "not asked for"
-RESAMPLES = 10_000
-FACTS = {
-    "data_validation": "a model is no better than its tiles",
-    "leakage": "a tile that was learned from tells nothing",
-    "lineage": "what nobody can make again, nobody can mend",
-    "committed": "code that nobody has committed is gone with the next change to it",
-    "signature": "the champion's clients must understand its successor",
-    "approval": "a person takes the responsibility",
-    "retired": "who was taken out of service does not come back by itself",
-    "files": "what is served is what was registered, and runs nobody else's code",
+BOOLEAN_GATES = {
+    "data_validation": "faulty tiles make a faulty model",
+    "leakage": "test tiles that were used in training overestimate the accuracy",
+    "lineage": "a model that cannot be reproduced cannot be fixed",
+    "committed": "code that was never committed is lost with the next change to it",
+    "signature": "clients of the champion must work with its successor",
+    "approval": "a person must take responsibility for the promotion",
+    "retired": "a version that was taken out of service must not return",
+    "files": "the served files must be the registered ones, and must not execute foreign code",
 }
-"""Gates that hold or do not, and why they stand; a file of gates may only switch them off."""
-USUALLY_OFF = {"approval": "nobody has to be asked"}
-"""Facts that a file has to switch on, by `off = ""`."""
+"""Gates that pass or fail without a limit, and why they exist. A file of gates may switch each
+on or off, and nothing else."""
+OFF_BY_DEFAULT = {"approval": "no person has to approve"}
+"""Boolean gates that are off, and why; ``off = ""`` in a file of gates switches one on."""
+EARLIER_KEYS = {"alone": "absolute_only", "wins": "must_improve"}
+"""Keys in files of gates that were written for earlier versions, and their names now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gate:
-    """A bound for one figure."""
+    """A limit for one metric."""
 
     metric: str
-    """A figure of `registry.evidence`."""
+    """A metric of `registry.evidence`."""
     floor: float | None = None
-    """Least value, whatever the champion has, where more is better."""
+    """Smallest value that passes, for metrics where more is better."""
     ceiling: float | None = None
-    """Largest value, where less is better."""
+    """Largest value that passes, for metrics where less is better."""
     margin: float = 0.0
-    """Loss against the champion that is tolerated."""
-    alone: bool = False
-    """The bound alone judges: the champion's figure does not matter."""
-    wins: bool = False
-    """At least one of the gates so marked must be better than the champion's."""
+    """How much worse than the champion's a value may be."""
+    absolute_only: bool = False
+    """Compare with the floor or ceiling only, not with the champion."""
+    must_improve: bool = False
+    """At least one of the gates with this mark must be better than the champion's."""
     off: str = ""
-    """Why it is switched off; shown in every verdict."""
+    """Why the gate is switched off; every verdict shows it."""
     why: str
+    """Why the gate exists."""
+    remedy: str = ""
+    """What to do about a refusal; added to its text."""
 
     def __post_init__(self) -> None:
-        bounds = [bound for bound in (self.floor, self.ceiling) if bound is not None]
-        if len(bounds) != 1:
+        limits = [limit for limit in (self.floor, self.ceiling) if limit is not None]
+        if len(limits) != 1:
             raise ConfigError(
-                f"{self.metric} has {len(bounds)} bounds: give it a floor or a ceiling"
+                f"{self.metric} has {len(limits)} limits: give it either a floor or a ceiling"
             )
-        if not math.isfinite(bounds[0]):
+        if not math.isfinite(limits[0]):
             kind = "floor" if self.ceiling is None else "ceiling"
-            raise ConfigError(f"{self.metric}.{kind} must be a finite number; got {bounds[0]}")
+            raise ConfigError(f"{self.metric}.{kind} must be a finite number; got {limits[0]}")
         if not 0 <= self.margin < math.inf:
             raise ConfigError(
-                f"{self.metric}.margin is a loss that is tolerated, 0 or more; got {self.margin}"
+                f"{self.metric}.margin is the tolerated loss, 0 or more; got {self.margin}"
             )
-        if self.alone and self.wins:
-            raise ConfigError(f"{self.metric} is judged alone, so it cannot be won: drop wins")
+        if self.absolute_only and self.must_improve:
+            raise ConfigError(
+                f"{self.metric} has both absolute_only and must_improve: drop one of them, as an "
+                "absolute gate never compares with the champion"
+            )
         _check_why(self.metric, self.why)
 
     @property
-    def bound(self) -> float:
+    def limit(self) -> float:
+        """Return the floor or the ceiling."""
         return self.floor if self.floor is not None else float(self.ceiling or 0)
 
     @property
     def sign(self) -> int:
-        """1 where more is better, -1 where less is."""
+        """Return 1 if more is better, -1 if less is better."""
         return 1 if self.ceiling is None else -1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
-    """Whether the candidate is worse than the champion on the tiles that both were tested on."""
+class DifferenceGate:
+    """The test whether the candidate is worse than the champion on the common test tiles."""
 
     alpha: float = 0.05
-    """Of the exact McNemar test, and of the paired bootstrap interval of the difference."""
+    """Significance level of the exact McNemar test; the paired bootstrap interval covers
+    1 - alpha."""
     tolerance: float = 0.005
-    """Loss of accuracy that the interval must exclude; else the tiles are too few to tell."""
+    """Loss of accuracy that the interval must exclude; otherwise there are too few tiles."""
     better: bool = False
-    """The test must call the candidate better, and not only fail to call it worse."""
+    """Require that the test calls the candidate better, not only that it does not call it worse."""
     off: str = ""
-    why: str = "so small a gain or loss may be chance"
+    why: str = "a small gain or loss may be due to chance"
 
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 0.5:
@@ -97,107 +106,60 @@ class Difference:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Latency:
-    """How long the candidate may take, where `registry.judge --latency` asks."""
+class LatencyGate:
+    """How slow a candidate may be; measured only with `registry.judge --latency`."""
 
     ceiling: float = 2.0
-    """Of the ratio to the champion's time in the same form and batch."""
+    """Largest ratio to the champion's time, at the same precision and batch size."""
     off: str = ""
-    why: str = "a version that is twice as slow needs twice the servers"
+    why: str = "a version that is twice as slow needs twice as many servers"
 
     def __post_init__(self) -> None:
         if not 0 < self.ceiling < math.inf:
             raise ConfigError(
-                f"latency.ceiling is a ratio to the champion's, above 0; got {self.ceiling}"
+                f"latency.ceiling is a ratio to the champion's time, above 0; got {self.ceiling}"
             )
         _check_why("latency", self.why)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Fact:
+class BooleanGate:
+    """A gate that passes or fails without a limit."""
+
     name: str
     off: str = ""
+    """Why the gate is switched off; every verdict shows it."""
     why: str
+    """Why the gate exists."""
 
     def __post_init__(self) -> None:
         _check_why(self.name, self.why)
 
 
-def _facts() -> tuple[Fact, ...]:
+def _default_boolean_gates() -> tuple[BooleanGate, ...]:
     return tuple(
-        Fact(name=name, why=why, off=USUALLY_OFF.get(name, "")) for name, why in FACTS.items()
+        BooleanGate(name=name, why=why, off=OFF_BY_DEFAULT.get(name, ""))
+        for name, why in BOOLEAN_GATES.items()
     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gates:
-    figures: tuple[Gate, ...]
-    difference: Difference = field(default_factory=Difference)
-    latency: Latency = field(default_factory=Latency)
-    facts: tuple[Fact, ...] = field(default_factory=_facts)
+    """All gates of a file."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finding:
-    """One gate's line in a verdict."""
-
-    gate: str
-    value: str = NONE
-    champion: str = NONE
-    bar: str = NONE
-    refusal: str = ""
-    """Empty where the gate passed."""
-    off: str = ""
-    """Why the gate is switched off; then it refuses nothing."""
-    asked: bool = True
-    """False where nothing was measured, as nobody wanted it; then it refuses nothing."""
-    why: str
-
-    @property
-    def verdict(self) -> str:
-        if self.off:
-            return "off"
-        if not self.asked:
-            return NOT_ASKED
-        return "refused" if self.refusal else "passed"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
-    findings: tuple[Finding, ...] = ()
-    notes: tuple[str, ...] = ()
-    """How it was judged, as far as that is not the ordinary way."""
-    evidence: str | None = None
-    """sha256 of what was judged, and by which gates."""
-
-    @property
-    def refusals(self) -> tuple[str, ...]:
-        """Every reason against the candidate."""
-        return tuple(found.refusal for found in self.findings if found.verdict == "refused")
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.findings) and not self.refusals
-
-    def __str__(self) -> str:
-        if self.refusals:
-            return f"refused: {'; '.join(self.refusals)}"
-        told = [
-            f"{found.gate} off ({found.off})"
-            if found.off
-            else f"{found.gate} {found.value}"
-            + (f" (champion {found.champion})" if found.champion != NONE else "")
-            for found in self.findings
-            if found.asked
-        ]
-        return f"passed: {'; '.join([*told, *self.notes])}"
+    metrics: tuple[Gate, ...]
+    difference: DifferenceGate = field(default_factory=DifferenceGate)
+    latency: LatencyGate = field(default_factory=LatencyGate)
+    booleans: tuple[BooleanGate, ...] = field(default_factory=_default_boolean_gates)
 
 
 def load(file: Path = FILE) -> Gates:
-    """Read gates: a table per figure; those of `Difference`, `Latency`, `FACTS` where they differ.
+    """Read a file of gates: TOML with one table per gate.
+
+    A table that is missing leaves `DifferenceGate`, `LatencyGate` and `BOOLEAN_GATES` as they are.
 
     Raises:
-        ConfigError: unreadable, not TOML, no figure, an unknown key or a wrong type.
+        ConfigError: unreadable, not TOML, no gate for a metric, an unknown key or a wrong type.
     """
     try:
         tables = tomllib.loads(file.read_text())
@@ -206,169 +168,33 @@ def load(file: Path = FILE) -> Gates:
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{file}: {name} must be a table, such as [accuracy]")
-    figures = [
-        from_mapping(Gate, {"metric": name} | table, name)
+    metrics = tuple(
+        _metric_gate(name, table)
         for name, table in tables.items()
-        if name not in (*FACTS, "difference", "latency")
-    ]
-    if not figures:
-        raise ConfigError(f"{file} holds no gate for a figure: nothing would be judged")
+        if name not in (*BOOLEAN_GATES, "difference", "latency")
+    )
+    if not metrics:
+        raise ConfigError(
+            f"{file} has no gate for a metric, so nothing would be judged: add a table such as "
+            "[accuracy]"
+        )
+    booleans = tuple(
+        from_mapping(BooleanGate, asdict(gate) | tables.get(gate.name, {}), gate.name)
+        for gate in _default_boolean_gates()
+    )
     return Gates(
-        figures=tuple(figures),
-        difference=from_mapping(Difference, tables.get("difference", {}), "difference"),
-        latency=from_mapping(Latency, tables.get("latency", {}), "latency"),
-        facts=tuple(
-            from_mapping(Fact, asdict(fact) | tables.get(fact.name, {}), fact.name)
-            for fact in _facts()
-        ),
+        metrics=metrics,
+        difference=from_mapping(DifferenceGate, tables.get("difference", {}), "difference"),
+        latency=from_mapping(LatencyGate, tables.get("latency", {}), "latency"),
+        booleans=booleans,
     )
 
 
-def judge(
-    candidate: Mapping[str, float],
-    champion: Mapping[str, float] | None,
-    gates: tuple[Gate, ...],
-    faults: Mapping[str, str] = MappingProxyType({}),
-) -> tuple[Finding, ...]:
-    """Compare figures of the same test tiles; without ``champion`` the bounds alone decide.
-
-    ``faults`` tells of figures why one is missing, and what can be done.
-    """
-    findings = tuple(_find(candidate, champion, gate, faults.get(gate.metric)) for gate in gates)
-    if champion is not None and not any(found.refusal for found in findings):
-        deciding = {gate.metric: gate for gate in gates if gate.wins and not gate.off}
-        won = [
-            gate.sign * candidate[metric] > gate.sign * champion[metric]
-            for metric, gate in deciding.items()
-        ]
-        if not any(won):
-            findings = tuple(_tie(found) if found.gate in deciding else found for found in findings)
-    return findings
-
-
-def judge_difference(right: "Paired | None", bar: Difference) -> Finding:
-    """By the exact McNemar test (McNemar 1947) and the paired bootstrap interval."""
-    found = Finding(gate="difference", why=bar.why, off=bar.off)
-    if right is None or bar.off:
-        return found
-    low, high = right.interval(bar.alpha)
-    p_value = right.p_value
-    told = p_value < bar.alpha
-    better, worse = told and right.difference > 0, told and right.difference < 0
-    counts = f"{right.only_candidate} tiles won and {right.only_champion} lost"
-    refusal = ""
-    if worse:
-        refusal = f"difference: worse than the champion, {counts} (exact McNemar p = {p_value:.2g})"
-    elif bar.better and not better:
-        refusal = (
-            f"difference: {right.tiles} tiles are not enough to tell that it is better, {counts} "
-            f"(exact McNemar p = {p_value:.2g}, and {bar.alpha:g} is asked for)"
-        )
-    elif low < -bar.tolerance and not better:
-        refusal = (
-            f"difference: {right.tiles} tiles are not enough to tell: accuracy differs by "
-            f"{low:+.4f} to {high:+.4f}, and a loss of {bar.tolerance:g} must be ruled out"
-        )
-    return replace(
-        found,
-        value=f"{right.difference:+.4f} [{low:+.4f}, {high:+.4f}], p = {p_value:.2g}",
-        bar=f"> {-bar.tolerance:+.4f}",
-        refusal=refusal,
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Paired:
-    """Two versions on the same tiles."""
-
-    tiles: int
-    only_candidate: int
-    """Tiles that the candidate alone has right."""
-    only_champion: int
-
-    @property
-    def difference(self) -> float:
-        """Of the accuracies, candidate less champion."""
-        return (self.only_candidate - self.only_champion) / self.tiles
-
-    @property
-    def p_value(self) -> float:
-        """Of the exact, two-sided McNemar test."""
-        from eurosat.evaluation.metrics import mcnemar
-
-        return mcnemar(self.only_candidate, self.only_champion)
-
-    def interval(self, alpha: float) -> tuple[float, float]:
-        """Paired bootstrap of the difference, over tiles.
-
-        All that a draw of tiles tells of it is how many each has won: those are drawn, half a tile
-        added to both, so that what was seen in no tile is not taken for impossible.
-        """
-        import numpy as np
-
-        alike = self.tiles - self.only_candidate - self.only_champion
-        counts = np.array([self.only_candidate + 0.5, self.only_champion + 0.5, alike + 1.0])
-        shares = counts / counts.sum()
-        drawn = np.random.default_rng(0).multinomial(self.tiles, shares, RESAMPLES)
-        low, high = np.quantile(
-            (drawn[:, 0] - drawn[:, 1]) / self.tiles, [alpha / 2, 1 - alpha / 2]
-        )
-        return float(low), float(high)
-
-
-def _find(
-    candidate: Mapping[str, float],
-    champion: Mapping[str, float] | None,
-    gate: Gate,
-    fault: str | None,
-) -> Finding:
-    if gate.off:
-        return Finding(gate=gate.metric, off=gate.off, why=gate.why)
-    value = candidate.get(gate.metric)
-    against = champion is not None and not gate.alone
-    theirs = champion.get(gate.metric) if champion is not None and against else None
-    word, than = ("floor", "under") if gate.sign > 0 else ("ceiling", "over")
-    bar, refusal = gate.sign * gate.bound, ""
-    tolerated = None
-    if theirs is not None and math.isfinite(theirs):
-        tolerated = theirs - gate.sign * gate.margin
-        bar = max(bar, gate.sign * tolerated)
-    if value is None:
-        refusal = f"{gate.metric}: {fault or 'the candidate has no such figure'}"
-    elif not math.isfinite(value):
-        refusal = f"{gate.metric}: the candidate's figure is {value}"
-    elif gate.sign * value < gate.sign * gate.bound:
-        refusal = f"{gate.metric}: {_said(value)} is {than} the {word} {_said(gate.bound)}"
-    elif against and tolerated is None:
-        missing = f"the champion's figure is {theirs}, so nothing compares with it"
-        refusal = f"{gate.metric}: {fault or missing}"
-    elif tolerated is not None and gate.sign * value < gate.sign * tolerated:
-        refusal = (
-            f"{gate.metric}: {_said(value)} is {than} the champion's bar {_said(tolerated)} "
-            f"({_said(theirs)} with a margin of {gate.margin:g})"
-        )
-    return Finding(
-        gate=gate.metric,
-        value=_said(value),
-        champion=_said(theirs),
-        bar=_said(gate.sign * bar),
-        refusal=refusal,
-        why=gate.why,
-    )
-
-
-def _said(value: float | None) -> str:
-    """Four places, and more for what is smaller."""
-    if value is None:
-        return NONE
-    return f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.1e}"
-
-
-def _tie(found: Finding) -> Finding:
-    refusal = f"{found.gate}: {found.value} is no better than the champion's {found.champion}"
-    return replace(found, refusal=refusal)
+def _metric_gate(name: str, table: Mapping[str, Any]) -> Gate:
+    renamed = {EARLIER_KEYS.get(key, key): value for key, value in table.items()}
+    return from_mapping(Gate, {"metric": name} | renamed, name)
 
 
 def _check_why(name: str, why: str) -> None:
     if not why.strip():
-        raise ConfigError(f"{name}.why is empty: say why this gate stands where it does")
+        raise ConfigError(f"{name}.why is empty: say why this gate exists and has this limit")

@@ -1,4 +1,4 @@
-"""How long two versions take for a batch of tiles, in the forms that are served."""
+"""How long two versions take for a batch of tiles, at the precisions that are served."""
 
 import statistics
 import time
@@ -8,111 +8,123 @@ from dataclasses import dataclass, replace
 from eurosat import tracking
 from eurosat.runtime.progress import track
 from registry import versions
-from registry.gates import Finding, Latency
+from registry.gates import LatencyGate
+from registry.verdict import GateResult
 
 GATE = "latency"
-BATCHES = (1, 32)
+BATCH_SIZES = (1, 32)
 FP32, INT8 = "FP32", "INT8"
-FORMS = {FP32: versions.NETWORK, INT8: versions.NETWORK_INT8}
-ROUNDS, LEAST_ROUNDS = 30, 3
-LONG_ENOUGH_S = 8.0
-"""Of each batch's rounds: none begins after it, but for the least that a median is of."""
+PRECISIONS = {FP32: versions.NETWORK, INT8: versions.NETWORK_INT8}
+"""The run's artifact of each precision."""
+ROUNDS, MIN_ROUNDS = 30, 3
+MAX_TIMING_S = 8.0
+"""After this long no further round of a batch size begins, except the first MIN_ROUNDS."""
 THREADS = 1
-"""Of a session, as in ``serving/pyfunc.py``; more would disturb the one that has its turn next."""
+"""Threads of a session, as in ``serving/pyfunc.py``; more would slow down the next network."""
 
-Name = tuple[str, str]
-"""Of a network: its run and its form."""
-Ask = Callable[[int], object]
-"""Lets a network answer so many tiles."""
+NetworkKey = tuple[str, str]
+"""Run id and precision of a network."""
+RunBatch = Callable[[int], object]
+"""Runs a network on a batch of this size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Timed:
-    """Median milliseconds of two versions for a batch of tiles."""
+class BatchTiming:
+    """Median time of two versions for a batch, in milliseconds."""
 
-    form: str
+    precision: str
     batch: int
+    """Batch size in tiles."""
     candidate_ms: float
     champion_ms: float | None
-    """None where there is no champion."""
+    """None if there is no champion."""
 
 
-def compare(run_id: str, champion: str | None) -> list[Timed]:
-    """Both runs' networks, interleaved, in as many views as they are usually served with.
+def compare(run_id: str, champion: str | None) -> list[BatchTiming]:
+    """Time the networks of both runs in turns, with their default number of views.
 
-    A version that lacks a form is served in FP32 in its place, and timed so.
+    A version without INT8 is served in FP32, so its FP32 time stands in for it.
     """
-    names = {run: versions.held(run) for run in (run_id, champion) if run}
-    forms = [form for form, name in FORMS.items() if any(name in held for held in names.values())]
+    artifacts = {run: versions.artifact_names(run) for run in (run_id, champion) if run}
+    precisions = [
+        precision
+        for precision, name in PRECISIONS.items()
+        if any(name in names for names in artifacts.values())
+    ]
     networks = {
-        (run, form): _opened(run, name)
-        for run, held in names.items()
-        for form, name in FORMS.items()
-        if name in held
+        (run, precision): _open_network(run, name)
+        for run, names in artifacts.items()
+        for precision, name in PRECISIONS.items()
+        if name in names
     }
-    took = {batch: interleaved(networks, batch) for batch in BATCHES}
+    medians_ms = {batch: time_interleaved(networks, batch) for batch in BATCH_SIZES}
 
-    def median(run: str, form: str, batch: int) -> float:
-        return took[batch][(run, form) if (run, form) in networks else (run, FP32)]
+    def median_ms(run: str, precision: str, batch: int) -> float:
+        key = (run, precision) if (run, precision) in networks else (run, FP32)
+        return medians_ms[batch][key]
 
     return [
-        Timed(
-            form=form,
+        BatchTiming(
+            precision=precision,
             batch=batch,
-            candidate_ms=median(run_id, form, batch),
-            champion_ms=median(champion, form, batch) if champion else None,
+            candidate_ms=median_ms(run_id, precision, batch),
+            champion_ms=median_ms(champion, precision, batch) if champion else None,
         )
-        for form in forms
-        for batch in BATCHES
+        for precision in precisions
+        for batch in BATCH_SIZES
     ]
 
 
-def interleaved(networks: Mapping[Name, Ask], batch: int) -> dict[Name, float]:
-    """Median milliseconds of each, one after another in each round, and each first in turn."""
-    took: dict[Name, list[float]] = {name: [] for name in networks}
-    names = list(networks)
+def time_interleaved(
+    networks: Mapping[NetworkKey, RunBatch], batch: int
+) -> dict[NetworkKey, float]:
+    """Return each network's median milliseconds; each round starts with another network."""
+    times_ms: dict[NetworkKey, list[float]] = {key: [] for key in networks}
+    keys = list(networks)
     started = time.monotonic()
     for number in track(range(ROUNDS), ROUNDS, f"timing batches of {batch}", "rounds"):
-        if number >= LEAST_ROUNDS and time.monotonic() - started > LONG_ENOUGH_S:
+        if number >= MIN_ROUNDS and time.monotonic() - started > MAX_TIMING_S:
             break
-        shift = number % len(names)
-        for name in (*names[shift:], *names[:shift]):
-            begun = time.perf_counter()
-            networks[name](batch)
-            took[name].append(1000 * (time.perf_counter() - begun))
-    return {name: statistics.median(times) for name, times in took.items()}
+        shift = number % len(keys)
+        for key in (*keys[shift:], *keys[:shift]):
+            batch_started = time.perf_counter()
+            networks[key](batch)
+            times_ms[key].append(1000 * (time.perf_counter() - batch_started))
+    return {key: statistics.median(times) for key, times in times_ms.items()}
 
 
-def judge(timed: Sequence[Timed] | None, bar: Latency) -> tuple[Finding, ...]:
-    """A row for each form and batch; without a champion nothing is refused, None: nobody asked."""
-    if timed is None or bar.off:
-        return (Finding(gate=GATE, why=bar.why, off=bar.off, asked=False),)
-    return tuple(_find(one, bar) for one in timed)
+def judge_latency(
+    timings: Sequence[BatchTiming] | None, gate: LatencyGate
+) -> tuple[GateResult, ...]:
+    """Return a result per timing; without a champion none refuses. None: nothing was measured."""
+    if timings is None or gate.off:
+        return (GateResult(gate=GATE, why=gate.why, off=gate.off, measured=False),)
+    return tuple(_judge_timing(timing, gate) for timing in timings)
 
 
-def _find(timed: Timed, bar: Latency) -> Finding:
-    found = Finding(
-        gate=f"{GATE} {timed.form} x{timed.batch}",
-        value=f"{timed.candidate_ms:.2f} ms",
-        why=bar.why,
+def _judge_timing(timing: BatchTiming, gate: LatencyGate) -> GateResult:
+    result = GateResult(
+        gate=f"{GATE} {timing.precision} x{timing.batch}",
+        value=f"{timing.candidate_ms:.2f} ms",
+        why=gate.why,
     )
-    if timed.champion_ms is None:
-        return found
-    ratio = timed.candidate_ms / timed.champion_ms
+    if timing.champion_ms is None:
+        return result
+    ratio = timing.candidate_ms / timing.champion_ms
     refusal = (
-        f"{found.gate}: {found.value} is {ratio:.2f} times the champion's "
-        f"{timed.champion_ms:.2f} ms, over the ceiling {bar.ceiling:g}"
+        f"{result.gate}: {result.value} is {ratio:.2f} times the champion's "
+        f"{timing.champion_ms:.2f} ms, over the ceiling {gate.ceiling:g}: train a smaller network"
     )
     return replace(
-        found,
-        champion=f"{timed.champion_ms:.2f} ms",
-        bar=f"{bar.ceiling * timed.champion_ms:.2f} ms",
-        refusal="" if ratio <= bar.ceiling else refusal,
+        result,
+        champion=f"{timing.champion_ms:.2f} ms",
+        limit=f"{gate.ceiling * timing.champion_ms:.2f} ms",
+        refusal="" if ratio <= gate.ceiling else refusal,
     )
 
 
-def _opened(run_id: str, name: str) -> Ask:
-    """Answers about tiles of noise, which take as long as any others."""
+def _open_network(run_id: str, name: str) -> RunBatch:
+    """Open a network, warmed up, that runs on noise, which takes as long as other tiles."""
     import numpy as np
 
     from eurosat.models import onnx_session
@@ -120,10 +132,11 @@ def _opened(run_id: str, name: str) -> Ask:
     with tracking.artifact(run_id, name) as file:
         session = onnx_session.open_session(file, threads=THREADS)
     (_, *shape) = session.get_inputs()[0].shape
-    tiles_NHWC = np.random.default_rng(0).integers(0, 256, (max(BATCHES), *shape), np.uint8)
+    largest = (max(BATCH_SIZES), *shape)
+    tiles_NHWC = np.random.default_rng(0).integers(0, 256, largest, np.uint8)
 
-    def ask(batch: int) -> object:
+    def run_batch(batch: int) -> object:
         return session.run(["probabilities"], {onnx_session.TILES: tiles_NHWC[:batch]})
 
-    ask(1)  # the first time takes longer
-    return ask
+    run_batch(1)  # the first run is slower
+    return run_batch

@@ -1,9 +1,9 @@
-"""Who made which version champion, when and why: an append-only chain kept in MLflow.
+"""The ledger: an append-only chain in MLflow of who made which version champion, when and why.
 
-Each entry is a version of the registered model ``<model>.ledger``. MLflow hands out version
-numbers once, also to concurrent writers, so that of two entries with the same predecessor the
-one with the lower number is in the chain and the other is not: a compare-and-swap, which
-MLflow's aliases lack. Aliases follow the ledger: see `registry.reconcile`.
+Each entry is a version of the registered model ``<model>.ledger``. MLflow gives each version number
+once, also to concurrent writers. Of two entries with the same predecessor, the one with the lower
+number is in the chain and the other is not: this is a compare-and-swap, which MLflow's aliases
+lack. The aliases follow the ledger: see `registry.reconcile`.
 """
 
 import hashlib
@@ -21,41 +21,50 @@ log = logging.getLogger(__name__)
 
 GENESIS = "0" * 64
 """The predecessor of the first entry."""
-TAG = "ledger.entry"
-SETTLED = "ledger.settled"
-"""Tag of an entry whose aliases have been set: where they differ later, somebody moved them."""
+ENTRY_TAG = "ledger.entry"
+APPLIED_TAG = "ledger.settled"
+"""Tag of an entry whose aliases have been set; if they differ later, somebody moved them."""
 PROMOTE, ROLLBACK, BY_HAND = "promote", "rollback", "by hand"
 MAX_WHY = 2000
 """Characters."""
 
 
 class LedgerConflictError(TrackingError):
-    """Another entry came first."""
+    """Another entry with the same predecessor came first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
+class LedgerEntry:
+    """One change of the champion."""
+
     time: str
     """UTC, ISO 8601."""
     actor: str
     from_version: str | None
     """The champion before; None for the first."""
     to_version: str | None
-    """The champion after; None where its alias was taken away by hand."""
+    """The champion after; None if its alias was removed by hand."""
     why: str
     verdict: str
     previous: str
     """Digest of the entry before."""
     action: str = PROMOTE
     evidence: str | None = None
-    """sha256 of what was judged, and by which gates; see `registry.promote.judge`."""
+    """sha256 of the judged files and of the gates; see `registry.evidence.digest`."""
 
     def __post_init__(self) -> None:
         if len(self.why) > MAX_WHY:
-            raise ConfigError(f"why has {len(self.why)} characters, over the limit of {MAX_WHY}")
+            raise ConfigError(
+                f"why has {len(self.why)} characters, over the limit of {MAX_WHY}: give a shorter "
+                "reason"
+            )
 
     def as_json(self) -> str:
-        """Canonical: sorted keys, no spaces; what the first ledgers lacked only where it tells."""
+        """Return the canonical form: sorted keys, no spaces.
+
+        The first ledgers had no action and no evidence; these keys are written only if they differ
+        from the defaults, so that old entries keep their digests.
+        """
         values = {
             "time": self.time,
             "actor": self.actor,
@@ -75,26 +84,27 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Record:
+class LedgerRecord:
     """A version of the ledger's model."""
 
     number: int
     text: str
-    """JSON of the entry."""
-    settled: bool = False
+    """The entry as JSON."""
+    applied: bool = False
+    """Whether the aliases were set as the entry says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Link:
-    """A record that is in the chain."""
+class ChainLink:
+    """A record that is part of the chain."""
 
     number: int
-    entry: Entry
-    settled: bool
+    entry: LedgerEntry
+    applied: bool
 
 
-def parse(text: str) -> Entry:
-    """Read ``as_json``.
+def parse(text: str) -> LedgerEntry:
+    """Read what ``as_json`` writes.
 
     Raises:
         ValueError: it is not an entry.
@@ -102,37 +112,40 @@ def parse(text: str) -> Entry:
     try:
         values = json.loads(text)
         from_version, to_version = values.pop("from"), values.pop("to")
-        return Entry(from_version=from_version, to_version=to_version, **values)
+        return LedgerEntry(from_version=from_version, to_version=to_version, **values)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"not a ledger entry: {error}") from error
 
 
-def chain(records: Iterable[Record]) -> list[Link]:
-    """Those that link up from the genesis, the lowest number first."""
-    linked: list[Link] = []
+def chain(records: Iterable[LedgerRecord]) -> list[ChainLink]:
+    """Return the records that link up from the genesis; of rivals, the lowest number counts."""
+    links: list[ChainLink] = []
     head = GENESIS
-    for record in sorted(records, key=lambda one: one.number):
+    for record in sorted(records, key=lambda record: record.number):
         try:
             entry = parse(record.text)
         except ValueError as error:
-            log.warning("entry %d of the ledger is left out: %s", record.number, error)
+            log.warning("entry %d of the ledger is ignored: %s", record.number, error)
             continue
         if entry.previous == head:
-            linked.append(Link(number=record.number, entry=entry, settled=record.settled))
+            links.append(ChainLink(number=record.number, entry=entry, applied=record.applied))
             head = entry.digest
-    return linked
+    return links
 
 
-def outside(records: Sequence[Record]) -> tuple[list[int], list[int]]:
-    """Numbers of records that are not in the chain: those that came second, and those that break
-    it, which nobody could have entered so.
+def find_unlinked(records: Sequence[LedgerRecord]) -> tuple[list[int], list[int]]:
+    """Return the numbers of the records outside the chain.
+
+    The first list holds those that lost against an entry with the same predecessor, the second
+    those that link to nothing: an entry was changed or deleted.
     """
-    linked = chain(records)
-    known, predecessors = {one.number for one in linked}, {one.entry.previous for one in linked}
+    links = chain(records)
+    linked = {link.number for link in links}
+    predecessors = {link.entry.previous for link in links}
     second: list[int] = []
     broken: list[int] = []
     for record in records:
-        if record.number in known:
+        if record.number in linked:
             continue
         try:
             late = parse(record.text).previous in predecessors
@@ -142,78 +155,89 @@ def outside(records: Sequence[Record]) -> tuple[list[int], list[int]]:
     return second, broken
 
 
-def reigns(entries: Iterable[Entry]) -> list[str]:
-    """Champions in the order in which a rollback goes back through them, the last one first in
-    line: who was rolled away, or passed over by hand, is not among them.
+def rollback_stack(entries: Iterable[LedgerEntry]) -> list[str]:
+    """Return the champions that a rollback goes back through, the next target last.
+
+    Versions that were rolled back, or skipped by a move by hand, are removed.
     """
-    held: list[str] = []
+    stack: list[str] = []
     for entry in entries:
         if entry.to_version is None:
             continue
-        if entry.action != PROMOTE and entry.to_version in held:
-            while held[-1] != entry.to_version:
-                held.pop()
+        if entry.action != PROMOTE and entry.to_version in stack:
+            while stack[-1] != entry.to_version:
+                stack.pop()
         else:
-            held.append(entry.to_version)
-    return held
+            stack.append(entry.to_version)
+    return stack
 
 
-def records(model: str) -> list[Record]:
+def records(model: str) -> list[LedgerRecord]:
+    """Return all versions of the ledger's model, in the chain or not."""
     return [
-        Record(number=int(v.version), text=v.tags.get(TAG, ""), settled=SETTLED in v.tags)
-        for v in versions.all_of(name_of(model))
+        LedgerRecord(
+            number=int(version.version),
+            text=version.tags.get(ENTRY_TAG, ""),
+            applied=APPLIED_TAG in version.tags,
+        )
+        for version in versions.all_of(ledger_name(model))
     ]
 
 
-def entries(model: str) -> list[Entry]:
-    """The valid chain, in order."""
+def entries(model: str) -> list[LedgerEntry]:
+    """Return the entries of the valid chain, in order."""
     return [link.entry for link in chain(records(model))]
 
 
-def append(model: str, entry: Entry) -> None:
-    """Enter it, unless another entry came first after the same predecessor.
+def append(model: str, entry: LedgerEntry) -> None:
+    """Append the entry, unless another one with the same predecessor came first.
 
     Raises:
-        LedgerConflictError: one did; nothing may be changed on the strength of this entry.
+        LedgerConflictError: another came first; the caller must not change any alias.
     """
-    name = name_of(model)
+    name = ledger_name(model)
     if entry.to_version is not None:
         source = f"models:/{model}/{entry.to_version}"
-    else:  # the version before may have been deleted; MLflow wants a source that is there
+    else:  # MLflow requires a source that exists, and the version before may have been deleted
         source = f"models:/{name}/{chain(records(model))[-1].number}"
-    versions.ensure(name, f"Ledger of {model}: one version per entry, written by this project")
+    versions.ensure_model(
+        name, f"Ledger of {model}: one version per entry, written by this project"
+    )
     with tracking.translate_errors(f"ledger {name}"):
-        made = versions.client().create_model_version(
+        created = versions.client().create_model_version(
             name,
             source,
-            tags={TAG: entry.as_json()},
+            tags={ENTRY_TAG: entry.as_json()},
             description=f"{entry.action}: {entry.from_version} -> {entry.to_version} "
             f"by {entry.actor}: {entry.why}",
         )
     for link in chain(records(model)):
-        if link.number == int(made.version) or link.entry.digest == entry.digest:
-            return  # MLflow's client sends again what it had no answer to
+        if link.number == int(created.version) or link.entry.digest == entry.digest:
+            return  # equal digests: MLflow's client repeats a request that got no answer
         if (first := link.entry).previous == entry.previous:
             raise LedgerConflictError(
                 f"{entry.action} of version {entry.to_version} was not entered: {first.actor} "
                 f"entered {first.action} of version {first.to_version} at the same time; see "
-                "`python -m registry.history`, and say it again"
+                "`python -m registry.history`, then run the command again"
             )
     raise LedgerConflictError(
         f"{entry.action} of version {entry.to_version} was not entered: the ledger {name} changed "
-        "underneath; say it again"
+        "meanwhile; run the command again"
     )
 
 
-def settle(model: str, number: int) -> None:
-    """Say that the aliases are as this entry wants them."""
-    with tracking.translate_errors(f"ledger {name_of(model)}"):
-        versions.client().set_model_version_tag(name_of(model), str(number), SETTLED, now())
+def mark_applied(model: str, number: int) -> None:
+    """Record that the aliases were set as this entry says."""
+    name = ledger_name(model)
+    with tracking.translate_errors(f"ledger {name}"):
+        versions.client().set_model_version_tag(name, str(number), APPLIED_TAG, now())
 
 
 def now() -> str:
+    """Return the time in UTC, ISO 8601, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def name_of(model: str) -> str:
+def ledger_name(model: str) -> str:
+    """Return the name of the registered model that holds the ledger."""
     return f"{model}.ledger"

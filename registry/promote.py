@@ -1,4 +1,4 @@
-"""Judge a version against the champion, and let it take the champion's place."""
+"""Judge a version against the champion, and make it the champion if it passes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,9 @@ from eurosat import tracking
 from eurosat.errors import ConfigError, TrackingError
 from eurosat.runtime import cli, exit_codes, logs
 from registry import gates, ledger, versions
-from registry.judge import judge, show, tag
-from registry.reconcile import Standing, enter, reconcile, rival
+from registry.judge import judge_version, record_verdict
+from registry.reconcile import RegistryState, append_and_apply, baseline, reconcile
+from registry.verdict import Verdict, print_verdict
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -18,81 +19,90 @@ if TYPE_CHECKING:
 def promote(
     model: str,
     candidate: "ModelVersion",
-    before: Standing,
-    verdict: gates.Verdict,
+    before: RegistryState,
+    verdict: Verdict,
     why: str,
     actor: str,
 ) -> None:
-    """Leave the verdict with the version, and make it the champion.
+    """Record the verdict with the version, and make the version the champion.
 
     Raises:
         LedgerConflictError: another entry came first; no alias was moved.
     """
     assert verdict.passed
     number = str(candidate.version)
-    tag(model, number, verdict)
-    enter(
-        model, before, ledger.PROMOTE, number, why, actor, str(verdict), evidence=verdict.evidence
+    record_verdict(model, number, verdict)
+    append_and_apply(
+        model,
+        before,
+        ledger.PROMOTE,
+        number,
+        why,
+        actor,
+        str(verdict),
+        evidence=verdict.evidence,
     )
 
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser(
         "registry.promote",
-        "Judge the challenger, or VERSION, against the champion on the test tiles of both; make "
-        "it champion, or refuse with reasons and exit 1.",
+        "Judge the challenger, or VERSION, against the champion on their common test tiles. If it "
+        "passes every gate, make it champion; otherwise print the reasons and exit with 1.",
     )
     parser.add_argument("version", nargs="?", metavar="VERSION", help="default: the challenger")
-    parser.add_argument("--why", default="it passed every gate", help="entered in the ledger")
-    parser.add_argument("--by", help="who promotes; default: the user")
+    parser.add_argument("--why", default="it passed every gate", help="reason, for the ledger")
+    parser.add_argument("--by", help="name of the person; default: the user")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
-    parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, a table per figure")
+    parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, one table per gate")
     parser.add_argument(
         "--accept-new-data",
         action="store_true",
-        help="the champion was tested on other tiles: let the bounds alone judge",
+        help="if the champion was tested on other tiles: apply only the fixed limits",
     )
     parser.add_argument(
         "--accept-uncommitted",
         action="store_true",
-        help="no commit holds the code that made it: enter that, and let the other gates judge",
+        help="accept a model whose code is not committed; the ledger records it",
     )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    bars = gates.load(args.gates)
+    limits = gates.load(args.gates)
     if len(args.why) > ledger.MAX_WHY:
-        raise ConfigError(f"--why has {len(args.why)} characters, over {ledger.MAX_WHY}")
+        raise ConfigError(
+            f"--why has {len(args.why)} characters, over {ledger.MAX_WHY}: give a shorter reason"
+        )
     before = reconcile(args.model)
     candidate = _candidate(args.model, args.version)
-    number, champion = str(candidate.version), rival(args.model, before)
-    if before.number == number:
+    number, champion = str(candidate.version), baseline(args.model, before)
+    if before.champion_number == number:
         print(f"{args.model} version {number} is the champion already")
         return exit_codes.OK
-    verdict = judge(
+    verdict = judge_version(
         candidate,
         champion,
-        bars,
+        limits,
         accept_new_data=args.accept_new_data,
         accept_uncommitted=args.accept_uncommitted,
     )
-    show(verdict)
+    print_verdict(verdict)
     if not verdict.passed:
-        tag(args.model, number, verdict)
+        record_verdict(args.model, number, verdict)
         return exit_codes.NEGATIVE
     promote(args.model, candidate, before, verdict, args.why, args.by or tracking.user())
-    print(before.followed_by(args.model, number))
+    print(before.describe_change(args.model, number))
     return exit_codes.OK
 
 
 def _candidate(model: str, number: str | None) -> "ModelVersion":
-    if number:  # MLproject's default is empty
-        return versions.named(model, number)
-    found = versions.by_alias(model, versions.CHALLENGER)
-    if found is None:
+    if number:  # MLproject passes an empty default
+        return versions.from_argument(model, number)
+    challenger = versions.by_alias(model, versions.CHALLENGER)
+    if challenger is None:
         raise TrackingError(
             f"{model} has no challenger: name a VERSION, or run `python -m registry.register RUN`"
         )
-    return found
+    return challenger
 
 
 if __name__ == "__main__":

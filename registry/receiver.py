@@ -1,7 +1,7 @@
-"""The service behind MLflow's registry webhooks: judges what is registered, and keeps order.
+"""The service behind MLflow's registry webhooks: judges new versions, and promotes on request.
 
-It answers as soon as a delivery is on disk; a thread works them off, one at a time, and looks
-at the registry itself now and then, as MLflow drops a delivery after its fourth try.
+It answers as soon as a delivery is stored on disk. One thread processes the stored events, and
+polls the registry now and then, since MLflow drops a delivery after its fourth try.
 """
 
 import argparse
@@ -28,75 +28,78 @@ from eurosat.errors import ConfigError, EuroSATError
 from eurosat.runtime import cli, exit_codes, logs
 from eurosat.runtime.cache import cache_root
 from registry import gates, ledger, versions
-from registry.approvals import APPROVAL
-from registry.event_queue import Inbox, Job
+from registry.approvals import APPROVAL_TAG
+from registry.event_queue import EventQueue, QueuedEvent
 from registry.notifications import Target, signature
-from registry.worker import EVENTS, SAID, Worker
+from registry.worker import EVENTS, TAG_SET, Worker
 
 log = logging.getLogger(__name__)
 
-VARIABLE = "MLFLOW_WEBHOOK_SECRET"
-"""Holds what MLflow signs with."""
-FRESH_S = 300.0
-"""Between MLflow's clock and ours; its tries of one delivery are over within seconds."""
-MOST_BYTES = 65_536
-BODY_S = 10.0
-"""For a delivery to arrive whole."""
+SECRET_VARIABLE = "MLFLOW_WEBHOOK_SECRET"  # noqa: S105 - the variable's name
+"""Environment variable of the key that MLflow signs with."""
+MAX_AGE_S = 300.0
+"""Largest difference between MLflow's clock and ours; MLflow's retries end within seconds."""
+MAX_BODY_BYTES = 65_536
+BODY_TIMEOUT_S = 10.0
+QUEUE_FOLDER = "inboxes"
+"""Subfolder of the cache that holds one queue per model."""
 
 
-class Refused(EuroSATError):
-    """A delivery that is not taken; MLflow tries again after 429 and 5xx alone."""
+class DeliveryRejected(EuroSATError):
+    """A delivery that is not accepted; MLflow tries again only after status 429 and 5xx."""
 
-    def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
         self.status = status
 
 
-def check(secret: str, headers: Mapping[str, str], body: bytes, now: float) -> str:
-    """The delivery's id, if MLflow has signed it lately.
+def verify_signature(secret: str, headers: Mapping[str, str], body: bytes, now: float) -> str:
+    """Return the id of a delivery that MLflow has signed within MAX_AGE_S of ``now``.
 
     Raises:
-        Refused: it has not.
+        DeliveryRejected: the signature is wrong or too old.
     """
-    id_, stamp = headers.get("x-mlflow-delivery-id", ""), headers.get("x-mlflow-timestamp", "")
-    given = headers.get("x-mlflow-signature", "")
-    wanted = signature(secret, id_, stamp, body)
-    if not id_ or not hmac.compare_digest(wanted.encode(), given.encode()):
-        raise Refused(401, f"not signed with {VARIABLE}")
+    id_, timestamp = headers.get("x-mlflow-delivery-id", ""), headers.get("x-mlflow-timestamp", "")
+    received = headers.get("x-mlflow-signature", "")
+    expected = signature(secret, id_, timestamp, body)
+    if not id_ or not hmac.compare_digest(expected.encode(), received.encode()):
+        raise DeliveryRejected(401, f"the signature does not match {SECRET_VARIABLE}")
     try:
-        age = abs(now - float(stamp))
+        age_s = abs(now - float(timestamp))
     except ValueError:
-        age = math.inf
-    if not age <= FRESH_S:
-        raise Refused(400, f"signed over {FRESH_S:g} s ago: compare the clocks of both machines")
+        age_s = math.inf
+    if not age_s <= MAX_AGE_S:
+        raise DeliveryRejected(
+            400, f"signed over {MAX_AGE_S:g} s ago: compare the clocks of both machines"
+        )
     return id_
 
 
-def read(id_: str, body: bytes) -> Job | None:
-    """What is to be done; None for an event that asks for nothing.
+def parse_event(id_: str, body: bytes) -> QueuedEvent | None:
+    """Return the event to queue, or None if it asks for nothing.
 
     Raises:
-        Refused: it is no event of MLflow's.
+        DeliveryRejected: the body is not an event of MLflow's registry.
     """
     try:
-        whole = json.loads(body)
-        event, data = f"{whole['entity']}.{whole['action']}", whole["data"]
+        payload = json.loads(body)
+        event, data = f"{payload['entity']}.{payload['action']}", payload["data"]
         model, version = str(data["name"]), str(data.get("version", ""))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Refused(400, "not an event of MLflow's registry") from error
-    told = str(data.get("key" if event == SAID else "alias", ""))
-    if event not in EVENTS or model.endswith(ledger.name_of("")):
+        raise DeliveryRejected(400, "the body is not an event of MLflow's registry") from error
+    detail = str(data.get("key" if event == TAG_SET else "alias", ""))
+    if event not in EVENTS or model.endswith(ledger.ledger_name("")):
         return None
-    if event == SAID and told != APPROVAL:
+    if event == TAG_SET and detail != APPROVAL_TAG:
         return None
-    return Job(id=id_, event=event, model=model, version=version, told=told)
+    return QueuedEvent(id=id_, event=event, model=model, version=version, detail=detail)
 
 
 class Receiver:
-    """Takes deliveries in for a worker."""
+    """Accepts deliveries for one registered model, and queues them."""
 
-    def __init__(self, model: str, inbox: Inbox, secret: str) -> None:
-        self._model, self._inbox, self._secret = model, inbox, secret
+    def __init__(self, model: str, queue: EventQueue, secret: str) -> None:
+        self._model, self._queue, self._secret = model, queue, secret
 
     def app(self) -> Starlette:
         routes = [
@@ -107,86 +110,102 @@ class Receiver:
         return Starlette(routes=routes)
 
     async def receive(self, request: Request) -> Response:
+        """Queue a delivery; ``accepted`` is false for repeated and irrelevant ones."""
         try:
-            body = await self._body(request)
-            job = read(check(self._secret, request.headers, body, time.time()), body)
-        except Refused as refused:
-            log.warning("refused a delivery: %s", refused)
-            return JSONResponse({"message": str(refused)}, refused.status)
-        if job is None or job.model != self._model:
-            return JSONResponse({"taken": False})
-        return JSONResponse({"taken": self._inbox.accept(job)})
+            body = await self._read_body(request)
+            id_ = verify_signature(self._secret, request.headers, body, time.time())
+            event = parse_event(id_, body)
+        except DeliveryRejected as rejected:
+            log.warning("rejected a delivery: %s", rejected)
+            return JSONResponse({"message": str(rejected)}, rejected.status)
+        if event is None or event.model != self._model:
+            return JSONResponse({"accepted": False})
+        return JSONResponse({"accepted": self._queue.accept(event)})
 
-    async def _body(self, request: Request) -> bytes:
-        parts, size = [], 0
+    async def _read_body(self, request: Request) -> bytes:
+        chunks, size = [], 0
         try:
-            async with asyncio.timeout(BODY_S):
-                async for part in request.stream():
-                    size += len(part)
-                    if size > MOST_BYTES:
-                        raise Refused(
-                            413, f"over {MOST_BYTES} bytes: no event of MLflow's is so large"
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    if size > MAX_BODY_BYTES:
+                        raise DeliveryRejected(
+                            413, f"the body is over {MAX_BODY_BYTES} bytes: MLflow's are smaller"
                         )
-                    parts.append(part)
+                    chunks.append(chunk)
         except TimeoutError as error:
-            raise Refused(408, f"the body did not arrive within {BODY_S:g} s") from error
-        return b"".join(parts)
+            raise DeliveryRejected(
+                408, f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
+            ) from error
+        return b"".join(chunks)
 
     async def health(self, _: Request) -> Response:
-        return JSONResponse(self._inbox.counts())
+        return JSONResponse(self._queue.counts())
 
     async def dead(self, _: Request) -> Response:
-        return JSONResponse(given_up(self._inbox))
+        return JSONResponse(dead_events(self._queue))
 
 
 def main(argv: Sequence[str]) -> int:
+    args = _parser().parse_args(argv)
+    logs.setup(args.log_level)
+    file = args.queue or cache_root() / QUEUE_FOLDER / f"{args.model}.db"
+    queue = EventQueue(file)
+    try:
+        if args.dead or args.retry_dead:
+            return _print_dead(queue, retry=args.retry_dead)
+        with _exclusive(file):
+            return _serve(args, queue)
+    finally:
+        queue.close()
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = cli.parser("registry.receiver", "Answer MLflow's registry webhooks.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5002)
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
-    parser.add_argument("--promote", action="store_true", help="what passes becomes champion")
-    parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, a table per figure")
-    parser.add_argument("--serving", metavar="URL", help="must answer with each new champion")
     parser.add_argument(
-        "--tell",
+        "--promote", action="store_true", help="make a version that passes every gate champion"
+    )
+    parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, one table per gate")
+    parser.add_argument(
+        "--serving", metavar="URL", help="roll back a champion that this server cannot load"
+    )
+    parser.add_argument(
+        "--notify",
         action="append",
         default=[],
         metavar="URL|github:OWNER/REPO",
-        help="of each new entry of the ledger; may be said several times",
+        help="send each new ledger entry there; may be repeated",
     )
-    parser.add_argument("--inbox", type=Path, metavar="FILE", help="in the cache, one per model")
-    parser.add_argument("--dead", action="store_true", help="list what was given up, and end")
-    parser.add_argument("--revive", action="store_true", help="let it be tried again, and end")
-    args = parser.parse_args(argv)
-    logs.setup(args.log_level)
-    file = args.inbox or cache_root() / "inboxes" / f"{args.model}.db"
-    inbox = Inbox(file)
-    try:
-        if args.dead or args.revive:
-            return _dead(inbox, revive=args.revive)
-        with _alone(file):
-            return _receive(args, inbox)
-    finally:
-        inbox.close()
+    parser.add_argument(
+        "--queue", type=Path, metavar="FILE", help="event queue; default: in the cache, by model"
+    )
+    parser.add_argument("--dead", action="store_true", help="list events that were given up; exit")
+    parser.add_argument("--retry-dead", action="store_true", help="list and retry them; exit")
+    return parser
 
 
-def _receive(args: argparse.Namespace, inbox: Inbox) -> int:
+def _serve(args: argparse.Namespace, queue: EventQueue) -> int:
     import uvicorn
 
-    receiver = Receiver(args.model, inbox, secret())
+    receiver = Receiver(args.model, queue, webhook_secret())
     worker = Worker(
         args.model,
-        inbox,
+        queue,
         promotes=args.promote,
         serving=args.serving,
-        bars=gates.load(args.gates),
-        targets=[Target(to=to) for to in args.tell],
+        limits=gates.load(args.gates),
+        targets=[Target(address=address) for address in args.notify],
     )
     try:
         listener = socket.create_server((args.host, args.port))
     except OSError as error:
-        raise ConfigError(f"port {args.port} of {args.host}: {error.strerror}") from error
-    thread = threading.Thread(target=worker.work, name="worker")
+        raise ConfigError(
+            f"port {args.port} of {args.host}: {error.strerror}; choose another --host or --port"
+        ) from error
+    thread = threading.Thread(target=worker.run, name="worker")
     thread.start()
     try:
         log.info("answering webhooks at http://%s:%d/webhook", args.host, args.port)
@@ -202,49 +221,51 @@ def _receive(args: argparse.Namespace, inbox: Inbox) -> int:
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """One receiver works on an inbox.
+def _exclusive(file: Path) -> Iterator[None]:
+    """Lock the queue, since only one receiver may process it.
 
     Raises:
-        ConfigError: another one does.
+        ConfigError: another receiver holds the lock.
     """
     lock = FileLock(f"{file}.lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
-        raise ConfigError(f"another receiver works on {file}: end it, or say --inbox") from error
+        raise ConfigError(
+            f"another receiver works on {file}: stop it, or choose another file with --queue"
+        ) from error
     try:
         yield
     finally:
         lock.release()
 
 
-def secret() -> str:
-    """What MLflow signs with.
+def webhook_secret() -> str:
+    """Return the key that MLflow signs with.
 
     Raises:
-        ConfigError: nobody has said it.
+        ConfigError: the environment variable is not set.
     """
-    if not (told := os.environ.get(VARIABLE)):
+    if not (secret := os.environ.get(SECRET_VARIABLE)):
         raise ConfigError(
-            f"{VARIABLE} is not set: give the receiver and `registry.webhooks install` the same, "
-            "such as `openssl rand -hex 32` makes"
+            f"{SECRET_VARIABLE} is not set: set it to the same value for the receiver and for "
+            "`registry.webhooks install`; `openssl rand -hex 32` makes one"
         )
-    return told
+    return secret
 
 
-def given_up(inbox: Inbox) -> list[dict[str, str]]:
-    """What was tried in vain, and why."""
+def dead_events(queue: EventQueue) -> list[dict[str, str]]:
+    """Return the events that were given up, and why."""
     return [
-        {"id": one.id, "event": one.event, "version": one.version, "why": one.said}
-        for one in inbox.dead()
+        {"id": event.id, "event": event.event, "version": event.version, "why": event.message}
+        for event in queue.dead()
     ]
 
 
-def _dead(inbox: Inbox, *, revive: bool) -> int:
-    print(json.dumps(given_up(inbox), indent=1))
-    if revive:
-        print(f"{inbox.revive()} will be tried again")
+def _print_dead(queue: EventQueue, *, retry: bool) -> int:
+    print(json.dumps(dead_events(queue), indent=1))
+    if retry:
+        print(f"{queue.retry_dead()} will be tried again")
     return exit_codes.OK
 
 

@@ -1,8 +1,8 @@
-"""The aliases brought to what the ledger says, and what was done by hand entered in it.
+"""Bring aliases and ledger together: set what the ledger says, and record what was done by hand.
 
-The ledger comes first, then the aliases: whoever is killed in between is completed by the next
-command. An alias that is neither what the last entry made it nor, until that is settled, what was
-before was moved by somebody.
+A command writes its ledger entry first and sets the aliases after. If it is killed in between, the
+next command sets them. An alias that matches neither the last entry nor, until that entry is marked
+as applied, the champion before it, was changed outside these commands.
 """
 
 import logging
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from eurosat import tracking
 from registry import ledger, versions
-from registry.approvals import RETIRED
+from registry.approvals import RETIRED_TAG
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -21,78 +21,86 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SETTLE_S = 1.0
-"""After which an alias that another command was about to set is set."""
-NOBODY = "unknown"
-"""The actor of what was done outside these commands: MLflow does not tell."""
+"""How long to wait for another command that may be about to set an alias."""
+UNKNOWN_ACTOR = "unknown"
+"""The actor of changes outside these commands; MLflow does not record who made them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Standing:
-    """What ledger and aliases agree on."""
+class RegistryState:
+    """A state in which ledger and aliases agree."""
 
-    predecessor: str
-    """Digest that the next entry names."""
+    head_digest: str
+    """Digest of the last entry, which the next one names as its predecessor."""
     champion: "ModelVersion | None"
-    reigns: tuple[str, ...]
-    """See `registry.ledger.reigns`."""
+    rollback_stack: tuple[str, ...]
+    """See `registry.ledger.rollback_stack`."""
 
     @property
-    def number(self) -> str | None:
-        """Of the champion."""
+    def champion_number(self) -> str | None:
         return _number(self.champion)
 
     @property
-    def before(self) -> tuple[str, ...]:
-        """Those that a rollback goes back to, the last one first in line."""
-        return self.reigns[:-1] if self.champion else self.reigns
+    def earlier_champions(self) -> tuple[str, ...]:
+        """Return the versions that a rollback goes back to, the next target last."""
+        return self.rollback_stack[:-1] if self.champion else self.rollback_stack
 
-    def followed_by(self, model: str, number: str) -> str:
-        """What a command says at its end."""
-        was = f"version {self.number} before" if self.champion else "none before"
-        return f"{model} version {number} is the champion ({was})"
+    def describe_change(self, model: str, number: str) -> str:
+        """Return a command's last line, after this state was followed by another champion."""
+        before = f"version {self.champion_number} before" if self.champion else "none before"
+        return f"{model} version {number} is the champion ({before})"
 
 
-def reconcile(model: str) -> Standing:
-    """Complete what was cut off, enter what was done by hand, and tell what now holds.
+def reconcile(model: str) -> RegistryState:
+    """Complete what was cut off, record what was done by hand, and return the state.
 
     Raises:
-        TrackingError: the registry cannot be asked.
+        TrackingError: the registry cannot be reached.
     """
-    overtaken = False  # an alias of ours came after another's entry: that is nobody's hand
-    seen: tuple[str, str | None] | None = None
+    overtaken = False  # one of our aliases was set after another's entry: not a change by hand
+    suspect: tuple[str, str | None] | None = None
     while True:
         links = ledger.chain(ledger.records(model))
-        champion = versions.by_alias(model, versions.CHAMPION)
-        held = _number(champion)
         last = links[-1].entry if links else None
-        predecessor = last.digest if last else ledger.GENESIS
+        head_digest = last.digest if last else ledger.GENESIS
         entered = last.to_version if last else None
-        awaited = entered  # what the alias may be until the last entry is settled
-        if last and last.action != ledger.BY_HAND and not links[-1].settled:
-            awaited = last.from_version
-        if held not in (entered, awaited) and not overtaken:
-            if seen == (predecessor, held):
-                _enter_by_hand(model, predecessor, entered, held)
-            else:  # or is another command about to set it?
-                seen = predecessor, held
+        alias = _number(versions.by_alias(model, versions.CHAMPION))
+        if alias not in (entered, _champion_before(links)) and not overtaken:
+            if suspect == (head_digest, alias):
+                _record_by_hand(model, head_digest, entered, alias)
+            else:  # another command may be about to set it: look again before recording it
+                suspect = head_digest, alias
                 time.sleep(SETTLE_S)
             continue
         entries = [link.entry for link in links]
         if links:
-            follow(model, entries, held)
-            if not links[-1].settled:
-                ledger.settle(model, links[-1].number)
-        now = ledger.entries(model)
-        overtaken = (now[-1].digest if now else ledger.GENESIS) != predecessor
+            apply_aliases(model, entries, alias)
+            if not links[-1].applied:
+                ledger.mark_applied(model, links[-1].number)
+        latest = ledger.entries(model)
+        overtaken = (latest[-1].digest if latest else ledger.GENESIS) != head_digest
         champion = versions.by_alias(model, versions.CHAMPION)
         if not overtaken and _number(champion) == entered:
-            reigns = tuple(ledger.reigns(entries))
-            return Standing(predecessor=predecessor, champion=champion, reigns=reigns)
+            return RegistryState(
+                head_digest=head_digest,
+                champion=champion,
+                rollback_stack=tuple(ledger.rollback_stack(entries)),
+            )
 
 
-def enter(
+def _champion_before(links: Sequence[ledger.ChainLink]) -> str | None:
+    """Return what the alias may still be until the last entry is marked as applied."""
+    if not links:
+        return None
+    last = links[-1]
+    if last.applied or last.entry.action == ledger.BY_HAND:
+        return last.entry.to_version
+    return last.entry.from_version
+
+
+def append_and_apply(
     model: str,
-    before: Standing,
+    before: RegistryState,
     action: str,
     to: str,
     why: str,
@@ -100,19 +108,19 @@ def enter(
     verdict: str,
     evidence: str | None = None,
 ) -> None:
-    """Make a version the champion: in the ledger first, then the aliases follow.
+    """Make a version the champion: append to the ledger, then set the aliases.
 
     Raises:
         LedgerConflictError: another entry came first; no alias was moved.
     """
-    entry = ledger.Entry(
+    entry = ledger.LedgerEntry(
         time=ledger.now(),
         actor=actor,
-        from_version=before.number,
+        from_version=before.champion_number,
         to_version=to,
         why=why,
         verdict=verdict,
-        previous=before.predecessor,
+        previous=before.head_digest,
         action=action,
         evidence=evidence,
     )
@@ -120,51 +128,51 @@ def enter(
     reconcile(model)
 
 
-def rival(model: str, standing: Standing) -> "ModelVersion | None":
-    """Whom a candidate must not be worse than: the champion, or the last there was."""
-    if standing.champion is not None:
-        return standing.champion
-    number = last_kept(model, standing.before)
+def baseline(model: str, state: RegistryState) -> "ModelVersion | None":
+    """Return the version to compare a candidate with: the champion, or the last there was."""
+    if state.champion is not None:
+        return state.champion
+    number = last_active(model, state.earlier_champions)
     return versions.get(model, number) if number else None
 
 
-def follow(model: str, entries: Sequence[ledger.Entry], held: str | None) -> None:
-    """Set ``champion`` and ``previous`` to what the entries say; a challenger that won is none.
+def apply_aliases(model: str, entries: Sequence[ledger.LedgerEntry], expected: str | None) -> None:
+    """Set ``champion`` and ``previous`` as the entries say; remove a challenger that won.
 
-    A champion that is no longer the one that was ``held`` has just been moved by somebody else,
-    and stays.
+    If ``champion`` is no longer the ``expected`` version, somebody has just moved it, and it stays.
     """
-    champion, reigns = entries[-1].to_version, ledger.reigns(entries)
-    before = reigns[:-1] if champion else reigns
+    champion, stack = entries[-1].to_version, ledger.rollback_stack(entries)
+    earlier = stack[:-1] if champion else stack
     if ledger.entries(model)[-1].digest != entries[-1].digest:
-        return  # another entry came meanwhile, and whoever made it sets the aliases
-    if held != champion and held == _number(versions.by_alias(model, versions.CHAMPION)):
-        _point(model, versions.CHAMPION, champion)
-    _point(model, versions.PREVIOUS, last_kept(model, before))
+        return  # another command has appended an entry meanwhile, and sets the aliases
+    if expected != champion and expected == _number(versions.by_alias(model, versions.CHAMPION)):
+        _set_alias(model, versions.CHAMPION, champion)
+    _set_alias(model, versions.PREVIOUS, last_active(model, earlier))
     challenger = versions.by_alias(model, versions.CHALLENGER)
     if challenger and str(challenger.version) == champion:
-        _point(model, versions.CHALLENGER, None)
+        _set_alias(model, versions.CHALLENGER, None)
 
 
-def last_kept(model: str, numbers: Sequence[str]) -> str | None:
-    """The last of these versions that nobody has deleted or retired."""
-    return next((number for number in reversed(numbers) if _in_service(model, number)), None)
+def last_active(model: str, numbers: Sequence[str]) -> str | None:
+    """Return the last of these versions that is neither deleted nor retired."""
+    return next((number for number in reversed(numbers) if _is_active(model, number)), None)
 
 
-def _in_service(model: str, number: str) -> bool:
-    found = versions.find(model, number)
-    return found is not None and RETIRED not in found.tags
+def _is_active(model: str, number: str) -> bool:
+    version = versions.get_or_none(model, number)
+    return version is not None and RETIRED_TAG not in version.tags
 
 
 def _number(version: "ModelVersion | None") -> str | None:
     return str(version.version) if version else None
 
 
-def _point(model: str, alias: str, number: str | None) -> None:
+def _set_alias(model: str, alias: str, number: str | None) -> None:
+    """Point the alias to the version, or delete it for None."""
     if _number(versions.by_alias(model, alias)) == number:
         return
-    if number is not None and versions.find(model, number) is None:
-        log.warning("version %s of %s was deleted: %s is not set to it", number, model, alias)
+    if number is not None and versions.get_or_none(model, number) is None:
+        log.warning("version %s of %s was deleted: the alias %s is not set", number, model, alias)
         return
     with tracking.translate_errors(f"alias {alias} of {model}"):
         if number is None:
@@ -173,21 +181,22 @@ def _point(model: str, alias: str, number: str | None) -> None:
             versions.client().set_registered_model_alias(model, alias, number)
 
 
-def _enter_by_hand(model: str, predecessor: str, was: str | None, now: str | None) -> None:
-    """Unless another command did, or was about to set the alias itself."""
+def _record_by_hand(model: str, head_digest: str, before: str | None, after: str | None) -> None:
+    """Append an entry for an alias moved by hand, unless another command comes first."""
     log.warning(
-        "champion is version %s where the ledger says %s: it was moved by hand, and is entered so",
-        now or "none",
-        was or "none",
+        "champion is version %s, but the ledger says %s: the alias was moved by hand, and the "
+        "ledger records this",
+        after or "none",
+        before or "none",
     )
-    entry = ledger.Entry(
+    entry = ledger.LedgerEntry(
         time=ledger.now(),
-        actor=NOBODY,
-        from_version=was,
-        to_version=now,
+        actor=UNKNOWN_ACTOR,
+        from_version=before,
+        to_version=after,
         why="the alias was moved outside these commands",
         verdict="not judged",
-        previous=predecessor,
+        previous=head_digest,
         action=ledger.BY_HAND,
     )
     try:

@@ -1,4 +1,4 @@
-"""Take a version out of service: it challenges nobody, and no rollback goes back to it."""
+"""Take a version out of service: it cannot be promoted, and rollbacks skip it."""
 
 from collections.abc import Sequence
 
@@ -10,25 +10,31 @@ from registry.reconcile import reconcile
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.parser("registry.retire", "Take VERSION out of service; the champion cannot be.")
+    parser = cli.parser(
+        "registry.retire",
+        "Take VERSION out of service: it cannot be promoted, and rollbacks skip it. The champion "
+        "cannot be retired.",
+    )
     parser.add_argument("version", metavar="VERSION")
-    parser.add_argument("--why", required=True)
-    parser.add_argument("--by", help="who does it; default: the user")
+    parser.add_argument("--why", required=True, help="reason, stored with the version")
+    parser.add_argument("--by", help="name of the person; default: the user")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    number = str(versions.named(args.model, args.version).version)
+    number = str(versions.from_argument(args.model, args.version).version)
     reconcile(args.model)
-    if versions.holds(args.model, versions.CHAMPION, number):
+    if versions.has_alias(args.model, versions.CHAMPION, number):
         raise ConfigError(
             f"{args.model} version {number} is the champion: roll back, or promote another, first"
         )
-    said = approvals.say(args.model, number, approvals.RETIRED, "retired", args.why, args.by)
-    if versions.holds(args.model, versions.CHALLENGER, number):
+    review = approvals.record(
+        args.model, number, approvals.RETIRED_TAG, approvals.RETIRED, args.why, args.by
+    )
+    if versions.has_alias(args.model, versions.CHALLENGER, number):
         with tracking.translate_errors(f"alias {versions.CHALLENGER}"):
             versions.client().delete_registered_model_alias(args.model, versions.CHALLENGER)
-    reconcile(args.model)  # the one to go back to may be another now
-    print(f"{args.model} version {number} is retired by {said.by}")
+    reconcile(args.model)  # `previous` may have to move to another version
+    print(f"{args.model} version {number} is retired by {review.by}")
     return exit_codes.OK
 
 

@@ -1,4 +1,4 @@
-"""How a version answers tiles under haze, blur, noise and others, asked at registration."""
+"""Predictions for corrupted test tiles (haze, blur, noise and others), made at registration."""
 
 import logging
 import math
@@ -22,48 +22,52 @@ log = logging.getLogger(__name__)
 
 GATE = "robustness"
 FILE = "corruptions.parquet"
-"""Of the run's artifacts: a row for each tile under each kind."""
+"""Artifact of the run: one row per tile and kind of corruption."""
 SEVERITY = 1
-"""Of `eurosat.evaluation.corruptions`: as a next scene may well be. Above it some kinds leave so
+"""Severity in `eurosat.evaluation.corruptions`: as the next scene may well be. Higher ones leave so
 little of a tile that all networks fail alike: on EuroSAT's tiles with noise `efficientnet-lite0` in
 INT8 has an accuracy of 0.64 at severity 1, 0.23 at 2 and 0.12 at 3."""
 TILES = 250
-"""Of the test fold: 2,000 answers of one view, seconds for a network of a few hundred images/s."""
-ENOUGH = 100
-"""Tiles in common that compare two versions; or nine tenths of them, for small test folds."""
-ROW = (*evidence.TILE, "kind")
+"""Test tiles that are corrupted: with 8 kinds 2,000 predictions of one view, seconds for a network
+of a few hundred tiles/s."""
+MIN_COMMON_TILES = 100
+"""Common tiles that are enough to compare two versions; or nine tenths of them, for small folds."""
+ROW_KEY = (*evidence.TILE_KEY, "kind")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
-    """A version's answers, or why there are none that count."""
+class CorruptionResult:
+    """A version's predictions for corrupted tiles, or why there are none."""
 
     predictions: Predictions | None = None
     fault: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Comparison:
+class RobustnessComparison:
+    """Accuracies of one or two versions under corruptions."""
+
     candidate: float | None = None
-    """Mean over kinds of the accuracy; of two, on the tiles that both were asked about."""
+    """Mean over kinds of the accuracy; with a champion, on the tiles that both have predicted."""
     champion: float | None = None
     fault: str = ""
     """Why one of the two is missing, and what to do."""
-    judged: tuple[Predictions, ...] = ()
+    sources: tuple[Predictions, ...] = ()
+    """All predictions that were read."""
 
 
-def ensure(run_id: str) -> bool:
-    """Ask the run's network, unless that was done; whether it was now.
+def ensure_predicted(run_id: str) -> bool:
+    """Predict corrupted tiles unless the run has such predictions; return whether it did.
 
-    Where the tiles are not on this machine, that is told in one line, and nothing is kept.
+    If the tiles are not on this machine, one warning says so, and nothing is stored.
     """
     if not read(run_id).fault:
         return False
     try:
-        asked = ask(run_id)
+        frame = predict_corrupted(run_id)
     except (ConfigError, DataError, StorageError) as error:
         log.warning(
-            "corrupted tiles were not tried (%s): the gate %s refuses, until %s",
+            "corrupted tiles were not predicted (%s): the gate %s refuses until you %s",
             error,
             GATE,
             remedy(run_id),
@@ -74,19 +78,19 @@ def ensure(run_id: str) -> bool:
         tracking.translate_errors(f"{FILE} of run {run_id}"),
     ):
         file = Path(folder) / FILE
-        asked.to_parquet(file, index=False)
+        frame.to_parquet(file, index=False)
         versions.client().log_artifact(run_id, str(file))
     return True
 
 
-def ask(run_id: str) -> "pd.DataFrame":
-    """Answers of the network that is served, in one view, about tiles of the run's test fold.
+def predict_corrupted(run_id: str) -> "pd.DataFrame":
+    """Return predictions of the served network, with one view, for tiles of the run's test fold.
 
-    A row for each tile and kind: tile, sha256, label, kind, severity, and ``p/Class`` per class.
+    One row per tile and kind: tile, sha256, label, kind, severity, and ``p/Class`` per class.
 
     Raises:
-        DataError: the tiles are not here, or are no longer those of the run.
-        ConfigError: the run does not say from where they are.
+        DataError: the tiles are not on this machine, or have changed since the run.
+        ConfigError: the run does not record where its tiles are.
     """
     import numpy as np
     import pandas as pd
@@ -96,96 +100,112 @@ def ask(run_id: str) -> "pd.DataFrame":
     from eurosat.models import onnx_session
 
     pack, rows = recorded_fold(run_id, "test")
-    rows = rows[chosen(pack.table["sha256"].iloc[rows])]
+    rows = rows[select_tiles(pack.table["sha256"].iloc[rows])]
     tiles_NHWC = pack.tiles_NHWC[rows]
-    seen = [corruptions.corrupt(tiles_NHWC, kind, SEVERITY) for kind in corruptions.KINDS]
-    held, fast = versions.held(run_id), versions.NETWORK_INT8
-    with tracking.artifact(run_id, fast if fast in held else versions.NETWORK) as file:
-        answers_NK = onnx_session.probabilities(file, np.concatenate(seen), one_view=True)
-    kinds, of_tiles = len(corruptions.KINDS), pack.table.iloc[rows]
+    corrupted = [corruptions.corrupt(tiles_NHWC, kind, SEVERITY) for kind in corruptions.KINDS]
+    has_int8 = versions.NETWORK_INT8 in versions.artifact_names(run_id)
+    served = versions.NETWORK_INT8 if has_int8 else versions.NETWORK
+    with tracking.artifact(run_id, served) as file:
+        probabilities_NK = onnx_session.probabilities(
+            file, np.concatenate(corrupted), one_view=True
+        )
+    kinds, table = len(corruptions.KINDS), pack.table.iloc[rows]
     frame = pd.DataFrame(
         {
-            "tile": np.tile(of_tiles["path"], kinds),
-            "sha256": np.tile(of_tiles["sha256"], kinds),
+            "tile": np.tile(table["path"], kinds),
+            "sha256": np.tile(table["sha256"], kinds),
             "label": np.tile([pack.classes[k] for k in pack.labels[rows]], kinds),
             "kind": np.repeat(list(corruptions.KINDS), len(rows)),
             "severity": SEVERITY,
         }
     )
     for k, name in enumerate(pack.classes):
-        frame[evidence.PREFIX + name] = answers_NK[:, k]
+        frame[evidence.PROBABILITY_PREFIX + name] = probabilities_NK[:, k]
     return frame
 
 
-def chosen(sha256s: "pd.Series[str]") -> "npt.NDArray[np.int64]":
-    """Positions of the tiles that are asked about: by content, so that equal folds give equal ones.
+def select_tiles(sha256s: "pd.Series[str]") -> "npt.NDArray[np.int64]":
+    """Return the positions of the TILES tiles with the lowest sha256.
 
-    A digest's order is as good as a draw, and folds that overlap share the most.
+    Equal folds give equal tiles, and folds that overlap share as many as possible.
     """
     positions: npt.NDArray[np.int64] = sha256s.to_numpy().argsort(kind="stable")[:TILES]
     return positions
 
 
-def read(run_id: str) -> Asked:
-    """What registration left with the run.
+def read(run_id: str) -> CorruptionResult:
+    """Read the predictions that registration stored with the run.
 
     Raises:
         TrackingError: the run or its artifacts cannot be reached.
     """
     from eurosat.evaluation import corruptions
 
-    if FILE not in versions.held(run_id):
-        return Asked(fault=f"run {run_id} has no {FILE}")
+    if FILE not in versions.artifact_names(run_id):
+        return CorruptionResult(fault=f"run {run_id} has no {FILE}")
     try:
-        predictions = evidence.read(run_id, FILE, (*ROW, "severity"), "it counts for nothing")
+        predictions = evidence.read(run_id, FILE, (*ROW_KEY, "severity"), "the file is ignored")
     except ModelError as error:
-        return Asked(fault=str(error))
+        return CorruptionResult(fault=str(error))
     frame = predictions.frame
     if set(frame["kind"]) != set(corruptions.KINDS) or set(frame["severity"]) != {SEVERITY}:
-        return Asked(fault=f"{FILE} of run {run_id} is of other kinds or severities than now")
-    return Asked(predictions=predictions)
+        fault = (
+            f"{FILE} of run {run_id} has other kinds or severities than this version of the code"
+        )
+        return CorruptionResult(fault=fault)
+    return CorruptionResult(predictions=predictions)
 
 
-def compare(run_id: str, champion: str | None, known: Collection[str] = ()) -> Comparison:
-    """Figures of one run or two, without the ``known``, the sha256 of what they learned from."""
-    asked = {run: read(run) for run in (run_id, champion) if run}
-    judged = tuple(one.predictions for one in asked.values() if one.predictions)
-    mine = asked[run_id].predictions
-    theirs = asked[champion].predictions if champion else None
-    faults = [f"{one.fault}: {remedy(run)}" for run, one in asked.items() if one.fault]
-    if mine and theirs:
-        fewer = min(len(set(one.frame["sha256"])) for one in (mine, theirs))
-        ours, theirs = evidence.in_common(mine, theirs, known, ROW)
-        common = len(set(ours.frame["sha256"]))
-        if common < min(ENOUGH, evidence.ENOUGH_SHARE * fewer):
+def compare(
+    run_id: str, champion: str | None, excluded: Collection[str] = ()
+) -> RobustnessComparison:
+    """Return the mean accuracies of one run, or of two on their common tiles.
+
+    ``excluded`` holds the sha256 of tiles that one of them was trained with.
+    """
+    results = {run: read(run) for run in (run_id, champion) if run}
+    sources = tuple(result.predictions for result in results.values() if result.predictions)
+    faults = [f"{result.fault}: {remedy(run)}" for run, result in results.items() if result.fault]
+    candidates = results[run_id].predictions
+    champions = results[champion].predictions if champion else None
+    if candidates and champions:
+        total = min(_count_tiles(candidates), _count_tiles(champions))
+        common, champions = evidence.common_tiles(candidates, champions, excluded, ROW_KEY)
+        shared = _count_tiles(common)
+        if shared < min(MIN_COMMON_TILES, evidence.MIN_COMMON_SHARE * total):
             faults.append(
-                f"only {common} of {fewer} corrupted tiles are the champion's too: a file of gates "
-                f"with alone = true in [{GATE}] lets its floor alone judge"
+                f"only {shared} of {total} corrupted tiles are also the champion's: to apply only "
+                f"the floor, set absolute_only = true in [{GATE}] of a gates file, and pass it as "
+                "--gates FILE"
             )
-            theirs = None
+            champions = None
         else:
-            mine = ours
-    return Comparison(
-        candidate=accuracy(mine) if mine else None,
-        champion=accuracy(theirs) if theirs else None,
+            candidates = common
+    return RobustnessComparison(
+        candidate=mean_accuracy(candidates) if candidates else None,
+        champion=mean_accuracy(champions) if champions else None,
         fault="; ".join(faults),
-        judged=judged,
+        sources=sources,
     )
 
 
+def _count_tiles(predictions: Predictions) -> int:
+    return int(predictions.frame["sha256"].nunique())
+
+
 def remedy(run_id: str) -> str:
-    return f"`python -m registry.register {run_id}` asks it, where its tiles are"
+    return f"run `python -m registry.register {run_id}` on a machine with its tiles"
 
 
-def accuracy(predictions: Predictions) -> float:
-    """Mean over kinds; NaN where a probability is not a number in [0, 1]."""
+def mean_accuracy(predictions: Predictions) -> float:
+    """Return the mean over kinds; NaN if a probability is not a number in [0, 1]."""
     rows = by_kind(predictions)
-    return sum(row[1] for row in rows) / len(rows) if rows else math.nan
+    return sum(accuracy for _, accuracy, _ in rows) / len(rows) if rows else math.nan
 
 
 def by_kind(predictions: Predictions) -> list[tuple[str, float, float]]:
-    """Kind, accuracy and mean confidence; empty where probabilities are none."""
-    if (arrays := evidence.arrays(predictions)) is None:
+    """Return kind, accuracy and mean confidence; empty if probabilities are not in [0, 1]."""
+    if (arrays := evidence.to_arrays(predictions)) is None:
         return []
     labels, probabilities = arrays
     right, confidence = probabilities.argmax(axis=1) == labels, probabilities.max(axis=1)

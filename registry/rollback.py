@@ -1,4 +1,4 @@
-"""Give the champion's place back to one that has held it."""
+"""Make an earlier champion the champion again."""
 
 from collections.abc import Sequence
 
@@ -6,65 +6,67 @@ from eurosat import tracking
 from eurosat.errors import ConfigError, TrackingError
 from eurosat.runtime import cli, exit_codes, logs
 from registry import ledger, versions
-from registry.approvals import RETIRED, Opinion
-from registry.reconcile import Standing, enter, last_kept, reconcile
+from registry.approvals import RETIRED_TAG, ReviewDecision
+from registry.reconcile import RegistryState, append_and_apply, last_active, reconcile
 
 
-def target(model: str, standing: Standing, asked: str | None) -> str:
-    """The version to go back to: the one asked for, or the champion before.
+def choose_target(model: str, state: RegistryState, requested: str | None) -> str:
+    """Return the version to go back to: the requested one, or the champion before.
 
     Raises:
-        ConfigError: the one asked for never was champion, or is it now.
-        TrackingError: there is none to go back to, or it was deleted.
+        ConfigError: the requested one never was champion, is champion now, or is retired.
+        TrackingError: there is no earlier champion, or the requested one was deleted.
     """
-    entered = {entry.to_version for entry in ledger.entries(model)} - {None}
-    if asked is None:
-        found = last_kept(model, standing.before)
-        if found is None:
+    if requested is None:
+        previous = last_active(model, state.earlier_champions)
+        if previous is None:
             raise TrackingError(
-                f"{model} has no earlier champion to go back to: see `python -m registry.history`"
+                f"{model} has no earlier champion to go back to: see `python -m registry.history`, "
+                "or promote another version"
             )
-        return found
-    if standing.number == asked:
-        raise ConfigError(f"{model} version {asked} is the champion now: say another --to")
-    if asked not in entered:
-        known = ", ".join(sorted(map(str, entered), key=int)) or "none"
+        return previous
+    champions = {entry.to_version for entry in ledger.entries(model)} - {None}
+    if state.champion_number == requested:
+        raise ConfigError(f"{model} version {requested} is the champion now: choose another --to")
+    if requested not in champions:
+        known = ", ".join(sorted(map(str, champions), key=int)) or "none"
         raise ConfigError(
-            f"{model} version {asked} never was champion ({known} were): promote it instead"
+            f"{model} version {requested} never was champion ({known} were): promote it instead"
         )
-    if RETIRED in (version := versions.get(model, asked)).tags:
-        said = Opinion.of(version, RETIRED)
-        by = f" by {said.by} ({said.why})" if said else ""
-        raise ConfigError(f"{model} version {asked} was retired{by}: say another --to")
-    return asked
+    version = versions.get(model, requested)
+    if RETIRED_TAG in version.tags:
+        review = ReviewDecision.from_tag(version, RETIRED_TAG)
+        by = f" by {review.by} ({review.why})" if review else ""
+        raise ConfigError(f"{model} version {requested} was retired{by}: choose another --to")
+    return requested
 
 
-def rollback(model: str, to: str, before: Standing, why: str, actor: str) -> None:
-    """Make a version that has been champion the champion again.
+def rollback(model: str, to: str, before: RegistryState, why: str, actor: str) -> None:
+    """Make the version ``to``, an earlier champion, the champion again.
 
     Raises:
         LedgerConflictError: another entry came first; no alias was moved.
     """
     verdict = "not judged again: it has been champion"
-    enter(model, before, ledger.ROLLBACK, to, why, actor, verdict)
+    append_and_apply(model, before, ledger.ROLLBACK, to, why, actor, verdict)
 
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser(
         "registry.rollback",
-        "Make the champion before, or VERSION, champion again; the one that is rolled away is not "
-        "gone back to.",
+        "Make the champion before, or VERSION, champion again. Later rollbacks skip the version "
+        "that was rolled back.",
     )
     parser.add_argument("--to", metavar="VERSION", help="default: the champion before")
-    parser.add_argument("--why", required=True, help="entered in the ledger")
-    parser.add_argument("--by", help="who rolls back; default: the user")
+    parser.add_argument("--why", required=True, help="reason, for the ledger")
+    parser.add_argument("--by", help="name of the person; default: the user")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     before = reconcile(args.model)
-    to = target(args.model, before, args.to)
+    to = choose_target(args.model, before, args.to)
     rollback(args.model, to, before, args.why, args.by or tracking.user())
-    print(before.followed_by(args.model, to))
+    print(before.describe_change(args.model, to))
     return exit_codes.OK
 
 

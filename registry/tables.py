@@ -7,10 +7,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WIDTH = 120
-"""Characters, where standard output is no terminal that has a width of its own."""
+"""Characters per line if standard output is not a terminal."""
 
 
-def show(table: "Table") -> None:
+def print_table(table: "Table") -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else WIDTH).print(table)

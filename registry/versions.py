@@ -1,4 +1,4 @@
-"""Versions, aliases and tags of a registered model: this folder's edge to MLflow."""
+"""Versions, aliases and tags of a registered model; here this folder calls MLflow."""
 
 import json
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 MODEL = "eurosat"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 ALIASES = (CHALLENGER, CHAMPION, PREVIOUS)
-FILES, VERDICT = "model.files", "verdict"
-"""Tags of a version: what it consists of, and what the gates have said of it."""
+FILES_TAG, VERDICT_TAG = "model.files", "verdict"
+"""Tags of a version: the digests of its files, and the verdict of the gates."""
 NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
-"""Artifacts of a run: the forms of its network; the second where training kept it."""
-DENIED = "PERMISSION_DENIED"
-"""MLflow's code where a user may not."""
-PAGE = 1000
-"""Versions asked for at once."""
+"""Artifacts of a run: its network; the second only if training kept an INT8 network."""
+PERMISSION_DENIED = "PERMISSION_DENIED"
+"""MLflow's error code."""
+PAGE_SIZE = 1000
+"""Versions per request."""
 
 
 def client() -> "MlflowClient":
@@ -30,7 +30,7 @@ def client() -> "MlflowClient":
 
 
 def by_alias(model: str, alias: str) -> "ModelVersion | None":
-    """The version behind an alias, or None where the alias or the model does not exist."""
+    """Return the version with an alias, or None if the alias or the model does not exist."""
     from mlflow.exceptions import MlflowException
 
     with tracking.translate_errors(f"{model}@{alias}"):
@@ -43,7 +43,7 @@ def by_alias(model: str, alias: str) -> "ModelVersion | None":
 
 
 def get(model: str, number: str) -> "ModelVersion":
-    """A version by its number.
+    """Return a version by its number.
 
     Raises:
         TrackingError: there is no such version.
@@ -52,11 +52,11 @@ def get(model: str, number: str) -> "ModelVersion":
         return client().get_model_version(model, number)
 
 
-def named(model: str, number: str) -> "ModelVersion":
-    """The version that a user names.
+def from_argument(model: str, number: str) -> "ModelVersion":
+    """Return the version that a command's argument names.
 
     Raises:
-        ConfigError: that is no number.
+        ConfigError: it is not a number.
         TrackingError: there is no such version.
     """
     if not number.isdecimal():
@@ -64,14 +64,14 @@ def named(model: str, number: str) -> "ModelVersion":
     return get(model, number)
 
 
-def holds(model: str, alias: str, number: str) -> bool:
-    """Whether the alias points to the version of this number."""
-    held = by_alias(model, alias)
-    return held is not None and str(held.version) == number
+def has_alias(model: str, alias: str, number: str) -> bool:
+    """Return whether the alias points to the version of this number."""
+    version = by_alias(model, alias)
+    return version is not None and str(version.version) == number
 
 
-def find(model: str, number: str) -> "ModelVersion | None":
-    """As `get`, or None where there is no such version; one that was deleted is none."""
+def get_or_none(model: str, number: str) -> "ModelVersion | None":
+    """Return a version by its number, or None if it does not exist or was deleted."""
     from mlflow.exceptions import MlflowException
 
     with tracking.translate_errors(f"models:/{model}/{number}"):
@@ -83,34 +83,37 @@ def find(model: str, number: str) -> "ModelVersion | None":
             return None
 
 
-def files_of(version: "ModelVersion") -> dict[str, tuple[str, int]]:
-    """sha256 and size in bytes of each file, as registration has told them; empty if it has not."""
+def registered_files(version: "ModelVersion") -> dict[str, tuple[str, int]]:
+    """Return the sha256 and size in bytes of each file at registration; empty if not recorded."""
     try:
-        told = json.loads(version.tags.get(FILES, "{}"))
-        return {str(name): (str(sha256), int(size)) for name, (sha256, size) in told.items()}
+        files = json.loads(version.tags.get(FILES_TAG, "{}"))
+        return {str(name): (str(sha256), int(size)) for name, (sha256, size) in files.items()}
     except (ValueError, TypeError, AttributeError):
         return {}
 
 
 def all_of(model: str) -> "list[ModelVersion]":
-    """Every version, the oldest first; empty for an unknown model. Their aliases are empty."""
-    found, token = [], None
+    """Return every version, the oldest first; empty for an unknown model.
+
+    MLflow leaves out the aliases of these versions.
+    """
+    versions, token = [], None
     with tracking.translate_errors(f"versions of {model}"):
         while True:
             page = client().search_model_versions(
-                f"name = '{model}'", max_results=PAGE, page_token=token
+                f"name = '{model}'", max_results=PAGE_SIZE, page_token=token
             )
-            found += list(page)
+            versions += list(page)
             token = page.token
             if not token:
-                return sorted(found, key=lambda version: int(version.version))
+                return sorted(versions, key=lambda version: int(version.version))
 
 
 def run_of(version: "ModelVersion") -> str:
-    """The run that a version wraps.
+    """Return the id of the run that a version wraps.
 
     Raises:
-        TrackingError: it was made without one, so nothing can be known about it.
+        TrackingError: the version was created without a run, so it cannot be judged.
     """
     if not version.run_id:
         raise TrackingError(
@@ -120,14 +123,14 @@ def run_of(version: "ModelVersion") -> str:
     return str(version.run_id)
 
 
-def held(run_id: str) -> set[str]:
-    """Names of the files and folders that a run's artifacts begin with."""
+def artifact_names(run_id: str) -> set[str]:
+    """Return the top-level files and folders of a run's artifacts."""
     with tracking.translate_errors(f"artifacts of run {run_id}"):
         return {file.path for file in client().list_artifacts(run_id)}
 
 
-def ensure(model: str, description: str) -> None:
-    """Create the registered model unless it is there."""
+def ensure_model(model: str, description: str) -> None:
+    """Create the registered model unless it exists."""
     from mlflow.exceptions import MlflowException
 
     with tracking.translate_errors(f"registered model {model}"):

@@ -1,4 +1,4 @@
-"""MLflow's own registry webhooks: made, listed, tried and removed."""
+"""Install, list, test and remove MLflow's webhooks for `registry.receiver`."""
 
 import json
 from collections.abc import Sequence
@@ -13,50 +13,53 @@ if TYPE_CHECKING:
     from mlflow.entities.webhook import Webhook
 
 NAME = "eurosat-registry"
+"""Name of our webhook in MLflow."""
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = cli.parser("registry.webhooks", "Let MLflow tell registry.receiver what changes.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    install = verbs.add_parser("install", help="tell the receiver at URL from now on")
+    parser = cli.parser(
+        "registry.webhooks", "Manage the webhook that sends MLflow's events to registry.receiver."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    install = commands.add_parser("install", help="send events to the receiver at URL from now on")
     install.add_argument("url", metavar="URL", help="such as http://127.0.0.1:5002/webhook")
-    for verb, said in (
-        ("list", "those that MLflow has"),
-        ("test", "send one of each event"),
-        ("remove", "tell nobody any more"),
+    for command, description in (
+        ("list", "print all webhooks in MLflow"),
+        ("test", "send one example of each event"),
+        ("remove", "remove our webhook"),
     ):
-        verbs.add_parser(verb, help=said)
+        commands.add_parser(command, help=description)
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     with tracking.translate_errors("webhooks"):
-        if args.verb == "install":
+        if args.command == "install":
             return _install(args.url)
-        return {"list": _list, "test": _test, "remove": _remove}[args.verb]()
+        return {"list": _list, "test": _test, "remove": _remove}[args.command]()
 
 
 def installed() -> "list[Webhook]":
-    """Ours, of all that MLflow has."""
+    """Return our webhooks, without others in the same MLflow."""
     return [hook for hook in versions.client().list_webhooks() if hook.name == NAME]
 
 
 def _install(url: str) -> int:
-    """In the place of one that was there, so that no event is told twice."""
-    before = installed()
-    hook = versions.client().create_webhook(
+    """Replace our webhook, so that no event is sent twice."""
+    earlier = installed()
+    created = versions.client().create_webhook(
         NAME,
         url,
         list(worker.EVENTS),
-        description="judges what is registered",
-        secret=receiver.secret(),
+        description="judges registered versions",
+        secret=receiver.webhook_secret(),
     )
-    for old in before:
-        versions.client().delete_webhook(old.webhook_id)
-    print(hook.webhook_id)
+    for hook in earlier:
+        versions.client().delete_webhook(hook.webhook_id)
+    print(created.webhook_id)
     return exit_codes.OK
 
 
 def _list() -> int:
-    told = [
+    hooks = [
         {
             "id": hook.webhook_id,
             "name": hook.name,
@@ -66,7 +69,7 @@ def _list() -> int:
         }
         for hook in versions.client().list_webhooks()
     ]
-    print(json.dumps(told, indent=1))
+    print(json.dumps(hooks, indent=1))
     return exit_codes.OK
 
 
@@ -74,13 +77,14 @@ def _test() -> int:
     hooks = installed()
     if not hooks:
         raise TrackingError(
-            "there is no webhook of ours: `python -m registry.webhooks install URL`"
+            f"MLflow has no webhook {NAME}: run `python -m registry.webhooks install URL`"
         )
     failed = 0
     for event in worker.EVENTS:
-        told = versions.client().test_webhook(hooks[0].webhook_id, event)
-        failed += not told.success
-        print(f"{event}: {'taken' if told.success else told.error_message or told.response_status}")
+        result = versions.client().test_webhook(hooks[0].webhook_id, event)
+        failed += not result.success
+        problem = result.error_message or f"status {result.response_status}"
+        print(f"{event}: {'accepted' if result.success else problem}")
     return exit_codes.NEGATIVE if failed else exit_codes.OK
 
 

@@ -1,4 +1,7 @@
-"""What a registry's events ask for, done by the registry as it is, whatever order they came in."""
+"""Processes registry events: judges versions, reconciles aliases, checks serving, notifies others.
+
+What is done depends on the registry as it is now, so events may come late, twice or in any order.
+"""
 
 import hashlib
 import logging
@@ -8,24 +11,24 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import requests
 
 from eurosat import tracking
 from eurosat.errors import EuroSATError, TrackingError
 from registry import gates, judge, ledger, versions
-from registry.approvals import APPROVAL, Opinion
-from registry.event_queue import Inbox, Job
-from registry.notifications import Target, public, tell
+from registry.approvals import APPROVAL_TAG, ReviewDecision
+from registry.event_queue import EventQueue, QueuedEvent
+from registry.notifications import Target, notify, redact
 from registry.promote import promote
-from registry.reconcile import Standing, last_kept, reconcile, rival
+from registry.reconcile import RegistryState, baseline, last_active, reconcile
 from registry.rollback import rollback
 
 log = logging.getLogger(__name__)
 
-CREATED, MOVED = "model_version.created", "model_version_alias.created"
-SAID = "model_version_tag.set"
+CREATED, ALIAS_SET = "model_version.created", "model_version_alias.created"
+TAG_SET = "model_version_tag.set"
 EVENTS: tuple[
     Literal[
         "model_version.created",
@@ -40,198 +43,236 @@ EVENTS: tuple[
     "model_version_alias.created",
     "model_version_alias.deleted",
 )
-TELL = "tell"
-"""A job of our own."""
-REFUSED, LATE = "the server refused it: ", "not loaded in time: "
+NOTIFY = "tell"
+"""An event of our own; files of earlier versions hold this value."""
+REJECTED_BY_SERVER, NOT_LOADED = "the server refused it: ", "not loaded in time: "
+"""How the reasons begin for which a champion is rolled back."""
 ACTOR = "registry.receiver"
 SERVING_KEY = "EUROSAT_SERVING_KEY"
-"""Holds the key that a serving process asks for, if it does."""
-LOOK_S = 30.0
-"""Between two looks at the registry itself."""
-SERVED_S = 60.0
-"""That serving has to answer with a new champion."""
-ASK_EVERY_S = 0.2
-KEPT_DAYS = 14.0
+"""Environment variable of the key for the serving process, if that requires one."""
+POLL_INTERVAL_S = 30.0
+"""Time between two polls of the registry."""
+SERVING_TIMEOUT_S = 60.0
+"""How long serving may take to answer with a new champion."""
+SERVING_POLL_S = 0.2
+REQUEST_TIMEOUT_S = 5
+RETENTION_DAYS = 14.0
+"""How long done events are kept."""
+MAX_MESSAGE = 500
+"""Characters of a failure that are stored with an event."""
 
 
 class Worker:
-    """Works off an inbox, one job after another."""
+    """Processes the events of a queue, one after another."""
 
     def __init__(
         self,
         model: str,
-        inbox: Inbox,
+        queue: EventQueue,
         *,
         promotes: bool = False,
         serving: str | None = None,
-        served_s: float = SERVED_S,
-        bars: gates.Gates | None = None,
+        serving_timeout_s: float = SERVING_TIMEOUT_S,
+        limits: gates.Gates | None = None,
         targets: Sequence[Target] = (),
     ) -> None:
-        """``promotes``: what passes every gate becomes champion, and not challenger alone.
+        """Create a worker for one registered model.
 
-        ``serving`` is the URL of a server that must answer with each new champion within
-        ``served_s``, or the champion is rolled back; ``targets`` are told of each.
+        ``promotes``: a version that passes every gate becomes champion, not only challenger.
+        ``serving``: URL of a server that must answer with each new champion within
+        ``serving_timeout_s``; otherwise the champion is rolled back. ``targets`` are notified of
+        each new champion.
         """
-        self._model, self._inbox = model, inbox
-        self._promotes, self._serving, self._served_s = promotes, serving, served_s
-        self._gates, self._targets = bars or gates.load(), targets
+        self._model, self._queue = model, queue
+        self._promotes, self._serving = promotes, serving
+        self._serving_timeout_s = serving_timeout_s
+        self._gates, self._targets = limits or gates.load(), targets
         self._stop = threading.Event()
-        self._looked = -math.inf
+        self._polled_at = -math.inf
 
-    def work(self) -> None:
-        """Until `stop`; a job that fails is tried again, and then kept as dead."""
+    def run(self) -> None:
+        """Process events until `stop`; an event that fails is retried, then kept as dead."""
         while not self._stop.is_set():
             try:
-                if time.monotonic() - self._looked >= LOOK_S:
-                    self.look()
-                if job := self._inbox.next(self._model, wait_s=1.0):
-                    self.do(job)
-            except Exception:  # a full disk, say: nobody else works while this thread is away
-                log.exception("the inbox cannot be worked on now")
-                self._stop.wait(LOOK_S)
+                if time.monotonic() - self._polled_at >= POLL_INTERVAL_S:
+                    self.poll_registry()
+                if event := self._queue.next(self._model, wait_s=1.0):
+                    self.process(event)
+            except Exception:  # such as a full disk; this thread must survive it
+                log.exception(
+                    "the event queue cannot be processed now; next try in %g s", POLL_INTERVAL_S
+                )
+                self._stop.wait(POLL_INTERVAL_S)
 
     def stop(self) -> None:
         self._stop.set()
 
-    def do(self, job: Job) -> None:
+    def process(self, event: QueuedEvent) -> None:
+        """Handle one event and store its result, or schedule another try."""
         try:
-            said = self._handled(job)
-        except Exception as error:  # noqa: BLE001 - whatever fails is told with the job
-            why = " ".join(str(error).split())[:500] or type(error).__name__
-            again = self._inbox.fail(job, why)
+            message = self._handle(event)
+        except Exception as error:  # noqa: BLE001 - any failure is stored with the event
+            reason = " ".join(str(error).split())[:MAX_MESSAGE] or type(error).__name__
+            again = self._queue.fail(event, reason)
             log.warning(
                 "%s of version %s: %s (%s)",
-                job.event,
-                job.version,
-                why,
-                "tried again" if again else "given up",
+                event.event,
+                event.version,
+                reason,
+                "will be retried" if again else "given up",
             )
         else:
-            self._inbox.finish(job, said)
-            log.info("%s of version %s: %s", job.event, job.version, said)
+            self._queue.finish(event, message)
+            log.info("%s of version %s: %s", event.event, event.version, message)
 
-    def look(self) -> None:
-        """At the registry itself: an event that was lost is only late."""
-        self._looked = time.monotonic()
-        self._inbox.forget(KEPT_DAYS, *EVENTS)
+    def poll_registry(self) -> None:
+        """Queue what lost events would have triggered, so that these are only late."""
+        self._polled_at = time.monotonic()
+        self._queue.prune(RETENTION_DAYS, *EVENTS)
         try:
             reconcile(self._model)
-            for job in (*self._missed(), *self._untold()):
-                self._inbox.accept(job)
+            for event in (*self._missed_events(), *self._unnotified()):
+                self._queue.accept(event)
         except EuroSATError as error:
-            log.warning("the registry cannot be asked now: %s", error)
+            log.warning("the registry cannot be reached now: %s", error)
 
-    def _missed(self) -> Iterator[Job]:
-        """What events would have asked for, each by an id of its own, so that it is done once."""
-        known = ledger.entries(self._model)
-        if known and self._serving:
-            yield self._job(
-                f"served-{known[-1].digest}", MOVED, known[-1].to_version, versions.CHAMPION
+    def _missed_events(self) -> Iterator[QueuedEvent]:
+        """Yield what events would have triggered, with fixed ids, so that each is done once."""
+        entries = ledger.entries(self._model)
+        if entries and self._serving:
+            last = entries[-1]
+            yield self._event(
+                f"served-{last.digest}", ALIAS_SET, last.to_version, versions.CHAMPION
             )
         for version in versions.all_of(self._model):
-            verdict = version.tags.get(versions.VERDICT, "")
-            made = f"{self._model}-{version.version}-{version.creation_timestamp}"
-            said = Opinion.of(version, APPROVAL)
+            number = str(version.version)
+            verdict = version.tags.get(versions.VERDICT_TAG, "")
+            suffix = f"{self._model}-{number}-{version.creation_timestamp}"
+            review = ReviewDecision.from_tag(version, APPROVAL_TAG)
             if version.run_id and not verdict:
-                yield self._job(f"look-{made}", CREATED, str(version.version))
-            elif said and "approval: " in verdict:
-                yield self._job(f"said-{made}-{said.time}", SAID, str(version.version), APPROVAL)
+                yield self._event(f"look-{suffix}", CREATED, number)
+            elif review and "approval: " in verdict:
+                yield self._event(f"said-{suffix}-{review.time}", TAG_SET, number, APPROVAL_TAG)
 
-    def _untold(self) -> Iterator[Job]:
-        """Of each entry since the inbox was made."""
-        since = datetime.fromtimestamp(self._inbox.since, UTC).isoformat(timespec="seconds")
-        for entry in ledger.entries(self._model) if self._targets else ():
-            for target in self._targets if entry.time >= since else ():
-                where = hashlib.sha256(target.to.encode()).hexdigest()[:16]
-                yield self._job(f"{entry.digest}-{where}", TELL, entry.to_version, target.to)
+    def _unnotified(self) -> Iterator[QueuedEvent]:
+        """Yield a notification per target and ledger entry since the queue was created."""
+        if not self._targets:
+            return
+        created = datetime.fromtimestamp(self._queue.created_at, UTC).isoformat(timespec="seconds")
+        for entry in ledger.entries(self._model):
+            if entry.time < created:
+                continue
+            for target in self._targets:
+                address = hashlib.sha256(target.address.encode()).hexdigest()[:16]
+                yield self._event(
+                    f"{entry.digest}-{address}", NOTIFY, entry.to_version, target.address
+                )
 
-    def _job(self, id_: str, event: str, version: str | None, told: str = "") -> Job:
-        return Job(id=id_, event=event, model=self._model, version=version or "", told=told)
+    def _event(self, id_: str, event: str, version: str | None, detail: str = "") -> QueuedEvent:
+        return QueuedEvent(
+            id=id_, event=event, model=self._model, version=version or "", detail=detail
+        )
 
-    def _handled(self, job: Job) -> str:
-        """What came of it."""
-        if job.event in (CREATED, SAID):
-            return self._judged(job.version, again=job.event == SAID)
-        if job.event == TELL:
-            return self._told(job)
-        standing = reconcile(self._model)
-        for untold in self._untold():
-            self._inbox.accept(untold)
-        if job.told == versions.CHAMPION and standing.champion and self._serving:
-            return self._see_served(standing, self._serving)
+    def _handle(self, event: QueuedEvent) -> str:
+        """Do what the event asks for, and return the result in one line."""
+        if event.event in (CREATED, TAG_SET):
+            return self._judge(event.version, again=event.event == TAG_SET)
+        if event.event == NOTIFY:
+            return self._notify(event)
+        state = reconcile(self._model)
+        for notification in self._unnotified():
+            self._queue.accept(notification)
+        if event.detail == versions.CHAMPION and state.champion and self._serving:
+            return self._wait_until_served(state, self._serving)
         return "aliases and ledger agree"
 
-    def _judged(self, number: str, *, again: bool = False) -> str:
-        """Judge a version that was not judged before; who passes challenges, or takes the place.
+    def _judge(self, number: str, *, again: bool = False) -> str:
+        """Judge a version; if it passes, make it challenger, or champion if ``promotes``.
 
-        One whose judgement was cut off is judged again, and one of which a person spoke since.
+        A refused version is judged once, except ``again`` after a person's decision, or if its
+        alias shows that the judgement was interrupted.
         """
-        version = versions.find(self._model, number)
+        version = versions.get_or_none(self._model, number)
         if version is None:
             return "it was deleted meanwhile"
         if not version.run_id:
-            return "it names no run: nothing is known of it"
+            return "it names no run, so it cannot be judged"
         before = reconcile(self._model)
         if number in {entry.to_version for entry in ledger.entries(self._model)}:
             return "it has been champion"
-        challenges = versions.holds(self._model, versions.CHALLENGER, number)
-        refused = version.tags.get(versions.VERDICT, "").startswith("refused")
-        if refused and not again and not challenges:
+        is_challenger = versions.has_alias(self._model, versions.CHALLENGER, number)
+        refused = version.tags.get(versions.VERDICT_TAG, "").startswith("refused")
+        if refused and not again and not is_challenger:
             return "it was judged before"
-        verdict = judge.judge(version, rival(self._model, before), self._gates)
+        verdict = judge.judge_version(version, baseline(self._model, before), self._gates)
         if verdict.passed and self._promotes:
             promote(self._model, version, before, verdict, "it passed every gate", ACTOR)
             return f"promoted: {verdict}"
-        judge.tag(self._model, number, verdict)
-        with tracking.translate_errors(f"alias {versions.CHALLENGER}"):
-            client = versions.client()
-            if verdict.passed:
-                client.set_registered_model_alias(self._model, versions.CHALLENGER, number)
-            elif versions.holds(self._model, versions.CHALLENGER, number):
-                client.delete_registered_model_alias(self._model, versions.CHALLENGER)
+        judge.record_verdict(self._model, number, verdict)
+        self._update_challenger(number, passed=verdict.passed)
         return str(verdict)
 
-    def _told(self, job: Job) -> str:
-        digest = job.id.partition("-")[0]
+    def _update_challenger(self, number: str, *, passed: bool) -> None:
+        """Give the alias to a version that passed, and take it from one that was refused."""
+        with tracking.translate_errors(f"alias {versions.CHALLENGER}"):
+            client = versions.client()
+            if passed:
+                client.set_registered_model_alias(self._model, versions.CHALLENGER, number)
+            elif versions.has_alias(self._model, versions.CHALLENGER, number):
+                client.delete_registered_model_alias(self._model, versions.CHALLENGER)
+
+    def _notify(self, event: QueuedEvent) -> str:
+        digest = event.id.partition("-")[0]
         for entry in ledger.entries(self._model):
             if entry.digest == digest:
-                tell(Target(to=job.told), self._model, entry)
-                return f"told {public(job.told)}"
+                notify(Target(address=event.detail), self._model, entry)
+                return f"notified {redact(event.detail)}"
         return "the ledger has no such entry any more"
 
-    def _see_served(self, standing: Standing, url: str) -> str:
-        """Wait until the new champion answers; one that does not is rolled back, once."""
-        number = str(standing.number)
-        deadline, said = time.monotonic() + self._served_s, ""
+    def _wait_until_served(self, state: RegistryState, url: str) -> str:
+        """Wait until the server answers with the new champion; otherwise roll back, once.
+
+        Raises:
+            TrackingError: the server does not answer, or there is no version to go back to.
+        """
+        number = str(state.champion_number)
+        deadline, fault = time.monotonic() + self._serving_timeout_s, ""
         while time.monotonic() < deadline and not self._stop.is_set():
-            if (said := self._unserved(url, number)) == "":
-                return f"served by {public(url)}"
-            if said.startswith(REFUSED):
+            fault = self._serving_fault(url, number)
+            if not fault:
+                return f"served by {redact(url)}"
+            if fault.startswith(REJECTED_BY_SERVER):
                 break
-            self._stop.wait(ASK_EVERY_S)
+            self._stop.wait(SERVING_POLL_S)
         last = ledger.entries(self._model)[-1]
-        to = last_kept(self._model, standing.before)
-        faulty = said.startswith((REFUSED, LATE)) and not self._stop.is_set()
-        if not faulty or last.action == ledger.ROLLBACK or to is None:
-            raise TrackingError(f"version {number} is champion and not served: {said}")
-        why = f"not served within {self._served_s:g} s: {said}"[: ledger.MAX_WHY]
-        rollback(self._model, to, standing, why, ACTOR)
+        to = last_active(self._model, state.earlier_champions)
+        model_is_faulty = fault.startswith((REJECTED_BY_SERVER, NOT_LOADED))
+        if (
+            not model_is_faulty
+            or self._stop.is_set()
+            or last.action == ledger.ROLLBACK
+            or to is None
+        ):
+            raise TrackingError(f"version {number} is champion but is not served: {fault}")
+        why = f"not served within {self._serving_timeout_s:g} s: {fault}"[: ledger.MAX_WHY]
+        rollback(self._model, to, state, why, ACTOR)
         return f"rolled back to version {to}: {why}"
 
-    def _unserved(self, url: str, number: str) -> str:
-        """Why the server does not answer with that version; empty where it does."""
+    def _serving_fault(self, url: str, number: str) -> str:
+        """Return why the server does not answer with the version, or an empty string."""
+        key = os.environ.get(SERVING_KEY)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            key = os.environ.get(SERVING_KEY)
-            known = {"Authorization": f"Bearer {key}"} if key else {}
-            answer = requests.get(f"{url.rstrip('/')}/model", headers=known, timeout=5)
-            told = answer.json() if answer.ok else {}
+            response = requests.get(
+                f"{url.rstrip('/')}/model", headers=headers, timeout=REQUEST_TIMEOUT_S
+            )
+            status: Any = response.json() if response.ok else {}
         except (requests.RequestException, ValueError) as error:
-            return f"{public(url)} does not answer: {type(error).__name__}"
-        if not answer.ok or not isinstance(told, dict):
-            return f"{public(url)} does not tell its model: status {answer.status_code}"
-        if told.get("model_version") == number:
+            return f"{redact(url)} does not answer: {type(error).__name__}"
+        if not response.ok or not isinstance(status, dict):
+            return f"{redact(url)}/model answers with status {response.status_code}"
+        if status.get("model_version") == number:
             return ""
-        if why := told.get("refused", {}).get(f"models:/{self._model}/{number}"):
-            return f"{REFUSED}{why}"
-        return f"{LATE}{public(url)} still answers with {told.get('model_version')}"
+        if reason := status.get("refused", {}).get(f"models:/{self._model}/{number}"):
+            return f"{REJECTED_BY_SERVER}{reason}"
+        return f"{NOT_LOADED}{redact(url)} still answers with {status.get('model_version')}"

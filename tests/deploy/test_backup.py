@@ -29,7 +29,7 @@ from tests.support.mlflow_server import mlflow_server
 from tests.support.object_stores import fake_gcs_server
 from tests.support.paths import ROOT
 from tests.support.postgres import create_database
-from tests.support.registry import MLFLOW_WARNS, challenge, exit_code, run_promote
+from tests.support.registry import MLFLOW_WARNS, exit_code, register_challenger, run_promote
 from tests.support.serving import until
 
 if TYPE_CHECKING:
@@ -294,9 +294,9 @@ def saved(postgres: str, server_folder: Path) -> Iterator[Saved]:
         client = MlflowClient()
         scratch = server_folder / "scratch"
         scratch.mkdir()
-        challenge(scratch, MODEL, 30)
+        register_challenger(scratch, MODEL, 30)
         assert run_promote(MODEL, "--why", "the first") == exit_codes.OK
-        challenge(scratch, MODEL, 20)
+        register_challenger(scratch, MODEL, 20)
         assert run_promote(MODEL, "--why", "better") == exit_codes.OK
         experiment = client.create_experiment("points", tags={"team": "maps"})
         for number in range(3):
@@ -396,7 +396,7 @@ def test_a_restored_platform_equals_the_saved_one(saved: Saved, tmp_path: Path) 
         assert downloaded["last.txt"] in {
             hashlib.sha256(content(step).encode()).hexdigest() for step in range(10_000)
         }, "it is the content of one step"
-        for name in (MODEL, ledger.name_of(MODEL)):
+        for name in (MODEL, ledger.ledger_name(MODEL)):
             model, again = old.get_registered_model(name), new.get_registered_model(name)
             assert again.aliases == model.aliases
             assert again.tags == model.tags

@@ -1,4 +1,4 @@
-"""How long a version takes beside the champion: only where it is asked for."""
+"""The time of a version against the champion's, measured only on request."""
 
 import dataclasses
 import time
@@ -9,24 +9,27 @@ from mlflow import MlflowClient
 
 from eurosat.runtime import exit_codes
 from registry import gates, judge, latency, register, versions
-from registry.gates import Latency
-from registry.latency import Timed
+from registry.gates import LatencyGate
+from registry.latency import BatchTiming
+from registry.verdict import GateResult, Verdict
 from tests.support.registry import (
     REGISTRY,
-    challenge,
     exit_code,
     make_network,
     make_predictions,
     make_run,
+    register_challenger,
     run_promote,
 )
 
 pytestmark = REGISTRY
-BAR = Latency(ceiling=1.5, why="x")
+GATE = LatencyGate(ceiling=1.5, why="x")
 
 
-def timed(candidate_ms: float, champion_ms: float | None) -> list[Timed]:
-    return [Timed(form="FP32", batch=32, candidate_ms=candidate_ms, champion_ms=champion_ms)]
+def timings(candidate_ms: float, champion_ms: float | None) -> list[BatchTiming]:
+    return [
+        BatchTiming(precision="FP32", batch=32, candidate_ms=candidate_ms, champion_ms=champion_ms)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -39,51 +42,53 @@ def timed(candidate_ms: float, champion_ms: float | None) -> list[Timed]:
             16.0,
             10.0,
             "latency FP32 x32: 16.00 ms is 1.60 times the champion's 10.00 ms, over the "
-            "ceiling 1.5",
+            "ceiling 1.5: train a smaller network",
         ),
     ],
 )
 def test_a_version_may_be_slower_up_to_the_ceiling(
     candidate_ms: float, champion_ms: float | None, refusal: str
 ) -> None:
-    (found,) = latency.judge(timed(candidate_ms, champion_ms), BAR)
-    assert found.refusal == refusal
-    assert found.champion == ("-" if champion_ms is None else "10.00 ms")
+    (result,) = latency.judge_latency(timings(candidate_ms, champion_ms), GATE)
+    assert result.refusal == refusal
+    assert result.champion == ("-" if champion_ms is None else "10.00 ms")
 
 
-def test_what_nobody_asked_for_refuses_nothing_and_is_not_in_the_verdicts_line() -> None:
-    (found,) = latency.judge(None, BAR)
-    assert found.verdict == "not asked for"
-    passed = gates.Finding(gate="accuracy", value="1.0000", why="x")
-    verdict = gates.Verdict(findings=(passed, found))
+def test_latency_that_was_not_measured_refuses_nothing_and_is_not_in_the_verdict() -> None:
+    (result,) = latency.judge_latency(None, GATE)
+    assert result.outcome == "not measured"
+    passed = GateResult(gate="accuracy", value="1.0000", why="x")
+    verdict = Verdict(results=(passed, result))
     assert verdict.passed
     assert str(verdict) == "passed: accuracy 1.0000"
-    off = dataclasses.replace(BAR, off="no two machines are alike here")
-    assert [one.verdict for one in latency.judge(timed(9, 1), off)] == ["off"]
+    off = dataclasses.replace(GATE, off="no two machines are alike here")
+    assert [result.outcome for result in latency.judge_latency(timings(9, 1), off)] == ["off"]
 
 
-def test_the_networks_take_turns_and_the_median_is_told() -> None:
+def test_networks_take_turns_and_the_median_counts() -> None:
     order: list[str] = []
 
-    def network(name: str, seconds: float) -> latency.Ask:
-        def ask(batch: int) -> None:
+    def network(name: str, seconds: float) -> latency.RunBatch:
+        def run_batch(batch: int) -> None:
             order.append(name)
             time.sleep(seconds * batch)
 
-        return ask
+        return run_batch
 
     slow, fast = ("a", "FP32"), ("b", "FP32")
-    took = latency.interleaved({slow: network("a", 2e-3), fast: network("b", 1e-3)}, batch=2)
-    assert took[slow] >= 4
-    assert took[fast] >= 2
+    medians_ms = latency.time_interleaved(
+        {slow: network("a", 2e-3), fast: network("b", 1e-3)}, batch=2
+    )
+    assert medians_ms[slow] >= 4
+    assert medians_ms[fast] >= 2
     assert order[:6] == ["a", "b", "b", "a", "a", "b"]
     assert len(order) == 2 * latency.ROUNDS
 
 
-def test_both_forms_of_both_versions_are_timed_where_it_is_asked_for(
+def test_both_precisions_of_both_versions_are_timed_on_request(
     store: Path, model: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    challenge(store, model, wrong=30)
+    register_challenger(store, model, wrong=30)
     assert run_promote(model) == exit_codes.OK
     run_id = make_run(store, make_predictions(wrong=10))
     network = make_network(tmp_path / versions.NETWORK_INT8)
@@ -93,17 +98,17 @@ def test_both_forms_of_both_versions_are_timed_where_it_is_asked_for(
     number = register.register(run_id, model, "challenger")
     capsys.readouterr()
     assert exit_code(judge.main, number, "--model", model) == exit_codes.OK
-    assert "not asked for" in capsys.readouterr().out
+    assert "not measured" in capsys.readouterr().out
 
     candidate, champion = versions.get(model, number), versions.by_alias(model, "champion")
-    verdict = judge.judge(candidate, champion, gates.load(), timed=True)
-    rows = {one.gate: one for one in verdict.findings if one.gate.startswith("latency")}
+    verdict = judge.judge_version(candidate, champion, gates.load(), measure_latency=True)
+    rows = {row.gate: row for row in verdict.results if row.gate.startswith("latency")}
     assert list(rows) == [
-        f"latency {form} x{batch}" for form in ("FP32", "INT8") for batch in (1, 32)
+        f"latency {precision} x{batch}" for precision in ("FP32", "INT8") for batch in (1, 32)
     ]
-    assert all(one.value.endswith(" ms") and one.champion.endswith(" ms") for one in rows.values())
+    assert all(row.value.endswith(" ms") and row.champion.endswith(" ms") for row in rows.values())
     assert rows["latency INT8 x32"].champion == rows["latency FP32 x32"].champion, (
-        "who has no INT8 form is served in FP32"
+        "a version without INT8 is served in FP32"
     )
     file = tmp_path / "gates.toml"
     file.write_text("[accuracy]\nfloor = 0.9\nwhy = 'x'\n[latency]\nceiling = 1e-6\nwhy = 'y'\n")

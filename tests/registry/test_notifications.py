@@ -1,4 +1,4 @@
-"""Others are told of a new champion, signed, until they have taken it."""
+"""Others are notified of a new champion, with a signature, until they accept it."""
 
 import json
 from collections.abc import Iterator
@@ -11,146 +11,151 @@ import pytest
 
 from eurosat.errors import ConfigError, TrackingError
 from registry import event_queue, ledger, notifications
-from registry.event_queue import Inbox
-from registry.notifications import Target, public, tell
+from registry.event_queue import EventQueue
+from registry.notifications import Target, notify, redact
 from registry.worker import Worker
-from tests.support.registry import REGISTRY, challenge, run_promote, run_rollback
+from tests.support.registry import REGISTRY, register_challenger, run_promote, run_rollback
 
 pytestmark = REGISTRY
 
 
 @dataclass
-class Heard:
+class Listener:
+    """A real server that records its requests."""
+
     url: str = ""
     status: int = 200
     requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
 
 
 @pytest.fixture
-def listener() -> Iterator[Heard]:
-    """A real server that remembers what it is told."""
-    heard = Heard()
+def listener() -> Iterator[Listener]:
+    listener = Listener()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             headers = {name.lower(): value for name, value in self.headers.items()}
-            heard.requests.append((self.path, headers, body))
-            self.send_response(heard.status)
+            listener.requests.append((self.path, headers, body))
+            self.send_response(listener.status)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
-            """Nothing."""
+            """Log nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    heard.url = f"http://127.0.0.1:{server.server_address[1]}"
+    listener.url = f"http://127.0.0.1:{server.server_address[1]}"
     Thread(target=server.serve_forever, daemon=True).start()
-    yield heard
+    yield listener
     server.shutdown()
     server.server_close()
 
 
 @pytest.fixture(autouse=True)
-def variables(monkeypatch: pytest.MonkeyPatch, listener: Heard) -> None:
-    monkeypatch.setenv(notifications.VARIABLE, "ours")
-    monkeypatch.setenv(notifications.TOKEN, "token")
-    monkeypatch.setenv(notifications.GITHUB, listener.url)
-    monkeypatch.setattr(event_queue, "FIRST_PAUSE_S", 0.0)
+def variables(monkeypatch: pytest.MonkeyPatch, listener: Listener) -> None:
+    monkeypatch.setenv(notifications.SECRET_VARIABLE, "ours")
+    monkeypatch.setenv(notifications.TOKEN_VARIABLE, "token")
+    monkeypatch.setenv(notifications.GITHUB_API_VARIABLE, listener.url)
+    monkeypatch.setattr(event_queue, "FIRST_BACKOFF_S", 0.0)
 
 
 @pytest.fixture
-def box(tmp_path: Path) -> Iterator[Inbox]:
-    box = Inbox(tmp_path / "inbox.db")
-    yield box
-    box.close()
+def queue(tmp_path: Path) -> Iterator[EventQueue]:
+    queue = EventQueue(tmp_path / "queue.db")
+    yield queue
+    queue.close()
 
 
-def work_off(of: Worker, model: str, box: Inbox) -> None:
-    of.look()
-    while job := box.next(model, 0):
-        of.do(job)
+def process_all(worker: Worker, model: str, queue: EventQueue) -> None:
+    worker.poll_registry()
+    while event := queue.next(model, 0):
+        worker.process(event)
 
 
-def test_a_new_champion_is_told_once_signed_and_again_where_it_was_not_taken(
-    store: Path, box: Inbox, listener: Heard
+def test_a_new_champion_is_notified_once_signed_and_again_if_it_was_not_accepted(
+    store: Path, queue: EventQueue, listener: Listener
 ) -> None:
-    model = "told"
-    challenge(store, model, wrong=30)
+    model = "notified"
+    register_challenger(store, model, wrong=30)
     assert run_promote(model, "--why", "the first") == 0
-    second = challenge(store, model, wrong=10)
+    second = register_challenger(store, model, wrong=10)
     assert run_promote(model, "--why", "better") == 0
-    targets = [Target(to=f"{listener.url}/hook"), Target(to="github:team/maps")]
-    watching = Worker(model, box, targets=targets)
+    targets = [Target(address=f"{listener.url}/hook"), Target(address="github:team/maps")]
+    worker = Worker(model, queue, targets=targets)
     listener.status = 503
-    watching.look()
+    worker.poll_registry()
     for _ in range(4):
-        job = box.next(model, 0)
-        assert job is not None
-        watching.do(job)
+        event = queue.next(model, 0)
+        assert event is not None
+        worker.process(event)
     listener.status = 204
-    work_off(watching, model, box)
-    assert box.counts()["dead"] == 0
+    process_all(worker, model, queue)
+    assert queue.counts()["dead"] == 0
     before = len(listener.requests)
-    work_off(watching, model, box)
-    assert len(listener.requests) == before, "what was told is not told again"
+    process_all(worker, model, queue)
+    assert len(listener.requests) == before, "nothing is sent twice"
     by_path = {path: (headers, body) for path, headers, body in listener.requests}
     headers, body = by_path["/hook"]
-    told = json.loads(body)
-    assert (told["version"], told["previous"], told["why"]) == (second, "1", "better")
-    stamp = headers["x-eurosat-timestamp"]
-    wanted = notifications.signature("ours", headers["x-eurosat-delivery-id"], stamp, body)
-    assert headers["x-eurosat-signature"] == wanted
+    payload = json.loads(body)
+    assert (payload["version"], payload["previous"], payload["why"]) == (second, "1", "better")
+    timestamp, id_ = headers["x-eurosat-timestamp"], headers["x-eurosat-delivery-id"]
+    expected = notifications.signature("ours", id_, timestamp, body)
+    assert headers["x-eurosat-signature"] == expected
     headers, body = by_path["/repos/team/maps/dispatches"]
     assert headers["authorization"] == "Bearer token"
     assert json.loads(body)["event_type"] == "eurosat-champion"
-    assert json.loads(body)["client_payload"] == told
+    assert json.loads(body)["client_payload"] == payload
     assert run_rollback(model, "--why", "no") == 0
-    work_off(watching, model, box)
+    process_all(worker, model, queue)
     assert json.loads(listener.requests[-1][2])["client_payload"]["action"] == "rollback"
 
 
-def test_who_never_takes_it_is_given_up_and_listed(
-    store: Path, box: Inbox, listener: Heard
+def test_a_target_that_never_accepts_is_given_up_and_listed(
+    store: Path, queue: EventQueue, listener: Listener
 ) -> None:
-    model = "untold"
-    challenge(store, model, wrong=30)
+    model = "never-accepted"
+    register_challenger(store, model, wrong=30)
     assert run_promote(model) == 0
     listener.status = 500
-    watching = Worker(model, box, targets=[Target(to=listener.url)])
-    work_off(watching, model, box)
-    assert len(listener.requests) == event_queue.MOST_TRIES
-    (dead,) = box.dead()
-    assert dead.said == f"{listener.url} was not told: status 500"
+    worker = Worker(model, queue, targets=[Target(address=listener.url)])
+    process_all(worker, model, queue)
+    assert len(listener.requests) == event_queue.MAX_TRIES
+    (dead,) = queue.dead()
+    assert dead.message == f"{listener.url} was not notified: status 500"
 
 
-def test_what_may_be_a_secret_of_a_url_is_not_shown() -> None:
-    assert public("https://user:pass@hooks.example.org:8443/T0/secret") == (
+def test_parts_of_a_url_that_may_be_secret_are_not_shown() -> None:
+    assert redact("https://user:pass@hooks.example.org:8443/T0/secret") == (
         "https://hooks.example.org:8443"
     )
-    assert public("github:team/maps") == "github:team/maps"
+    assert redact("github:team/maps") == "github:team/maps"
 
 
 @pytest.mark.parametrize(
-    ("to", "said"), [("ftp://x", "takes a URL"), ("github:team", "takes a URL"), ("", "takes")]
+    ("address", "reason"),
+    [("ftp://x", "takes a URL"), ("github:team", "takes a URL"), ("", "takes")],
 )
-def test_a_target_that_is_none_is_refused(to: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        Target(to=to)
+def test_an_invalid_target_is_refused(address: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        Target(address=address)
 
 
 @pytest.mark.parametrize(
-    ("to", "variable"), [("https://x", notifications.VARIABLE), ("github:a/b", notifications.TOKEN)]
+    ("address", "variable"),
+    [("https://x", notifications.SECRET_VARIABLE), ("github:a/b", notifications.TOKEN_VARIABLE)],
 )
-def test_nobody_is_told_unsigned(to: str, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notifications_need_a_key(
+    address: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(variable)
     with pytest.raises(ConfigError, match=f"{variable} is not set"):
-        Target(to=to)
+        Target(address=address)
 
 
-def test_who_is_away_is_said_in_one_line(store: Path) -> None:
+def test_an_unreachable_target_is_one_line(store: Path) -> None:
     model = "away"
-    challenge(store, model, wrong=30)
+    register_challenger(store, model, wrong=30)
     assert run_promote(model) == 0
     entry = ledger.entries(model)[-1]
-    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9 was not told: Connection"):
-        tell(Target(to="http://127.0.0.1:9"), model, entry)
+    with pytest.raises(TrackingError, match=r"http://127\.0\.0\.1:9 was not notified: Connection"):
+        notify(Target(address="http://127.0.0.1:9"), model, entry)

@@ -1,4 +1,4 @@
-"""A registry's life on a real SQLite store: first champion, refusals, a better one, two at once."""
+"""Promotions on a real SQLite store: a first champion, refusals, a better one, two at once."""
 
 import threading
 from pathlib import Path
@@ -7,44 +7,44 @@ import pytest
 
 from eurosat.errors import TrackingError
 from registry import gates, history, judge, ledger, promote, reconcile, register, versions
-from tests.support.registry import REGISTRY, aliases, challenge, run_promote
+from tests.support.registry import REGISTRY, aliases, register_challenger, run_promote
 
 pytestmark = REGISTRY
 
 
-def test_the_life_of_a_champion(
+def test_a_better_version_replaces_the_champion_and_others_are_refused(
     store: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = challenge(store, model, wrong=30)
+    first = register_challenger(store, model, wrong=30)
     assert aliases(model) == {"challenger": first}
     assert run_promote(model, "--why", "the first") == 0
     printed = capsys.readouterr().out
-    assert "there is no champion yet: the bounds alone judge" in printed
+    assert "there is no champion yet: only the fixed limits apply" in printed
     assert printed.splitlines()[-1] == f"{model} version {first} is the champion (none before)"
     assert aliases(model) == {"champion": first}
 
     assert run_promote(model, first) == 0
     assert "is the champion already" in capsys.readouterr().out
 
-    worse = challenge(store, model, wrong=60)
+    worse = register_challenger(store, model, wrong=60)
     assert run_promote(model) == 1
     printed = capsys.readouterr().out
-    assert "refused: accuracy: 0.9000 is under the champion's bar 0.9500" in printed
+    assert "refused: accuracy: 0.9000 is under the champion's limit 0.9500" in printed
     assert aliases(model) == {"champion": first, "challenger": worse}
     assert versions.get(model, worse).tags["verdict"].startswith("refused: accuracy: 0.9000")
 
-    equal = challenge(store, model, wrong=30)
+    equal = register_challenger(store, model, wrong=30)
     assert run_promote(model, equal) == 1
     assert "no better than the champion" in capsys.readouterr().out
 
-    better = challenge(store, model, wrong=20)
+    better = register_challenger(store, model, wrong=20)
     assert run_promote(model, "--why", "a longer schedule") == 0
     assert f"version {first} before" in capsys.readouterr().out
     assert aliases(model) == {"champion": better, "previous": first}
     assert versions.get(model, better).tags["verdict"].startswith("passed: ")
 
     entries = ledger.entries(model)
-    assert [(one.from_version, one.to_version, one.why) for one in entries] == [
+    assert [(entry.from_version, entry.to_version, entry.why) for entry in entries] == [
         (None, first, "the first"),
         (first, better, "a longer schedule"),
     ]
@@ -62,7 +62,7 @@ def test_the_life_of_a_champion(
 def test_data_that_failed_validation_is_refused(
     store: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    challenge(store, model, wrong=0, validation="failed")
+    register_challenger(store, model, wrong=0, validation="failed")
     assert run_promote(model) == 1
     printed = capsys.readouterr().out
     assert "refused: data_validation: failed, where 'passed' is needed" in printed
@@ -71,25 +71,25 @@ def test_data_that_failed_validation_is_refused(
     assert "nothing was promoted yet" in capsys.readouterr().out
 
 
-def test_new_data_is_judged_by_the_floors_once_it_is_accepted(
+def test_accepted_new_data_is_judged_by_the_fixed_limits(
     store: Path, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    challenge(store, model, wrong=0)
+    register_challenger(store, model, wrong=0)
     assert run_promote(model) == 0
-    newer = challenge(store, model, wrong=30, tiles=range(10_000, 10_600))
+    newer = register_challenger(store, model, wrong=30, tiles=range(10_000, 10_600))
     capsys.readouterr()
     assert run_promote(model) == 1
     assert "--accept-new-data" in capsys.readouterr().out
     assert run_promote(model, "--accept-new-data") == 0
-    assert "which was accepted: the bounds alone judge" in capsys.readouterr().out
+    assert "which was accepted: only the fixed limits apply" in capsys.readouterr().out
     assert aliases(model)["champion"] == newer
     assert "was accepted" in ledger.entries(model)[-1].verdict
 
 
-def test_other_gates_judge_otherwise(store: Path, model: str, tmp_path: Path) -> None:
+def test_another_file_of_gates_can_be_given(store: Path, model: str, tmp_path: Path) -> None:
     strict = tmp_path / "gates.toml"
     strict.write_text("[accuracy]\nfloor = 0.99\nwhy = 'strict'\n")
-    challenge(store, model, wrong=30)
+    register_challenger(store, model, wrong=30)
     assert run_promote(model, "--gates", str(strict)) == 1
     assert run_promote(model) == 0
 
@@ -115,16 +115,16 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_of_two_promoters_at_once_exactly_one_wins(store: Path, model: str) -> None:
-    champion = challenge(store, model, wrong=30)
+    champion = register_challenger(store, model, wrong=30)
     assert run_promote(model) == 0
-    rivals = [challenge(store, model, wrong=wrong) for wrong in (20, 10, 5)]
+    rivals = [register_challenger(store, model, wrong=wrong) for wrong in (20, 10, 5)]
     before = reconcile.reconcile(model)
     barrier = threading.Barrier(len(rivals))
     outcomes: dict[str, str] = {}
 
     def try_to_promote(number: str) -> None:
         candidate = versions.get(model, number)
-        verdict = judge.judge(candidate, before.champion, gates.load())
+        verdict = judge.judge_version(candidate, before.champion, gates.load())
         barrier.wait()
         try:
             promote.promote(model, candidate, before, verdict, f"rival {number}", number)
@@ -143,17 +143,17 @@ def test_of_two_promoters_at_once_exactly_one_wins(store: Path, model: str) -> N
         if number not in winners:
             assert f"promote of version {number} was not entered" in outcomes[number]
             assert f"entered promote of version {winners[0]}" in outcomes[number]
-    held = aliases(model)
-    assert (held["champion"], held["previous"]) == (winners[0], champion)
-    assert [one.to_version for one in ledger.entries(model)] == [champion, winners[0]]
+    current = aliases(model)
+    assert (current["champion"], current["previous"]) == (winners[0], champion)
+    assert [entry.to_version for entry in ledger.entries(model)] == [champion, winners[0]]
 
 
 def test_registering_the_champion_again_leaves_the_challenger_alone(
     store: Path, model: str
 ) -> None:
-    first = challenge(store, model, wrong=30)
+    first = register_challenger(store, model, wrong=30)
     assert run_promote(model) == 0
-    second = challenge(store, model, wrong=20)
+    second = register_challenger(store, model, wrong=20)
     run_id = versions.run_of(versions.get(model, first))
     assert register.register(run_id, model, "challenger") == first
     assert aliases(model) == {"champion": first, "challenger": second}
@@ -162,7 +162,7 @@ def test_registering_the_champion_again_leaves_the_challenger_alone(
 def test_a_version_without_a_run_cannot_be_judged(
     store: Path, model: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    number = challenge(store, model, wrong=30)
+    number = register_challenger(store, model, wrong=30)
     source = versions.get(model, number).source
     bare = str(versions.client().create_model_version(model, str(source)).version)
     assert run_promote(model, bare) == 2

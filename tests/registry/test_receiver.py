@@ -1,4 +1,4 @@
-"""Webhooks of a real MLflow server judge what is registered, whatever is lost, forged or killed."""
+"""Webhooks of a real MLflow server lead to judgements, whatever is lost, forged or killed."""
 
 import json
 import time
@@ -13,10 +13,16 @@ from mlflow import MlflowClient
 from eurosat.errors import ConfigError
 from eurosat.runtime import exit_codes
 from registry import event_queue, history, ledger, receiver, versions, webhooks, worker
-from registry.event_queue import Inbox, Job
+from registry.event_queue import EventQueue, QueuedEvent
 from tests.support.mlflow_server import free_port
-from tests.support.receiver import MODEL, SECRET, WAIT_S, Service, signed
-from tests.support.registry import MLFLOW_WARNS, aliases, challenge, exit_code, point
+from tests.support.receiver import MODEL, SECRET, WAIT_S, ReceiverProcess, signature_headers
+from tests.support.registry import (
+    MLFLOW_WARNS,
+    aliases,
+    exit_code,
+    move_champion_by_hand,
+    register_challenger,
+)
 from tests.support.serving import until
 
 pytestmark = MLFLOW_WARNS
@@ -25,139 +31,141 @@ BURST, LONG_BURST = 100, 500
 
 def body(event: str = worker.CREATED, version: str = "1", **data: str) -> bytes:
     entity, _, action = event.partition(".")
-    told = {"name": MODEL, "version": version, **data}
-    return json.dumps({"entity": entity, "action": action, "data": told}).encode()
+    data = {"name": MODEL, "version": version, **data}
+    return json.dumps({"entity": entity, "action": action, "data": data}).encode()
 
 
-def test_a_delivery_that_mlflow_signed_lately_is_taken() -> None:
+def test_a_delivery_that_mlflow_signed_lately_is_accepted() -> None:
     payload = body()
-    assert receiver.check(SECRET, signed(payload), payload, time.time()) == "d1"
+    assert (
+        receiver.verify_signature(SECRET, signature_headers(payload), payload, time.time()) == "d1"
+    )
 
 
 @pytest.mark.parametrize(
     ("headers", "status"),
     [
         (lambda: {}, 401),
-        (lambda: signed(body(), key="another"), 401),
-        (lambda: signed(body(version="2")), 401),
-        (lambda: signed(body()) | {"x-mlflow-delivery-id": "d2"}, 401),
-        (lambda: signed(body()) | {"x-mlflow-signature": "v1,"}, 401),
-        (lambda: signed(body()) | {"x-mlflow-signature": "\u00e4"}, 401),
-        (lambda: signed(body(), id_=""), 401),
-        (lambda: signed(body(), age_s=400), 400),
-        (lambda: signed(body(), age_s=-400), 400),
+        (lambda: signature_headers(body(), key="another"), 401),
+        (lambda: signature_headers(body(version="2")), 401),
+        (lambda: signature_headers(body()) | {"x-mlflow-delivery-id": "d2"}, 401),
+        (lambda: signature_headers(body()) | {"x-mlflow-signature": "v1,"}, 401),
+        (lambda: signature_headers(body()) | {"x-mlflow-signature": "\u00e4"}, 401),
+        (lambda: signature_headers(body(), id_=""), 401),
+        (lambda: signature_headers(body(), age_s=400), 400),
+        (lambda: signature_headers(body(), age_s=-400), 400),
     ],
 )
 def test_a_delivery_that_is_forged_or_stale_is_refused(
     headers: Callable[[], dict[str, str]], status: int
 ) -> None:
-    with pytest.raises(receiver.Refused) as refused:
-        receiver.check(SECRET, headers(), body(), time.time())
-    assert refused.value.status == status
+    with pytest.raises(receiver.DeliveryRejected) as rejected:
+        receiver.verify_signature(SECRET, headers(), body(), time.time())
+    assert rejected.value.status == status
 
 
 @pytest.mark.parametrize(
     "payload", [b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"entity": 1, "action": 2}']
 )
-def test_what_is_no_event_is_refused(payload: bytes) -> None:
-    with pytest.raises(receiver.Refused) as refused:
-        receiver.read("d1", payload)
-    assert refused.value.status == 400
+def test_a_body_that_is_no_event_is_refused(payload: bytes) -> None:
+    with pytest.raises(receiver.DeliveryRejected) as rejected:
+        receiver.parse_event("d1", payload)
+    assert rejected.value.status == 400
 
 
-def test_events_that_ask_for_nothing_are_let_pass() -> None:
-    assert receiver.read("d1", body(worker.SAID, key="verdict")) is None
-    said = receiver.read("d1", body(worker.SAID, key="approval", value="{}"))
-    assert said is not None
-    assert said.told == "approval"
+def test_irrelevant_events_are_not_queued() -> None:
+    assert receiver.parse_event("d1", body(worker.TAG_SET, key="verdict")) is None
+    approved = receiver.parse_event("d1", body(worker.TAG_SET, key="approval", value="{}"))
+    assert approved is not None
+    assert approved.detail == "approval"
     of_the_ledger = body().replace(MODEL.encode(), b"eurosat.ledger")
-    assert receiver.read("d1", of_the_ledger) is None
-    moved = receiver.read("d1", body(worker.MOVED, alias="champion"))
+    assert receiver.parse_event("d1", of_the_ledger) is None
+    moved = receiver.parse_event("d1", body(worker.ALIAS_SET, alias="champion"))
     assert moved is not None
-    assert (moved.version, moved.told) == ("1", "champion")
+    assert (moved.version, moved.detail) == ("1", "champion")
 
 
-def job(id_: str) -> Job:
-    return Job(id=id_, event=worker.CREATED, model=MODEL, version="1", told="")
+def make_event(id_: str) -> QueuedEvent:
+    return QueuedEvent(id=id_, event=worker.CREATED, model=MODEL, version="1", detail="")
 
 
-def test_the_inbox_outlives_its_process_and_takes_a_delivery_once(
+def test_the_queue_survives_a_restart_and_accepts_a_delivery_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(event_queue, "FIRST_PAUSE_S", 0.0)
-    box = Inbox(tmp_path / "inbox.db")
-    assert box.accept(job("a"))
-    assert box.accept(job("b"))
-    assert not box.accept(job("a")), "replayed"
-    box.close()
-    box = Inbox(tmp_path / "inbox.db")
-    first = box.next(MODEL, 0)
+    monkeypatch.setattr(event_queue, "FIRST_BACKOFF_S", 0.0)
+    queue = EventQueue(tmp_path / "queue.db")
+    assert queue.accept(make_event("a"))
+    assert queue.accept(make_event("b"))
+    assert not queue.accept(make_event("a")), "replayed"
+    queue.close()
+    queue = EventQueue(tmp_path / "queue.db")
+    first = queue.next(MODEL, 0)
     assert first is not None
     assert first.id == "a"
-    box.finish(first, "done")
-    assert not box.accept(job("a")), "replayed after it was done"
-    for tries in range(event_queue.MOST_TRIES):
-        second = box.next(MODEL, 0)
+    queue.finish(first, "done")
+    assert not queue.accept(make_event("a")), "replayed after it was done"
+    for tries in range(event_queue.MAX_TRIES):
+        second = queue.next(MODEL, 0)
         assert second is not None
         assert (second.id, second.tries) == ("b", tries)
-        assert box.fail(second, "no") == (tries + 1 < event_queue.MOST_TRIES)
-    assert box.next(MODEL, 0) is None
-    assert [one.said for one in box.dead()] == ["no"]
-    assert box.counts() == {"waiting": 0, "done": 1, "dead": 1}
-    assert box.revive() == 1
-    assert box.next(MODEL, 0) is not None
-    box.forget(0, worker.CREATED)
-    assert box.counts()["done"] == 0
+        assert queue.fail(second, "no") == (tries + 1 < event_queue.MAX_TRIES)
+    assert queue.next(MODEL, 0) is None
+    assert [event.message for event in queue.dead()] == ["no"]
+    assert queue.counts() == {"waiting": 0, "done": 1, "dead": 1}
+    assert queue.retry_dead() == 1
+    assert queue.next(MODEL, 0) is not None
+    queue.prune(0, worker.CREATED)
+    assert queue.counts()["done"] == 0
 
 
-def test_jobs_of_another_model_are_left_alone(tmp_path: Path) -> None:
-    box = Inbox(tmp_path / "inbox.db")
-    box.accept(job("a"))
-    assert box.next("another", 0) is None
-    assert box.next(MODEL, 0) is not None
-    box.close()
+def test_events_of_another_model_are_left_alone(tmp_path: Path) -> None:
+    queue = EventQueue(tmp_path / "queue.db")
+    queue.accept(make_event("a"))
+    assert queue.next("another", 0) is None
+    assert queue.next(MODEL, 0) is not None
+    queue.close()
 
 
-def test_an_inbox_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_a_queue_that_cannot_be_opened_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be opened"):
-        Inbox(tmp_path / "file" / "inbox.db")
+        EventQueue(tmp_path / "file" / "queue.db")
 
 
-def test_without_a_secret_nobody_is_listened_to(
+def test_without_a_secret_the_receiver_does_not_start(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.delenv(receiver.VARIABLE, raising=False)
-    assert exit_code(receiver.main, "--inbox", str(tmp_path / "inbox.db")) == exit_codes.BAD_INPUT
-    assert f"{receiver.VARIABLE} is not set" in capfd.readouterr().err
+    monkeypatch.delenv(receiver.SECRET_VARIABLE, raising=False)
+    assert exit_code(receiver.main, "--queue", str(tmp_path / "queue.db")) == exit_codes.BAD_INPUT
+    assert f"{receiver.SECRET_VARIABLE} is not set" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "reason"),
     [
         (["--gates", "none.toml"], "none.toml cannot be read"),
-        (["--tell", "ftp://x"], "--tell takes a URL"),
+        (["--notify", "ftp://x"], "--notify takes a URL"),
         (["--port", "1"], "port 1 of"),
     ],
 )
-def test_what_is_said_to_the_receiver_is_looked_at_before_it_works(
+def test_the_receivers_arguments_are_checked_at_its_start(
     flags: list[str],
-    said: str,
+    reason: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(receiver.VARIABLE, SECRET)
+    monkeypatch.setenv(receiver.SECRET_VARIABLE, SECRET)
     if "--port" in flags:
         flags = [*flags, "--host", "203.0.113.1"]  # TEST-NET-3: no address of this machine
-    arguments = ("--inbox", str(tmp_path / "inbox.db"), *flags)
+    arguments = ("--queue", str(tmp_path / "queue.db"), *flags)
     assert exit_code(receiver.main, *arguments) == exit_codes.BAD_INPUT
-    assert said in capfd.readouterr().err
+    assert reason in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
-def service(folder: Path) -> Iterator[Service]:
-    service = Service(folder, free_port())
+def service(folder: Path) -> Iterator[ReceiverProcess]:
+    service = ReceiverProcess(folder, free_port())
     service.start("--promote")
     assert webhooks.main(["install", f"{service.url}/webhook"]) == exit_codes.OK
     yield service
@@ -165,67 +173,76 @@ def service(folder: Path) -> Iterator[Service]:
 
 
 def champion_is(number: str) -> bool:
-    return versions.holds(MODEL, versions.CHAMPION, number)
+    return versions.has_alias(MODEL, versions.CHAMPION, number)
 
 
-def settled(service: Service) -> bool:
+def is_idle(service: ReceiverProcess) -> bool:
     return service.counts()["waiting"] == 0
 
 
-def test_a_life_by_webhooks_alone(folder: Path, service: Service) -> None:
-    first = challenge(folder, MODEL, wrong=30)
+def test_webhooks_alone_promote_refuse_and_reconcile(
+    folder: Path, service: ReceiverProcess
+) -> None:
+    first = register_challenger(folder, MODEL, wrong=30)
     until(lambda: champion_is(first), WAIT_S, "the first is champion")
-    worse = challenge(folder, MODEL, wrong=60)
+    worse = register_challenger(folder, MODEL, wrong=60)
 
     def refused() -> bool:
         return versions.get(MODEL, worse).tags.get("verdict", "").startswith("refused: accuracy")
 
     until(refused, WAIT_S, "the worse one is refused with its reasons")
-    until(lambda: settled(service), WAIT_S, "all is done")
-    assert aliases(MODEL) == {"champion": first}, "who is refused challenges nobody"
+    until(lambda: is_idle(service), WAIT_S, "all is done")
+    assert aliases(MODEL) == {"champion": first}, "a refused version is no challenger"
 
-    service.kill()  # what happens now is told to nobody
-    missed = challenge(folder, MODEL, wrong=20)
+    service.kill()  # events are lost from here on
+    missed = register_challenger(folder, MODEL, wrong=20)
     service.start("--promote")
     until(lambda: champion_is(missed), WAIT_S, "a lost delivery is only late")
-    assert [one.to_version for one in ledger.entries(MODEL)] == [first, missed]
+    assert [entry.to_version for entry in ledger.entries(MODEL)] == [first, missed]
     assert ledger.entries(MODEL)[-1].actor == worker.ACTOR
 
-    point(MODEL, worse)
-    until(lambda: ledger.entries(MODEL)[-1].action == ledger.BY_HAND, WAIT_S, "a hand is noticed")
-    until(lambda: settled(service), WAIT_S, "all is done")
+    move_champion_by_hand(MODEL, worse)
+    until(
+        lambda: ledger.entries(MODEL)[-1].action == ledger.BY_HAND,
+        WAIT_S,
+        "a move by hand is recorded",
+    )
+    until(lambda: is_idle(service), WAIT_S, "all is done")
     assert aliases(MODEL) == {"champion": worse, "previous": missed}
     assert history.verify(MODEL) == []
     assert requests.get(f"{service.url}/dead", timeout=5).json() == []
 
 
-def test_a_second_receiver_leaves_the_inbox_to_the_first(
-    folder: Path, service: Service, capfd: pytest.CaptureFixture[str]
+def test_a_second_receiver_leaves_the_queue_to_the_first(
+    folder: Path, service: ReceiverProcess, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--inbox", str(folder / "inbox.db"), "--port", "0")
+    arguments = ("--queue", str(folder / "queue.db"), "--port", "0")
     assert exit_code(receiver.main, *arguments) == exit_codes.BAD_INPUT
     assert "another receiver works on" in capfd.readouterr().err
 
 
-def test_forged_replayed_and_oversized_deliveries_change_nothing(service: Service) -> None:
+def test_forged_replayed_and_oversized_deliveries_change_nothing(service: ReceiverProcess) -> None:
     entered = len(ledger.entries(MODEL))
-    taken = service.send(body(version="1"), "replayed")
-    assert taken.json() == {"taken": True}
-    assert service.send(body(version="1"), "replayed").json() == {"taken": False}
+    accepted = service.send(body(version="1"), "replayed")
+    assert accepted.json() == {"accepted": True}
+    assert service.send(body(version="1"), "replayed").json() == {"accepted": False}
     payload = body()
     forged = requests.post(
-        f"{service.url}/webhook", payload, headers=signed(payload, key="guessed"), timeout=10
+        f"{service.url}/webhook",
+        payload,
+        headers=signature_headers(payload, key="guessed"),
+        timeout=10,
     )
     assert forged.status_code == 401
     assert service.send(b"x" * 70_000, "large").status_code == 413
-    assert service.send(body(version="999"), "deleted").json() == {"taken": True}
-    until(lambda: settled(service), WAIT_S, "all is done")
+    assert service.send(body(version="999"), "deleted").json() == {"accepted": True}
+    until(lambda: is_idle(service), WAIT_S, "all is done")
     assert len(ledger.entries(MODEL)) == entered
 
 
 @pytest.mark.parametrize("burst", [BURST, pytest.param(LONG_BURST, marks=pytest.mark.slow)])
-def test_a_burst_is_taken_at_once_and_worked_off_though_the_receiver_is_killed(
-    service: Service, burst: int
+def test_a_burst_is_accepted_at_once_and_processed_although_the_receiver_is_killed(
+    service: ReceiverProcess, burst: int
 ) -> None:
     before = service.counts()["done"]
     started = time.monotonic()
@@ -236,7 +253,7 @@ def test_a_burst_is_taken_at_once_and_worked_off_though_the_receiver_is_killed(
             )
         )
     spent_ms = (time.monotonic() - started) / burst * 1e3
-    assert all(answer.json() == {"taken": True} for answer in answers)
+    assert all(answer.json() == {"accepted": True} for answer in answers)
     print(f"{burst} deliveries, {spent_ms:.1f} ms each")
     service.kill()
     service.start("--promote")
@@ -245,8 +262,8 @@ def test_a_burst_is_taken_at_once_and_worked_off_though_the_receiver_is_killed(
     assert history.verify(MODEL) == []
 
 
-def test_webhooks_are_installed_once_listed_tried_and_removed(
-    service: Service, capsys: pytest.CaptureFixture[str]
+def test_webhooks_are_installed_once_listed_tested_and_removed(
+    service: ReceiverProcess, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert webhooks.main(["install", f"{service.url}/webhook"]) == exit_codes.OK
     capsys.readouterr()
@@ -254,6 +271,6 @@ def test_webhooks_are_installed_once_listed_tried_and_removed(
     (hook,) = json.loads(capsys.readouterr().out)
     assert hook["url"] == f"{service.url}/webhook"
     assert webhooks.main(["test"]) == exit_codes.OK
-    assert capsys.readouterr().out.count(": taken") == len(worker.EVENTS)
+    assert capsys.readouterr().out.count(": accepted") == len(worker.EVENTS)
     assert webhooks.main(["remove"]) == exit_codes.OK
     assert MlflowClient().list_webhooks() == []

@@ -1,4 +1,4 @@
-"""Registration, and the runs that the other tests of registry and serving stand on."""
+"""Registration of training runs as versions."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_the_command_prints_the_number_alone_and_registers_a_run_once(
     assert len(versions.all_of("eurosat")) == 1
 
 
-def test_the_model_folder_holds_no_pickle_and_its_lineage(run_id: str, number: str) -> None:
+def test_the_model_folder_has_its_lineage_and_no_pickle(run_id: str, number: str) -> None:
     files = [file for file in model_folder(number).rglob("*") if file.is_file()]
     assert {file.name for file in files} >= {"MLmodel", "pyfunc.py", "model.onnx", "lineage.json"}
     assert not [file for file in files if file.suffix in (".pkl", ".pickle", ".pt", ".joblib")]
@@ -61,10 +61,10 @@ def test_the_model_folder_holds_no_pickle_and_its_lineage(run_id: str, number: s
         assert lineage[name.replace(".", "_")] == value
 
 
-def test_the_model_pins_what_it_is_served_by_as_the_lock_does(number: str) -> None:
+def test_the_model_pins_its_requirements_as_the_lock_does(number: str) -> None:
     pinned = (model_folder(number) / "requirements.txt").read_text().splitlines()
     locked = (register.ROOT / "requirements.lock").read_text()
-    assert len(pinned) == len(register.SERVED_BY)
+    assert len(pinned) == len(register.PYFUNC_REQUIREMENTS)
     for pin in pinned:
         assert f"\n{pin} " in locked
 
@@ -109,24 +109,24 @@ def test_predictions_without_a_column_are_refused(store: Path) -> None:
         register.register(make_run(store, predictions), "other", "challenger")
 
 
-def test_a_network_of_another_form_is_refused(tmp_path: Path) -> None:
+def test_a_network_of_another_interface_is_refused(tmp_path: Path) -> None:
     junk = tmp_path / "junk.onnx"
     junk.write_bytes(b"not a network")
-    with pytest.raises(ModelError, match="no network that ONNX Runtime opens"):
-        register.describe(junk)
+    with pytest.raises(ModelError, match="ONNX Runtime cannot open"):
+        register.describe_network(junk)
     network = onnx.load(make_network(tmp_path / "model.onnx"))
     del network.metadata_props[:]
     onnx.save(network, tmp_path / "bare.onnx")
-    with pytest.raises(ModelError, match="lacks or garbles its property 'classes'"):
-        register.describe(tmp_path / "bare.onnx")
+    with pytest.raises(ModelError, match="no readable metadata property 'classes'"):
+        register.describe_network(tmp_path / "bare.onnx")
     network.graph.output[0].name = network.graph.node[-1].output[0] = "other"
     onnx.save(network, tmp_path / "renamed.onnx")
     with pytest.raises(ModelError, match="export it again"):
-        register.describe(tmp_path / "renamed.onnx")
+        register.describe_network(tmp_path / "renamed.onnx")
 
 
 @pytest.mark.parametrize("alias", ["champion", "previous"])
-def test_registering_does_not_go_around_the_gates(run_id: str, alias: str) -> None:
+def test_registration_cannot_bypass_the_gates(run_id: str, alias: str) -> None:
     with pytest.raises(ConfigError, match=r"registry\.promote"):
         register.register(run_id, "eurosat", alias)
 
@@ -140,16 +140,16 @@ def test_an_unknown_run_is_one_line_and_exit_code_2(capfd: pytest.CaptureFixture
     assert "0" * 32 in errors[0]
 
 
-def test_pins_come_from_a_lock_that_holds_them(tmp_path: Path) -> None:
+def test_pins_come_from_the_lock(tmp_path: Path) -> None:
     lock = tmp_path / "requirements.lock"
     lock.write_text(
         "# c\none==1 ; python_version < '3' \\\n    --hash=x\none==2 \\\n    --hash=y\n"
     )
-    assert register.pins(["one"], lock) == ["one==2"]
+    assert register.pinned_requirements(["one"], lock) == ["one==2"]
     with pytest.raises(ConfigError, match="does not pin two"):
-        register.pins(["one", "two"], lock)
+        register.pinned_requirements(["one", "two"], lock)
     lock.write_text("???\n")
-    with pytest.raises(ConfigError, match="no requirement"):
-        register.pins(["one"], lock)
+    with pytest.raises(ConfigError, match="not a requirement"):
+        register.pinned_requirements(["one"], lock)
     with pytest.raises(ConfigError, match="cannot be read"):
-        register.pins(["one"], tmp_path / "none")
+        register.pinned_requirements(["one"], tmp_path / "none")

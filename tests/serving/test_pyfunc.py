@@ -318,10 +318,10 @@ def test_a_malformed_model_config_is_rejected(
 
 def test_a_version_is_saved_with_the_default_model_config() -> None:
     """MLflow passes a model only the keys that it was saved with."""
-    from registry.register import SETTINGS
+    from registry.register import MODEL_CONFIG
     from serving.pyfunc import ModelConfig
 
-    assert ModelConfig()._asdict() == SETTINGS
+    assert ModelConfig()._asdict() == MODEL_CONFIG
 
 
 def test_the_version_is_read_from_the_file_that_mlflow_writes_beside_the_model(

@@ -21,24 +21,28 @@ from tests.support.mlflow_server import mlflow_server
 from tests.support.paths import ROOT
 from tests.support.serving import until
 
-SECRET = "between the two"
+SECRET = "shared by MLflow and the receiver"
 MODEL = "eurosat"
 WAIT_S = 60.0
 
 
-def signed(payload: bytes, id_: str = "d1", age_s: float = 0, key: str = SECRET) -> dict[str, str]:
-    stamp = str(int(time.time() - age_s))
-    digest = hmac.new(key.encode(), f"{id_}.{stamp}.".encode() + payload, hashlib.sha256).digest()
+def signature_headers(
+    payload: bytes, id_: str = "d1", age_s: float = 0, key: str = SECRET
+) -> dict[str, str]:
+    """Sign a delivery as MLflow does, ``age_s`` seconds ago."""
+    timestamp = str(int(time.time() - age_s))
+    message = f"{id_}.{timestamp}.".encode() + payload
+    digest = hmac.new(key.encode(), message, hashlib.sha256).digest()
     return {
         "x-mlflow-delivery-id": id_,
-        "x-mlflow-timestamp": stamp,
+        "x-mlflow-timestamp": timestamp,
         "x-mlflow-signature": f"v1,{base64.b64encode(digest).decode()}",
     }
 
 
 @dataclass
-class Service:
-    """`python -m registry.receiver`, started and killed at will."""
+class ReceiverProcess:
+    """A process of `python -m registry.receiver` that tests start, kill and stop."""
 
     folder: Path
     port: int
@@ -54,7 +58,7 @@ class Service:
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         with (self.folder / "receiver.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--inbox", str(self.folder / "inbox.db"), *flags],
+                [*command, "--queue", str(self.folder / "queue.db"), *flags],
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
@@ -66,13 +70,13 @@ class Service:
         assert self.process is not None
         assert self.process.poll() is None, (self.folder / "receiver.log").read_text()[-2000:]
         with contextlib.suppress(requests.RequestException):
-            told: dict[str, int] = requests.get(f"{self.url}/health", timeout=5).json()
-            return told
+            counts: dict[str, int] = requests.get(f"{self.url}/health", timeout=5).json()
+            return counts
         return {}
 
     def send(self, payload: bytes, id_: str) -> requests.Response:
         return requests.post(
-            f"{self.url}/webhook", payload, headers=signed(payload, id_), timeout=10
+            f"{self.url}/webhook", payload, headers=signature_headers(payload, id_), timeout=10
         )
 
     def kill(self) -> None:
@@ -88,14 +92,14 @@ class Service:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """With a real MLflow server, which signs what it delivers to loopback."""
-    folder = tmp_path_factory.mktemp("life")
+    """Yield the folder of a real MLflow server that signs deliveries and sends them to loopback."""
+    folder = tmp_path_factory.mktemp("receiver")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "http,https")
         patch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
         patch.setenv("MLFLOW_WEBHOOK_CACHE_TTL", "0")
         patch.setenv("MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY", Fernet.generate_key().decode())
-        patch.setenv(receiver.VARIABLE, SECRET)
+        patch.setenv(receiver.SECRET_VARIABLE, SECRET)
         patch.chdir(folder)
         with mlflow_server(folder) as port:
             patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")

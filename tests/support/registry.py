@@ -1,4 +1,4 @@
-"""Runs as training leaves them, with a small network, and the registry's verbs on them."""
+"""Runs as training leaves them, with a small network, and the registry's commands on them."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ MLFLOW_WARNS = [
     )
 ]
 REGISTRY = [*MLFLOW_WARNS, pytest.mark.usefixtures("store")]
-"""Marks of a module whose tests share one store."""
+"""Marks for a module whose tests share one MLflow store."""
 
 CLASSES = ["Forest", "River", "SeaLake"]
 TAGS = {
@@ -40,9 +40,9 @@ TAGS = {
 
 
 def make_network(
-    file: Path, size: int = 64, bands: int = 3, classes: Sequence[str] = CLASSES, **told: str
+    file: Path, size: int = 64, bands: int = 3, classes: Sequence[str] = CLASSES, **properties: str
 ) -> Path:
-    """Probabilities are a softmax of the mean of each of the first bands: red is Forest."""
+    """Write a network whose probabilities are a softmax of the bands' means: red is Forest."""
     weights = np.eye(bands, len(classes), dtype=np.float32) * 10 / 255
     graph = helper.make_graph(
         [
@@ -60,8 +60,8 @@ def make_network(
         ],
     )
     network = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    properties = {"classes": list(classes), "tile_size": [size, size], "bands": bands}
-    helper.set_model_props(network, {k: json.dumps(v) for k, v in properties.items()} | told)
+    metadata = {"classes": list(classes), "tile_size": [size, size], "bands": bands}
+    helper.set_model_props(network, {k: json.dumps(v) for k, v in metadata.items()} | properties)
     onnx.save(network, str(file))
     return file
 
@@ -69,7 +69,7 @@ def make_network(
 def make_predictions(
     tiles: range = range(600), wrong: int = 30, classes: Sequence[str] = CLASSES
 ) -> pd.DataFrame:
-    """A test fold of which the first ``wrong`` tiles are misjudged."""
+    """Return predictions of a test fold; the first ``wrong`` tiles are misclassified."""
     labels = np.array([tile % len(classes) for tile in tiles])
     return pd.DataFrame(
         {
@@ -77,14 +77,14 @@ def make_predictions(
             "sha256": [hashlib.sha256(str(tile).encode()).hexdigest() for tile in tiles],
             "label": [classes[k] for k in labels],
         }
-        | answers(labels, wrong, classes)
+        | probability_columns(labels, wrong, classes)
     )
 
 
-def answers(
+def probability_columns(
     labels: npt.NDArray[np.int64], wrong: int, classes: Sequence[str]
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Columns of probabilities, sure of each label but the first ``wrong``."""
+    """Return columns of probabilities of 0.94 for each label but the first ``wrong``."""
     predicted = np.where(np.arange(len(labels)) < wrong, (labels + 1) % len(classes), labels)
     probabilities = np.full((len(labels), len(classes)), 0.06 / (len(classes) - 1), np.float32)
     probabilities[np.arange(len(labels)), predicted] = 0.94
@@ -92,12 +92,12 @@ def answers(
 
 
 def make_corrupted(predictions: pd.DataFrame, wrong: float = 0.2) -> pd.DataFrame:
-    """Answers about its tiles under each kind, of which a share is misjudged."""
-    tiles = predictions.iloc[robustness.chosen(predictions["sha256"])]
+    """Return predictions for corrupted tiles, of which the share ``wrong`` is misclassified."""
+    tiles = predictions.iloc[robustness.select_tiles(predictions["sha256"])]
     columns = map(str, predictions.columns)
     classes = [name.removeprefix("p/") for name in columns if name.startswith("p/")]
     labels = np.array([classes.index(label) for label in tiles["label"]])
-    tiles = tiles.assign(**answers(labels, round(wrong * len(tiles)), classes))
+    tiles = tiles.assign(**probability_columns(labels, round(wrong * len(tiles)), classes))
     frames = [tiles.assign(kind=kind, severity=robustness.SEVERITY) for kind in corruptions.KINDS]
     return pd.concat(frames, ignore_index=True)
 
@@ -112,7 +112,7 @@ def make_run(
     bands: int = 3,
     corrupted_wrong: float = 0.2,
 ) -> str:
-    """A run as eurosat.train leaves it, asked about corrupted tiles, with a small network."""
+    """Log a run as training and registration leave it, with a small network; return its id."""
     client = MlflowClient()
     experiment = client.get_experiment_by_name("tests")
     experiment_id = experiment.experiment_id if experiment else client.create_experiment("tests")
@@ -136,18 +136,19 @@ def make_run(
     return run_id
 
 
-def challenge(
+def register_challenger(
     store: Path, model: str, wrong: int, tiles: range = range(600), validation: str = "passed"
 ) -> str:
+    """Register a run with so many misclassified test tiles; return the version's number."""
     tags = TAGS | {"data.validation": validation}
     run_id = make_run(store, make_predictions(tiles, wrong), tags=tags)
     return register.register(run_id, model, "challenger")
 
 
-def exit_code(verb: Callable[[Sequence[str]], int], *arguments: str) -> int:
-    """As the verb's process would end."""
+def exit_code(command: Callable[[Sequence[str]], int], *arguments: str) -> int:
+    """Return the exit code that the command's process would have."""
     with pytest.raises(SystemExit) as stopped:
-        cli.run_command(verb, list(arguments))
+        cli.run_command(command, list(arguments))
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -162,14 +163,14 @@ def run_rollback(model: str, *arguments: str) -> int:
 
 def aliases(model: str) -> dict[str, str]:
     names = (versions.CHALLENGER, versions.CHAMPION, versions.PREVIOUS)
-    found = {name: versions.by_alias(model, name) for name in names}
-    return {name: str(version.version) for name, version in found.items() if version}
+    current = {name: versions.by_alias(model, name) for name in names}
+    return {name: str(version.version) for name, version in current.items() if version}
 
 
-def moves(model: str) -> list[tuple[str, str | None, str | None]]:
-    return [(one.action, one.from_version, one.to_version) for one in ledger.entries(model)]
+def ledger_moves(model: str) -> list[tuple[str, str | None, str | None]]:
+    return [(entry.action, entry.from_version, entry.to_version) for entry in ledger.entries(model)]
 
 
-def point(model: str, number: str) -> None:
-    """As somebody does in MLflow's pages."""
+def move_champion_by_hand(model: str, number: str) -> None:
+    """Set the alias without our commands, as in MLflow's pages."""
     MlflowClient().set_registered_model_alias(model, versions.CHAMPION, number)

@@ -33,7 +33,7 @@ from eurosat.doctor.findings import Failed, Finding, NotApplicable
 from eurosat.doctor.http import HttpProbe
 from eurosat.runtime import cli, exit_codes
 from registry import receiver, versions, webhooks, worker
-from registry.event_queue import Inbox
+from registry.event_queue import EventQueue
 from tests.support.mlflow_server import Proxy, free_port, mlflow_server, proxy
 from tests.support.object_stores import fake_gcs_server, make_bucket
 from tests.support.paths import ROOT
@@ -637,9 +637,9 @@ def test_a_clock_that_differs_fails(ahead_s: float, verdict: str, examine: Exami
 @pytest.fixture
 def promoter(tmp_path: Path) -> Iterator[str]:
     """Run the receiver's app and yield its URL."""
-    inbox = Inbox(tmp_path / "inbox.db")
+    queue = EventQueue(tmp_path / "queue.db")
     port = free_port()
-    app = receiver.Receiver(versions.MODEL, inbox, WEBHOOK_SECRET).app()
+    app = receiver.Receiver(versions.MODEL, queue, WEBHOOK_SECRET).app()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_config=None))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -649,7 +649,7 @@ def promoter(tmp_path: Path) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join()
-        inbox.close()
+        queue.close()
 
 
 @pytest.mark.parametrize(

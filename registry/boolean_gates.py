@@ -1,0 +1,234 @@
+"""The gates that pass or fail without a limit: data, lineage, interface, approval and files."""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eurosat import tracking
+from registry import register, versions
+from registry.approvals import APPROVAL_TAG, APPROVED, RETIRED_TAG, ReviewDecision
+from registry.evidence import Predictions
+from registry.gates import BooleanGate
+from registry.verdict import EMPTY, GateResult
+
+if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
+
+SAFE_SUFFIXES = (".json", ".onnx", ".py", ".txt", ".yaml")
+"""Suffixes that a version's files may have, apart from MLmodel: none of them is unpickled."""
+MLFLOW_METADATA = "registered_model_meta"
+"""A file that MLflow adds to a version's files when they are downloaded."""
+UNKNOWN_COMMIT, DIRTY_SUFFIX = "unknown", "-dirty"
+"""What `eurosat.tracking.code_commit` reports without git, and after a commit that differs."""
+MAX_NAMES = 3
+"""Files that a refusal lists."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedVersion:
+    """A candidate with all that the boolean gates look at."""
+
+    version: "ModelVersion"
+    run: tracking.RunRecord
+    predictions: Predictions
+    training_tiles: set[str]
+    """sha256 of the tiles of the training and validation folds."""
+    champion: "ModelVersion | None" = None
+    champion_predictions: Predictions | None = None
+    accept_uncommitted: bool = False
+
+    @property
+    def commit(self) -> str:
+        """Return the tag ``code.commit`` of the run, or an empty string."""
+        return self.run.tags.get("code.commit", "")
+
+
+def judge_booleans(judged: JudgedVersion, gates: tuple[BooleanGate, ...]) -> tuple[GateResult, ...]:
+    return tuple(CHECKS[gate.name](judged, gate) for gate in gates)
+
+
+def uncommitted_note(judged: JudgedVersion) -> tuple[str, ...]:
+    """Return a note if only ``--accept-uncommitted`` let the candidate's code pass."""
+    commit = judged.commit
+    if judged.accept_uncommitted and (commit == UNKNOWN_COMMIT or commit.endswith(DIRTY_SUFFIX)):
+        return (f"the code of this model is not committed ({commit[:12]}), which was accepted",)
+    return ()
+
+
+def _result(gate: BooleanGate, value: str, refusal: str = "", limit: str = EMPTY) -> GateResult:
+    return GateResult(
+        gate=gate.name, value=value, refusal=refusal, limit=limit, why=gate.why, off=gate.off
+    )
+
+
+def _data_validation(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+    state = judged.run.tags.get(register.VALIDATION_TAG)
+    refusal = (
+        f"data_validation: {state or 'not recorded'}, where 'passed' is needed: run "
+        "`python -m expectations.validate` and train again"
+    )
+    return _result(gate, state or EMPTY, "" if state == "passed" else refusal, limit="passed")
+
+
+def _leakage(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+    """Refuse test tiles that were used for training or for choosing weights."""
+    tiles = set(judged.predictions.frame["sha256"])
+    leaked = len(tiles & judged.training_tiles)
+    refusal = (
+        f"leakage: {leaked} of {len(tiles)} test tiles were used in training: train again with a "
+        "split made by this project"
+    )
+    return _result(gate, str(leaked), refusal if leaked else "", limit="0")
+
+
+def _lineage(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+    missing = [name for name in register.LINEAGE_TAGS if not judged.run.tags.get(name)]
+    refusal = ""
+    if missing:
+        refusal = f"lineage: the run lacks the tags {', '.join(missing)}: train again"
+    elif judged.commit == UNKNOWN_COMMIT and not judged.accept_uncommitted:
+        refusal = (
+            "lineage: the commit of the code is unknown: train in a git checkout, or pass "
+            "--accept-uncommitted, which the ledger records"
+        )
+    return _result(gate, judged.commit.removesuffix(DIRTY_SUFFIX)[:12] or EMPTY, refusal)
+
+
+def _committed(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+    """Refuse code that differed from its commit."""
+    commit = judged.commit
+    if not commit.endswith(DIRTY_SUFFIX):
+        return _result(gate, EMPTY if commit in ("", UNKNOWN_COMMIT) else "yes", limit="yes")
+    refusal = (
+        f"committed: the code differed from its commit {commit[:12]}: commit it and train again, "
+        "or pass --accept-uncommitted, which the ledger records"
+    )
+    return _result(gate, "no", "" if judged.accept_uncommitted else refusal, limit="yes")
+
+
+def _signature(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+    """Refuse other inputs, parameters or classes than the champion's."""
+    if gate.off or judged.champion is None or judged.champion_predictions is None:
+        return _result(gate, EMPTY)
+    candidates, champions = _interface(judged.version), _interface(judged.champion)
+    classes, champions_classes = judged.predictions.classes, judged.champion_predictions.classes
+    other_model = "register it as a model of its own with --model NAME"
+    refusal = ""
+    if candidates != champions:
+        refusal = f"signature: it takes {candidates}, the champion {champions}: {other_model}"
+    elif classes != champions_classes:
+        refusal = (
+            f"signature: its classes are {', '.join(classes)}, the champion's "
+            f"{', '.join(champions_classes)}: {other_model}"
+        )
+    return _result(gate, "different" if refusal else "equal", refusal, limit="equal")
+
+
+def _interface(version: "ModelVersion") -> dict[str, Any]:
+    """Return the inputs and parameters that a version declares."""
+    from mlflow.models import get_model_info
+
+    with tracking.translate_errors(f"signature of version {version.version}"):
+        signature = get_model_info(f"models:/{version.name}/{version.version}").signature
+    inputs = signature.inputs.to_dict() if signature and signature.inputs else []
+    params = signature.params.to_dict() if signature and signature.params else []
+    return {
+        "inputs": inputs,
+        "params": [{name: param.get(name) for name in ("name", "type")} for param in params],
+    }
+
+
+def _approval(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+    """Refuse until `registry.approve` has recorded an approval."""
+    if gate.off:
+        return _result(gate, EMPTY)
+    number = judged.version.version
+    command = f"`python -m registry.approve {number} --why ...`"
+    review = ReviewDecision.from_tag(judged.version, APPROVAL_TAG)
+    if review is None:
+        refusal = f"approval: version {number} waits for a person: run {command}"
+        return _result(gate, "waits", refusal)
+    value = f"{review.decision} by {review.by}"
+    refusal = f"approval: {value}: {review.why}; {command} approves it"
+    return _result(gate, value, "" if review.decision == APPROVED else refusal)
+
+
+def _retired(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+    if gate.off or RETIRED_TAG not in judged.version.tags:
+        return _result(gate, EMPTY)
+    review = ReviewDecision.from_tag(judged.version, RETIRED_TAG)
+    by, why = (review.by, review.why) if review else ("somebody", "the reason cannot be read")
+    return _result(gate, f"by {by}", f"retired: by {by}: {why}; promote another version")
+
+
+def _files(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+    """Refuse files that differ from the registered ones, or that are unpickled."""
+    from mlflow.artifacts import download_artifacts
+
+    if gate.off:
+        return _result(gate, EMPTY)
+    version = judged.version
+    again = (
+        f"delete version {version.version} in MLflow, then run "
+        f"`python -m registry.register {judged.run.run_id}`"
+    )
+    registered = _digests(versions.registered_files(version))
+    if not registered:
+        return _result(gate, EMPTY, f"files: their sha256 was not recorded: {again}")
+    with tempfile.TemporaryDirectory() as folder, tracking.translate_errors("files of the version"):
+        uri = f"models:/{version.name}/{version.version}"
+        stored = _digests(register.hash_files(Path(download_artifacts(uri, dst_path=folder))))
+    fault = _file_fault(version, stored, registered)
+    if fault:
+        return _result(gate, "changed", f"files: {fault}: {again}")
+    return _result(gate, f"{len(stored)} intact")
+
+
+def _digests(files: Mapping[str, tuple[str, int]]) -> dict[str, str]:
+    return {name: sha256 for name, (sha256, _) in files.items()}
+
+
+def _file_fault(
+    version: "ModelVersion", stored: Mapping[str, str], registered: Mapping[str, str]
+) -> str:
+    """Return what is wrong with the stored files, or an empty string."""
+    changed = {name for name, _ in stored.items() ^ registered.items()} - {MLFLOW_METADATA}
+    if changed:
+        return f"{', '.join(sorted(changed)[:MAX_NAMES])} differ from what was registered"
+    foreign = [
+        name
+        for name, sha256 in stored.items()
+        if name.endswith(".onnx") and sha256 != _trained_sha256(version, Path(name).name)
+    ]
+    if foreign:
+        return f"{', '.join(foreign)} is not the network that its run has trained"
+    unsafe = [name for name in stored if not _is_safe(name)]
+    if unsafe:
+        return f"{', '.join(unsafe[:MAX_NAMES])} could be executed when the model is loaded"
+    return ""
+
+
+def _trained_sha256(version: "ModelVersion", name: str) -> str:
+    """Return the sha256 of a network among the artifacts of the version's run."""
+    with tracking.artifact(versions.run_of(version), name) as file:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_safe(name: str) -> bool:
+    return name in ("MLmodel", MLFLOW_METADATA) or Path(name).suffix in SAFE_SUFFIXES
+
+
+CHECKS: dict[str, Callable[[JudgedVersion, BooleanGate], GateResult]] = {
+    "data_validation": _data_validation,
+    "leakage": _leakage,
+    "lineage": _lineage,
+    "committed": _committed,
+    "signature": _signature,
+    "approval": _approval,
+    "retired": _retired,
+    "files": _files,
+}
+"""The check of each gate of `registry.gates.BOOLEAN_GATES`."""

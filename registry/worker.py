@@ -137,7 +137,10 @@ class Worker:
             log.warning("the registry cannot be reached now: %s", error)
 
     def _missed_events(self) -> Iterator[QueuedEvent]:
-        """Yield what events would have triggered, with fixed ids, so that each is done once."""
+        """Yield what events would have triggered.
+
+        Their ids are fixed, so that each is done once; existing queues hold ids with these prefixes.
+        """
         entries = ledger.entries(self._model)
         if entries and self._serving:
             last = entries[-1]

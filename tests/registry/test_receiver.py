@@ -1,6 +1,7 @@
 """Webhooks of a real MLflow server lead to judgements, whatever is lost, forged or killed."""
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,27 @@ def test_the_queue_survives_a_restart_and_accepts_a_delivery_once(
     assert queue.next(MODEL, 0) is not None
     queue.prune(0, worker.CREATED)
     assert queue.counts()["done"] == 0
+
+
+def test_a_queue_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "inbox.db"
+    with sqlite3.connect(file) as database:
+        database.execute(
+            "CREATE TABLE deliveries (id TEXT PRIMARY KEY, received REAL NOT NULL, "
+            "event TEXT NOT NULL, model TEXT NOT NULL, version TEXT NOT NULL, told TEXT NOT NULL, "
+            "state TEXT NOT NULL, tries INTEGER NOT NULL, due REAL NOT NULL, said TEXT NOT NULL)"
+        )
+        database.execute(
+            "INSERT INTO deliveries VALUES "
+            "('a', 1.0, 'tell', 'eurosat', '1', 'https://x', 'waiting', 2, 1.0, 'status 500')"
+        )
+    database.close()
+    queue = EventQueue(file)
+    event = queue.next(MODEL, 0)
+    queue.close()
+    assert event is not None
+    assert (event.event, event.detail) == (worker.NOTIFY, "https://x")
+    assert (event.tries, event.message) == (2, "status 500")
 
 
 def test_events_of_another_model_are_left_alone(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ class Worker:
     def _missed_events(self) -> Iterator[QueuedEvent]:
         """Yield what events would have triggered.
 
-        Their ids are fixed, so that each is done once; existing queues hold ids with these prefixes.
+        Their ids are fixed, so that each is done once; existing queues hold these prefixes.
         """
         entries = ledger.entries(self._model)
         if entries and self._serving:

@@ -3,7 +3,7 @@
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ MAX_NAMES = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedVersion:
-    """A candidate with all that the boolean gates look at."""
+    """What MLflow stores of a candidate, and of the champion if there is one."""
 
     version: "ModelVersion"
     run: tracking.RunRecord
@@ -37,8 +37,15 @@ class JudgedVersion:
     training_tiles: set[str]
     """sha256 of the tiles of the training and validation folds."""
     champion: "ModelVersion | None" = None
+    champion_run_id: str | None = None
     champion_predictions: Predictions | None = None
+    champion_training_tiles: set[str] = field(default_factory=set)
     accept_uncommitted: bool = False
+
+    @property
+    def all_training_tiles(self) -> set[str]:
+        """Return the tiles that either version was trained with."""
+        return self.training_tiles | self.champion_training_tiles
 
     @property
     def commit(self) -> str:

@@ -40,53 +40,66 @@ def judge_version(
         TrackingError: a run, its predictions or its split cannot be read.
         ModelError: predictions or split do not have the form that training writes.
     """
-    run = tracking.get(versions.run_of(candidate))
-    champion_run = versions.run_of(champion) if champion else None
-    training_tiles = evidence.training_tiles(run.run_id)
-    judged = JudgedVersion(
-        version=candidate,
-        run=run,
-        predictions=evidence.read(run.run_id),
-        training_tiles=training_tiles,
-        champion=champion,
-        champion_predictions=evidence.read(champion_run) if champion_run else None,
-        accept_uncommitted=accept_uncommitted,
-    )
-    excluded = training_tiles | (evidence.training_tiles(champion_run) if champion_run else set())
+    judged = _load(candidate, champion, accept_uncommitted=accept_uncommitted)
     compared = evidence.compare(
         judged.predictions,
         judged.champion_predictions,
-        excluded,
+        judged.all_training_tiles,
         accept_new_data=accept_new_data,
     )
-    corrupted = robustness.RobustnessComparison()
-    if any(gate.metric == robustness.GATE and not gate.off for gate in limits.metrics):
-        rival = champion_run if compared.champion else None
-        corrupted = robustness.compare(run.run_id, rival, excluded)
-    metrics = judge_metrics(
-        {
-            **compared.candidate,
-            **_served_metrics(run, candidate),
-            **_robustness_metric(corrupted.candidate),
-        },
-        None
-        if compared.champion is None
-        else {**compared.champion, **_robustness_metric(corrupted.champion)},
-        limits.metrics,
-        {robustness.GATE: corrupted.fault},
-    )
-    timings = latency.compare(run.run_id, champion_run) if measure_latency else None
+    corrupted = _compare_corrupted(judged, compared, limits)
+    candidate_metrics = {
+        **compared.candidate,
+        **_served_metrics(judged.run, candidate),
+        **_robustness_metric(corrupted.candidate),
+    }
+    champion_metrics = None
+    if compared.champion is not None:
+        champion_metrics = {**compared.champion, **_robustness_metric(corrupted.champion)}
+    faults = {robustness.GATE: corrupted.fault}
+    timings = None
+    if measure_latency:
+        timings = latency.compare(judged.run.run_id, judged.champion_run_id)
     return Verdict(
         results=(
             *boolean_gates.judge_booleans(judged, limits.booleans),
             _test_tiles(judged, compared),
-            *metrics,
+            *judge_metrics(candidate_metrics, champion_metrics, limits.metrics, faults),
             judge_difference(compared.paired, limits.difference),
             *latency.judge_latency(timings, limits.latency),
         ),
         notes=(*compared.notes, *boolean_gates.uncommitted_note(judged)),
         evidence=_digest(judged, corrupted, limits),
     )
+
+
+def _load(
+    candidate: "ModelVersion", champion: "ModelVersion | None", *, accept_uncommitted: bool
+) -> JudgedVersion:
+    """Read the runs, predictions and splits of both versions."""
+    run = tracking.get(versions.run_of(candidate))
+    champion_run = versions.run_of(champion) if champion else None
+    return JudgedVersion(
+        version=candidate,
+        run=run,
+        predictions=evidence.read(run.run_id),
+        training_tiles=evidence.training_tiles(run.run_id),
+        champion=champion,
+        champion_run_id=champion_run,
+        champion_predictions=evidence.read(champion_run) if champion_run else None,
+        champion_training_tiles=evidence.training_tiles(champion_run) if champion_run else set(),
+        accept_uncommitted=accept_uncommitted,
+    )
+
+
+def _compare_corrupted(
+    judged: JudgedVersion, compared: evidence.EvidenceComparison, limits: gates.Gates
+) -> robustness.RobustnessComparison:
+    """Compare predictions for corrupted tiles, unless the gate is missing or switched off."""
+    if not any(gate.metric == robustness.GATE and not gate.off for gate in limits.metrics):
+        return robustness.RobustnessComparison()
+    champion = judged.champion_run_id if compared.champion else None
+    return robustness.compare(judged.run.run_id, champion, judged.all_training_tiles)
 
 
 def _test_tiles(judged: JudgedVersion, compared: evidence.EvidenceComparison) -> GateResult:

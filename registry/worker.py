@@ -6,14 +6,11 @@ What is done depends on the registry as it is now, so events may come late, twic
 import hashlib
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
-
-import requests
+from typing import Literal
 
 from eurosat import tracking
 from eurosat.errors import EuroSATError, TrackingError
@@ -24,6 +21,7 @@ from registry.notifications import Target, notify, redact
 from registry.promote import promote
 from registry.reconcile import RegistryState, baseline, last_active, reconcile
 from registry.rollback import rollback
+from registry.serving_check import NOT_LOADED, REJECTED_BY_SERVER, serving_fault
 
 log = logging.getLogger(__name__)
 
@@ -45,17 +43,12 @@ EVENTS: tuple[
 )
 NOTIFY = "tell"
 """An event of our own; files of earlier versions hold this value."""
-REJECTED_BY_SERVER, NOT_LOADED = "the server refused it: ", "not loaded in time: "
-"""How the reasons begin for which a champion is rolled back."""
 ACTOR = "registry.receiver"
-SERVING_KEY = "EUROSAT_SERVING_KEY"
-"""Environment variable of the key for the serving process, if that requires one."""
 POLL_INTERVAL_S = 30.0
 """Time between two polls of the registry."""
 SERVING_TIMEOUT_S = 60.0
 """How long serving may take to answer with a new champion."""
 SERVING_POLL_S = 0.2
-REQUEST_TIMEOUT_S = 5
 RETENTION_DAYS = 14.0
 """How long done events are kept."""
 MAX_MESSAGE = 500
@@ -241,7 +234,7 @@ class Worker:
         number = str(state.champion_number)
         deadline, fault = time.monotonic() + self._serving_timeout_s, ""
         while time.monotonic() < deadline and not self._stop.is_set():
-            fault = self._serving_fault(url, number)
+            fault = serving_fault(url, self._model, number)
             if not fault:
                 return f"served by {redact(url)}"
             if fault.startswith(REJECTED_BY_SERVER):
@@ -260,22 +253,3 @@ class Worker:
         why = f"not served within {self._serving_timeout_s:g} s: {fault}"[: ledger.MAX_WHY]
         rollback(self._model, to, state, why, ACTOR)
         return f"rolled back to version {to}: {why}"
-
-    def _serving_fault(self, url: str, number: str) -> str:
-        """Return why the server does not answer with the version, or an empty string."""
-        key = os.environ.get(SERVING_KEY)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        try:
-            response = requests.get(
-                f"{url.rstrip('/')}/model", headers=headers, timeout=REQUEST_TIMEOUT_S
-            )
-            status: Any = response.json() if response.ok else {}
-        except (requests.RequestException, ValueError) as error:
-            return f"{redact(url)} does not answer: {type(error).__name__}"
-        if not response.ok or not isinstance(status, dict):
-            return f"{redact(url)}/model answers with status {response.status_code}"
-        if status.get("model_version") == number:
-            return ""
-        if reason := status.get("refused", {}).get(f"models:/{self._model}/{number}"):
-            return f"{REJECTED_BY_SERVER}{reason}"
-        return f"{NOT_LOADED}{redact(url)} still answers with {status.get('model_version')}"

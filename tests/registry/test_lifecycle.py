@@ -14,7 +14,7 @@ from eurosat.runtime import exit_codes
 from registry import history, ledger, versions, webhooks
 from tests.support.images import encoded
 from tests.support.mlflow_server import free_port
-from tests.support.receiver import MODEL, WAIT_S, ReceiverProcess, folder
+from tests.support.receiver import MODEL, WAIT_S, ReceiverProcess
 from tests.support.registry import (
     MLFLOW_WARNS,
     aliases,
@@ -25,7 +25,6 @@ from tests.support.registry import (
 )
 from tests.support.serving import Server, running, until
 
-__all__ = ["folder"]  # the fixture
 pytestmark = MLFLOW_WARNS
 TILE = encoded("River", "JPEG")
 REQUEST_INTERVAL_S = 0.02

@@ -1,4 +1,4 @@
-"""The webhook receiver and the MLflow server that delivers to it."""
+"""A process of the webhook receiver, and deliveries signed as MLflow signs them."""
 
 import base64
 import contextlib
@@ -8,16 +8,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import requests
-from cryptography.fernet import Fernet
 
-from registry import receiver
-from tests.support.mlflow_server import mlflow_server
 from tests.support.paths import ROOT
 from tests.support.serving import until
 
@@ -88,19 +83,3 @@ class ReceiverProcess:
         assert self.process is not None
         self.process.terminate()
         return self.process.wait(timeout=30)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Yield the folder of a real MLflow server that signs deliveries and sends them to loopback."""
-    folder = tmp_path_factory.mktemp("receiver")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_WEBHOOK_ALLOWED_SCHEMES", "http,https")
-        patch.setenv("MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS", "true")
-        patch.setenv("MLFLOW_WEBHOOK_CACHE_TTL", "0")
-        patch.setenv("MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY", Fernet.generate_key().decode())
-        patch.setenv(receiver.SECRET_VARIABLE, SECRET)
-        patch.chdir(folder)
-        with mlflow_server(folder) as port:
-            patch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-            yield folder

@@ -24,7 +24,7 @@ from deploy.layout import BUCKET, ROOT, Layout
 from deploy.service import Service, free_port, is_port_free
 from deploy.services import all_services
 from eurosat.errors import ConfigError
-from eurosat.runtime import atomic, cli, exit_codes, logs
+from eurosat.runtime import atomic, cli, env_file, exit_codes, logs
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Platform:
             for service in services:
                 self._start_and_wait(service)
             env = self._layout.client_env()
-            text = "".join(f"{name}={value}\n" for name, value in env.items())
+            text = env_file.dump(env)
             _write_private(self._layout.env, text)
             if "mlflow" in self._names:
                 log.info("the platform is up: %s", self._layout.url("mlflow"))

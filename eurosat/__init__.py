@@ -1,3 +1,3 @@
-"""Labelled satellite tiles in; models, numbers and maps out."""
+"""Train, evaluate and explain land-cover models of satellite tiles."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""The errors that a command turns into one line and exit code 2."""
+"""Errors that a command reports in one line, with exit code 2."""
 
 
 class EuroSATError(Exception):
@@ -14,7 +14,7 @@ class DataError(EuroSATError, ValueError):
 
 
 class ModelError(EuroSATError, ValueError):
-    """Weights or a network cannot be used as they are."""
+    """Weights or a network cannot be used."""
 
 
 class TrackingError(EuroSATError):

@@ -1,1 +1,1 @@
-"""The process and the machine it runs on."""
+"""The process and the machine that it runs on: arguments, logs, settings, files."""

@@ -1,4 +1,4 @@
-"""Files that are whole, whatever happens while they are written, until nobody asks for them."""
+"""Atomic writes: a file is either complete or as it was before."""
 
 import contextlib
 import os
@@ -9,22 +9,22 @@ from typing import BinaryIO
 
 
 def atomic_write(file: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file beside, force it to the disk, and put it in place by one rename.
+    """Let ``write`` fill a temporary file, flush it to the disk, and rename it to ``file``.
 
-    A process that is killed, or whatever ``write`` raises, leaves ``file`` as it was.
+    If the process is killed or ``write`` raises, ``file`` stays as it was.
     """
-    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
-        with unfinished.open("xb") as opened:
-            write(opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-        unfinished.replace(file)
+        with temporary.open("xb") as stream:
+            write(stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
     except BaseException:
         with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
 
 
 def atomic_write_text(file: Path, text: str) -> None:
-    atomic_write(file, lambda opened: opened.write(text.encode()))
+    atomic_write(file, lambda stream: stream.write(text.encode()))

@@ -1,4 +1,4 @@
-"""Arguments of the commands, and how a command runs."""
+"""Parse the arguments of a command and run it."""
 
 import argparse
 import os
@@ -18,9 +18,9 @@ def run_command(
     *,
     platform: bool = True,
 ) -> NoReturn:
-    """Exit with the command's code; an error of ours is one line on standard error and code 2.
+    """Run ``command`` and exit with its code; an EuroSATError is one line and exit code 2.
 
-    ``platform``: use the platform that the working directory's ``.platform/env`` names.
+    ``platform``: set the variables of the working directory's ``.platform/env`` first.
     """
 
     def run() -> int:
@@ -32,17 +32,17 @@ def run_command(
 
 
 def parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser for a verb with ``--flags``; call ``logs.setup(args.log_level)`` after parsing."""
-    made = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
-    made.add_argument("--log-level", choices=logs.LEVELS, default="info")
-    return made
+    """Return a parser with ``--log-level``; call ``logs.setup(args.log_level)`` after parsing."""
+    result = argparse.ArgumentParser(prog=f"python -m {prog}", description=description)
+    result.add_argument("--log-level", choices=logs.LEVELS, default="info")
+    return result
 
 
 def overrides(argv: Sequence[str], usage: str) -> list[str]:
-    """Hydra-style arguments of a verb configured by recipes; sets up logging on the way.
+    """Return the Hydra-style overrides among ``argv``, and set up logging.
 
-    ``log_level=`` is taken here; ``overrides="a=1 b=2"``, as MLproject passes what it has no
-    parameter for, counts as its parts; ``--help`` prints ``usage`` and exits 0.
+    ``log_level=`` is handled here. ``overrides="a=1 b=2"`` is split: MLproject passes so what it
+    has no parameter for. ``--help`` prints ``usage`` and exits with 0.
 
     Raises:
         ConfigError: an argument is not ``key=value``.
@@ -50,9 +50,9 @@ def overrides(argv: Sequence[str], usage: str) -> list[str]:
     if {"-h", "--help"} & set(argv):
         print(usage.strip())
         sys.exit(exit_codes.OK)
-    level, kept, waiting = "info", [], list(argv)
-    while waiting:
-        argument = waiting.pop(0)
+    level, accepted, remaining = "info", [], list(argv)
+    while remaining:
+        argument = remaining.pop(0)
         key, equals, value = argument.partition("=")
         if key.startswith("--") or not equals:
             raise ConfigError(f"{argument!r} is not of the form key=value, such as seed=1")
@@ -60,10 +60,10 @@ def overrides(argv: Sequence[str], usage: str) -> list[str]:
             level = value
         elif key == "overrides":
             try:
-                waiting = shlex.split(value) + waiting
+                remaining = shlex.split(value) + remaining
             except ValueError as error:
                 raise ConfigError(f"overrides={value} cannot be split: {error}") from error
         else:
-            kept.append(argument)
+            accepted.append(argument)
     logs.setup(level)
-    return kept
+    return accepted

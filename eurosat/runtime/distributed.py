@@ -1,4 +1,4 @@
-"""The place of a process among those that train one network together."""
+"""Ranks and sizes of the processes that train one network together."""
 
 import os
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 class DistributedContext:
     rank: int = 0
     world_size: int = 1
-    """Processes in all."""
+    """Number of processes on all machines."""
     local_world_size: int = 1
-    """Processes on this machine, this one among them."""
+    """Number of processes on this machine, this one included."""
     owns_process_group: bool = True
-    """Whether the process group was made by this package, not by Ray."""
+    """Whether this package created the process group; otherwise Ray did."""
 
     @property
     def is_first(self) -> bool:
@@ -21,7 +21,7 @@ class DistributedContext:
 
     @classmethod
     def from_environment(cls, *, owns_process_group: bool) -> "DistributedContext":
-        """As torch's launchers and Ray tell it: RANK, WORLD_SIZE, LOCAL_WORLD_SIZE."""
+        """Read RANK, WORLD_SIZE and LOCAL_WORLD_SIZE, which torch's launchers and Ray set."""
         return cls(
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
@@ -34,7 +34,7 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def launcher_environment(rank: int, world: int, port: int) -> Mapping[str, str]:
-    """What torch's launcher would set for a process of ``world`` on one machine."""
+    """Return the variables that torch's launcher sets for one of ``world`` processes here."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -1,54 +1,75 @@
-"""The platform that runs beside a checkout: `make platform` writes down how to reach it."""
+"""The file `.platform/env`: how commands reach the platform that `make platform` started here."""
 
+import io
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from eurosat.errors import ConfigError
 
 FILE = Path(".platform", "env")
-"""In the directory that a verb is started in. Lines of KEY=VALUE, the value as it stands: no
-quotes, no expansion (as docker's --env-file has it); empty lines and those of # are left out."""
-LINE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
-TRACKING = "MLFLOW_TRACKING_URI"
-TAKEN = re.compile(r"(MLFLOW|EUROSAT)_\w+|PGPASSFILE|STORAGE_EMULATOR_HOST")
-"""Names of the variables that it may set: a folder of somebody else's has no say in others."""
+"""Relative to the folder in which a command is started. Lines KEY=VALUE as python-dotenv reads
+them: quotes are optional, nothing is expanded, empty lines and comments are skipped."""
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+ALLOWED_NAMES = re.compile(r"(MLFLOW|EUROSAT)_\w+|PGPASSFILE|STORAGE_EMULATOR_HOST")
+"""Variables that the file may set: a foreign folder must not change any other."""
+NEEDS_QUOTES = re.compile(r"^['\"\s]|\s#|[\r\n]|\s$")
+REMEDY = "`make platform` writes the file; remove it if that platform no longer exists"
 
 
 def read(folder: Path, environ: MutableMapping[str, str]) -> None:
-    """Take what ``folder``'s file sets into ``environ``, where it is not set already.
+    """Set the variables of ``folder``'s file in ``environ`` that are not set already.
 
-    A file of another tracking server than the one that is set is left alone as a whole: its
-    parts belong together, and its password is not for that server.
+    If ``environ`` names another tracking server, the whole file is ignored: its variables
+    belong together, and its password is not for that server.
 
     Raises:
         ConfigError: the file cannot be read, or a line is not KEY=VALUE.
     """
-    told = load(folder / FILE)
-    if environ.get(TRACKING, told.get(TRACKING)) != told.get(TRACKING):
+    values = load(folder / FILE)
+    if environ.get(TRACKING_URI, values.get(TRACKING_URI)) != values.get(TRACKING_URI):
         return
-    if new := {name: value for name, value in told.items() if name not in environ}:
+    if new := {name: value for name, value in values.items() if name not in environ}:
         environ.update(new)
         print(f"using the platform of {FILE}", file=sys.stderr, flush=True)
 
 
 def load(file: Path) -> dict[str, str]:
-    """What a platform's file sets; nothing where there is none."""
-    remedy = "`make platform` writes it; remove it where that platform is gone"
+    """Return the variables of a platform's file; none if there is no such file."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}): {remedy}") from error
-    told = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        if not (parts := LINE.fullmatch(line)):
-            raise ConfigError(f"{file}, line {number} is not of the form KEY=VALUE: {remedy}")
-        if not TAKEN.fullmatch(parts[1]):
-            raise ConfigError(f"{file}, line {number} sets {parts[1]}, no platform's: {remedy}")
-        told[parts[1]] = parts[2]
-    return told
+        raise ConfigError(f"{file} cannot be read ({error}): {REMEDY}") from error
+    from dotenv.parser import parse_stream
+
+    values = {}
+    for binding in parse_stream(io.StringIO(text)):
+        original = binding.original.string
+        blank = original[: len(original) - len(original.lstrip())]  # lines before the binding
+        line = binding.original.line + blank.count("\n")
+        if binding.error or (binding.key and binding.value is None):
+            raise ConfigError(f"{file}, line {line} is not of the form KEY=VALUE: {REMEDY}")
+        if binding.key is None or binding.value is None:
+            continue  # a comment, or blank lines at the end
+        if not ALLOWED_NAMES.fullmatch(binding.key):
+            raise ConfigError(
+                f"{file}, line {line} sets {binding.key}, which is no variable of a platform: "
+                f"{REMEDY}"
+            )
+        values[binding.key] = binding.value
+    return values
+
+
+def dump(values: Mapping[str, str]) -> str:
+    """Return the text of a file from which `load` reads ``values``; quotes only where needed."""
+    return "".join(f"{name}={_quote(value)}\n" for name, value in values.items())
+
+
+def _quote(value: str) -> str:
+    if not NEEDS_QUOTES.search(value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

@@ -1,40 +1,36 @@
-"""What this machine is, and how it computes fastest."""
+"""The machine's processors and memory."""
 
 import ctypes
 import logging
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of mallopt(3)."""
-LARGEST_KEPT = 32 * 2**20
-"""Bytes; glibc takes no more."""
+"""Parameters of mallopt(3)."""
+MAX_MMAP_THRESHOLD = 32 * 2**20
+"""Largest value that glibc accepts, in bytes."""
 
 
 def disable_malloc_trim() -> None:
-    """Let this process keep what it frees for its next training step.
+    """Keep freed memory in this process for its next training step.
 
-    By itself glibc gives it back to the kernel, and each step of a ResNet18 faults in thousands of
-    pages that the step before has had. Another C library is left as it is.
+    By default glibc returns it to the kernel, and each step of a ResNet18 faults in thousands of
+    pages again. Does nothing with another C library.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        libc.mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def malloc_trim() -> None:
-    """Hand what this process has freed to the kernel, from the arenas of all its threads.
+    """Return the memory that this process has freed to the kernel, from all arenas.
 
-    By itself glibc keeps what lies between two blocks in use, so that a server grows with each
-    version that it loads beside another. Another C library is left as it is.
+    By default glibc keeps free memory between two used blocks, so that a server grows with each
+    version that it loads. Does nothing with another C library.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -42,12 +38,12 @@ def malloc_trim() -> None:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def describe_hardware() -> str:
-    """One line for reports: processor, cores, memory, GPU."""
+    """Return processor, cores, memory and GPU in one line, for reports."""
     import psutil
     import torch
 

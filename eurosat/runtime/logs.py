@@ -1,4 +1,4 @@
-"""One logging format, to the console and into the run."""
+"""Logging to the console and into the run, in one format."""
 
 import logging
 import sys
@@ -29,7 +29,7 @@ NOISY_LOGGERS = (
 
 
 def setup(level: str = "info") -> None:
-    """Log to standard error; libraries speak from ``warning`` up unless ``level`` is debug."""
+    """Log to standard error; libraries from ``warning`` up, unless ``level`` is debug."""
     if level not in LEVELS:
         raise ConfigError(f"log level {level!r} is not one of {', '.join(LEVELS)}")
     console = logging.StreamHandler(sys.stderr)
@@ -40,17 +40,17 @@ def setup(level: str = "info") -> None:
 
 
 def quiet_libraries() -> None:
-    """Once more after importing one of them: some set their own level when they are imported."""
+    """Raise the level of noisy libraries; call it again after an import that sets its own level."""
     level = logging.getLogger().level
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(max(level, logging.WARNING) if level > 10 else level)
-    if level > 10:  # it warns of each repetition; what comes of them is told by us
+    if level > 10:  # it warns of each retry; we log the outcome
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
 
 
 @contextmanager
 def only_errors() -> Iterator[None]:
-    """Nothing below an error until the block ends, from libraries that log as the root."""
+    """Silence everything below an error until the block ends."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:
@@ -61,7 +61,7 @@ def only_errors() -> Iterator[None]:
 
 @contextmanager
 def copied_to(file: Path) -> Iterator[Path]:
-    """Also write every record to ``file`` until the block ends."""
+    """Write every log record to ``file`` too, until the block ends."""
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter(FORMAT))
     logging.getLogger().addHandler(handler)

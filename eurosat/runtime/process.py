@@ -1,4 +1,4 @@
-"""How a process of this project ends: exit codes, and one-line errors on standard error."""
+"""Run a process: exit codes, and one-line errors on standard error."""
 
 import logging
 import signal
@@ -11,11 +11,11 @@ from eurosat.runtime import exit_codes, telemetry
 
 
 def run(function: Callable[[], int]) -> NoReturn:
-    """Exit with what ``function`` returns; errors of ours are one line and code 2."""
-    telemetry.turn_off()  # before a library is imported that sends telemetry
+    """Exit with the result of ``function``; an EuroSATError is one line and exit code 2."""
+    telemetry.turn_off()  # before the import of any library that sends telemetry
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(exit_codes.TERMINATED)
-    )  # runs end with their status
+    )  # lets open runs record their status
     try:
         sys.exit(function())
     except EuroSATError as error:

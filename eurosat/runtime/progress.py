@@ -1,4 +1,4 @@
-"""Progress on anything longer than two seconds: a bar on a terminal, lines elsewhere."""
+"""Progress of long jobs: a bar on a terminal, log lines elsewhere."""
 
 import logging
 import math
@@ -21,17 +21,17 @@ from rich.progress import (
 )
 
 T = TypeVar("T")
-LINE_EVERY_S = 10.0
-"""How often a log that is not a terminal hears from a long job."""
+LOG_INTERVAL_S = 10.0
+"""Time between two log lines of a long job, if standard error is not a terminal."""
 
 STYLE = "EUROSAT_PROGRESS"
-"""``lines`` asks for log lines on a terminal too, as two processes that share one need."""
+"""Variable; ``lines`` requests log lines on a terminal too, for processes that share one."""
 
 log = logging.getLogger(__name__)
 
 
 def bar() -> Progress:
-    """A rich progress bar on standard error; the text column shows the task's ``note``."""
+    """Return a rich progress bar on standard error; its text column shows the task's ``note``."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -46,7 +46,7 @@ def bar() -> Progress:
 
 
 def track(items: Iterable[T], total: int, label: str, unit: str) -> Iterator[T]:
-    """Yield ``items``, showing how many are done, how fast, and the time left."""
+    """Yield ``items`` and show how many are done, the rate, and the time left."""
     with counter(total, label, unit) as advance:
         for item in items:
             yield item
@@ -55,20 +55,20 @@ def track(items: Iterable[T], total: int, label: str, unit: str) -> Iterator[T]:
 
 @contextmanager
 def counter(total: int, label: str, unit: str) -> Iterator[Callable[[float], None]]:
-    """The same for work that tells itself how much more is done."""
-    started = told = time.monotonic()
+    """Show progress; yields a function to call with the number of units just done."""
+    started = last_logged = time.monotonic()
     done = 0.0
     with bar() as shown:
         task = shown.add_task(label, total=total, note="")
 
         def advance(more: float) -> None:
-            nonlocal told, done
+            nonlocal last_logged, done
             done += more
             now = time.monotonic()
             rate = max(done, 1e-9) / max(now - started, 1e-9)
             shown.update(task, completed=int(done), note=f"{rate:,.0f} {unit}/s")
-            if shown.disable and now - told > LINE_EVERY_S:
-                told = now
+            if shown.disable and now - last_logged > LOG_INTERVAL_S:
+                last_logged = now
                 left = (total - done) / rate
                 log.info("%s: %.0f of %d %s, %.0f s left", label, done, total, unit, left)
 
@@ -77,7 +77,7 @@ def counter(total: int, label: str, unit: str) -> Iterator[Callable[[float], Non
 
 @contextmanager
 def moving(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many of ``total`` bytes have moved; yields what threads tell of each piece."""
+    """Show how many of ``total`` bytes were transferred; threads may call what it yields."""
     lock = threading.Lock()
     with counter(math.ceil(total / 1e6), label, "MB") as count:
 

@@ -1,4 +1,4 @@
-"""A Ray cluster: joined, or started on this machine, with what its processes need to know."""
+"""Join a Ray cluster or start one on this machine, and pass settings to its processes."""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from eurosat.runtime.progress import STYLE
 ROOT = Path(__file__).resolve().parents[2]
 EXCLUDED_FILES = [".venv*", ".git", "mlruns", "mlartifacts", "*.db", "reports", "docs", "data_docs"]
 SHIPPED_VARIABLES = ("MLFLOW_", "EUROSAT_", "OMP_", "GOOGLE_APPLICATION_CREDENTIALS")
-"""Prefixes of what a process on another machine is told: the server, its credentials, the tiles."""
+"""Prefixes of the variables sent to other machines: server, credentials, tiles."""
 EXCLUDED_VARIABLES = (
     "MLFLOW_RUN_ID",
     "MLFLOW_EXPERIMENT",
@@ -23,16 +23,17 @@ EXCLUDED_VARIABLES = (
     "MLFLOW_FLASK_SERVER_SECRET_KEY",
     "MLFLOW_CRYPTO_KEK",
 )
-"""And of what it is not: which run is open here, and what is between the server and others."""
+"""Prefixes of those that are not sent: the run that is open here, and secrets of the server."""
 
 
 def join(address: str | None, tracking_uri: str) -> None:
-    """Join the cluster at ``address``, or start one on this machine; once a process.
+    """Join the cluster at ``address``, or start one on this machine if it is None.
 
-    Its processes have this project's modules, and know where the server and the tiles are.
+    The cluster's processes get this project's modules and the addresses of the server and the
+    tiles. Does nothing if this process has joined a cluster already.
 
     Raises:
-        EuroSATError: there is no cluster.
+        EuroSATError: the cluster cannot be reached or started.
     """
     import ray
 
@@ -42,16 +43,16 @@ def join(address: str | None, tracking_uri: str) -> None:
         {} if address else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
     )
     shipped = _runtime_env(tracking_uri, to_other_machines=bool(address))
-    ours = signal.getsignal(signal.SIGTERM)
+    previous = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address, logging_level=logging.WARNING, runtime_env=shipped, **local)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise EuroSATError(
-            f"Ray cannot be started at {address or 'this machine'}: {error}"
+            f"cannot join or start Ray at {address or 'this machine'}: {error}"
         ) from error
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ours)  # Ray's own exits with another code
+            signal.signal(signal.SIGTERM, previous)  # Ray's handler exits with another code
 
 
 def _runtime_env(tracking_uri: str, *, to_other_machines: bool) -> dict[str, Any]:

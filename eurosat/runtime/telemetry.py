@@ -1,4 +1,4 @@
-"""Libraries that send usage data: all of them switched off."""
+"""Turn off the usage data that libraries send."""
 
 import os
 
@@ -14,6 +14,6 @@ OFF = {
 
 
 def turn_off() -> None:
-    """Set `OFF` where the environment does not say otherwise."""
+    """Set the variables of `OFF` that the environment does not set itself."""
     for name, value in OFF.items():
         os.environ.setdefault(name, value)

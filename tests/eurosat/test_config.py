@@ -1,4 +1,4 @@
-"""Recipes become frozen, self-validating dataclasses, and errors name every fault."""
+"""Recipes become validated settings, and one error names every fault."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def test_a_fault_in_the_configuration_is_named_in_one_line(override: str, words:
     assert "\n" not in str(caught.value)
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_one_error_names_all_faults() -> None:
     with pytest.raises(ConfigError, match=r"nonsense.*must be int"):
         from_mapping(
             TrainConfig,
@@ -69,7 +69,7 @@ def test_a_missing_key_is_named() -> None:
         from_mapping(TrainConfig, {"data": {"source": "synthetic"}})
 
 
-def test_the_digest_follows_what_decides_the_result_and_no_place() -> None:
+def test_the_digest_depends_on_the_settings_and_not_on_local_places() -> None:
     config = compose()
     moved = dataclasses.replace(
         config, experiment="other", data=dataclasses.replace(config.data, root="/x", cache="/y")
@@ -78,31 +78,31 @@ def test_the_digest_follows_what_decides_the_result_and_no_place() -> None:
     assert compose(["seed=1"]).digest != config.digest
 
 
-def test_a_verb_prints_one_line_and_exits_2_on_bad_input(
+def test_a_command_prints_one_line_and_exits_2_on_bad_input(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def verb(argv: object) -> int:
-        raise ConfigError("seed is -1,\nthe least is 0: give another")
+    def command(argv: object) -> int:
+        raise ConfigError("seed is -1,\nbut must be at least 0")
 
     with pytest.raises(SystemExit) as caught:
-        cli.run_command(verb, [])
+        cli.run_command(command, [])
     assert caught.value.code == exit_codes.BAD_INPUT
-    assert capsys.readouterr().err == "error: seed is -1, the least is 0: give another\n"
+    assert capsys.readouterr().err == "error: seed is -1, but must be at least 0\n"
 
 
 def test_an_interrupt_exits_130_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    def verb(argv: object) -> int:
+    def command(argv: object) -> int:
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
-        cli.run_command(verb, [])
+        cli.run_command(command, [])
     assert caught.value.code == exit_codes.INTERRUPTED
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_what_mlproject_passes_as_overrides_counts_as_its_parts() -> None:
-    given = ["seed=1", "overrides=optim.lr=0.1 'model.name=a b'", "overrides=", "log_level=error"]
-    assert cli.overrides(given, "usage") == ["seed=1", "optim.lr=0.1", "model.name=a b"]
+def test_overrides_passed_by_mlproject_are_split() -> None:
+    argv = ["seed=1", "overrides=optim.lr=0.1 'model.name=a b'", "overrides=", "log_level=error"]
+    assert cli.overrides(argv, "usage") == ["seed=1", "optim.lr=0.1", "model.name=a b"]
 
 
 @pytest.mark.parametrize("argument", ["--seed", "seed", "--seed=1"])
@@ -117,10 +117,10 @@ def test_an_unknown_log_level_is_refused() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(f.stem for f in (CONF / "recipe").glob("*.yaml")))
-def test_what_a_recipe_says_is_what_is_trained(recipe: str) -> None:
-    """Hydra lets a later file of the defaults list win, whatever it says."""
-    said = yaml.safe_load((CONF / "recipe" / f"{recipe}.yaml").read_text())
-    said.pop("defaults", None)
+def test_a_composed_recipe_has_the_values_of_its_file(recipe: str) -> None:
+    """A later file in Hydra's defaults list could override them."""
+    written = yaml.safe_load((CONF / "recipe" / f"{recipe}.yaml").read_text())
+    written.pop("defaults", None)
     composed = flatten(compose([f"recipe={recipe}"]).as_dict())
-    for key, value in flatten(said).items():
+    for key, value in flatten(written).items():
         assert composed[key] == value, key

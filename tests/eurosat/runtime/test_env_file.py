@@ -1,4 +1,4 @@
-"""A platform that runs beside the working directory is used, and never by surprise."""
+"""Commands use the platform of their folder, and say so."""
 
 import os
 import subprocess
@@ -22,19 +22,38 @@ def write(folder: Path, text: str) -> Path:
     return file
 
 
-def test_what_is_set_already_wins_and_the_rest_is_taken_as_it_stands(
+def test_variables_that_are_set_already_take_precedence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(tmp_path, f'{URI}=http://a\n\n# a comment\nEUROSAT_X="q" # $HOME=1\nEUROSAT_Y=file\n')
+    write(tmp_path, f"{URI}=http://a\n\n# a comment\nEUROSAT_X=$HOME a=b #c\nEUROSAT_Y=file\n")
     environ = {"EUROSAT_Y": "mine"}
     env_file.read(tmp_path, environ)
-    assert environ == {URI: "http://a", "EUROSAT_X": '"q" # $HOME=1', "EUROSAT_Y": "mine"}
+    assert environ == {URI: "http://a", "EUROSAT_X": "$HOME a=b", "EUROSAT_Y": "mine"}
     assert capsys.readouterr().err == "using the platform of .platform/env\n"
     env_file.read(tmp_path, environ)
-    assert not capsys.readouterr().err, "a verb that a verb starts says nothing again"
+    assert not capsys.readouterr().err, "a command started by a command prints nothing again"
 
 
-def test_a_password_is_not_taken_to_another_server(
+@pytest.mark.parametrize(
+    "value",
+    ["", "plain", "a b", "a#b", "a=b", "$HOME ${HOME}", "it's", 'say "a"', "back\\slash\\n", "\\'"],
+)
+def test_a_value_is_written_as_it_is(value: str, tmp_path: Path) -> None:
+    assert env_file.dump({"EUROSAT_A": value}) == f"EUROSAT_A={value}\n"
+    assert env_file.load(write(tmp_path, env_file.dump({"EUROSAT_A": value}))) == {
+        "EUROSAT_A": value
+    }
+
+
+@pytest.mark.parametrize(
+    "value", ["/a #b/c", "'quoted'", '"q" # $HOME=1', " a", "a ", "two\nlines", "'\\ #", "a #'b\\"]
+)
+def test_a_value_that_needs_quotes_is_read_back_unchanged(value: str, tmp_path: Path) -> None:
+    text = env_file.dump({"EUROSAT_A": value, "EUROSAT_B": "next"})
+    assert env_file.load(write(tmp_path, text)) == {"EUROSAT_A": value, "EUROSAT_B": "next"}
+
+
+def test_a_password_is_not_sent_to_another_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(tmp_path, f"{URI}=http://a\nMLFLOW_TRACKING_PASSWORD=s\n")
@@ -54,11 +73,22 @@ def test_no_platform_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["export A=b", "A", "=b", "1A=b", " A=b", "A =b"])
-def test_a_line_that_is_malformed_is_named(line: str, tmp_path: Path) -> None:
-    write(tmp_path, f"EUROSAT_A=b\n{line}\n")
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("A", "is not of the form KEY=VALUE: `make plat"),
+        ("=b", "is not of the form KEY=VALUE: `make plat"),
+        ("EUROSAT_B='b", "is not of the form KEY=VALUE: `make plat"),
+        ("export A=b", "sets A, which is no variable of a platform: `make plat"),
+        ("1A=b", "sets 1A, which is no variable of a platform"),
+        (" A=b", "sets A, which is no variable of a platform"),
+        ("PATH=b", "sets PATH, which is no variable of a platform"),
+    ],
+)
+def test_a_line_that_does_not_fit_is_named(line: str, fault: str, tmp_path: Path) -> None:
+    write(tmp_path, f"EUROSAT_A=b\n\n{line}\n")
     environ: dict[str, str] = {}
-    with pytest.raises(ConfigError, match=r"env, line 2 is not of the form KEY=VALUE: `make plat"):
+    with pytest.raises(ConfigError, match=f"env, line 3 {fault}"):
         env_file.read(tmp_path, environ)
     assert environ == {}, "all of it or nothing"
 
@@ -78,7 +108,7 @@ cli.run_command(lambda _: print(os.environ["EUROSAT_A"]) or 0)
         ("EUROSAT_A=\xff\n", exit_codes.BAD_INPUT, "", "cannot be read"),
     ],
 )
-def test_a_verb_reads_it_before_it_runs(
+def test_a_command_reads_the_file_before_it_runs(
     text: str, status: int, out: str, err: str, tmp_path: Path
 ) -> None:
     write(tmp_path, "").write_bytes(text.encode("latin-1"))
@@ -96,15 +126,15 @@ def test_a_verb_reads_it_before_it_runs(
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_platforms_own_command_does_not_use_it(
+def test_the_command_of_the_platform_itself_ignores_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path, "A b\n")
     monkeypatch.chdir(tmp_path)
 
-    def verb(argv: Sequence[str]) -> int:
+    def command(argv: Sequence[str]) -> int:
         return exit_codes.OK
 
     with pytest.raises(SystemExit) as stopped:
-        cli.run_command(verb, [], platform=False)
+        cli.run_command(command, [], platform=False)
     assert stopped.value.code == exit_codes.OK

@@ -1,4 +1,4 @@
-"""What the machine is told and asked before a training."""
+"""Settings of the memory allocator take effect."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-HELD = """
+TRIMMED = """
 import ctypes
 import numpy as np
 import psutil
@@ -34,16 +34,16 @@ from eurosat.runtime import hardware
 if not hasattr(ctypes.CDLL(None), "malloc_trim"):
     raise SystemExit(3)
 blocks = [np.ones(100_000, np.uint8) for _ in range(2000)]
-kept = blocks[::10]  # so that nothing can be cut off at an end
+used = blocks[::10]  # so that the free memory lies between used blocks
 del blocks
-held = psutil.Process().memory_info().rss
+before = psutil.Process().memory_info().rss
 hardware.malloc_trim()
-print((held - psutil.Process().memory_info().rss) // 10**6)
+print((before - psutil.Process().memory_info().rss) // 10**6)
 """
 
 
 def measured(code: str, *flags: str) -> int:
-    """What a process of its own prints."""
+    """Run ``code`` in its own process and return the number that it prints."""
     done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
     if done.returncode == 3:
         pytest.skip("this C library is not glibc")
@@ -51,12 +51,12 @@ def measured(code: str, *flags: str) -> int:
     return int(done.stdout)
 
 
-def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
+def test_without_trimming_a_step_reuses_the_memory_of_the_last_one() -> None:
     assert measured(FAULTS, "keep") < measured(FAULTS) / 10  # pages asked for
 
 
-def test_memory_between_blocks_in_use_is_given_back() -> None:
-    assert measured(HELD) > 100, "of 180 MB"
+def test_trimming_returns_free_memory_between_used_blocks() -> None:
+    assert measured(TRIMMED) > 100, "of 180 MB"
 
 
 def test_the_hardware_is_described_in_one_line() -> None:

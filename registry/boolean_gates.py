@@ -53,14 +53,16 @@ class JudgedVersion:
         return self.run.tags.get("code.commit", "")
 
 
-def judge_booleans(judged: JudgedVersion, gates: tuple[BooleanGate, ...]) -> tuple[GateResult, ...]:
-    return tuple(CHECKS[gate.name](judged, gate) for gate in gates)
+def judge_booleans(
+    subject: JudgedVersion, gates: tuple[BooleanGate, ...]
+) -> tuple[GateResult, ...]:
+    return tuple(CHECKS[gate.name](subject, gate) for gate in gates)
 
 
-def uncommitted_note(judged: JudgedVersion) -> tuple[str, ...]:
+def uncommitted_note(subject: JudgedVersion) -> tuple[str, ...]:
     """Return a note if only ``--accept-uncommitted`` let the candidate's code pass."""
-    commit = judged.commit
-    if judged.accept_uncommitted and (commit == UNKNOWN_COMMIT or commit.endswith(DIRTY_SUFFIX)):
+    commit = subject.commit
+    if subject.accept_uncommitted and (commit == UNKNOWN_COMMIT or commit.endswith(DIRTY_SUFFIX)):
         return (f"the code of this model is not committed ({commit[:12]}), which was accepted",)
     return ()
 
@@ -71,8 +73,8 @@ def _result(gate: BooleanGate, value: str, refusal: str = "", limit: str = EMPTY
     )
 
 
-def _data_validation(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
-    state = judged.run.tags.get(register.VALIDATION_TAG)
+def _data_validation(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
+    state = subject.run.tags.get(register.VALIDATION_TAG)
     refusal = (
         f"data_validation: {state or 'not recorded'}, where 'passed' is needed: run "
         "`python -m expectations.validate` and train again"
@@ -80,10 +82,10 @@ def _data_validation(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
     return _result(gate, state or EMPTY, "" if state == "passed" else refusal, limit="passed")
 
 
-def _leakage(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+def _leakage(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
     """Refuse test tiles that were used for training or for choosing weights."""
-    tiles = set(judged.predictions.frame["sha256"])
-    leaked = len(tiles & judged.training_tiles)
+    tiles = set(subject.predictions.frame["sha256"])
+    leaked = len(tiles & subject.training_tiles)
     refusal = (
         f"leakage: {leaked} of {len(tiles)} test tiles were used in training: train again with a "
         "split made by this project"
@@ -91,37 +93,37 @@ def _leakage(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
     return _result(gate, str(leaked), refusal if leaked else "", limit="0")
 
 
-def _lineage(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
-    missing = [name for name in register.LINEAGE_TAGS if not judged.run.tags.get(name)]
+def _lineage(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
+    missing = [name for name in register.LINEAGE_TAGS if not subject.run.tags.get(name)]
     refusal = ""
     if missing:
         refusal = f"lineage: the run lacks the tags {', '.join(missing)}: train again"
-    elif judged.commit == UNKNOWN_COMMIT and not judged.accept_uncommitted:
+    elif subject.commit == UNKNOWN_COMMIT and not subject.accept_uncommitted:
         refusal = (
             "lineage: the commit of the code is unknown: train in a git checkout, or pass "
             "--accept-uncommitted, which the ledger records"
         )
-    return _result(gate, judged.commit.removesuffix(DIRTY_SUFFIX)[:12] or EMPTY, refusal)
+    return _result(gate, subject.commit.removesuffix(DIRTY_SUFFIX)[:12] or EMPTY, refusal)
 
 
-def _committed(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+def _committed(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
     """Refuse code that differed from its commit."""
-    commit = judged.commit
+    commit = subject.commit
     if not commit.endswith(DIRTY_SUFFIX):
         return _result(gate, EMPTY if commit in ("", UNKNOWN_COMMIT) else "yes", limit="yes")
     refusal = (
         f"committed: the code differed from its commit {commit[:12]}: commit it and train again, "
         "or pass --accept-uncommitted, which the ledger records"
     )
-    return _result(gate, "no", "" if judged.accept_uncommitted else refusal, limit="yes")
+    return _result(gate, "no", "" if subject.accept_uncommitted else refusal, limit="yes")
 
 
-def _signature(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+def _signature(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
     """Refuse other inputs, parameters or classes than the champion's."""
-    if gate.off or judged.champion is None or judged.champion_predictions is None:
+    if gate.off or subject.champion is None or subject.champion_predictions is None:
         return _result(gate, EMPTY)
-    candidates, champions = _interface(judged.version), _interface(judged.champion)
-    classes, champions_classes = judged.predictions.classes, judged.champion_predictions.classes
+    candidates, champions = _interface(subject.version), _interface(subject.champion)
+    classes, champions_classes = subject.predictions.classes, subject.champion_predictions.classes
     other_model = "register it as a model of its own with --model NAME"
     refusal = ""
     if candidates != champions:
@@ -148,13 +150,13 @@ def _interface(version: "ModelVersion") -> dict[str, Any]:
     }
 
 
-def _approval(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+def _approval(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
     """Refuse until `registry.approve` has recorded an approval."""
     if gate.off:
         return _result(gate, EMPTY)
-    number = judged.version.version
+    number = subject.version.version
     command = f"`python -m registry.approve {number} --why ...`"
-    review = ReviewDecision.from_tag(judged.version, APPROVAL_TAG)
+    review = ReviewDecision.from_tag(subject.version, APPROVAL_TAG)
     if review is None:
         refusal = f"approval: version {number} waits for a person: run {command}"
         return _result(gate, "waits", refusal)
@@ -163,24 +165,24 @@ def _approval(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
     return _result(gate, value, "" if review.decision == APPROVED else refusal)
 
 
-def _retired(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
-    if gate.off or RETIRED_TAG not in judged.version.tags:
+def _retired(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
+    if gate.off or RETIRED_TAG not in subject.version.tags:
         return _result(gate, EMPTY)
-    review = ReviewDecision.from_tag(judged.version, RETIRED_TAG)
+    review = ReviewDecision.from_tag(subject.version, RETIRED_TAG)
     by, why = (review.by, review.why) if review else ("somebody", "the reason cannot be read")
     return _result(gate, f"by {by}", f"retired: by {by}: {why}; promote another version")
 
 
-def _files(judged: JudgedVersion, gate: BooleanGate) -> GateResult:
+def _files(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
     """Refuse files that differ from the registered ones, or that are unpickled."""
     from mlflow.artifacts import download_artifacts
 
     if gate.off:
         return _result(gate, EMPTY)
-    version = judged.version
+    version = subject.version
     again = (
         f"delete version {version.version} in MLflow, then run "
-        f"`python -m registry.register {judged.run.run_id}`"
+        f"`python -m registry.register {subject.run.run_id}`"
     )
     registered = _digests(versions.registered_files(version))
     if not registered:

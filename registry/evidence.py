@@ -118,9 +118,9 @@ def training_tiles(run_id: str) -> set[str]:
     return set(table.loc[table["fold"].isin(TRAINING_FOLDS), "sha256"])
 
 
-def digest(judged: Sequence[Predictions], gates: Gates) -> str:
+def digest(sources: Sequence[Predictions], gates: Gates) -> str:
     """Return the sha256 of what a verdict is based on: the files of predictions, and the gates."""
-    basis = [[predictions.sha256 for predictions in judged], dataclasses.asdict(gates)]
+    basis = [[predictions.sha256 for predictions in sources], dataclasses.asdict(gates)]
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
 
 

@@ -40,17 +40,17 @@ def judge_version(
         TrackingError: a run, its predictions or its split cannot be read.
         ModelError: predictions or split do not have the form that training writes.
     """
-    judged = _load(candidate, champion, accept_uncommitted=accept_uncommitted)
+    subject = _load(candidate, champion, accept_uncommitted=accept_uncommitted)
     compared = evidence.compare(
-        judged.predictions,
-        judged.champion_predictions,
-        judged.all_training_tiles,
+        subject.predictions,
+        subject.champion_predictions,
+        subject.all_training_tiles,
         accept_new_data=accept_new_data,
     )
-    corrupted = _compare_corrupted(judged, compared, limits)
+    corrupted = _compare_corrupted(subject, compared, limits)
     candidate_metrics = {
         **compared.candidate,
-        **_served_metrics(judged.run, candidate),
+        **_served_metrics(subject.run, candidate),
         **_robustness_metric(corrupted.candidate),
     }
     champion_metrics = None
@@ -59,17 +59,17 @@ def judge_version(
     faults = {robustness.GATE: corrupted.fault}
     timings = None
     if measure_latency:
-        timings = latency.compare(judged.run.run_id, judged.champion_run_id)
+        timings = latency.compare(subject.run.run_id, subject.champion_run_id)
     return Verdict(
         results=(
-            *boolean_gates.judge_booleans(judged, limits.booleans),
-            _test_tiles(judged, compared),
+            *boolean_gates.judge_booleans(subject, limits.booleans),
+            _test_tiles(subject, compared),
             *judge_metrics(candidate_metrics, champion_metrics, limits.metrics, faults),
             judge_difference(compared.paired, limits.difference),
             *latency.judge_latency(timings, limits.latency),
         ),
-        notes=(*compared.notes, *boolean_gates.uncommitted_note(judged)),
-        evidence=_digest(judged, corrupted, limits),
+        notes=(*compared.notes, *boolean_gates.uncommitted_note(subject)),
+        evidence=_digest(subject, corrupted, limits),
     )
 
 
@@ -93,20 +93,20 @@ def _load(
 
 
 def _compare_corrupted(
-    judged: JudgedVersion, compared: evidence.EvidenceComparison, limits: gates.Gates
+    subject: JudgedVersion, compared: evidence.EvidenceComparison, limits: gates.Gates
 ) -> robustness.RobustnessComparison:
     """Compare predictions for corrupted tiles, unless the gate is missing or switched off."""
     if not any(gate.metric == robustness.GATE and not gate.off for gate in limits.metrics):
         return robustness.RobustnessComparison()
-    champion = judged.champion_run_id if compared.champion else None
-    return robustness.compare(judged.run.run_id, champion, judged.all_training_tiles)
+    champion = subject.champion_run_id if compared.champion else None
+    return robustness.compare(subject.run.run_id, champion, subject.all_training_tiles)
 
 
-def _test_tiles(judged: JudgedVersion, compared: evidence.EvidenceComparison) -> GateResult:
-    champions = judged.champion_predictions
+def _test_tiles(subject: JudgedVersion, compared: evidence.EvidenceComparison) -> GateResult:
+    champions = subject.champion_predictions
     return GateResult(
         gate="test_tiles",
-        value=str(len(judged.predictions.frame)),
+        value=str(len(subject.predictions.frame)),
         refusal=compared.refusal,
         champion=str(len(champions.frame)) if champions else EMPTY,
         why="metrics of different tiles cannot be compared",
@@ -114,10 +114,10 @@ def _test_tiles(judged: JudgedVersion, compared: evidence.EvidenceComparison) ->
 
 
 def _digest(
-    judged: JudgedVersion, corrupted: robustness.RobustnessComparison, limits: gates.Gates
+    subject: JudgedVersion, corrupted: robustness.RobustnessComparison, limits: gates.Gates
 ) -> str:
-    champions = [judged.champion_predictions] if judged.champion_predictions else []
-    return evidence.digest([judged.predictions, *champions, *corrupted.sources], limits)
+    champions = [subject.champion_predictions] if subject.champion_predictions else []
+    return evidence.digest([subject.predictions, *champions, *corrupted.sources], limits)
 
 
 def _robustness_metric(value: float | None) -> dict[str, float]:

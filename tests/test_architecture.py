@@ -3,12 +3,14 @@
 import-linter checks who may import whom: its contracts are in pyproject.toml, `make lint` runs it.
 """
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,11 @@ from tests.support.paths import ROOT
 LIBRARY = "eurosat"
 FOLDERS = (LIBRARY, "experiments", "registry", "serving", "expectations", "deploy")
 EMPTY_MODULE_NAMES = {"util", "utils", "helper", "helpers", "common", "manager", "managers", "misc"}
+EMPTY_PARTICIPLES = {
+    *("told", "said", "asked", "held", "kept", "seen", "given", "wanted", "heard", "known"),
+    *("found", "made", "taken", "settled", "judged", "answered", "shown"),
+}
+"""They say that something happened to a value, and not what the value is."""
 SLOW_TO_IMPORT = {"torch", "lightning", "timm", "mlflow", "great_expectations", "ray"}
 """Each takes more than half a second to import, and ``--help`` must not wait for it."""
 
@@ -88,6 +95,32 @@ def test_every_folder_holds_modules(folder: str) -> None:
 def test_no_module_has_a_name_that_says_nothing() -> None:
     empty = [path for path in all_sources() if EMPTY_MODULE_NAMES & {*path.with_suffix("").parts}]
     assert not empty
+
+
+def names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield line and name of each function, class, parameter and module constant."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                yield node.lineno, node.name
+            case ast.arg():
+                yield node.lineno, node.arg
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign | ast.AnnAssign):
+            for node in ast.walk(statement):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    yield node.lineno, node.id
+
+
+@pytest.mark.parametrize("folder", [*FOLDERS, "benchmarks", "tests"])
+def test_no_function_class_parameter_or_constant_is_named_by_a_participle(folder: str) -> None:
+    empty = [
+        f"{path}:{line} {name}"
+        for path in sources(folder)
+        for line, name in names(ast.parse((ROOT / path).read_text()))
+        if name.strip("_").lower() in EMPTY_PARTICIPLES
+    ]
+    assert not empty, "\n".join(empty)
 
 
 def test_importing_every_module_does_nothing(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_the_entry_points_are_complete() -> None:
         "rollback",
         "serve",
         "serve-ray",
-        "serve-stock",
+        "serve-mlflow",
     }
 
 

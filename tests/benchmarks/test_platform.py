@@ -55,9 +55,9 @@ def test_a_writers_record_is_read_back_as_acknowledged() -> None:
     ],
 )
 def test_acknowledged_data_that_is_missing_or_different_counts_as_lost(
-    found: Stored | None, lost: int, twice: int
+    in_database: Stored | None, lost: int, twice: int
 ) -> None:
-    counts = compare(acknowledged(), found)
+    counts = compare(acknowledged(), in_database)
     assert (counts["lost"], counts["twice"]) == (lost, twice)
     logged = [counts[name] for name in ("runs", "points", "params", "artifacts")]
     assert logged == [1, 3, 1, 1]

@@ -42,7 +42,7 @@ def test_a_writers_record_is_read_back_as_acknowledged() -> None:
 
 
 @pytest.mark.parametrize(
-    ("found", "lost", "twice"),
+    ("in_database", "lost", "twice"),
     [
         (stored(), 0, 0),
         (stored(points=POINTS[1:]), 1, 0),

@@ -1,4 +1,7 @@
-"""The gates that a candidate must pass to become champion, as gates.toml sets them."""
+"""The gates that a candidate must pass to become champion, as gates.toml sets them.
+
+`registry.metric_gates` and `registry.boolean_gates` apply them.
+"""
 
 import math
 import tomllib

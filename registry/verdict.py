@@ -57,7 +57,7 @@ class GateResult:
         return f"{self.gate} {self.value}{champion}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the result for a JSON report; `make tables` reads these keys."""
+        """Return the result for a JSON report; `python -m benchmarks.tables` reads these keys."""
         return {
             "gate": self.gate,
             "value": self.value,

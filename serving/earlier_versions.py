@@ -1,4 +1,4 @@
-"""Compatibility with versions that were registered before 0.2.
+"""Compatibility with versions that an earlier release registered.
 
 Each version carries the `serving/pyfunc.py` of its day, whose methods, fields and configuration had
 other names. Its predictions stay as they were when it was registered: the keys ``unlike_training``
@@ -17,9 +17,9 @@ MEMBERS = {
     "precision": "form",
     "default_views": "judged_views",
 }
-"""Member of `serving.pyfunc.TileClassifier` -> its name before 0.2."""
+"""Member of `serving.pyfunc.TileClassifier` -> its earlier name."""
 CONFIG_KEYS = {"precision": "form"}
-"""Key of ``model_config`` -> its name before 0.2."""
+"""Key of ``model_config`` -> its earlier name."""
 
 
 def adapt(classifier: Any) -> Any:

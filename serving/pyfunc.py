@@ -242,7 +242,7 @@ class TileClassifier(PythonModel):
         self.full_scale = json.loads(metadata.get("full_scale", "null"))
         """Per band, the uint16 reflectance that the training scaled to 255; None for uint8."""
         self.calibration = json.loads(metadata.get("calibration", "null"))
-        if self.calibration and "unlike_above" in self.calibration:  # networks exported before 0.2
+        if self.calibration and "unlike_above" in self.calibration:  # an earlier export
             self.calibration["ood_threshold"] = self.calibration.pop("unlike_above")
 
     def predict(

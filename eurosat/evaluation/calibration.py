@@ -36,7 +36,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """Read what `as_dict` wrote, also under the field names of versions before 0.2."""
+        """Read what `as_dict` wrote, also with the field names of earlier releases."""
         renamed = {"unlike_above": "ood_threshold"}
         current = {renamed.get(name, name): value for name, value in values.items()}
         return cls(**(current | {"thresholds": tuple(current["thresholds"])}))

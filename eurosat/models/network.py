@@ -223,7 +223,7 @@ def read(file: Path) -> tuple[dict[str, Tensor], NetworkSpec]:
 
 
 def _current_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a spec under their current names; files before 0.2 use others."""
+    """Return the fields of a spec under their current names; earlier files use others."""
     if "views" in values:
         values["tta_views"] = values.pop("views")
     if values.get("stem") == "gentle":

@@ -13,7 +13,7 @@ from eurosat.tracking import Run
 from eurosat.training.callbacks import has_finite_loss
 from eurosat.training.checkpoints import CheckpointSlot
 
-CALLBACKS_BEFORE_0_2 = {"Watch": "ProgressLogger", "KeepBest": "BestWeights"}
+EARLIER_CALLBACK_NAMES = {"Watch": "ProgressLogger", "KeepBest": "BestWeights"}
 """Callbacks whose state was saved under an earlier class name."""
 
 
@@ -107,7 +107,7 @@ def with_current_names(state: Mapping[str, Any]) -> dict[str, Any]:
     def rename(tensors: Mapping[str, Any]) -> dict[str, Any]:
         return {name.replace("retold.", "feature_projection."): v for name, v in tensors.items()}
 
-    callbacks = {CALLBACKS_BEFORE_0_2.get(k, k): v for k, v in state["callbacks"].items()}
+    callbacks = {EARLIER_CALLBACK_NAMES.get(k, k): v for k, v in state["callbacks"].items()}
     if average := callbacks.get("MovingAverage"):
         callbacks["MovingAverage"] = average | {"average": rename(average["average"])}
     return {**state, "module": rename(state["module"]), "callbacks": callbacks}

@@ -1,4 +1,4 @@
-"""Versions registered before 0.2, which carry the `serving/pyfunc.py` of that time."""
+"""Versions that an earlier release registered, which carry the `serving/pyfunc.py` of that time."""
 
 import shutil
 from pathlib import Path
@@ -18,13 +18,13 @@ from tests.support.serving import CALIBRATION, make_champion, make_full_network,
 
 pytestmark = REGISTRY
 
-PYFUNC = Path(__file__).parent / "data" / "pyfunc_before_0_2.py.txt"
+PYFUNC = Path(__file__).parent / "data" / "earlier_pyfunc.py.txt"
 CONFIG = {"form": "auto", "threads": 0, "max_batch": 16, "max_wait_ms": 2.0}
 EARLIER_CALIBRATION = {
     "thresholds": CALIBRATION["thresholds"],
     "unlike_above": CALIBRATION["ood_threshold"],
 }
-"""As trainings wrote it into the ONNX file before 0.2."""
+"""As earlier trainings wrote it into the ONNX file."""
 TILES = [encoded(label) for label in COLOURS]
 
 
@@ -59,7 +59,7 @@ def make_earlier_run(store: Path) -> str:
 
 @pytest.fixture(scope="module")
 def earlier_version(store: Path) -> str:
-    """Register a run with the code and the configuration of before 0.2."""
+    """Register a run with the code and the configuration of an earlier release."""
     pyfunc = store / "earlier" / "pyfunc.py"
     pyfunc.parent.mkdir()
     shutil.copy(PYFUNC, pyfunc)

@@ -221,11 +221,21 @@ def down(folder: Path) -> int:
         os.kill(pid, signal.SIGTERM)
     while True:
         with suppress(ConfigError):
-            if running_pid(folder) is None:
+            if running_pid(folder) is None and not _is_alive(pid):
                 break
         time.sleep(0.1)
     log.info("the platform of %s is down", folder)
     return exit_codes.OK
+
+
+def _is_alive(pid: int) -> bool:
+    """Return whether a process still runs; one that is only not reaped yet does not."""
+    import psutil
+
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def running_pid(folder: Path) -> int | None:

@@ -65,7 +65,7 @@ def earlier_version(store: Path) -> str:
     shutil.copy(PYFUNC, pyfunc)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(register, "PYFUNC", pyfunc)
-        patch.setattr(register, "SETTINGS", CONFIG)
+        patch.setattr(register, "MODEL_CONFIG", CONFIG)
         return register.register(make_earlier_run(store), "eurosat", "challenger")
 
 

@@ -107,7 +107,7 @@ def test_metric_names_that_mlflow_refuses_are_changed_to_accepted_ones() -> None
 @pytest.mark.usefixtures("tracking_store")
 def test_a_param_logged_twice_with_different_values_is_an_error_of_one_line() -> None:
     with (
-        pytest.raises(TrackingError, match="param seed of this run is 0, and cannot become 3"),
+        pytest.raises(TrackingError, match="param seed of this run is 0 and cannot become 3"),
         tracking.run("e", "r", system_metrics=False) as run,
     ):
         run.log_params({"seed": 0})

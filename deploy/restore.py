@@ -157,16 +157,16 @@ class Restore:
             ConfigError: the database is in use, or its server is too old for the archive.
         """
         spec, user_data, newest = database.spec, list[str](), None
-        wanted = self._metadata(database)["schema"]
+        archived_schema = self._metadata(database)["schema"]
         if databases.exists(self.server, database.name):
             databases.refuse_busy(self.server, database.name)
             with database.connected() as connection:
                 newest = databases.schema_revision(connection, spec)
                 user_data = databases.user_data(connection)
-        if not schema.can_upgrade(spec, newest, wanted):
+        if not schema.can_upgrade(spec, newest, archived_schema):
             server = f"the server of schema {newest}" if newest else "the MLflow installed here"
             raise ConfigError(
-                f"{server} does not know the archive's schema {wanted} of {spec.name}: "
+                f"{server} does not know the archive's schema {archived_schema} of {spec.name}: "
                 "restore with the MLflow that it was saved from, or a newer one"
             )
         return user_data

@@ -1,5 +1,8 @@
-# On a machine with Python 3.11 two commands do everything: `make demo` and `make test`.
-PYTHON ?= $(or $(shell command -v python3.11),python3)
+# On a machine with Python 3.11, 3.12 or 3.13 two commands do everything: `make demo` and `make test`.
+# The newest of them that works, or the one that PYTHON names.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c $(IS_SUPPORTED) 2>/dev/null && echo $$python && break; done)
+IS_SUPPORTED := 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
 DATA ?= synthetic
 STORAGE ?= sqlite:///optuna.db
 ifneq ($(filter-out gs://%,$(EUROSAT_ROOT)),)
@@ -19,9 +22,10 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/uv:
+	@$(or $(PYTHON),false) -c $(IS_SUPPORTED) || { echo "error: $(or $(PYTHON),python3) is not Python 3.11, 3.12" \
+		"or 3.13 with the module ensurepip: install it (Debian: apt-get install python3-venv), or run" \
+		"make PYTHON=/path/to/python3.13" >&2; exit 2; }
 	@echo "creating .venv with $$($(PYTHON) --version)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-		{ echo "error: $(PYTHON) is not Python 3.11: run make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
 
@@ -48,12 +52,15 @@ main-job: .venv/product ## run the whole job on the real tiles and write reports
 	$(BIN)/python -m experiments.demo data=eurosat report=reports/main-job.json $(DEMO_ARGS)
 	$(BIN)/python -m benchmarks.tables
 
-# Only the whole set of tests has to reach the coverage floor.
-COVERAGE := $(if $(PYTEST_ARGS),--cov-fail-under=0,)
+# The whole set runs on all cores, up to four, and has to reach the coverage floor. From Python 3.12 on,
+# coverage uses sys.monitoring.
+WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile
+WHOLE := $(if $(PYTEST_ARGS),--cov-fail-under=0,$(WORKERS))
+CORE = $$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 
 test: .venv/dev ## run the tests with coverage (PYTEST_ARGS='-k split' for some)
-	$(BIN)/python -m pytest -m 'not slow and not docker' --cov --cov-report=term $(COVERAGE) \
-		--durations=40 --durations-min=5 $(PYTEST_ARGS)
+	COVERAGE_CORE=$(CORE) $(BIN)/python -m pytest -m 'not slow and not docker' --cov --cov-report=term \
+		--durations=10 --durations-min=1 $(WHOLE) $(PYTEST_ARGS)
 
 test-slow: .venv/dev ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m 'slow and not docker' $(PYTEST_ARGS)

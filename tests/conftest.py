@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
 
 from deploy import postgresql
 from eurosat.config import TrainConfig, compose
@@ -14,12 +15,24 @@ from eurosat.data.pack import Pack, open_pack
 from eurosat.data.prepare import PreparedData
 from eurosat.data.split import make_split
 from eurosat.runtime import telemetry
-from tests.support import platforms
+from tests.support import schedule
 from tests.support.offline import sitecustomize
 from tests.support.postgres import postgres_server
 from tests.support.recipes import TINY
 
 OFFLINE = str(Path(sitecustomize.__file__).parent)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    schedule.sort_longest_first(items)
+
+
+def pytest_xdist_make_scheduler(
+    config: pytest.Config, log: Producer
+) -> schedule.FileScheduling | None:
+    """Replace the scheduler of `--dist loadfile`."""
+    is_by_file = config.getvalue("dist") == "loadfile"
+    return schedule.FileScheduling(config, log) if is_by_file else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -89,13 +102,6 @@ def store(blank_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def model(request: pytest.FixtureRequest) -> str:
     """A name for the registered model of one test."""
     return f"m{abs(hash(request.node.name))}"
-
-
-@pytest.fixture(scope="session")
-def platform(isolated: None) -> "Iterator[platforms.Platform]":
-    """A running `make platform`, shared by all tests that use it."""
-    with platforms.platform_folder() as folder:
-        yield platforms.start_platform(folder)
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from eurosat.runtime import env_file, hardware
 from eurosat.runtime.cache import cache_root
 from eurosat.storage import is_bucket
 
-PYTHON = (3, 11)
+PYTHONS = ((3, 11), (3, 12), (3, 13))
 """The version in pyproject.toml, for which the lock is compiled."""
 SETUP = "install the pinned packages: `make setup`"
 SECRETS = "EUROSAT_SECRETS"
@@ -48,9 +48,11 @@ MAX_LISTED = 3
 
 def python(context: DoctorContext) -> str:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info[:2] != PYTHON:
-        expected = ".".join(map(str, PYTHON))
-        raise Failed(f"Python {version}, not {expected}", f"`make setup PYTHON=python{expected}`")
+    if sys.version_info[:2] not in PYTHONS:
+        supported = ", ".join(".".join(map(str, python)) for python in PYTHONS)
+        raise Failed(
+            f"Python {version} is none of {supported}", "remove .venv, then run `make setup`"
+        )
     return f"Python {version} at {sys.executable}"
 
 

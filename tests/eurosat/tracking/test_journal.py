@@ -38,10 +38,24 @@ from tests.support.recipes import TINY
 STEPS = 400
 
 
-ON_POSTGRES = pytest.param("postgres", marks=pytest.mark.postgres)
+SHORT_ON_POSTGRES = (
+    "test_a_server_that_answers_500_to_every_third_call_gets_everything_once",
+    "test_a_journal_whose_sync_is_killed_gives_one_run",
+    "test_an_upload_that_dies_before_the_journal_records_it_sends_nothing_twice",
+    "test_the_server_gets_the_true_status_of_a_run",
+)
+"""What depends on the database behind the server; on PostgreSQL the other tests are slow ones."""
 
 
-@pytest.fixture(scope="module", params=["sqlite", ON_POSTGRES])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "ports" in metafunc.fixturenames:
+        is_short = metafunc.function.__name__ in SHORT_ON_POSTGRES
+        marks = [pytest.mark.postgres, *([] if is_short else [pytest.mark.slow])]
+        databases = ["sqlite", pytest.param("postgres", marks=marks)]
+        metafunc.parametrize("ports", databases, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
 def ports(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[int]]:

@@ -190,6 +190,9 @@ format: .venv/dev ## format the code and fix what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/dev ## build the documentation as a site, build/docs/index.html
+	$(BIN)/python -m sphinx -W --keep-going -n -q -d build/doctrees docs build/docs
+
 describe: .venv/product ## draw the data set into reports/describe-DATA
 	$(BIN)/python -m eurosat.data describe data=$(DATA)
 

@@ -125,12 +125,6 @@ def test_make_help_lists_every_target_for_users() -> None:
     assert named <= listed
 
 
-def test_paths_that_the_readme_and_docs_link_to_exist() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
-
-
 def test_the_report_of_the_main_job_is_complete() -> None:
     report = json.loads((ROOT / "reports" / "main-job.json").read_text())
     required = {

@@ -279,7 +279,7 @@ def first_line(error: BaseException) -> str:
 
 
 def without_password(text: str) -> str:
-    """Replace the passwords of all addresses in a text by ***."""
+    """Replace the passwords of all addresses in a text by ``***``."""
     return re.sub(r"(\w+://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
 
 

@@ -48,7 +48,7 @@ def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
 def test_the_reference_has_every_command_that_the_project_names() -> None:
     project = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"].values()
     named = set(COMMAND.findall(" ".join(entry["command"] for entry in project)))
-    for page in pages():
+    for page in set(pages()) - {ROOT / "CHANGELOG.md"}:  # names what there was
         named |= set(COMMAND.findall(page.read_text()))
     named = {name for name in named if not name.startswith("benchmarks.")} - INTERNAL
     assert len(named) > 20

@@ -1,8 +1,8 @@
 """Pages in Markdown: their links, headings and blocks of code."""
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +30,11 @@ def pages() -> list[Path]:
     ]
 
 
-def tokens(page: Path) -> Iterator[Token]:
-    """Yield the tokens of a page, those within its lines too."""
-    for token in MarkdownIt().enable("table").parse(page.read_text()):
-        yield token
-        yield from token.children or ()
+@functools.cache
+def tokens(page: Path) -> tuple[Token, ...]:
+    """Return the tokens of a page, those within its lines too."""
+    parsed = MarkdownIt().enable("table").parse(page.read_text())
+    return tuple(token for outer in parsed for token in (outer, *(outer.children or ())))
 
 
 def links(page: Path) -> list[str]:

@@ -50,7 +50,7 @@ doctor: .venv/product ## check this machine and the platform (docs/doctor.md)
 
 main-job: .venv/product ## run the whole job on the real tiles and write reports/main-job.json
 	$(BIN)/python -m experiments.demo data=eurosat report=reports/main-job.json $(DEMO_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables main-job
 
 # The whole set runs on all cores, up to four, and has to reach the coverage floor. From Python 3.12 on,
 # coverage uses sys.monitoring.
@@ -85,6 +85,9 @@ ROLE ?= reader
 user: .venv/product ## add a user of the platform (NAME=ada ROLE=reader, writer or promoter)
 	$(BIN)/python -m deploy.users add $(NAME) --role $(ROLE)
 
+tables: .venv/product ## write the tables of README.md and docs/benchmarks.md from reports/
+	$(BIN)/python -m benchmarks.tables
+
 # Each peer in a benchmark has its own environment.
 .venv-torchgeo/done: benchmarks/torchgeo.lock
 .venv-litserve/done: benchmarks/serving/litserve.lock
@@ -96,27 +99,30 @@ user: .venv/product ## add a user of the platform (NAME=ada ROLE=reader, writer 
 
 bench-train: .venv/product .venv-torchgeo/done ## measure training speed against a plain loop, torchgeo and the bare step
 	$(BIN)/python -m benchmarks.train --torchgeo .venv-torchgeo/bin/python $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables bench-train
 
 RECIPE ?= resnet18-quick
 STUDY ?= few-labels
 
 bench-results: .venv/product ## measure a row of the results table (RECIPE=efficientnet-lite0 BENCH_ARGS='--seeds 0')
 	$(BIN)/python -m benchmarks.results $(RECIPE) $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables results
 
 bench-studies: .venv/product ## measure a study (STUDY=few-labels, learning-rates, features or bands)
 	$(BIN)/python -m benchmarks.studies $(STUDY) $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables studies
 
 bench-convolutions: .venv/product ## compare our CPU convolutions with PyTorch's in a training step
 	$(BIN)/python -m benchmarks.convolutions $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables bench-convolutions
 
 bench-tracking: .venv/product ## measure what logging adds to a training step, with a near and a far server
 	$(BIN)/python -m benchmarks.tracking $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables bench-tracking
 
 bench-sweep: .venv/product ## compare a sweep with random trials, per epoch trained (an hour)
 	$(BIN)/python -m benchmarks.sweep $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables bench-sweep
 
 .PHONY: wrk
 wrk:
@@ -126,26 +132,26 @@ wrk:
 bench-serving: .venv/product .venv-litserve/done .venv-bentoml/done wrk ## compare our server with MLflow's, FastAPI, LitServe and BentoML (20 minutes)
 	$(BIN)/python -m benchmarks.serving --litserve $(CURDIR)/.venv-litserve/bin/python \
 		--bentoml $(CURDIR)/.venv-bentoml/bin/python $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables bench-serving
 
 bench-overload: .venv/product wrk ## measure our server under overload, and while versions are swapped
 	$(BIN)/python -m benchmarks.serving.overload $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables bench-overload
 
 soak-serving: .venv/product wrk ## the same, then 20 minutes of load in which memory must not grow
 	$(BIN)/python -m benchmarks.serving.overload --soak 20 $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables bench-overload
 
 tune-serving: .venv/product wrk ## find the number of processes and the batch size that serve fastest here
 	$(BIN)/python -m benchmarks.serving.tune $(BENCH_ARGS)
 
 bench-precisions: .venv/product ## compare the precisions of a run's network (RUN=id)
 	$(BIN)/python -m benchmarks.precisions $(RUN) $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables bench-precisions
 
 bench-registry: .venv/product ## measure judging, rollback, and how often chance promotes
 	$(BIN)/python -m benchmarks.registry $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables bench-registry
 
 # The variables that `make platform` wrote, except those that are already set.
 PLATFORM := env $$(awk -F= '!($$1 in ENVIRON)' .platform/env 2>/dev/null)
@@ -158,7 +164,7 @@ restore: .venv/product ## restore a backup (FROM=file or gs://…; ARGS=--replac
 
 bench-platform: .venv/dev ## load the platform while its services are killed (a quarter of an hour)
 	$(BIN)/python -m benchmarks.platform $(BENCH_ARGS)
-	$(BIN)/python -m benchmarks.tables
+	$(BIN)/python -m benchmarks.tables bench-platform
 
 sweep-ui: .venv/product ## show the studies in a browser (STORAGE=sqlite:///optuna.db)
 	$(BIN)/optuna-dashboard $(STORAGE)

@@ -7,9 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from eurosat.runtime import tables
 from eurosat.runtime.hardware import describe_hardware
 from eurosat.tracking import code_commit
 
@@ -52,16 +52,15 @@ def show(
     name: str, n: int, goals: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 ) -> None:
     """Print the rows and the goals as tables."""
-    console = Console()
     columns = list(rows[0])
     table = Table(*columns, title=f"bench-{name}, n = {n}")
     for row in rows:
         table.add_row(*(f"{v:,.3g}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
+    tables.print_table(table)
     verdicts = Table("name", "value", "goal", "met")
     for entry in goals:
         verdicts.add_row(*(str(entry[key]) for key in ("name", "value", "goal", "met")))
-    console.print(verdicts)
+    tables.print_table(verdicts)
 
 
 def write(

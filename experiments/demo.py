@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
-from rich.console import Console
 from rich.table import Table
 
 from eurosat import tracking
 from eurosat.config import TrainConfig, compose
 from eurosat.errors import ConfigError, EuroSATError
-from eurosat.runtime import cli, exit_codes
+from eurosat.runtime import cli, exit_codes, tables
 from eurosat.runtime.settings import settings
 from experiments.demo_serving import serve_and_score
 
@@ -310,16 +309,13 @@ def print_report(report: dict[str, Any], file: Path) -> None:
     for row in report["scored"]:
         confidence, version = f"{row['confidence']:.3f}", str(row["model_version"])
         scored.add_row(row["tile"], row["expected"], row["label"], confidence, version)
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    console.print()
-    console.print(summary)
-    console.print(scored)
+    print()
+    tables.print_table(summary)
+    tables.print_table(scored)
     python = Path(sys.executable)
     folder = python.parent.relative_to(ROOT) if python.is_relative_to(ROOT) else python.parent
-    console.print(f"report: {file}", highlight=False)
-    console.print(
-        f"see all runs: {folder}/mlflow ui   (then open http://127.0.0.1:5000)", highlight=False
-    )
+    print(f"report: {file}")
+    print(f"see all runs: {folder}/mlflow ui   (then open http://127.0.0.1:5000)")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from eurosat.runtime import cli, exit_codes, logs
-from registry import ledger, tables, versions
+from eurosat.runtime import cli, exit_codes, logs, tables
+from registry import ledger, versions
 from registry.reconcile import reconcile
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from registry import tables
+from eurosat.runtime import tables
 
 EMPTY = "-"
 """Shown where there is no value."""

@@ -1,4 +1,4 @@
-"""MLproject, Makefile, README and the commands agree."""
+"""MLproject, Makefile, docs/commands.md and the commands agree."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from tests.support.paths import ROOT
 
 PROJECT = yaml.safe_load((ROOT / "MLproject").read_text())
 ENTRIES: dict[str, dict[str, object]] = PROJECT["entry_points"]
-README = (ROOT / "README.md").read_text()
+COMMANDS = (ROOT / "docs" / "commands.md").read_text()
 
 
 def module_of(entry: str) -> str:
@@ -61,8 +61,14 @@ def test_every_entry_point_names_a_module_and_uses_its_parameters(entry: str) ->
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_every_entry_point_is_in_the_readme_with_its_command(entry: str) -> None:
-    assert f"| `{entry}` | `python -m {module_of(entry)}" in README
+def test_every_entry_point_is_in_the_docs_with_its_command(entry: str) -> None:
+    assert f"| `{entry}` | `python -m {module_of(entry)}" in COMMANDS
+
+
+def test_the_docs_name_no_entry_point_or_module_that_does_not_exist() -> None:
+    assert set(re.findall(r"^\| `([\w-]+)` \| `python", COMMANDS, re.M)) == set(ENTRIES)
+    for module in re.findall(r"`python -m ([\w.]+)", COMMANDS):
+        assert importlib.util.find_spec(module), f"docs/commands.md names {module}"
 
 
 @pytest.mark.parametrize("entry", ["train", "sweep", "main"])
@@ -121,8 +127,6 @@ def test_make_help_lists_every_target_for_users() -> None:
     phony = re.search(r"^\.PHONY: (.*)$", database.stdout, re.MULTILINE)
     assert phony
     assert listed == set(phony.group(1).split()) - {"wrk"}  # a step of other targets
-    named = set(re.findall(r"`make ([\w-]+)", README))
-    assert named <= listed
 
 
 def test_the_report_of_the_main_job_is_complete() -> None:

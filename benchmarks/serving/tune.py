@@ -11,12 +11,11 @@ from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.serving import arms, load, model
 from benchmarks.serving.process import Server, running
-from eurosat.runtime import cli, exit_codes, hardware, logs
+from eurosat.runtime import cli, exit_codes, hardware, logs, tables
 from tests.support.mlflow_server import free_port
 
 BATCHES = (4, 8, 16, 32)
@@ -64,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     table = Table("processes", "views in a batch", f"answers/s at {CLIENTS}")
     for (count, batch), values in rates.items():
         table.add_row(str(count), str(batch), f"{statistics.median(values):,.0f}")
-    Console().print(table)
+    tables.print_table(table)
     count, batch = max(rates, key=lambda setting: statistics.median(rates[setting]))
     print(f"python -m serving.server --processes {count} --max-batch {batch}")
     return exit_codes.OK

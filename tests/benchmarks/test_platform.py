@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks import reports, tables
+from benchmarks import reports
 from benchmarks.platform import memory
 from benchmarks.platform.__main__ import build_parser, goals, measure, rows
 from benchmarks.platform.faults import CUT_S, schedule
@@ -84,23 +84,6 @@ def test_memory_growth_compares_the_last_fifth_with_the_second() -> None:
     assert memory.growth(leak) == 2
     down = [{"store": 100.0} for _ in range(4)] + flat[4:]
     assert memory.growth(down) == 1, "a service that was down is not compared"
-
-
-def test_the_table_shows_a_value_without_a_goal() -> None:
-    report = {
-        "hardware": "a machine",
-        "n": 60,
-        "goals": [
-            reports.goal("platform.lost", 0, 0, at_most=True),
-            reports.goal("platform.stuck", 2, 0, at_most=True),
-            reports.without_goal("platform.search_p95_ms", 812.34),
-        ],
-        "rows": [{"what": "points acknowledged", "value": 1920000, "unit": ""}],
-    }
-    table = tables.TABLES["bench-platform"](report)
-    assert "| points acknowledged | 1,920,000 |" in table
-    assert "`platform.lost` 0, goal 0, `platform.stuck` 2, goal 0 (not met)" in table
-    assert "`platform.search_p95_ms` 812.34." in table
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""docs/serving.md: its clients are run, and its tables are compared with the server."""
+"""docs/serving.md and README.md: their clients are run, and tables are compared with the server."""
 
 import ast
 import os
@@ -42,10 +42,16 @@ class Block:
         return "key.txt" in self.text
 
 
-BLOCKS = [Block(*groups) for groups in re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.M | re.S)]
+def blocks(page: str) -> list[Block]:
+    return [Block(*groups) for groups in re.findall(r"^```(\w+)\n(.*?)^```", page, re.M | re.S)]
+
+
+BLOCKS = blocks(PAGE)
+README_BLOCKS = blocks((ROOT / "README.md").read_text())
 CLIENTS = [
-    pytest.param(block, id=f"{number}-{block.language}")
-    for number, block in enumerate(block for block in BLOCKS if block.is_client)
+    pytest.param(block, id=f"{page}-{number}-{block.language}")
+    for page, of_page in (("serving", BLOCKS), ("readme", README_BLOCKS))
+    for number, block in enumerate(block for block in of_page if block.is_client)
 ]
 (CREATES_A_KEY,) = (block for block in BLOCKS if "serving.keys" in block.text)
 LABELS = {"tile.jpg": "River", "other.png": "Forest"}
@@ -111,6 +117,10 @@ def test_every_client_of_the_page_gets_predictions(
     assert expected in printed
     if "other.png" in block.text:
         assert expected.replace(LABELS["tile.jpg"], LABELS["other.png"]) in printed
+
+
+def test_the_readme_has_clients_in_shell_and_python() -> None:
+    assert {block.language for block in README_BLOCKS if block.is_client} == {"sh", "python"}
 
 
 def test_the_page_has_clients_in_shell_python_and_javascript() -> None:

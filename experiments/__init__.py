@@ -1,0 +1,1 @@
+import eurosat  # noqa: F401 - first: it names what to do where packages are missing

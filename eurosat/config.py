@@ -209,6 +209,9 @@ class TrainConfig:
     """Log a trace and the most expensive operators. Not part of the digest."""
     experiment: str = "eurosat"
     """MLflow experiment. Not part of the digest."""
+    search_space: str = ""
+    """Search space of `python -m experiments.sweep`, which contains the recipe's own values. Not
+    part of the digest."""
 
     def __post_init__(self) -> None:
         if self.model.tta_views > 1 and not self.augment.dihedral:
@@ -229,7 +232,9 @@ class TrainConfig:
     def digest(self) -> str:
         """sha256 of all settings that affect the result; names of local places are left out."""
         values = self.as_dict()
-        del values["experiment"], values["profile"], values["data"]["root"], values["data"]["cache"]
+        for name in ("experiment", "profile", "search_space"):
+            del values[name]
+        del values["data"]["root"], values["data"]["cache"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

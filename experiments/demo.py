@@ -37,7 +37,7 @@ TRAINED_TILES_PER_S, TEACHER_TILES_PER_S = 250, 350
 USAGE = """
 usage: python -m experiments.demo [data=synthetic|eurosat|folder] [recipe=NAME] [key=value ...]
 
-  trials=6   trial_epochs=N   workers=1   space=resnet18   as for `python -m experiments.sweep`
+  trials=6   trial_epochs=N   workers=1   space=auto       as for `python -m experiments.sweep`
   tiles=3                                    tiles of the test fold to classify over REST
   report=reports/demo.json                   file for the results
   accept_new_data=false                      if the champion saw other tiles: use fixed limits only
@@ -52,7 +52,7 @@ class DemoConfig:
     trial_epochs: int | None = None
     """None is 1 for the recipe ``demo`` and 2 for all others."""
     workers: int = 1
-    space: str = "resnet18"
+    space: str = "auto"
     tiles: Annotated[int, Field(ge=1, le=1000)] = 3
     """Tiles of the test fold to classify over REST."""
     report: str = "reports/demo.json"

@@ -19,8 +19,8 @@ class SweepConfig:
     """Trials side by side: processes of this machine, or Ray trials."""
     trial_epochs: Annotated[int, Field(ge=1, le=10_000)] = 3
     """Epochs of a trial; its schedule is planned for them, not cut short."""
-    space: str = "resnet18"
-    """Name of a file in experiments/spaces, or path of a YAML file."""
+    space: str = "auto"
+    """Name of a file in experiments/spaces, or path of a YAML file; auto is the recipe's own."""
     engine: Literal["optuna", "ray"] = "optuna"
     sampler: str = "TPESampler"
     """A class of optuna.samplers."""

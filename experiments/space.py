@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eurosat.config import TrainConfig
 from eurosat.errors import ConfigError
 from experiments import presets
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     import optuna
 
 SPACES = Path(__file__).parent / "spaces"
+AUTO = "auto"
+"""Instead of the name of a space: the one that the recipe names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +32,22 @@ class Choices:
 
 Space = Mapping[str, Range | Choices]
 """The allowed values by dotted key of the recipe."""
+
+
+def choose(name: str, config: TrainConfig) -> str:
+    """Return the name of the space to search; ``auto`` is the one that the recipe names.
+
+    Raises:
+        ConfigError: the recipe names none.
+    """
+    if name != AUTO:
+        return name
+    if not config.search_space:
+        raise ConfigError(
+            f"recipe={config.recipe} names no search_space: give space=NAME (experiments/spaces) "
+            "or the path of a YAML file"
+        )
+    return config.search_space
 
 
 def load(name: str) -> Space:
@@ -56,19 +75,33 @@ def example_value(entry: Range | Choices) -> Any:
     return entry.low if isinstance(entry, Range) else entry.choices[0]
 
 
-def values_in_space(values: Mapping[str, Any], space: Space) -> dict[str, Any]:
-    """Return those of ``values`` that the space allows; the rest is left to the sampler."""
-    return {
-        key: values[key]
-        for key, entry in space.items()
-        if key in values and _allows(entry, values[key])
-    }
+def first_trial(recipe: Mapping[str, Any], space: Space, name: str) -> dict[str, Any]:
+    """Return the recipe's own values of the keys of the space ``name``.
+
+    Raises:
+        ConfigError: one of them lies outside the space, which then was made for another recipe.
+    """
+    values = {key: recipe[key] for key in space if key in recipe}
+    outside = [key for key in values if not _allows(space[key], values[key])]
+    if outside:
+        faults = ", ".join(f"{key}={values[key]} ({_describe(space[key])})" for key in outside)
+        raise ConfigError(
+            f"the recipe's own values lie outside space={name}: {faults}; the first trial is the "
+            "recipe itself: set these keys to values of the space, or give another space="
+        )
+    return values
 
 
 def _allows(entry: Range | Choices, value: Any) -> bool:
     if isinstance(entry, Range):
         return bool(entry.low <= value <= entry.high)
     return value in entry.choices
+
+
+def _describe(entry: Range | Choices) -> str:
+    if isinstance(entry, Range):
+        return f"the space has {entry.low:g} to {entry.high:g}"
+    return f"the space has {', '.join(map(str, entry.choices))}"
 
 
 def _parse_entry(value: Any, where: str) -> Range | Choices:

@@ -84,11 +84,14 @@ def create(job: SweepJob, space: spaces.Space, recipe: Mapping[str, Any]) -> "op
     """Create a study that holds what is needed to resume it; its first trial is the recipe itself.
 
     Raises:
-        ConfigError: the study exists already, or ``from_study`` does not fit this sweep.
+        ConfigError: the study exists already, ``from_study`` does not fit this sweep, or a value of
+            the recipe lies outside the space.
     """
     import optuna
 
-    settings, storage = job.sweep, open_storage(job.sweep.storage)
+    settings = job.sweep
+    first = spaces.first_trial(recipe, space, settings.space)
+    storage = open_storage(settings.storage)
     public_url = tracking.without_password(settings.storage)
     earlier_trials = _trials_of_earlier_study(storage, settings, space)
     try:
@@ -110,7 +113,7 @@ def create(job: SweepJob, space: spaces.Space, recipe: Mapping[str, Any]) -> "op
     study.set_user_attr(JOB_ATTR, json.dumps(dataclasses.asdict(public_job)))
     for trial in earlier_trials:
         study.add_trial(trial)
-    study.enqueue_trial(spaces.values_in_space(recipe, space))
+    study.enqueue_trial(first)
     return study
 
 

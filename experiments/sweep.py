@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,8 @@ USAGE = """
 usage: python -m experiments.sweep [key=value ...]
 
   trials=6         number of trials              workers=1        trials side by side
-  trial_epochs=3   epochs of a trial             space=resnet18   experiments/spaces/NAME.yaml
+  trial_epochs=3   epochs of a trial             space=auto       the recipe's own, or NAME of
+                                                                  experiments/spaces, or a file
   minutes=M        start no trial after M min    target=0.98      or after this accuracy
   sampler=TPESampler  of optuna.samplers         pruner=median    or asha, none
   objectives=accuracy  or accuracy,latency       sampler_seed=0
@@ -81,8 +82,9 @@ def run_sweep(
             f"workers={settings.workers} and trainer.devices={config.trainer.devices}: a worker "
             "starts no processes of its own; set one of them to 1, or engine=ray"
         )
-    data = prepare(config)
+    settings = replace(settings, space=spaces.choose(settings.space, config))
     space = spaces.load(settings.space)
+    data = prepare(config)
     examples = {key: spaces.example_value(entry) for key, entry in space.items()}
     compose([*overrides, *as_overrides(examples)])  # raises if the recipe lacks a key of the space
     parent.set_tags({**data.tags, "kind": "sweep", "config.digest": config.digest})

@@ -8,6 +8,7 @@ import yaml
 
 from eurosat.config import CONF, compose
 from eurosat.errors import ConfigError
+from eurosat.tracking import flatten
 from experiments import objective, space
 
 
@@ -51,7 +52,22 @@ def test_an_empty_space_is_refused(tmp_path: Path) -> None:
         space.load(str(tmp_path / "s.yaml"))
 
 
-def test_a_start_value_outside_the_space_is_left_to_the_sampler() -> None:
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in (CONF / "recipe").glob("*.yaml")))
+def test_the_own_space_of_every_recipe_contains_its_values(recipe: str) -> None:
+    config = compose([f"recipe={recipe}"])
+    name = space.choose(space.AUTO, config)
+    entries = space.load(name)
+    values = flatten(config.as_dict())
+    assert space.first_trial(values, entries, name) == {key: values[key] for key in entries}
+
+
+def test_a_space_that_is_named_takes_precedence_over_the_recipes_own() -> None:
+    assert space.choose("resnet18-wide", compose()) == "resnet18-wide"
+
+
+def test_the_error_for_values_outside_the_space_names_key_value_and_space() -> None:
     entries: space.Space = {"a": space.Range(low=0, high=1), "b": space.Choices(choices=("x", "y"))}
-    assert space.values_in_space({"a": 0.5, "b": "z", "c": 1}, entries) == {"a": 0.5}
-    assert space.values_in_space({"a": 2.0, "b": "y"}, entries) == {"b": "y"}
+    assert space.first_trial({"a": 0.5, "b": "y", "c": 1}, entries, "s") == {"a": 0.5, "b": "y"}
+    with pytest.raises(ConfigError) as caught:
+        space.first_trial({"a": 2.0, "b": "z"}, entries, "s")
+    assert "space=s: a=2.0 (the space has 0 to 1), b=z (the space has x, y)" in str(caught.value)

@@ -163,7 +163,8 @@ def test_the_run_of_a_pruned_trial_is_killed_with_the_epoch_in_a_tag(
 @pytest.mark.usefixtures("tracking_store", "tiny_pack")
 def test_a_sweep_without_a_finished_trial_fails_and_says_why(tmp_path: Path) -> None:
     (tmp_path / "wild.yaml").write_text("optim.lr: {low: 1.0e+29, high: 1.0e+30}\n")
-    settings = [*SWEEP, f"space={tmp_path}/wild.yaml", "optim.warmup=0", "log_level=error"]
+    wild = [f"space={tmp_path}/wild.yaml", "optim.lr=2e29", "optim.warmup=0"]
+    settings = [*SWEEP, *wild, "log_level=error"]
     with pytest.raises(EuroSATError, match=r"none of 3 trials finished \(3 failed\)"):
         sweep.main(settings)
     parent = tracking.latest_run("eurosat", kind="sweep")
@@ -190,6 +191,7 @@ def test_the_recipe_itself_is_the_first_trial() -> None:
         (["pruner=axe"], "pruner must be 'asha', 'median' or 'none'; got 'axe'"),
         (["space=none"], "no search space 'none': choose from resnet18"),
         (["optim.lrr=1"], "unknown key optim.lrr"),
+        (["search_space="], "recipe=resnet18-quick names no search_space: give space=NAME"),
     ],
 )
 @pytest.mark.usefixtures("tracking_store")
@@ -207,6 +209,7 @@ def test_the_error_for_an_invalid_argument_names_it(arguments: list[str], messag
         ("target=98", "target must be at most 1; got 98"),
         ("resume=none", "has no study 'none'"),
         ("resume=", "resume= names no study"),
+        ("space=fine-tuning", r"outside space=fine-tuning: optim.lr=0.1 \(the space has 0.0001 to"),
     ],
 )
 @pytest.mark.usefixtures("tracking_store", "tiny_pack")

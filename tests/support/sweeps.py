@@ -33,7 +33,8 @@ def child_runs(parent: Run) -> list[Run]:
 
 def make_study(folder: Path, **settings: Any) -> tuple[SweepJob, optuna.Study]:
     """Return a new study ``s`` of the space resnet18, in a database in ``folder``."""
-    config = SweepConfig(study="s", storage=f"sqlite:///{folder}/study.db", **settings)
+    storage = f"sqlite:///{folder}/study.db"
+    config = SweepConfig(study="s", storage=storage, space="resnet18", **settings)
     job = SweepJob(sweep=config, study="s", overrides=(), parent="")
     return job, studies.create(job, space.load("resnet18"), {})
 

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from serving import errors, invocations, limits, multipart, payload_limits
 from serving.admission import Admission
-from serving.errors import DEADLINE_PASSED, INTERNAL_ERROR, RequestRejected
+from serving.errors import DEADLINE_PASSED, INTERNAL_ERROR, RequestRejected, TileRejected
 from serving.hot_swap import AliasWatcher, LoadedVersion
 from serving.keys import KeyRing
 from serving.limits import Limits
@@ -34,6 +34,8 @@ OPENAPI = Path(__file__).with_name("openapi.yaml")
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/tiff", "application/octet-stream")
 UNTYPED = ("application/x-www-form-urlencoded", "")
 """Media types of clients that do not set one; ``curl --data-binary`` sends the first."""
+CURL_HINT = "; with curl use --data-binary, since -d changes the file"
+"""Added to errors about a tile of the media type that both options of curl send."""
 MULTIPART = "multipart/form-data"
 OPTIONS = ("top_k", "tta", "explain")
 OPTIONS_USAGE = "the options are top_k=NUMBER, tta=true|false and explain=true|false"
@@ -58,6 +60,7 @@ class App:
         self.closing = False
         self._large_requests = asyncio.Semaphore(1)
         self._routes: dict[str, dict[str, Handler]] = {
+            "/": {"GET": self.index},
             "/predict": {"POST": self.predict},
             "/predict/batch": {"POST": self.predict_batch},
             "/invocations": {"POST": self.invocations},
@@ -125,7 +128,12 @@ class App:
         else:
             kinds = ", ".join(IMAGE_TYPES)
             raise RequestRejected(415, f"send an image as {kinds} or {MULTIPART}")
-        (prediction,) = await self._predict_images(request, images, deadline)
+        try:
+            (prediction,) = await self._predict_images(request, images, deadline)
+        except TileRejected as error:
+            if media_type == UNTYPED[0]:
+                raise RequestRejected(error.status, f"{error}{CURL_HINT}") from error
+            raise
         return _json(prediction)
 
     async def predict_batch(self, request: Request) -> Response:
@@ -225,6 +233,19 @@ class App:
             self._update_gauges()
             await asyncio.sleep(GAUGE_INTERVAL_S)
 
+    async def index(self, request: Request) -> Response:
+        """Return where to look, for a person who opens the address in a browser."""
+        return _json(
+            {
+                "serves": self.watcher.reference,
+                "predict": f"curl --data-binary @tile.jpg {request.base_url}predict",
+                "routes": [
+                    f"{method} {path}" for path, ms in self._routes.items() for method in ms
+                ],
+                "documentation": f"{request.base_url}openapi.json",
+            }
+        )
+
     async def openapi(self, request: Request) -> Response:
         return _json(openapi_schema())
 
@@ -300,7 +321,7 @@ def _unwrap(result: Any, number: int, count: int) -> dict[str, Any]:
         raise RequestRejected(429, f"{result}: the server is busy, try again") from result
     if isinstance(result, ValueError):
         message = f"row {number}: {result}" if count > 1 else str(result)
-        raise RequestRejected(422, message) from result
+        raise TileRejected(422, message) from result
     if isinstance(result, BaseException):
         raise result
     prediction: dict[str, Any] = result

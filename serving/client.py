@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,15 @@ class ServerError(EuroSATError):
     """The server cannot be reached, or answers with an error."""
 
 
+class TileRefused(ServerError):
+    """The server refuses one tile of a request."""
+
+    def __init__(self, message: str, tile: str) -> None:
+        super().__init__(message)
+        self.tile = tile
+        """Its name."""
+
+
 def score(url: str, tiles: Mapping[str, bytes]) -> list[dict[str, Any]]:
     """Return the predictions of ``tiles`` (name -> bytes of the file), in their order.
 
@@ -44,6 +54,29 @@ def score(url: str, tiles: Mapping[str, bytes]) -> list[dict[str, Any]]:
         pairs = zip(chunk, results, strict=True)
         predictions += [{"tile": name} | result for name, result in pairs]
     return predictions
+
+
+def score_each(
+    url: str, tiles: Mapping[str, bytes]
+) -> tuple[list[dict[str, Any]], list[TileRefused]]:
+    """Return the predictions as `score` does, and an error for each tile that is refused.
+
+    Raises:
+        ServerError: no server answers, or it refuses more than single tiles.
+    """
+    predictions: list[dict[str, Any]] = []
+    refusals: list[TileRefused] = []
+    names = list(tiles)
+    for start in range(0, len(names), TILES_PER_REQUEST):
+        chunk = {name: tiles[name] for name in names[start : start + TILES_PER_REQUEST]}
+        while chunk:
+            try:
+                predictions += score(url, chunk)
+                break
+            except TileRefused as error:
+                refusals.append(error)
+                del chunk[error.tile]
+    return predictions, refusals
 
 
 def wait_ready(url: str, process: "subprocess.Popen[Any] | None", timeout_s: float) -> None:
@@ -68,10 +101,11 @@ def wait_ready(url: str, process: "subprocess.Popen[Any] | None", timeout_s: flo
         time.sleep(POLL_INTERVAL_S)
 
 
-def error_reason(body: str, names: Sequence[str] = ()) -> str:
-    """Return the reason of an error response in one line, with "row N" as the name of the tile.
+def error_reason(body: str, names: Sequence[str] = ()) -> tuple[str, str | None]:
+    """Return the reason of an error response in one line, and the tile that it is about if any.
 
-    MLflow's own server puts a copy of the request before the reason, which is cut off.
+    In the reason the tile's name replaces "row N". MLflow's own server puts a copy of the request
+    before the reason, which is cut off.
     """
     try:
         payload = json.loads(body)
@@ -81,8 +115,9 @@ def error_reason(body: str, names: Sequence[str] = ()) -> str:
     reason = " ".join(message.rpartition("\nError: ")[2].split())[:300]
     row = re.match(r"row (\d+): ", reason)
     if row and int(row[1]) < len(names):
-        return f"{names[int(row[1])]}: {reason[row.end() :]}"
-    return reason
+        tile = names[int(row[1])]
+        return f"{tile}: {reason[row.end() :]}", tile
+    return reason, None
 
 
 def _invoke(url: str, payload: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -100,24 +135,37 @@ def _invoke(url: str, payload: Mapping[str, Any], names: Sequence[str]) -> list[
             "choose another --url"
         ) from error
     if not response.ok:
-        reason = error_reason(response.text, names)
-        raise ServerError(f"{url} answered {response.status_code}: {reason}")
+        reason, tile = error_reason(response.text, names)
+        message = f"{url} answered {response.status_code}: {reason}"
+        raise TileRefused(message, tile) if tile else ServerError(message)
     try:
         return list(response.json()["predictions"])
     except (ValueError, KeyError, TypeError) as error:
         raise ServerError(f"{url} is not an MLflow scoring server: choose another --url") from error
 
 
-def _read_file(file: str) -> bytes:
-    try:
-        return Path(file).read_bytes()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+def _read_files(files: Sequence[str]) -> tuple[dict[str, bytes], list[str]]:
+    """Return the bytes of the files that can be read, by file, and what is wrong with the others.
+
+    Raises:
+        DataError: none of them can be read.
+    """
+    tiles, faults = {}, []
+    for file in files:
+        try:
+            tiles[file] = Path(file).read_bytes()
+        except OSError as error:
+            faults.append(f"{file} cannot be read: {error.strerror}")
+    if not tiles:
+        raise DataError("; ".join(faults))
+    return tiles, faults
 
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser(
-        "serving.client", "Send image files to a server, and print one line of JSON per file."
+        "serving.client",
+        "Send image files to a server, and print one line of JSON per file. Exit with 1 if a file "
+        "cannot be read or is refused; the others are predicted.",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="a JPEG, PNG or TIFF tile")
     parser.add_argument("--url", default="http://127.0.0.1:5001", help="address of the server")
@@ -128,15 +176,19 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     url = args.url.rstrip("/")
-    tiles = {file: _read_file(file) for file in args.files}
+    tiles, faults = _read_files(args.files)
     if args.wait:
         wait_ready(url, None, args.wait)
-    by_file = {prediction["tile"]: prediction for prediction in score(url, tiles)}
+    predictions, refusals = score_each(url, tiles)
+    by_file = {prediction["tile"]: prediction for prediction in predictions}
     for file in args.files:
-        prediction = by_file[file]
-        summary = {key: prediction[key] for key in ("tile", *SUMMARY_KEYS)}
-        print(json.dumps(prediction if args.json else summary))
-    return exit_codes.OK
+        if prediction := by_file.get(file):
+            summary = {key: prediction[key] for key in ("tile", *SUMMARY_KEYS)}
+            print(json.dumps(prediction if args.json else summary))
+    faults += [str(refusal) for refusal in refusals]
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return exit_codes.NEGATIVE if faults else exit_codes.OK
 
 
 if __name__ == "__main__":

@@ -39,6 +39,10 @@ class RequestRejected(EuroSATError):
         self.status, self.headers = status, headers or {}
 
 
+class TileRejected(RequestRejected):
+    """A tile that cannot be read or used."""
+
+
 def body(status: int, message: str) -> bytes:
     return json.dumps({"error_code": CODES[status], "message": message}).encode()
 

@@ -545,7 +545,7 @@ def _file_bytes(data: bytes) -> bytes:
     if data.startswith(FILE_SIGNATURES):
         return data
     if not data:
-        raise InvalidTile("no bytes: send a JPEG, PNG or TIFF file (in JSON as base64)")
+        raise InvalidTile("no bytes: send a JPEG, PNG or TIFF file")
     try:
         decoded = base64.b64decode(data, validate=True)
     except binascii.Error:

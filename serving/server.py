@@ -51,6 +51,7 @@ def uvicorn_config(app: Any, grace_s: float) -> "uvicorn.Config":
 
     from serving.protocol import GuardedHttpProtocol
 
+    logging.getLogger("uvicorn.error").name = "uvicorn"  # it logs all messages, not errors alone
     return uvicorn.Config(
         app,
         http=GuardedHttpProtocol,

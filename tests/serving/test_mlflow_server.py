@@ -153,7 +153,7 @@ def test_the_client_passes_on_the_reason_without_the_echo(
 ) -> None:
     tile = tmp_path / "tile.jpg"
     tile.write_bytes(b"SECRETSECRET")
-    assert fails(client.main, "--url", url, str(tile)) == 2
+    assert fails(client.main, "--url", url, str(tile)) == 1
     error = last_error(capfd)
     assert f"answered 400: {tile}: 12 bytes that are not a JPEG, PNG or TIFF file" in error
     assert "SECRET" not in error

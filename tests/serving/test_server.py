@@ -26,6 +26,7 @@ import requests
 from PIL import Image
 
 from eurosat.errors import ConfigError
+from eurosat.runtime import exit_codes
 from registry import versions
 from serving import client, keys, server
 from serving.app import openapi_schema
@@ -364,6 +365,46 @@ def test_the_client_takes_its_key_from_the_environment(
     assert answer["label"] == "SeaLake"
     with pytest.raises(client.ServerError, match="answered 422: bad.png: 3 bytes that are not"):
         client.score(strict.url, {"tile": encoded(), "bad.png": b"abc"})
+
+
+def test_the_client_predicts_the_other_files_of_a_batch_with_bad_ones(
+    pair: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, text, missing = (tmp_path / name for name in ("good.png", "notes.txt", "missing.png"))
+    good.write_bytes(encoded("SeaLake"))
+    text.write_bytes(b"not a tile")
+    files = [str(file) for file in (text, missing, good, text)]
+    assert client.main(["--url", pair.url, *files]) == exit_codes.NEGATIVE
+    output = capsys.readouterr()
+    [line] = output.out.splitlines()
+    assert '"label": "SeaLake"' in line
+    faults = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert len(faults) == 2
+    assert "missing.png cannot be read" in faults[0]
+    assert "notes.txt: 10 bytes that are not a JPEG, PNG or TIFF file" in faults[1]
+
+
+def test_a_browser_at_the_address_gets_the_routes(pair: Server) -> None:
+    index = requests.get(f"{pair.url}/").json()
+    assert index["serves"] == "models:/eurosat@champion"
+    assert "POST /predict" in index["routes"]
+    assert requests.get(index["documentation"]).json() == openapi_schema()
+
+
+def test_a_tile_that_curl_d_changed_is_answered_with_the_right_option(pair: Server) -> None:
+    changed = encoded("Forest", "JPEG")[:300]
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    answer = requests.post(f"{pair.url}/predict", data=changed, headers=form)
+    assert "with curl use --data-binary, since -d changes" in rejection(answer, 422)
+    assert "curl" not in rejection(predict(pair.url, changed), 422)
+    unknown = requests.post(f"{pair.url}/predict?topk=2", data=encoded(), headers=form)
+    assert rejection(unknown, 422).startswith("unknown option topk, did you mean top_k?")
+
+
+def test_the_log_does_not_call_every_message_of_uvicorn_an_error(pair: Server) -> None:
+    lines = pair.log.read_text()
+    assert "uvicorn: " in lines
+    assert "uvicorn.error" not in lines
 
 
 def test_a_body_over_the_limit_is_not_read(strict: Server, bearer: dict[str, str]) -> None:

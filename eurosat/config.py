@@ -70,6 +70,12 @@ class DataConfig:
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
     @property
+    def label(self) -> str:
+        """Name of the tiles in the names of runs: the source, or the name of their folder."""
+        name = Path(self.root or "").stem if self.source == "folder" else ""
+        return name or self.source
+
+    @property
     def decode_options(self) -> dict[str, Any]:
         """Keyword arguments of `eurosat.data.decode.decode`."""
         return {"dtype": self.dtype, "reflectance_max": self.reflectance_max, "bands": self.bands}

@@ -12,7 +12,7 @@ from eurosat import tracking
 from eurosat.config import TrainConfig, compose
 from eurosat.data.prepare import PreparedData, prepare
 from eurosat.data.split import split_csv
-from eurosat.runtime import cli, exit_codes, logs
+from eurosat.runtime import cli, exit_codes, hardware, logs
 from eurosat.training.checkpoints import CheckpointSlot, acquire
 
 if TYPE_CHECKING:
@@ -297,8 +297,9 @@ def summary(metrics: Mapping[str, float]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     config = compose(cli.overrides(argv, USAGE))
+    hardware.warn_if_busy()
     data = prepare(config)
-    name = f"{config.recipe} seed {config.seed}"
+    name = f"{config.recipe} on {config.data.label}, seed {config.seed}"
     with (
         acquire(config, data.fingerprints) as slot,
         tracking.run(
@@ -311,6 +312,7 @@ def main(argv: Sequence[str]) -> int:
     ):
         metrics = train(config, data, run, slot=slot)
     print(summary(metrics))
+    print("curves, confusion matrix and hardest tiles: figures/ in the artifacts of the run")
     print(f"run {run.run_id}")
     return exit_codes.OK
 

@@ -36,7 +36,7 @@ usage: python -m expectations.validate [data=synthetic|eurosat|folder] [key=valu
 
 Check every tile of a data set against a suite of expectations. Prints what failed and on which
 tiles, writes Data Docs and the validation record that training requires, and logs a run named
-validate to MLflow.
+"validate" and the tiles to MLflow, which is FAILED if an expectation failed.
 
   data=SOURCE         the tiles (default synthetic); data.root=PATH is their folder or zip
   docs=FOLDER         write the Data Docs (HTML) there (default data_docs)
@@ -86,7 +86,9 @@ def validate(
     started = time.monotonic()
     validated_at = datetime.now(UTC).isoformat(timespec="seconds")
     with (
-        tracking.run(config.experiment, "validate", tags={"kind": "validate"}) as run,
+        tracking.run(
+            config.experiment, f"validate {config.data.label}", tags={"kind": "validate"}
+        ) as run,
         tempfile.TemporaryDirectory() as temporary,
     ):
         folder, site = Path(temporary, "artifacts"), Path(temporary, "site")
@@ -119,6 +121,7 @@ def validate(
         run.log_folder(folder)
         run.log_folder(docs, "data_docs")
         run.log_metrics(_metrics(verdict, scan) | {"seconds": time.monotonic() - started})
+        run.failed = not verdict.success
     _write_record(config.data, scan.fingerprint, verdict, validated_at)
     return verdict
 

@@ -3,10 +3,12 @@
 Every step is a command that a user can run alone; this module runs them in order.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from rich.table import Table
 
 from eurosat import tracking
 from eurosat.config import TrainConfig, compose
-from eurosat.errors import ConfigError, EuroSATError
+from eurosat.errors import ConfigError, EuroSATError, TrackingError
 from eurosat.runtime import cli, exit_codes, tables
 from eurosat.runtime.settings import settings
 from experiments.demo_serving import serve_and_score
@@ -29,7 +31,8 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "eurosat"
-CHAMPION = f"models:/{MODEL_NAME}@champion"
+BEST_METRIC = "test_accuracy"
+"""The metric by which the page of the runs is sorted."""
 TRAINED_TILES_PER_S, TEACHER_TILES_PER_S = 250, 350
 """Speed of training a ResNet18, and of the packaged teacher, on two cores with bf16: the log of
 `python -m eurosat.train data=eurosat` shows 257 to 281, and 16,199 tiles in 46 s."""
@@ -39,6 +42,7 @@ usage: python -m experiments.demo [data=synthetic|eurosat|folder] [recipe=NAME] 
 
   trials=6   trial_epochs=N   workers=1   space=auto       as for `python -m experiments.sweep`
   tiles=3                                    tiles of the test fold to classify over REST
+  model=eurosat                              registered model; for data=folder: the folder's name
   report=reports/demo.json                   file for the results
   accept_new_data=false                      if the champion saw other tiles: use fixed limits only
   accept_uncommitted=false                   promote although the code is not committed to git
@@ -55,11 +59,17 @@ class DemoConfig:
     space: str = "auto"
     tiles: Annotated[int, Field(ge=1, le=1000)] = 3
     """Tiles of the test fold to classify over REST."""
+    model: str = MODEL_NAME
+    """Registered model. Tiles of a folder get one of their own, since their classes differ."""
     report: str = "reports/demo.json"
     accept_new_data: bool = False
     """Judge by the fixed limits alone if the champion was tested on other tiles."""
     accept_uncommitted: bool = False
     """Promote although the code is not committed; allowed anyway for synthetic tiles."""
+
+    @property
+    def champion(self) -> str:
+        return f"models:/{self.model}@champion"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     accept_uncommitted = options.accept_uncommitted or config.data.source == "synthetic"
     if not accept_uncommitted:
         check_commit(tracking.code_commit())
+    if unfinished := unfinished_sweep(config):
+        print(unfinished)
 
     print_step(1, "validate: are files, classes and pixels of the tiles as expected?")
     if not tiles_are_valid(config, recipe):
@@ -79,20 +91,22 @@ def main(argv: Sequence[str]) -> int:
     print_step(2, f"sweep: {options.trials} short trials, then the best one is trained in full")
     sweep_run = run_sweep(options, config, recipe)
     print_step(3, "register: the trained model becomes a version with the alias challenger")
-    run_command(sys.executable, "-m", "registry.register", sweep_run)
-    challenger = alias_version("challenger")
+    run_command(sys.executable, "-m", "registry.register", sweep_run, "--model", options.model)
+    challenger = tracking.alias_version(options.model, "challenger")
     print_step(4, "promote: the challenger becomes champion if it passes every gate")
     promoted = promote(options, accept_uncommitted)
-    champion = alias_version("champion")
+    champion = tracking.alias_version(options.model, "champion")
     if champion is None:
         print(
             f"version {challenger} was refused (see above) and there is no champion: "
             "nothing to serve"
         )
         return exit_codes.NEGATIVE
-    print_step(5, f"serve: {CHAMPION} classifies {options.tiles} tiles of its test fold over REST")
-    champion_run = tracking.get(tracking.resolve_run(CHAMPION))
-    scored = serve_and_score(CHAMPION, champion_run.run_id, options.tiles)
+    print_step(
+        5, f"serve: {options.champion} classifies {options.tiles} tiles of its test fold over REST"
+    )
+    champion_run = tracking.get(tracking.resolve_run(options.champion))
+    scored = serve_and_score(options.champion, champion_run.run_id, options.tiles)
 
     report = {
         **results(tracking.get(sweep_run).metrics, champion_run),
@@ -106,7 +120,8 @@ def main(argv: Sequence[str]) -> int:
     file = Path(options.report)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(report, indent=1) + "\n")
-    print_report(report, file)
+    print_report(report, file, options.model)
+    print_next_steps(config, options)
     return exit_codes.OK
 
 
@@ -124,10 +139,32 @@ def split_arguments(overrides: Sequence[str]) -> tuple[DemoConfig, list[str]]:
         recipe = [data, *recipe]
     if not any(override.startswith("recipe=") for override in recipe):
         recipe = [*recipe, f"recipe={'demo' if data == 'data=synthetic' else 'resnet18-quick'}"]
+    if data == "data=folder" and not any(word.startswith("model=") for word in overrides):
+        options = dataclasses.replace(options, model=model_of_folder(recipe))
     if options.trial_epochs is None:
         epochs = 1 if "recipe=demo" in recipe else 2
         options = dataclasses.replace(options, trial_epochs=epochs)
     return options, recipe
+
+
+def model_of_folder(recipe: Sequence[str]) -> str:
+    """Return the name of the registered model for tiles of a folder: the name of the folder."""
+    roots = [word.partition("=")[2] for word in recipe if word.startswith("data.root=")]
+    return re.sub(r"[^\w.-]+", "-", Path(roots[-1]).stem).strip("-") if roots else MODEL_NAME
+
+
+def unfinished_sweep(config: TrainConfig) -> str | None:
+    """Return what to say of the latest sweep of the recipe if it was killed, or None."""
+    with contextlib.suppress(TrackingError):
+        last = tracking.get(tracking.latest_run(config.experiment, kind="sweep"))
+        is_same = last.params.get("recipe") == config.recipe
+        if is_same and last.status in ("KILLED", "RUNNING") and (study := last.tags.get("study")):
+            return (
+                f"the last sweep of recipe={config.recipe} did not finish: this demo begins anew; "
+                f"to continue that one instead, press Ctrl-C and run "
+                f"`python -m experiments.sweep resume={study}`"
+            )
+    return None
 
 
 def prepare_environment() -> None:
@@ -136,6 +173,7 @@ def prepare_environment() -> None:
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         os.environ.pop(name, None)  # set by an `mlflow run` of the demo; the steps have their own
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # the output is that of the steps
 
 
 def estimate_duration(config: TrainConfig, options: DemoConfig) -> str:
@@ -205,19 +243,21 @@ def run_sweep(options: DemoConfig, config: TrainConfig, recipe: Sequence[str]) -
 def promote(options: DemoConfig, accept_uncommitted: bool) -> bool:
     """Run the promotion; return whether the challenger became champion."""
     flags = []
-    if options.accept_new_data or champion_is_synthetic():
+    if options.accept_new_data or champion_is_synthetic(options):
         flags.append("--accept-new-data")
     if accept_uncommitted:
         flags.append("--accept-uncommitted")
-    code = run_command(sys.executable, "-m", "registry.promote", *flags, negative_is_ok=True)
+    command = [sys.executable, "-m", "registry.promote", "--model", options.model, *flags]
+    code = run_command(*command, negative_is_ok=True)
     return code == exit_codes.OK
 
 
-def champion_is_synthetic() -> bool:
+def champion_is_synthetic(options: DemoConfig) -> bool:
     """Return whether the champion was trained on synthetic tiles: any other data may replace it."""
-    if alias_version("champion") is None:
+    if tracking.alias_version(options.model, "champion") is None:
         return False
-    return tracking.get(tracking.resolve_run(CHAMPION)).params["data.source"] == "synthetic"
+    champion = tracking.get(tracking.resolve_run(options.champion))
+    return champion.params["data.source"] == "synthetic"
 
 
 def data_overrides(overrides: Sequence[str]) -> list[str]:
@@ -259,10 +299,6 @@ def run_command(*command: str, negative_is_ok: bool = False) -> int:
     raise EuroSATError(f"`{shown}` failed with exit code {code}: see its output above")
 
 
-def alias_version(alias: str) -> str | None:
-    return tracking.alias_version(MODEL_NAME, alias)
-
-
 def results(sweep_metrics: Mapping[str, float], champion: tracking.RunRecord) -> dict[str, Any]:
     """Return the metrics of the sweep and of the champion."""
     trials = sum(value for name, value in sweep_metrics.items() if name.startswith("trials_"))
@@ -293,14 +329,14 @@ def provenance(champion: tracking.RunRecord) -> dict[str, Any]:
     }
 
 
-def print_report(report: dict[str, Any], file: Path) -> None:
+def print_report(report: dict[str, Any], file: Path, model: str) -> None:
     verdict = (
         "promoted" if report["promoted"] else f"version {report['challenger_version']} refused"
     )
     summary = Table(title=f"the main job on data={report['data']}", show_header=False)
     summary.add_row("trials", str(report["trials"]))
     summary.add_row("best trial", f"validation accuracy {report['best_val_accuracy']:.4f}")
-    summary.add_row("champion", f"{MODEL_NAME} version {report['champion_version']} ({verdict})")
+    summary.add_row("champion", f"{model} version {report['champion_version']} ({verdict})")
     summary.add_row("test accuracy", f"{report['test_accuracy']:.4f}")
     summary.add_row("macro F1", f"{report['macro_f1']:.4f}")
     summary.add_row("macro AUPRC", f"{report['macro_auprc']:.4f}")
@@ -312,10 +348,17 @@ def print_report(report: dict[str, Any], file: Path) -> None:
     print()
     tables.print_table(summary)
     tables.print_table(scored)
+    print(f"report: {file}")
+
+
+def print_next_steps(config: TrainConfig, options: DemoConfig) -> None:
+    """Print how to see the runs, best first, and how to serve the champion."""
     python = Path(sys.executable)
     folder = python.parent.relative_to(ROOT) if python.is_relative_to(ROOT) else python.parent
-    print(f"report: {file}")
-    print(f"see all runs: {folder}/mlflow ui   (then open http://127.0.0.1:5000)")
+    if not tracking.tracking_uri().startswith("http"):
+        print(f"see all runs: {folder}/mlflow ui, then open the next address")
+    print(f"runs, best test accuracy first: {tracking.runs_page(config.experiment, BEST_METRIC)}")
+    print(f"serve it: {folder}/python -m serving.server --model {options.champion}")
 
 
 if __name__ == "__main__":

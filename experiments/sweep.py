@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eurosat import tracking, train
-from eurosat.config import compose
+from eurosat.config import TrainConfig, compose
 from eurosat.data.prepare import PreparedData, prepare
 from eurosat.errors import ConfigError, EuroSATError, TrackingError
 from eurosat.runtime import cli, exit_codes, hardware, logs
@@ -57,15 +57,21 @@ def main(argv: Sequence[str]) -> int:
     arguments = cli.overrides(argv, USAGE)
     settings, recipe = split_settings(SweepConfig, arguments)
     changed = {argument.partition("=")[0] for argument in arguments}
+    hardware.warn_if_busy()
     if "resume" in changed:
         return resume(settings, changed, recipe)
     config = compose(recipe)
     with (
-        tracking.run(config.experiment, f"sweep {config.recipe}", tags={"kind": "sweep"}) as parent,
+        tracking.run(config.experiment, run_name(config), tags={"kind": "sweep"}) as parent,
         _logged_to(parent),
     ):
         refit_run = run_sweep(settings, tuple(recipe), parent)
     return print_runs(parent.run_id, refit_run)
+
+
+def run_name(config: TrainConfig) -> str:
+    """Return the name of a sweep's parent run."""
+    return f"sweep {config.recipe} on {config.data.label}"
 
 
 def run_sweep(
@@ -163,7 +169,7 @@ def resume(settings: SweepConfig, changed: Collection[str], recipe: Sequence[str
         print(f"study {job.study}: no trial is left to start; its own driver concludes it")
         return exit_codes.OK
     with (
-        tracking.run(config.experiment, f"sweep {config.recipe}", resume=job.parent) as parent,
+        tracking.run(config.experiment, run_name(config), resume=job.parent) as parent,
         _logged_to(parent),
     ):
         refit_run = complete_sweep(job, study, data, parent)

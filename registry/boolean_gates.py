@@ -124,7 +124,11 @@ def _signature(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
         return _result(gate, EMPTY)
     candidates, champions = _interface(subject.version), _interface(subject.champion)
     classes, champions_classes = subject.predictions.classes, subject.champion_predictions.classes
-    other_model = "register it as a model of its own with --model NAME"
+    run_id = subject.run.run_id
+    other_model = (
+        f"give it a model of its own: `python -m registry.register {run_id} --model NAME`, and "
+        "--model NAME for every command of the registry"
+    )
     refusal = ""
     if candidates != champions:
         refusal = f"signature: it takes {candidates}, the champion {champions}: {other_model}"

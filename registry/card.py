@@ -127,10 +127,15 @@ def _metric_rows(
     """Return name, value and interval."""
     intervals = evidence.metric_intervals(predictions, RESAMPLES)
     return [
-        (name, f"{metrics[name]:.4f}", "{:.4f} to {:.4f}".format(*intervals[name]))
+        (name, f"{metrics[name]:.4f}", _interval(*intervals[name]))
         for name in METRICS
         if name in metrics
     ]
+
+
+def _interval(low: float, high: float) -> str:
+    """Return an interval in words: a bootstrap has no width where no tile is wrong."""
+    return f"{low:.4f} to {high:.4f}" if low < high else "unknown: too few errors"
 
 
 def _class_rows(

@@ -158,17 +158,21 @@ def _png_base64(tile_HWC: Any, bands: int) -> str:
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser("registry.compare", "Write an HTML page with two versions side by side.")
     parser.add_argument("versions", nargs=2, metavar="VERSION")
-    parser.add_argument("--out", type=Path, default=Path("compared.html"), metavar="FILE")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: reports/compared-VERSION-VERSION.html"
+    )
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     first, second = (versions.from_argument(args.model, number) for number in args.versions)
+    out = args.out or Path("reports", f"compared-{first.version}-{second.version}.html")
     page = render_page(first, second)
     try:
-        args.out.write_text(page, encoding="utf-8")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"--out {args.out}: {error.strerror}") from error
-    print(f"written to {args.out}")
+        raise ConfigError(f"--out {out}: {error.strerror}") from error
+    print(f"written to {out}")
     return exit_codes.OK
 
 

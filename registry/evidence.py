@@ -174,9 +174,7 @@ def compare(
     """
     if champion is None:
         note = f"there is no champion yet: {FIXED_LIMITS_ONLY}"
-        return EvidenceComparison(
-            candidate=absolute_metrics(candidate), champion=None, notes=(note,)
-        )
+        return EvidenceComparison(candidate=metrics(candidate), champion=None, notes=(note,))
     common_candidate, common_champion = common_tiles(candidate, champion, excluded)
     common = len(common_candidate.frame)
     total = max(len(candidate.frame), len(champion.frame))
@@ -190,20 +188,12 @@ def compare(
     )
     if accept_new_data:
         note = f"{overlap}, which was accepted: {FIXED_LIMITS_ONLY}"
-        return EvidenceComparison(
-            candidate=absolute_metrics(candidate), champion=None, notes=(note,)
-        )
+        return EvidenceComparison(candidate=metrics(candidate), champion=None, notes=(note,))
     refusal = (
         f"{overlap}, so the two cannot be compared: to apply only the fixed limits, pass "
-        "--accept-new-data"
+        "--accept-new-data; to give other data a model of their own, use --model NAME"
     )
-    return EvidenceComparison(candidate=absolute_metrics(candidate), champion=None, refusal=refusal)
-
-
-def absolute_metrics(candidate: Predictions) -> dict[str, float]:
-    """Return the metrics of a candidate without a champion: no recall has dropped."""
-    values = metrics(candidate)
-    return values | {RECALL_DROP: 0.0} if values else {}
+    return EvidenceComparison(candidate=metrics(candidate), champion=None, refusal=refusal)
 
 
 def _compare_common(

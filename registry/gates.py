@@ -52,6 +52,8 @@ class Gate:
     """Why the gate is switched off; every verdict shows it."""
     why: str
     """Why the gate exists."""
+    meaning: str = ""
+    """What the metric is, in plain words; added to a refusal."""
     remedy: str = ""
     """What to do about a refusal; added to its text."""
 

@@ -7,17 +7,21 @@ from registry import ledger, versions
 from registry.reconcile import reconcile
 
 
-def print_entries(entries: Sequence[ledger.LedgerEntry]) -> None:
+def print_entries(entries: Sequence[ledger.LedgerEntry], *, full: bool = False) -> None:
+    """Print a line per entry; with ``full`` also its whole reason, verdict and digest."""
     from rich.table import Table
 
-    table = Table("time (UTC)", "action", "by", "from", "to", "why", "verdict", "digest")
-    for column in (*table.columns[:5], table.columns[-1]):
-        column.no_wrap = True
+    table = Table("time (UTC)", "action", "by", "from", "to", "why")
+    for column in table.columns:
+        column.no_wrap, column.overflow = True, "ellipsis"
     for entry in entries:
         action = (entry.time[:19], entry.action, entry.actor)
-        change = (entry.from_version or "-", entry.to_version or "-")
-        table.add_row(*action, *change, entry.why, entry.verdict, entry.digest[:12])
+        table.add_row(*action, entry.from_version or "-", entry.to_version or "-", entry.why)
     tables.print_table(table)
+    if full:
+        for entry in entries:
+            print(f"\n{entry.time[:19]} {entry.action} to version {entry.to_version or '-'}")
+            print(f"why: {entry.why}\nverdict: {entry.verdict}\ndigest: {entry.digest}")
 
 
 def verify(model: str) -> list[str]:
@@ -51,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="check the chain and the alias; change nothing"
     )
+    parser.add_argument("--full", action="store_true", help="print verdicts and digests too")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
@@ -58,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         reconcile(args.model)
     entries = ledger.entries(args.model)
     if entries:
-        print_entries(entries)
+        print_entries(entries, full=args.full)
     else:
         print(f"the ledger of {args.model} is empty: nothing was promoted yet")
     if not args.verify:

@@ -8,6 +8,8 @@ from types import MappingProxyType
 from registry.gates import DifferenceGate, Gate
 from registry.verdict import EMPTY, GateResult
 
+NEED_A_CHAMPION = ("recall_drop",)
+"""Metrics that compare with the champion, and do not exist without one."""
 RESAMPLES = 10_000
 """Draws of the paired bootstrap."""
 
@@ -128,6 +130,8 @@ def _judge_metric(
 ) -> GateResult:
     if gate.off:
         return GateResult(gate=gate.metric, off=gate.off, why=gate.why)
+    if gate.metric in NEED_A_CHAMPION and champion is None:
+        return GateResult(gate=gate.metric, measured=False, why=gate.why)
     value = candidate.get(gate.metric)
     compares = champion is not None and not gate.absolute_only
     champions_value = champion.get(gate.metric) if champion is not None and compares else None
@@ -193,7 +197,9 @@ def _refuse_tie(result: GateResult, gate: Gate) -> GateResult:
 
 
 def _remedy(gate: Gate) -> str:
-    return f": {gate.remedy}" if gate.remedy else ""
+    """Return the end of a refusal: what the metric is, and what to do."""
+    meaning = f"; {gate.metric} is {gate.meaning}" if gate.meaning else ""
+    return meaning + (f": {gate.remedy}" if gate.remedy else "")
 
 
 def _formatted(value: float | None) -> str:

@@ -10,7 +10,7 @@ from eurosat.runtime import cli, exit_codes, logs
 from registry import gates, ledger, versions
 from registry.judge import judge_version, record_verdict
 from registry.reconcile import RegistryState, append_and_apply, baseline, reconcile
-from registry.verdict import Verdict, print_verdict
+from registry.verdict import Verdict, print_summary
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -85,13 +85,18 @@ def main(argv: Sequence[str]) -> int:
         accept_new_data=args.accept_new_data,
         accept_uncommitted=args.accept_uncommitted,
     )
-    print_verdict(verdict)
+    print_summary(verdict)
+    print(f"all gates: python -m registry.judge {number}{_model_flag(args.model)}")
     if not verdict.passed:
         record_verdict(args.model, number, verdict)
         return exit_codes.NEGATIVE
     promote(args.model, candidate, before, verdict, args.why, args.by or tracking.user())
     print(before.describe_change(args.model, number))
     return exit_codes.OK
+
+
+def _model_flag(model: str) -> str:
+    return "" if model == versions.MODEL else f" --model {model}"
 
 
 def _candidate(model: str, number: str | None) -> "ModelVersion":

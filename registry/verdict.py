@@ -42,13 +42,6 @@ class GateResult:
         return "refused" if self.refusal else "passed"
 
     @property
-    def reason(self) -> str:
-        """Return the refusal, the reason to be switched off, or why the gate exists."""
-        if self.off:
-            return f"switched off: {self.off}"
-        return self.refusal.removeprefix(f"{self.gate}: ") or self.why
-
-    @property
     def summary(self) -> str:
         """Return the gate's part of the verdict's line."""
         if self.off:
@@ -100,20 +93,23 @@ class Verdict:
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """Print a table of all gates, then the notes and the refusals, one a line."""
+    """Print a table of all gates, then their summary."""
     from rich.table import Table
 
-    table = Table("gate", "value", "champion's", "limit", "verdict", "reason")
+    table = Table("gate", "value", "champion's", "limit", "verdict")
     for result in verdict.results:
-        table.add_row(
-            result.gate,
-            result.value,
-            result.champion,
-            result.limit,
-            result.outcome,
-            result.reason,
-        )
+        table.add_row(result.gate, result.value, result.champion, result.limit, result.outcome)
     tables.print_table(table)
+    print_summary(verdict)
+
+
+def print_summary(verdict: Verdict) -> None:
+    """Print one line for the gates that passed, then those that are off, notes and refusals."""
+    outcomes = [result.outcome for result in verdict.results]
+    print(f"passed: {outcomes.count('passed')} of {len(outcomes)} gates")
+    for result in verdict.results:
+        if result.off:
+            print(f"off: {result.gate}: {result.off}")
     for note in verdict.notes:
         print(f"note: {note}")
     for refusal in verdict.refusals:

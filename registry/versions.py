@@ -56,11 +56,17 @@ def from_argument(model: str, number: str) -> "ModelVersion":
     """Return the version that a command's argument names.
 
     Raises:
-        ConfigError: it is not a number.
+        ConfigError: it is neither a number nor an alias.
         TrackingError: there is no such version.
     """
+    if number in ALIASES:
+        if (version := by_alias(model, number)) is None:
+            raise TrackingError(f"{model} has no {number}: name a VERSION by its number")
+        return version
     if not number.isdecimal():
-        raise ConfigError(f"VERSION must be a whole number, such as 3; got {number!r}")
+        raise ConfigError(
+            f"VERSION must be a whole number, such as 3, or {', '.join(ALIASES)}; got {number!r}"
+        )
     return get(model, number)
 
 

@@ -238,11 +238,11 @@ class App:
         return _json(
             {
                 "serves": self.watcher.reference,
-                "predict": f"curl --data-binary @tile.jpg {request.base_url}predict",
+                "predict": "curl --data-binary @tile.jpg http://HOST:PORT/predict",
                 "routes": [
                     f"{method} {path}" for path, ms in self._routes.items() for method in ms
                 ],
-                "documentation": f"{request.base_url}openapi.json",
+                "documentation": "/openapi.json",
             }
         )
 

@@ -91,6 +91,13 @@ def test_the_data_choose_the_recipe_unless_one_is_named() -> None:
     assert split_arguments(arguments)[1] == arguments
 
 
+def test_the_demo_gives_tiles_of_a_folder_a_model_of_their_own() -> None:
+    folder = ["data=folder", "data.root=/my/land cover.zip"]
+    assert split_arguments(folder)[0].champion == "models:/land-cover@champion"
+    assert split_arguments([*folder, "model=mine"])[0].model == "mine"
+    assert split_arguments(["data=eurosat"])[0].model == "eurosat"
+
+
 @pytest.mark.parametrize("commit", ["unknown", f"{'a' * 40}-dirty"])
 def test_the_main_job_on_real_tiles_ends_at_once_on_code_that_the_gates_would_refuse(
     commit: str,

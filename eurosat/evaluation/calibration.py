@@ -3,6 +3,7 @@
 Everything is fitted on the validation fold alone.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,8 @@ import numpy.typing as npt
 
 from eurosat.data.arrays import Floats, Labels
 from eurosat.evaluation.metrics import per_tile_nll
+
+log = logging.getLogger(__name__)
 
 COVERAGE = 0.95
 """Share of the tiles of each class whose prediction set contains the true class."""
@@ -45,6 +48,18 @@ class Calibration:
 def fit(logits_NK: Floats, labels: Labels) -> Calibration:
     """Fit everything on uncalibrated logits of the validation fold."""
     temperature = fit_temperature(logits_NK, labels)
+    lowest, highest = np.exp(LOG_TEMPERATURE_BOUNDS)
+    if not 1.01 * lowest < temperature < highest / 1.01:
+        wrong = int((logits_NK.argmax(axis=1) != labels).sum())
+        log.warning(
+            "the temperature ends at its bound %.3g, since %d of the %d validation tiles are "
+            "misclassified: these are too few for calibration, and confidences will be too %s; "
+            "add validation tiles",
+            temperature,
+            wrong,
+            len(labels),
+            "high" if temperature < 1 else "low",
+        )
     return Calibration(
         temperature=temperature,
         coverage=COVERAGE,

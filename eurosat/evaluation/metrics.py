@@ -44,7 +44,12 @@ def intervals(
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """Return the bootstrap percentile interval of every metric (Efron & Tibshirani 1993)."""
+    """Return an interval of every metric.
+
+    Accuracy and the recall of each class are shares of tiles: their interval is the exact one
+    (Clopper & Pearson 1934), which is right for few tiles too. The others get the bootstrap
+    percentile interval (Efron & Tibshirani 1993), which has no width where no tile is wrong.
+    """
     drawn: dict[str, list[Floats]] = {}
     for weights_BN in _bootstrap_weights(len(labels), resamples, seed):
         weighted = _weighted_metrics(labels, probabilities.astype(np.float64), weights_BN, classes)
@@ -52,7 +57,23 @@ def intervals(
             drawn.setdefault(name, []).append(values)
     tails = [(1 - level) / 2, (1 + level) / 2]
     limits = {name: np.nanquantile(np.concatenate(parts), tails) for name, parts in drawn.items()}
-    return {name: (float(low), float(high)) for name, (low, high) in limits.items()}
+    bootstrapped = {name: (float(low), float(high)) for name, (low, high) in limits.items()}
+    return bootstrapped | _exact_intervals(labels, probabilities.argmax(axis=1), classes, level)
+
+
+def _exact_intervals(
+    labels: Labels, predicted: Labels, classes: Sequence[str], level: float
+) -> dict[str, tuple[float, float]]:
+    from scipy.stats import binomtest
+
+    right = predicted == labels
+    groups = {"accuracy": right}
+    groups |= {f"recall/{classes[int(k)]}": right[labels == k] for k in np.unique(labels)}
+    exact = {}
+    for name, group in groups.items():
+        interval = binomtest(int(group.sum()), len(group)).proportion_ci(level, "exact")
+        exact[name] = (float(interval.low), float(interval.high))
+    return exact
 
 
 def _bootstrap_weights(tiles: int, resamples: int, seed: int) -> Iterator[Floats]:

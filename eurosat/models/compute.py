@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from eurosat.runtime.progress import track
+
 if TYPE_CHECKING:
     import torch
 
@@ -100,15 +102,15 @@ def _images_per_s(spec: "NetworkSpec", modes: list[Compute]) -> dict[Compute, fl
     network = build_untrained(spec).train()
     tiles = torch.randint(0, 256, (PROBE_BATCH, spec.bands, *spec.tile_size), dtype=torch.uint8)
     fastest = dict.fromkeys(modes, float("inf"))
-    for _ in range(PROBE_ROUNDS):
-        for mode in modes:
-            network.to(memory_format=mode.memory_format)  # type: ignore[call-overload]
-            batch = tiles.contiguous(memory_format=mode.memory_format)
-            started = time.perf_counter()
-            with mode.autocast(), cpu_convolutions.fast():
-                loss = network(batch).float().square().mean()
-            loss.backward()
-            fastest[mode] = min(fastest[mode], time.perf_counter() - started)
+    steps = modes * PROBE_ROUNDS
+    for mode in track(steps, len(steps), "choosing the precision", "steps"):
+        network.to(memory_format=mode.memory_format)  # type: ignore[call-overload]
+        batch = tiles.contiguous(memory_format=mode.memory_format)
+        started = time.perf_counter()
+        with mode.autocast(), cpu_convolutions.fast():
+            loss = network(batch).float().square().mean()
+        loss.backward()
+        fastest[mode] = min(fastest[mode], time.perf_counter() - started)
     return {mode: PROBE_BATCH / seconds for mode, seconds in fastest.items()}
 
 

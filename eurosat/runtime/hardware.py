@@ -12,6 +12,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
 MAX_MMAP_THRESHOLD = 32 * 2**20
 """Largest value that glibc accepts, in bytes."""
+BUSY_SHARE, BUSY_SAMPLE_S = 0.5, 0.3
+"""Share of the cores in use from which a machine counts as busy, and how long it is measured."""
 
 
 def disable_malloc_trim() -> None:
@@ -40,6 +42,27 @@ def malloc_trim() -> None:
 def cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def warn_if_busy() -> None:
+    """Log a warning if other programs use this machine: a training is then several times slower.
+
+    Call it before the work begins: all that is measured while this process sleeps is of others.
+    """
+    import psutil
+
+    if warning := busy_warning(psutil.cpu_percent(BUSY_SAMPLE_S) / 100, psutil.cpu_count() or 1):
+        log.warning("%s", warning)
+
+
+def busy_warning(share: float, machine_cores: int) -> str | None:
+    """Return what to say of the ``share`` of the cores that others use, or None if it is small."""
+    if share < BUSY_SHARE:
+        return None
+    return (
+        f"other programs use {share:.0%} of the {machine_cores} cores of this machine, so this "
+        "will take several times as long: end other trainings, sweeps and tests, or wait for them"
+    )
 
 
 def describe_hardware() -> str:

@@ -24,6 +24,10 @@ NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 JOURNAL_TAG = "journal.id"
 """Tag with the id of a run's journal: it finds a run whose id did not arrive here."""
 PARENT, NAME_TAG = "mlflow.parentRunId", "mlflow.runName"
+KIND_TAG, TRAINING_KIND = "mlflow.experimentKind", "custom_model_development"
+"""Tag of an experiment, with which MLflow's pages open on its runs instead of GenAI traces."""
+LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `mlflow ui` shows the runs of a store without a server."""
 MAX_RETRIES = 2
 """MLflow's retries of a request; its default of 7 takes four minutes if the server is down."""
 
@@ -207,6 +211,20 @@ def to_run_id(reference: str) -> str:
     )
 
 
+def runs_page(experiment: str, metric: str) -> str:
+    """Return the address of MLflow's page with the runs of an experiment, best ``metric`` first.
+
+    Raises:
+        TrackingError: the server cannot be reached.
+    """
+    with translate_errors(f"experiment {experiment}"):
+        experiment_id = get_or_create_experiment(client(), experiment)
+    uri = tracking_uri()
+    server = without_credentials(uri).rstrip("/") if uri.startswith("http") else LOCAL_UI
+    order = f"orderByKey=metrics.%60{metric}%60&orderByAsc=false"
+    return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&{order}"
+
+
 def find_runs_by_tag(client: "MlflowClient", name: str, value: str) -> list[str]:
     """Return ids of the runs of all experiments with this tag, oldest first."""
     runs = client.search_runs(
@@ -254,7 +272,7 @@ def get_or_create_experiment(client: "MlflowClient", name: str) -> str:
     if experiment := client.get_experiment_by_name(name):
         return str(experiment.experiment_id)
     try:
-        return str(client.create_experiment(name))
+        return str(client.create_experiment(name, tags={KIND_TAG: TRAINING_KIND}))
     except MlflowException:  # another process created it meanwhile
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
@@ -281,6 +299,11 @@ def first_line(error: BaseException) -> str:
 def without_password(text: str) -> str:
     """Replace the passwords of all addresses in a text by ``***``."""
     return re.sub(r"(\w+://[^/\s:@]*:)[^/\s@]+@", r"\1***@", text)
+
+
+def without_credentials(url: str) -> str:
+    """Return an address without its user and password."""
+    return re.sub(r"(\w+://)[^/\s@]*@", r"\1", url)
 
 
 @contextmanager

@@ -43,6 +43,8 @@ class Run:
     def __init__(self, journal: Journal, client: "MlflowClient") -> None:
         self._journal, self._uploader = journal, BackgroundUploader(journal, client)
         self._last_id: str | None = None
+        self.failed = False
+        """Set it where the result is negative, as of a failed validation: the run ends FAILED."""
 
     @property
     def run_id(self) -> str:
@@ -203,9 +205,9 @@ def run(
 ) -> Iterator[Run]:
     """Open a run, and end it with its true status.
 
-    The status is FINISHED, FAILED after an exception, or KILLED after an interrupt or one of the
-    exceptions ``killed_by``; exceptions go on to the caller. The run does not need the server: it
-    is sent when the server answers.
+    The status is FINISHED, FAILED after an exception or if `Run.failed` was set, or KILLED after an
+    interrupt or one of the exceptions ``killed_by``; exceptions go on to the caller. The run does
+    not need the server: it is sent when the server answers.
 
     ``parent`` is the reference of the run above this one, which is then in the same experiment.
     ``journal`` is the reference of a new run, from `new_journal`, for callers that store it before
@@ -237,7 +239,7 @@ def run(
             SystemMetrics(active_run.log_metrics, active_run.age_s) if system_metrics else None
         )
         yield active_run
-        status = "FINISHED"
+        status = "FAILED" if active_run.failed else "FINISHED"
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit, *killed_by)):
             status = "KILLED"

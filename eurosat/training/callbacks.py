@@ -214,15 +214,16 @@ class ProgressLogger(lightning.Callback):
         row["images_per_s"] = images / max(self._train_s, 1e-9)
         self.history.append(row)
         remaining_s = self._elapsed_s() / (epoch + 1) * ((trainer.max_epochs or 0) - epoch - 1)
+        left = f", {remaining_s:.0f} s left" if epoch + 1 < (trainer.max_epochs or 0) else ""
         log.info(
-            "%s: epoch %d/%d val_accuracy %.4f val_loss %.4f, %.0f images/s, %.0f s left",
+            "%s: epoch %d/%d val_accuracy %.4f val_loss %.4f, %.0f images/s%s",
             self._label,
             epoch + 1,
             trainer.max_epochs,
             row["val_accuracy"],
             row["val_loss"],
             row["images_per_s"],
-            remaining_s,
+            left,
         )
         if self._on_epoch:
             self._on_epoch(epoch, row)

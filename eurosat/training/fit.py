@@ -79,7 +79,7 @@ def fit(
     targets = distillation.targets(config, data, compute)
     loaders = _create_loaders(config, data, ranks, targets)
     best_weights, interrupt = callbacks.BestWeights(), callbacks.GracefulInterrupt()
-    progress = callbacks.ProgressLogger(f"train {config.recipe}", on_epoch)
+    progress = callbacks.ProgressLogger(_label(config, run), on_epoch)
     configured = _configured_callbacks(config, compute, run, ranks)
     # best_weights comes before the moving average, which swaps its weights out
     in_order = [best_weights, *configured, progress, interrupt, *extra_callbacks]
@@ -102,6 +102,13 @@ def fit(
     run.log_metrics({f"best_{key}": value for key, value in fitted.best.items()})
     run.log_metrics({"train_seconds": fitted.seconds, "epochs": len(fitted.history)})
     return fitted
+
+
+def _label(config: TrainConfig, run: tracking.Run) -> str:
+    """Return what log lines call this training: a trial of a sweep is named by its number."""
+    if run.tag("kind") == "trial":
+        return f"trial {run.tag('trial.number')}"
+    return f"train {config.recipe}"
 
 
 def _create_network(config: TrainConfig, data: PreparedData) -> network.Network:

@@ -138,7 +138,8 @@ def logged_run(
     (run,) = client.search_runs(
         [experiment.experiment_id], f"tags.`data.fingerprint` = '{outcome.fingerprint}'"
     )
-    assert run.info.run_name == "validate"
+    label = "tiles" if run.data.params["source"] == "folder" else run.data.params["source"]
+    assert run.info.run_name == f"validate {label}"
     assert run.info.artifact_uri is not None
     return (
         run.data.params,
@@ -211,9 +212,9 @@ def test_every_faulty_tile_is_printed_with_its_fault_after_one_line_for_what_pas
     assert re.search(r"River/deep\.png .*holds uint16 pixels, but data.dtype is uint8", reasons)
 
 
-def test_a_failed_validation_is_a_finished_run_with_the_tag_failed(failed: Outcome) -> None:
+def test_a_failed_validation_is_a_failed_run_with_the_tag_failed(failed: Outcome) -> None:
     _, metrics, tags, status, artifacts = logged_run(failed)
-    assert status == "FINISHED"
+    assert status == "FAILED"
     assert tags["data.validation"] == "failed"
     assert metrics["failed"] == 6
     assert metrics["duplicates_exact"] == 1

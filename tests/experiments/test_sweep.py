@@ -189,7 +189,7 @@ def test_the_recipe_itself_is_the_first_trial() -> None:
         (["trials=0"], "trials must be at least 1; got 0"),
         (["workers=two"], "workers must be int; got 'two'"),
         (["pruner=axe"], "pruner must be 'asha', 'median' or 'none'; got 'axe'"),
-        (["space=none"], "no search space 'none': choose from resnet18"),
+        (["space=none"], "no search space 'none': choose from fine-tuning, resnet18"),
         (["optim.lrr=1"], "unknown key optim.lrr"),
         (["search_space="], "recipe=resnet18-quick names no search_space: give space=NAME"),
     ],

@@ -1,5 +1,6 @@
 """Two versions on one page: their metrics, their difference, and the tiles on which they differ."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from eurosat.errors import ModelError
 from eurosat.runtime import exit_codes
 from registry import compare, register, versions
+from tests.support.paths import ROOT
 from tests.support.registry import REGISTRY, make_predictions, make_run, register_challenger
 
 pytestmark = REGISTRY
@@ -28,6 +30,17 @@ def test_a_page_shows_both_and_the_tiles_on_which_they_differ(
     accuracy = page.partition("<th>accuracy</th>")[2].partition("</tr>")[0]
     assert accuracy == '<td class="n better">1.0000</td><td class="n worse">0.9800</td>'
     assert "pair 1: Forest 0.94" in page
+
+
+def test_without_out_the_page_goes_to_the_reports_which_git_ignores(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = [register_challenger(store, "unnamed", wrong) for wrong in (0, 5)]
+    assert compare.main([*numbers, "--model", "unnamed"]) == exit_codes.OK
+    name = "reports/compared-1-2.html"
+    assert capsys.readouterr().out == f"written to {name}\n"
+    assert (store / name).stat().st_size > 1000
+    subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT, check=True)
 
 
 def test_a_page_escapes_the_names_of_tiles(store: Path) -> None:

@@ -12,7 +12,7 @@ from eurosat.evaluation import metrics
 from registry.boolean_gates import CHECKS
 from registry.gates import BOOLEAN_GATES, OFF_BY_DEFAULT, DifferenceGate, Gate, load
 from registry.metric_gates import PairedCounts, judge_difference, judge_metrics
-from registry.verdict import GateResult, Verdict
+from registry.verdict import GateResult, Verdict, print_summary
 
 ACCURACY = Gate(metric="accuracy", floor=0.85, must_improve=True, why="be right more often")
 F1 = Gate(metric="macro_f1", floor=0.8, margin=0.01, why="small classes count")
@@ -112,7 +112,6 @@ def test_a_gate_that_is_switched_off_is_shown_and_refuses_nothing() -> None:
     verdict = Verdict(results=judge_metrics({"accuracy": 0.9}, None, gates))
     assert verdict.passed
     assert verdict.results[1].outcome == "off"
-    assert verdict.results[1].reason == "switched off: no small classes here"
     assert "macro_f1 off (no small classes here)" in str(verdict)
 
 
@@ -128,10 +127,35 @@ def test_a_verdict_is_one_line() -> None:
     )
 
 
-def test_the_reason_of_a_refused_gate_is_its_refusal_and_of_a_passed_one_its_why() -> None:
-    passed, refused = judge_metrics({"accuracy": 0.9, "macro_f1": 0.7}, None, GATES)
-    assert passed.reason == "be right more often"
-    assert refused.reason == "0.7000 is under the floor 0.8000"
+def test_a_refusal_says_what_the_metric_is_before_what_to_do() -> None:
+    limits = {gate.metric: gate for gate in load().metrics}
+    (refusal,) = refusals(judge_metrics({"ece": 0.288}, None, (limits["ece"],)))
+    assert refusal.startswith(
+        "ece: 0.2880 is over the ceiling 0.0800; ece is the expected calibration error: the mean "
+        "gap between confidence and the share of right answers: add validation tiles"
+    )
+    assert all(gate.meaning for gate in limits.values())
+
+
+def test_the_loss_of_recall_is_not_measured_without_a_champion() -> None:
+    drop = Gate(metric="recall_drop", ceiling=0.05, absolute_only=True, why="no class may lose")
+    [result] = judge_metrics({}, None, (drop,))
+    assert (result.outcome, result.value) == ("not measured", "-")
+    [result] = judge_metrics({"recall_drop": 0.0}, {"accuracy": 0.9}, (drop,))
+    assert (result.outcome, result.value) == ("passed", "0.0000")
+
+
+def test_the_summary_folds_what_passed_and_lists_what_did_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gates = (ACCURACY, F1, Gate(metric="ece", ceiling=1, off="few tiles", why="be believed"))
+    print_summary(Verdict(results=judge_metrics(GOOD | {"macro_f1": 0.7}, None, gates)))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "passed: 1 of 3 gates",
+        "off: ece: few tiles",
+        "refused: macro_f1: 0.7000 is under the floor 0.8000",
+    ]
 
 
 def test_a_reported_result_keeps_the_keys_of_earlier_reports() -> None:

@@ -200,6 +200,7 @@ def test_other_classes_than_the_champions_are_refused(
     assert run_judge(model, number) == 1
     printed = " ".join(capsys.readouterr().out.split())
     assert "signature: its classes are Forest, River, Lake, the champion" in printed
+    assert f"a model of its own: `python -m registry.register {run_id} --model NAME`" in printed
     assert CLASSES[2] in printed
 
 

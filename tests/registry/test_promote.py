@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from eurosat.errors import TrackingError
-from registry import gates, history, judge, ledger, promote, reconcile, register, versions
+from registry import (
+    gates,
+    history,
+    judge,
+    ledger,
+    promote,
+    reconcile,
+    register,
+    show,
+    versions,
+)
 from tests.support.registry import REGISTRY, aliases, register_challenger, run_promote
 
 pytestmark = REGISTRY
@@ -57,6 +67,19 @@ def test_a_better_version_replaces_the_champion_and_others_are_refused(
     printed = capsys.readouterr().out
     assert f"2 entries link up from the first to {entries[1].digest[:12]}" in printed
     assert "a longer schedule" in printed
+    assert len(printed.splitlines()) == 7, "a table of a line per entry, and the verification"
+
+    assert history.main(["--model", model, "--full"]) == 0
+    printed = capsys.readouterr().out
+    assert f"verdict: {entries[1].verdict}\ndigest: {entries[1].digest}" in printed
+
+    assert show.main(["champion", "--model", model]) == 0
+    printed = capsys.readouterr().out
+    assert "d" * 64 not in printed
+    assert "d" * 12 in printed
+    assert ".onnx" not in printed, "the number of files, not their digests"
+    assert show.main([better, "--model", model, "--full"]) == 0
+    assert ".onnx" in capsys.readouterr().out
 
 
 def test_data_that_failed_validation_is_refused(
@@ -101,6 +124,7 @@ def test_another_file_of_gates_can_be_given(store: Path, model: str, tmp_path: P
         ([""], "has no challenger"),
         (["seven"], "VERSION must be a whole number"),
         (["7"], "models:/nothing/7"),
+        (["champion"], "nothing has no champion"),
         (["--gates", "none.toml"], "none.toml cannot be read"),
         (["--why", "x" * 2001], "over 2000"),
     ],

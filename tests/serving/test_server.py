@@ -388,7 +388,7 @@ def test_a_browser_at_the_address_gets_the_routes(pair: Server) -> None:
     index = requests.get(f"{pair.url}/").json()
     assert index["serves"] == "models:/eurosat@champion"
     assert "POST /predict" in index["routes"]
-    assert requests.get(index["documentation"]).json() == openapi_schema()
+    assert requests.get(f"{pair.url}{index['documentation']}").json() == openapi_schema()
 
 
 def test_a_tile_that_curl_d_changed_is_answered_with_the_right_option(pair: Server) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eurosat.models.compute import choose_compute
+from eurosat.runtime import progress
 from tests.support.networks import build as build_network
 
 
@@ -22,3 +23,13 @@ def test_the_probe_runs_once_per_process(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level("INFO"):
         assert choose_compute(spec, "auto") == choose_compute(spec, "auto")
     assert caplog.text.count("images/s probed: fp32 NCHW") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is used without a probe")
+def test_a_slow_probe_shows_its_progress(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0)
+    with caplog.at_level("INFO"):
+        choose_compute(dataclasses.replace(build_network().spec, drop_rate=0.321), "fp32")
+    assert "choosing the precision: 1 of 6 steps" in caplog.text

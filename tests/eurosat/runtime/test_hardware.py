@@ -1,5 +1,6 @@
-"""Settings of the memory allocator take effect."""
+"""Settings of the memory allocator take effect, and a busy machine is a warning."""
 
+import os
 import subprocess
 import sys
 
@@ -24,6 +25,27 @@ for _ in range(10):
     step()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+def test_a_busy_machine_is_a_warning_with_the_share_the_cores_and_the_remedy() -> None:
+    warning = hardware.busy_warning(0.97, 2)
+    assert warning is not None
+    assert "other programs use 97% of the 2 cores" in warning
+    assert "end other trainings" in warning
+    assert hardware.busy_warning(0.4, 2) is None
+
+
+def test_the_warning_is_logged_while_another_process_computes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "BUSY_SHARE", 0.05 / (os.cpu_count() or 1))
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        hardware.warn_if_busy()
+    finally:
+        process.kill()
+        process.wait()
+    assert "other programs use" in caplog.text
 
 
 TRIMMED = """

@@ -128,6 +128,17 @@ def test_the_error_for_a_missing_reference_names_it_and_the_server(reference: st
     assert "\n" not in str(caught.value)
 
 
+def test_the_page_of_the_runs_opens_on_model_training_best_first(tracking_store: str) -> None:
+    with tracking.run("e", "r", system_metrics=False) as run:
+        pass
+    experiment = MlflowClient().get_experiment(tracking.get(run.run_id).experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    page = tracking.runs_page("e", "test_accuracy")
+    assert page.startswith(f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?")
+    assert "workflowType=machine_learning" in page
+    assert page.endswith("orderByKey=metrics.%60test_accuracy%60&orderByAsc=false")
+
+
 def test_the_error_for_a_missing_kind_of_run_names_the_experiment() -> None:
     with pytest.raises(TrackingError, match="experiment e has no run of kind sweep"):
         tracking.latest_run("e", kind="sweep")

@@ -40,6 +40,22 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
 
 
 @pytest.mark.usefixtures("tracking_store")
+def test_the_log_lines_of_a_trial_have_its_number_and_the_last_one_has_no_time_left(
+    tiny_config: TrainConfig, tiny_data: PreparedData, caplog: pytest.LogCaptureFixture
+) -> None:
+    tags = {"kind": "trial", "trial.number": 7}
+    with (
+        caplog.at_level("INFO", "eurosat.training.callbacks"),
+        tracking.run("e", "r", system_metrics=False, tags=tags) as run,
+    ):
+        fit(tiny_config, tiny_data, run)
+    first, last = (line for line in caplog.messages if "val_accuracy" in line)
+    assert first.startswith("trial 7: epoch 1/2 ")
+    assert first.endswith(" s left")
+    assert last.endswith(" images/s")
+
+
+@pytest.mark.usefixtures("tracking_store")
 def test_profile_true_logs_a_trace_and_a_table_of_operators(tiny_data: PreparedData) -> None:
     config = compose([*TINY, "profile=true"])
     assert config.digest == compose(TINY).digest

@@ -255,7 +255,8 @@ def describe(config: TrainConfig, data: PreparedData, run: tracking.Run) -> None
     import yaml
 
     run.log_params(config.as_dict())
-    run.set_tags({**data.tags, "config.digest": config.digest})
+    tags = {**data.tags, "data.name": config.data.label, "config.digest": config.digest}
+    run.set_tags(tags)
     run.log_text(yaml.safe_dump(config.as_dict(), sort_keys=False), "config.yaml")
 
 

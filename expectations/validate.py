@@ -165,6 +165,7 @@ def _log_run(
     run.set_tags(
         {
             "data.fingerprint": scan.fingerprint,
+            "data.name": data.label,
             "data.validation": "passed" if verdict.success else "failed",
         }
     )

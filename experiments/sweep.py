@@ -93,7 +93,8 @@ def run_sweep(
     data = prepare(config)
     examples = {key: spaces.example_value(entry) for key, entry in space.items()}
     compose([*overrides, *as_overrides(examples)])  # raises if the recipe lacks a key of the space
-    parent.set_tags({**data.tags, "kind": "sweep", "config.digest": config.digest})
+    tags = {**data.tags, "data.name": config.data.label, "config.digest": config.digest}
+    parent.set_tags(tags | {"kind": "sweep"})
     public_url = tracking.without_password(settings.storage)
     parent.log_params({"sweep": asdict(settings) | {"storage": public_url}})
     parent.log_params(config.as_dict())

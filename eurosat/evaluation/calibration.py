@@ -48,23 +48,27 @@ class Calibration:
 def fit(logits_NK: Floats, labels: Labels) -> Calibration:
     """Fit everything on uncalibrated logits of the validation fold."""
     temperature = fit_temperature(logits_NK, labels)
-    lowest, highest = np.exp(LOG_TEMPERATURE_BOUNDS)
-    if not 1.01 * lowest < temperature < highest / 1.01:
-        wrong = int((logits_NK.argmax(axis=1) != labels).sum())
-        log.warning(
-            "the temperature ends at its bound %.3g, since %d of the %d validation tiles are "
-            "misclassified: these are too few for calibration, and confidences will be too %s; "
-            "add validation tiles",
-            temperature,
-            wrong,
-            len(labels),
-            "high" if temperature < 1 else "low",
-        )
+    _warn_of_few_errors(temperature, int((logits_NK.argmax(axis=1) != labels).sum()), len(labels))
     return Calibration(
         temperature=temperature,
         coverage=COVERAGE,
         thresholds=conformal_thresholds(softmax(logits_NK / temperature), labels, COVERAGE),
         ood_threshold=float(np.quantile(energy(logits_NK), 1 - OOD_SHARE)),
+    )
+
+
+def _warn_of_few_errors(temperature: float, wrong: int, tiles: int) -> None:
+    """Log a warning if the validation fold cannot show how often a confident answer is wrong."""
+    lowest, highest = np.exp(LOG_TEMPERATURE_BOUNDS)
+    if wrong and 1.01 * lowest < temperature < highest / 1.01:
+        return
+    log.warning(
+        "confidences will be too %s (temperature %.3g): %d of %d validation tiles are "
+        "misclassified, which is too few for a calibration; add validation tiles",
+        "high" if temperature < 1 else "low",
+        temperature,
+        wrong,
+        tiles,
     )
 
 

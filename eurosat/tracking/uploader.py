@@ -1,11 +1,12 @@
 """Send journals to the tracking server: everything arrives once, despite interruptions."""
 
+import json
 import logging
 import random
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -33,6 +34,10 @@ UNREACHABLE_TIMEOUT_S = 1.0
 """Replaces both timeouts for a server that did not answer an earlier run of this process."""
 MIN_BYTES_PER_S = 250_000
 """Slowest transfer of a file, upload and check together, that counts as progress."""
+DATA_TAG, DATA_NAME_TAG = "data.fingerprint", "data.name"
+"""Tags of a run with its data set's fingerprint and name."""
+MAX_DATASET_DIGEST = 36
+"""MLflow's limit, in characters."""
 PROGRESS_AFTER_S = 2.0
 """At the end of a run, log what is still being sent after this long."""
 
@@ -159,6 +164,8 @@ class JournalUploader:
         tags = [RunTag(name, value) for name, value in latest_tags.items()]
         try:
             self._client.log_batch(self._run_id, metrics=metrics, params=params, tags=tags)
+            if DATA_TAG in latest_tags:
+                self._log_dataset(latest_tags)
         except MlflowException as error:
             if not _is_bad_request(error) or self._is_lost(error):
                 raise
@@ -170,6 +177,25 @@ class JournalUploader:
             reason = mlflow_client.first_line(error)
             log.warning("the server refuses %s %s: %s", entries[0].kind, entries[0].name, reason)
             self._journal.outbox.mark_entry_refused(entries[0].seq, reason)
+
+    def _log_dataset(self, tags: Mapping[str, str]) -> None:
+        """Show the data of a training in the column "dataset" of MLflow's pages.
+
+        Nothing is lost where the server refuses it: the tags say the same.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
+
+        name = tags.get(DATA_NAME_TAG, "tiles")
+        digest, source = tags[DATA_TAG][:MAX_DATASET_DIGEST], json.dumps({"name": name})
+        dataset = Dataset(name, digest, "local", source)
+        context = InputTag("mlflow.data.context", "training")
+        try:
+            self._client.log_inputs(self._run_id, [DatasetInput(dataset, [context])])
+        except MlflowException as error:
+            if not (_is_bad_request(error) or mlflow_client.is_denied(error)):
+                raise
+            log.debug("the server refuses the dataset: %s", mlflow_client.first_line(error))
 
     def _send_file(self, file: PendingFile) -> None:
         from mlflow.exceptions import MlflowException

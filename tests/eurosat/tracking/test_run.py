@@ -128,6 +128,14 @@ def test_the_error_for_a_missing_reference_names_it_and_the_server(reference: st
     assert "\n" not in str(caught.value)
 
 
+def test_mlflow_shows_the_data_set_of_a_run() -> None:
+    tags = {"data.fingerprint": "a" * 64, "data.name": "parcels"}
+    with tracking.run("e", "r", tags=tags, system_metrics=False) as run:
+        pass
+    [data_input] = MlflowClient().get_run(run.run_id).inputs.dataset_inputs
+    assert (data_input.dataset.name, data_input.dataset.digest) == ("parcels", "a" * 36)
+
+
 def test_the_page_of_the_runs_opens_on_model_training_best_first(tracking_store: str) -> None:
     with tracking.run("e", "r", system_metrics=False) as run:
         pass

@@ -5,9 +5,10 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import BinaryIO
 
-from deploy import archive, databases, schema
+from deploy import archive, databases, schema, stored_secrets
 from deploy.restore import restore
 from deploy.save import save
 from deploy.transfer import open_checked
@@ -17,6 +18,7 @@ from eurosat.runtime import cli, exit_codes, logs
 log = logging.getLogger(__name__)
 
 ARTIFACTS = "EUROSAT_ARTIFACTS"
+SECRETS = "EUROSAT_SECRETS"
 
 
 @contextmanager
@@ -64,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     restore_parser.add_argument(
         "--replace", action="store_true", help="replace present data, and keep it under new names"
     )
+    commands.add_parser(
+        "use-secrets", help=f"make the databases accept the secrets in {SECRETS}, after a restore"
+    )
     return parser
 
 
@@ -75,6 +80,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"complete: {_summary(archive.verify(stream, size))}")
         return exit_codes.OK
     configured = databases.from_environment(os.environ)
+    if args.command == "use-secrets":
+        return _use_secrets(configured)
     if not (url := os.environ.get(ARTIFACTS)):
         raise ConfigError(f"{ARTIFACTS} is not set: give gs://bucket/prefix, or a folder")
     artifacts = open_checked(url, ARTIFACTS)
@@ -91,7 +98,32 @@ def main(argv: Sequence[str]) -> int:
     for database in configured:
         if hint := schema.upgrade_hint(database, manifest.metadata["databases"]):
             print(hint)
+    _warn_of_other_secrets(configured)
     return exit_codes.OK
+
+
+def _use_secrets(configured: Sequence[databases.Database]) -> int:
+    if not (folder := os.environ.get(SECRETS)):
+        raise ConfigError(f"{SECRETS} is not set: give the folder of `make secrets`")
+    for change in stored_secrets.use_secrets(configured, Path(folder)) or ["nothing to change"]:
+        print(change)
+    return exit_codes.OK
+
+
+def _warn_of_other_secrets(configured: Sequence[databases.Database]) -> None:
+    """Warn if MLflow could not start with the restored databases and the secrets of here."""
+    if not (folder := os.environ.get(SECRETS)):
+        log.warning(
+            "%s is not set, so the archive is not compared with the secrets: see docs/backup.md",
+            SECRETS,
+        )
+    elif names := stored_secrets.find_differing(configured, Path(folder)):
+        log.warning(
+            "the archive was saved with another %s than that in %s, so MLflow would not start: "
+            "copy it from the archive's platform, or run `python -m deploy.backup use-secrets`",
+            " and ".join(names),
+            folder,
+        )
 
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ def bootstrap(admin: users.UserAdmin, folder: Path, webhook: str) -> None:
             admin.set_password(name, password)  # the secret may have been generated anew
     for model in MODELS:
         admin.request("POST", "2.0/mlflow/registered-models/create", none_on=400, name=model)
+    if admin.request("GET", "2.0/mlflow/webhooks", none_on=500) is None:
+        raise ConfigError(
+            f"MLflow cannot read its webhooks, as {folder / 'webhook_key'} is not the key that "
+            "they were stored with: copy the key of before, or run "
+            "`python -m deploy.backup use-secrets` (docs/backup.md)"
+        )
     result = subprocess.run(
         [sys.executable, "-m", "registry.webhooks", "install", webhook],
         env=os.environ | {"MLFLOW_WEBHOOK_SECRET": secrets.read("webhook_secret", folder)},

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy import secrets
+from deploy import postgresql, secrets
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKET = "mlflow"
@@ -36,7 +36,7 @@ class Layout:
     @property
     def password_file(self) -> Path:
         """Password of the database, in libpq's format."""
-        return self.secrets / "pgpass"
+        return self.secrets / postgresql.PASSWORD_FILE
 
     @property
     def auth_ini(self) -> Path:

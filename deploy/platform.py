@@ -101,10 +101,12 @@ class Platform:
         if not cluster.exists():
             unfinished = layout.folder / "postgres.begun"
             shutil.rmtree(unfinished, ignore_errors=True)  # of a start that was killed
-            postgresql.initialise(unfinished, "mlflow", layout.secrets / "postgres_password")
+            postgresql.initialise(
+                unfinished, postgresql.DATABASE_USER, layout.secrets / "postgres_password"
+            )
             unfinished.rename(cluster)
         password = secrets.read("postgres_password", layout.secrets)
-        _write_private(layout.password_file, f"*:*:*:mlflow:{password}\n")
+        postgresql.write_password_file(layout.secrets, password)
         ini = (ROOT / "deploy/mlflow/auth.ini").read_text()
         atomic.atomic_write_text(layout.auth_ini, ini.replace(DATABASE_OF_COMPOSE, layout.database))
 

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eurosat.errors import ConfigError
+from eurosat.runtime import atomic
 
 INSTALLED = Path("/usr/lib/postgresql")
+PASSWORD_FILE, DATABASE_USER = "pgpass", "mlflow"
 SERVER_USER = "nobody"
 """User of the server if we are root, as which PostgreSQL refuses to run."""
 
@@ -59,6 +61,17 @@ def initialise(data: Path, user: str, password_file: Path | None = None) -> None
         if os.geteuid() == 0:
             shutil.chown(copy.name, SERVER_USER)
         run([*command, "--auth=scram-sha-256", f"--pwfile={copy.name}"])
+
+
+def write_password_file(folder: Path, password: str) -> Path:
+    """Write a file for PGPASSFILE that only its owner can read, and return its path."""
+    file = folder / PASSWORD_FILE
+    previous = os.umask(0o077)
+    try:
+        atomic.atomic_write_text(file, f"*:*:*:{DATABASE_USER}:{password}\n")
+    finally:
+        os.umask(previous)
+    return file
 
 
 def server_command(data: Path, port: int) -> list[str]:

@@ -96,6 +96,12 @@ def read(name: str, folder: Path = FOLDER) -> str:
         raise ConfigError(f"{folder / name} cannot be read: run `make secrets`") from error
 
 
+def write(name: str, content: bytes, folder: Path = FOLDER) -> None:
+    """Replace a secret."""
+    _write(folder / name, content)
+    (folder / name).chmod(FILE_MODE)
+
+
 def _write(file: Path, content: bytes) -> None:
     atomic.atomic_write(file, lambda out: out.write(content))
 

@@ -20,6 +20,7 @@ ROLES = {
 approve."""
 WORKSPACE = "default"
 TIMEOUT_S = 30
+UNAUTHORIZED = 401
 PASSWORD_BYTES = 18
 MIN_PASSWORD_LENGTH = 12
 """Characters; MLflow's own limit."""
@@ -32,7 +33,7 @@ class UserAdmin:
     """
 
     def __init__(self, url: str, name: str, password: str, verify: str | bool = True) -> None:
-        self.url = url.rstrip("/")
+        self.url, self.name = url.rstrip("/"), name
         self._session = requests.Session()
         self._session.auth = (name, password)
         self._verify = (
@@ -57,6 +58,13 @@ class UserAdmin:
             raise TrackingError(f"{self.url} cannot be reached: {type(error).__name__}") from error
         if response.status_code == none_on:
             return None
+        if response.status_code == UNAUTHORIZED:
+            raise TrackingError(
+                f"{self.url} refuses the password of {self.name}: set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD to an administrator; if users were restored from a "
+                "backup, or the secret is new, run `python -m deploy.backup use-secrets` "
+                "(docs/backup.md)"
+            )
         if not response.ok:
             raise TrackingError(
                 f"{self.url} refused {path} with {response.status_code}: "

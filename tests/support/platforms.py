@@ -68,8 +68,8 @@ def platform_command(name: str, folder: Path, *flags: str) -> "subprocess.Comple
     )
 
 
-def start_platform(folder: Path) -> Platform:
-    result = platform_command("up", folder, "--free-ports")
+def start_platform(folder: Path, *flags: str) -> Platform:
+    result = platform_command("up", folder, "--free-ports", *flags)
     assert result.returncode == 0, result.stderr
     lines = (folder / "env").read_text().splitlines()
     return Platform(folder, dict(line.split("=", 1) for line in lines))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from eurosat import tracking
 from eurosat.errors import ConfigError
 from registry import ledger, versions
+from registry.actor import actor
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -45,7 +46,7 @@ class ReviewDecision:
 def record(
     model: str, number: str, tag: str, decision: str, why: str, by: str | None
 ) -> ReviewDecision:
-    """Store a decision with the version; ``by`` defaults to the user.
+    """Store a decision with the version; ``by`` names another person than the account.
 
     Raises:
         ConfigError: ``why`` is too long.
@@ -54,7 +55,7 @@ def record(
         raise ConfigError(
             f"--why has {len(why)} characters, over {ledger.MAX_WHY}: give a shorter reason"
         )
-    review = ReviewDecision(decision=decision, by=by or tracking.user(), why=why, time=ledger.now())
+    review = ReviewDecision(decision=decision, by=actor(by), why=why, time=ledger.now())
     with tracking.translate_errors(f"tag of version {number}"):
         versions.client().set_model_version_tag(model, number, tag, review.as_json())
     return review

@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,8 @@ from eurosat.config import from_mapping
 from eurosat.errors import ConfigError
 
 FILE = Path(__file__).with_name("gates.toml")
+FILE_VARIABLE = "EUROSAT_GATES"
+"""Environment variable that names a team's own file; the platform sets it (docs/platform.md)."""
 BOOLEAN_GATES = {
     "data_validation": "faulty tiles make a faulty model",
     "leakage": "test tiles that were used in training overestimate the accuracy",
@@ -156,6 +159,11 @@ class Gates:
     difference: DifferenceGate = field(default_factory=DifferenceGate)
     latency: LatencyGate = field(default_factory=LatencyGate)
     booleans: tuple[BooleanGate, ...] = field(default_factory=_default_boolean_gates)
+
+
+def default_file() -> Path:
+    """Return the team's file of gates if the environment names one, else ours."""
+    return Path(os.environ.get(FILE_VARIABLE) or FILE)
 
 
 def load(file: Path = FILE) -> Gates:

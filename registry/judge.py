@@ -155,7 +155,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("version", metavar="VERSION")
     parser.add_argument("--against", default=versions.CHAMPION, help="alias or version number")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
-    parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, one table per gate")
+    parser.add_argument(
+        "--gates", type=Path, default=gates.default_file(), help="TOML, one table per gate"
+    )
     parser.add_argument("--accept-new-data", action="store_true", help="as in registry.promote")
     parser.add_argument("--accept-uncommitted", action="store_true", help="as in registry.promote")
     parser.add_argument("--latency", action="store_true", help="also time both networks here")

@@ -51,6 +51,8 @@ class LedgerEntry:
     action: str = PROMOTE
     evidence: str | None = None
     """sha256 of the judged files and of the gates; see `registry.evidence.digest`."""
+    registered_by: str | None = None
+    """Account that registered the new champion, as its tag says."""
 
     def __post_init__(self) -> None:
         if len(self.why) > MAX_WHY:
@@ -62,8 +64,8 @@ class LedgerEntry:
     def as_json(self) -> str:
         """Return the canonical form: sorted keys, no spaces.
 
-        The first ledgers had no action and no evidence; these keys are written only if they differ
-        from the defaults, so that old entries keep their digests.
+        The first ledgers had no action, evidence and registered_by; these keys are written only if
+        they differ from the defaults, so that old entries keep their digests.
         """
         values = {
             "time": self.time,
@@ -76,6 +78,7 @@ class LedgerEntry:
         }
         values |= {"action": self.action} if self.action != PROMOTE else {}
         values |= {"evidence": self.evidence} if self.evidence else {}
+        values |= {"registered_by": self.registered_by} if self.registered_by else {}
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @property

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eurosat import tracking
 from eurosat.errors import ConfigError, TrackingError
 from eurosat.runtime import cli, exit_codes, logs
 from registry import gates, ledger, versions
+from registry.actor import actor
 from registry.judge import judge_version, record_verdict
 from registry.reconcile import RegistryState, append_and_apply, baseline, reconcile
 from registry.verdict import Verdict, print_summary
@@ -22,7 +22,7 @@ def promote(
     before: RegistryState,
     verdict: Verdict,
     why: str,
-    actor: str,
+    by: str,
 ) -> None:
     """Record the verdict with the version, and make the version the champion.
 
@@ -38,7 +38,7 @@ def promote(
         ledger.PROMOTE,
         number,
         why,
-        actor,
+        by,
         str(verdict),
         evidence=verdict.evidence,
     )
@@ -52,9 +52,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("version", nargs="?", metavar="VERSION", help="default: the challenger")
     parser.add_argument("--why", default="it passed every gate", help="reason, for the ledger")
-    parser.add_argument("--by", help="name of the person; default: the user")
+    parser.add_argument("--by", help="person for whom you act; recorded beside your account")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
-    parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, one table per gate")
+    parser.add_argument(
+        "--gates", type=Path, default=gates.default_file(), help="TOML, one table per gate"
+    )
     parser.add_argument(
         "--accept-new-data",
         action="store_true",
@@ -90,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     if not verdict.passed:
         record_verdict(args.model, number, verdict)
         return exit_codes.NEGATIVE
-    promote(args.model, candidate, before, verdict, args.why, args.by or tracking.user())
+    promote(args.model, candidate, before, verdict, args.why, actor(args.by))
     print(before.describe_change(args.model, number))
     return exit_codes.OK
 

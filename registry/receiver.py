@@ -168,7 +168,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--promote", action="store_true", help="make a version that passes every gate champion"
     )
-    parser.add_argument("--gates", type=Path, default=gates.FILE, help="TOML, one table per gate")
+    parser.add_argument(
+        "--gates", type=Path, default=gates.default_file(), help="TOML, one table per gate"
+    )
     parser.add_argument(
         "--serving", metavar="URL", help="roll back a champion that this server cannot load"
     )
@@ -191,12 +193,13 @@ def _serve(args: argparse.Namespace, queue: EventQueue) -> int:
     import uvicorn
 
     receiver = Receiver(args.model, queue, webhook_secret())
+    gates.load(args.gates)  # a faulty file is refused now, not with the first version
     worker = Worker(
         args.model,
         queue,
         promotes=args.promote,
         serving=args.serving,
-        limits=gates.load(args.gates),
+        gates_file=args.gates,
         targets=[Target(address=address) for address in args.notify],
     )
     try:

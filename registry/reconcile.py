@@ -113,6 +113,7 @@ def append_and_apply(
     Raises:
         LedgerConflictError: another entry came first; no alias was moved.
     """
+    version = versions.get_or_none(model, to)
     entry = ledger.LedgerEntry(
         time=ledger.now(),
         actor=actor,
@@ -123,6 +124,7 @@ def append_and_apply(
         previous=before.head_digest,
         action=action,
         evidence=evidence,
+        registered_by=version.tags.get(versions.REGISTERED_BY_TAG) if version else None,
     )
     ledger.append(model, entry)
     reconcile(model)

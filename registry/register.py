@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from eurosat import tracking
 from eurosat.errors import ConfigError, ModelError, TrackingError
 from eurosat.runtime import cli, exit_codes, logs
-from registry import card, evidence, robustness, versions
+from registry import card, evidence, outcome, robustness, versions
+from registry.actor import actor
 from registry.versions import NETWORK, NETWORK_INT8
 
 if TYPE_CHECKING:
@@ -198,6 +199,7 @@ def _check_classes(run_id: str, classes: Sequence[str]) -> None:
 
 def _create_version(run: tracking.RunRecord, model: str, folder: Path) -> str:
     tags = {name: run.tags[name] for name in (*LINEAGE_TAGS, VALIDATION_TAG)}
+    tags[versions.REGISTERED_BY_TAG] = actor()
     tags[versions.FILES_TAG] = json.dumps(hash_files(folder))
     versions.ensure_model(model, "Land cover of satellite tiles")
     with tracking.translate_errors(f"run {run.run_id}"):
@@ -297,7 +299,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--alias", default=versions.CHALLENGER, help="alias of the new version")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    print(register(args.run, args.model, args.alias))
+    number = register(args.run, args.model, args.alias)
+    print(number)
+    outcome.report(args.model, number)
     return exit_codes.OK
 
 

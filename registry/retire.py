@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("version", metavar="VERSION")
     parser.add_argument("--why", required=True, help="reason, stored with the version")
-    parser.add_argument("--by", help="name of the person; default: the user")
+    parser.add_argument("--by", help="person for whom you act; recorded beside your account")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)

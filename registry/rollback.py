@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from eurosat import tracking
 from eurosat.errors import ConfigError, TrackingError
 from eurosat.runtime import cli, exit_codes, logs
 from registry import ledger, versions
+from registry.actor import actor
 from registry.approvals import RETIRED_TAG, ReviewDecision
 from registry.reconcile import RegistryState, append_and_apply, last_active, reconcile
 
@@ -20,10 +20,7 @@ def choose_target(model: str, state: RegistryState, requested: str | None) -> st
     if requested is None:
         previous = last_active(model, state.earlier_champions)
         if previous is None:
-            raise TrackingError(
-                f"{model} has no earlier champion to go back to: see `python -m registry.history`, "
-                "or promote another version"
-            )
+            raise TrackingError(_no_previous(model, state.champion_number))
         return previous
     champions = {entry.to_version for entry in ledger.entries(model)} - {None}
     if state.champion_number == requested:
@@ -41,14 +38,31 @@ def choose_target(model: str, state: RegistryState, requested: str | None) -> st
     return requested
 
 
-def rollback(model: str, to: str, before: RegistryState, why: str, actor: str) -> None:
+def _no_previous(model: str, champion: str | None) -> str:
+    """Say that there is no champion before, and name a version that ``--to`` may go back to.
+
+    Versions that a move by hand or a rollback skipped are not gone back to without ``--to``.
+    """
+    numbers = [entry.to_version for entry in ledger.entries(model) if entry.to_version]
+    if to := last_active(model, [number for number in numbers if number != champion]):
+        return (
+            f"{model} has no champion before version {champion} to go back to, but version {to} "
+            f"has been champion: give --to {to}"
+        )
+    return (
+        f"{model} has no earlier champion to go back to: see `python -m registry.history`, or "
+        "promote another version"
+    )
+
+
+def rollback(model: str, to: str, before: RegistryState, why: str, by: str) -> None:
     """Make the version ``to``, an earlier champion, the champion again.
 
     Raises:
         LedgerConflictError: another entry came first; no alias was moved.
     """
     verdict = "not judged again: it has been champion"
-    append_and_apply(model, before, ledger.ROLLBACK, to, why, actor, verdict)
+    append_and_apply(model, before, ledger.ROLLBACK, to, why, by, verdict)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,13 +73,13 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--to", metavar="VERSION", help="default: the champion before")
     parser.add_argument("--why", required=True, help="reason, for the ledger")
-    parser.add_argument("--by", help="name of the person; default: the user")
+    parser.add_argument("--by", help="person for whom you act; recorded beside your account")
     parser.add_argument("--model", default=versions.MODEL, help="registered model")
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     before = reconcile(args.model)
     to = choose_target(args.model, before, args.to)
-    rollback(args.model, to, before, args.why, args.by or tracking.user())
+    rollback(args.model, to, before, args.why, actor(args.by))
     print(before.describe_change(args.model, to))
     return exit_codes.OK
 

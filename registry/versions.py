@@ -15,6 +15,8 @@ CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 ALIASES = (CHALLENGER, CHAMPION, PREVIOUS)
 FILES_TAG, VERDICT_TAG = "model.files", "verdict"
 """Tags of a version: the digests of its files, and the verdict of the gates."""
+REGISTERED_BY_TAG = "registered.by"
+"""Tag of a version: the account that registered it."""
 NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
 """Artifacts of a run: its network; the second only if training kept an INT8 network."""
 PERMISSION_DENIED = "PERMISSION_DENIED"

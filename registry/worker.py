@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 from eurosat import tracking
@@ -66,20 +67,20 @@ class Worker:
         promotes: bool = False,
         serving: str | None = None,
         serving_timeout_s: float = SERVING_TIMEOUT_S,
-        limits: gates.Gates | None = None,
+        gates_file: Path = gates.FILE,
         targets: Sequence[Target] = (),
     ) -> None:
         """Create a worker for one registered model.
 
         ``promotes``: a version that passes every gate becomes champion, not only challenger.
         ``serving``: URL of a server that must answer with each new champion within
-        ``serving_timeout_s``; otherwise the champion is rolled back. ``targets`` are notified of
-        each new champion.
+        ``serving_timeout_s``; otherwise the champion is rolled back. ``gates_file`` is read again
+        for each judgement. ``targets`` are notified of each new champion.
         """
         self._model, self._queue = model, queue
         self._promotes, self._serving = promotes, serving
         self._serving_timeout_s = serving_timeout_s
-        self._gates, self._targets = limits or gates.load(), targets
+        self._gates_file, self._targets = gates_file, targets
         self._stop = threading.Event()
         self._polled_at = -math.inf
 
@@ -200,7 +201,8 @@ class Worker:
         refused = version.tags.get(versions.VERDICT_TAG, "").startswith("refused")
         if refused and not again and not is_challenger:
             return "it was judged before"
-        verdict = judge.judge_version(version, baseline(self._model, before), self._gates)
+        limits = gates.load(self._gates_file)
+        verdict = judge.judge_version(version, baseline(self._model, before), limits)
         if verdict.passed and self._promotes:
             promote(self._model, version, before, verdict, "it passed every gate", ACTOR)
             return f"promoted: {verdict}"

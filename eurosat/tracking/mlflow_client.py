@@ -265,6 +265,14 @@ def credentials() -> Credentials:
     )
 
 
+def account() -> str | None:
+    """Return the account with which this process logs in to the server; None if it does not.
+
+    The server checks it with every request, unlike the name of this machine's user.
+    """
+    return credentials().username if tracking_uri().startswith("http") else None
+
+
 def get_or_create_experiment(client: "MlflowClient", name: str) -> str:
     """Return the id of an experiment, which is created if it does not exist."""
     from mlflow.exceptions import MlflowException

@@ -6,8 +6,10 @@ import pytest
 
 from eurosat.errors import ConfigError, EuroSATError
 from eurosat.runtime import exit_codes
-from registry import approvals, approve, ledger, reconcile, retire, versions
+from registry import approvals, approve, gates, ledger, reconcile, retire, versions
 from registry.approvals import APPROVAL_TAG, ReviewDecision
+from registry.event_queue import EventQueue
+from registry.worker import Worker
 from tests.support.registry import (
     REGISTRY,
     aliases,
@@ -24,19 +26,50 @@ def test_a_version_waits_for_approval_if_the_gate_is_on(
 ) -> None:
     file = tmp_path / "gates.toml"
     file.write_text("[accuracy]\nfloor = 0.9\nwhy = 'x'\n[approval]\noff = ''\n")
-    gates = ("--gates", str(file))
+    limits = ("--gates", str(file))
     number = register_challenger(store, model, wrong=30)
-    assert run_promote(model, *gates) == 1
+    assert run_promote(model, *limits) == 1
     assert f"approval: version {number} waits for a person" in capsys.readouterr().out
     person = ["--model", model, "--by", "ann"]
     assert approve.main([number, "--why", "not yet", "--reject", *person]) == exit_codes.OK
-    assert run_promote(model, *gates) == 1
+    assert run_promote(model, *limits) == 1
     assert "approval: rejected by ann: not yet" in capsys.readouterr().out
     assert approve.main([number, "--why", "now it may", *person]) == exit_codes.OK
-    assert run_promote(model, *gates) == 0
+    assert run_promote(model, *limits) == 0
     assert "approval approved by ann" in ledger.entries(model)[-1].verdict
     with pytest.raises(ConfigError, match="over 2000"):
         approve.main([number, "--why", "x" * 2001, *person])
+
+
+def test_the_promoter_reads_the_gates_again_for_each_judgement(
+    store: Path, model: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "gates.toml"
+    text = gates.FILE.read_text()
+    switch = '[approval]\noff = "no person has to approve"\n'
+    assert switch in text, "gates.toml shows the switch"
+    file.write_text(text)
+    queue = EventQueue(tmp_path / "queue.db")
+    worker = Worker(model, queue, promotes=True, gates_file=file)
+
+    def judge_next(wrong: int) -> str:
+        number = register_challenger(store, model, wrong)
+        worker.poll_registry()
+        while event := queue.next(model, 0):
+            worker.process(event)
+        return number
+
+    first = judge_next(40)
+    assert aliases(model) == {"champion": first}
+    file.write_text(text.replace(switch, '[approval]\noff = ""\n'))
+    second = judge_next(30)
+    assert aliases(model) == {"champion": first}
+    approve.main([second, "--why", "it may", "--model", model])
+    worker.poll_registry()
+    while event := queue.next(model, 0):
+        worker.process(event)
+    assert aliases(model)["champion"] == second
+    queue.close()
 
 
 def test_a_retired_version_is_neither_promoted_nor_rolled_back_to(

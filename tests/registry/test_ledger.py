@@ -95,6 +95,17 @@ def test_a_rollback_needs_an_earlier_champion(
     assert "has no earlier champion" in capfd.readouterr().err
 
 
+def test_after_a_move_by_hand_the_error_names_the_version_to_go_back_to(
+    store: Path, model: str, champions: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = champions
+    move_champion_by_hand(model, first)
+    assert run_rollback(model, "--why", "no") == 2
+    assert f"version {second} has been champion: give --to {second}" in capfd.readouterr().err
+    assert run_rollback(model, "--why", "back", "--to", second) == 0
+    assert aliases(model)["champion"] == second
+
+
 def kill_at(monkeypatch: pytest.MonkeyPatch, nth: int, *, after: bool) -> list[str]:
     """Raise Killed at the n-th change of the registry, before or ``after`` it is made."""
     begun: list[str] = []

@@ -66,13 +66,14 @@ def test_a_record_that_is_no_entry_is_ignored_with_a_warning(
 
 
 def test_entries_of_the_first_ledgers_keep_their_digests() -> None:
-    """They had neither action nor evidence."""
+    """They had no action, evidence or registered_by."""
     text = (
         '{"actor":"ann","from":null,"previous":"' + ledger.GENESIS + '","time":"t","to":"1",'
         '"verdict":"passed","why":"because"}'
     )
     assert ledger.parse(text).as_json() == text
     later = dataclasses.replace(ledger.parse(text), action=ledger.ROLLBACK, evidence="e")
+    later = dataclasses.replace(later, registered_by="ada")
     assert ledger.parse(later.as_json()) == later
     assert later.digest != ledger.parse(text).digest
 

@@ -8,8 +8,18 @@ import pytest
 
 from eurosat.errors import ConfigError, ModelError, TrackingError
 from eurosat.runtime import cli
-from registry import register, versions
-from tests.support.registry import CLASSES, REGISTRY, TAGS, make_network, make_predictions, make_run
+from registry import ledger, register, versions
+from registry.actor import actor
+from tests.support.registry import (
+    CLASSES,
+    REGISTRY,
+    TAGS,
+    exit_code,
+    make_network,
+    make_predictions,
+    make_run,
+    run_promote,
+)
 
 pytestmark = REGISTRY
 
@@ -45,6 +55,42 @@ def test_the_command_prints_the_number_alone_and_registers_a_run_once(
     assert printed.out.strip() == number
     assert f"version {number} already wraps run {run_id}" in printed.err
     assert len(versions.all_of("eurosat")) == 1
+
+
+def test_the_command_says_what_became_of_the_version(
+    store: Path, model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def outcome(wrong: int, *, promoted: bool) -> str:
+        run = make_run(store, make_predictions(wrong=wrong))
+        assert exit_code(register.main, run, "--model", model) == 0
+        assert "is not judged yet: `python -m registry.promote" in capfd.readouterr().err
+        assert run_promote(model) == (0 if promoted else 1)
+        capfd.readouterr()
+        assert exit_code(register.main, run, "--model", model) == 0
+        return capfd.readouterr().err
+
+    assert f"{model} version 1 is the champion" in outcome(30, promoted=True)
+    refused = outcome(60, promoted=False)
+    assert f"{model} version 2 was refused by the gates and is not served: refused: accu" in refused
+
+
+def test_the_records_name_the_account_and_not_the_user_of_the_machine(
+    store: Path, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "root")
+    assert actor() == "root"
+    assert actor("ann") == "ann"
+    number = register.register(make_run(store), model, "challenger")
+    assert versions.get(model, number).tags["registered.by"] == "root"
+    assert run_promote(model, "--by", "ann") == 0
+    (entry,) = ledger.entries(model)
+    assert (entry.actor, entry.registered_by) == ("ann", "root")
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    assert actor() == "root", "a local store checks no account"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    assert actor() == "ada"
+    assert actor("ada") == "ada"
+    assert actor("ann") == "ada on behalf of ann"
 
 
 def test_the_model_folder_has_its_lineage_and_no_pickle(run_id: str, number: str) -> None:

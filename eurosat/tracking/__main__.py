@@ -51,19 +51,27 @@ def status() -> int:
     return exit_codes.NEGATIVE if count else exit_codes.OK
 
 
-def sync(references: Sequence[str]) -> int:
-    """Send everything, also what was refused before; return NEGATIVE if some could not be sent."""
+def sync(references: Sequence[str], to: str | None = None) -> int:
+    """Send everything, also what was refused before; return NEGATIVE if some could not be sent.
+
+    ``to`` is the new address of a server that has moved: the journals send to it from now on.
+    """
     num_failed, num_skipped, started = 0, 0, time.monotonic()
     for journal, is_alive in unsent(references):
         if is_alive:
             print(f"{journal.reference}: its process is running and sends it itself")
             num_skipped += 1
-        elif not _send(journal):
+            continue
+        if to:
+            journal.set_meta(server=to)
+        if not _send(journal):
             num_failed += 1
     if not num_failed and not num_skipped:
         seconds = time.monotonic() - started
         result = "nothing left to send of these runs" if references else ALL_SENT
         print(f"{result} ({seconds:.0f} s)")
+    elif num_failed and not to:
+        print("if the server has moved: `python -m eurosat.tracking sync --to URI`")
     return exit_codes.NEGATIVE if num_failed else exit_codes.OK
 
 
@@ -133,9 +141,12 @@ def main(argv: Sequence[str]) -> int:
     commands.add_parser("status", help="list the runs that the server does not have in full")
     sync_parser = commands.add_parser("sync", help="send what the server does not have")
     sync_parser.add_argument("runs", nargs="*", help="only these runs: ids or journal:ID")
+    sync_parser.add_argument(
+        "--to", metavar="URI", help="address of the tracking server, if it has moved since"
+    )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
-    return status() if args.command == "status" else sync(args.runs)
+    return status() if args.command == "status" else sync(args.runs, args.to)
 
 
 if __name__ == "__main__":

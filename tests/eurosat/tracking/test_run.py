@@ -10,7 +10,10 @@ from mlflow import MlflowClient
 
 from eurosat import tracking
 from eurosat.errors import ConfigError, TrackingError
-from eurosat.runtime import logs
+from eurosat.runtime import exit_codes, logs
+from eurosat.tracking import __main__ as commands
+from eurosat.tracking import uploader
+from tests.support.mlflow_server import free_port
 
 pytestmark = pytest.mark.usefixtures("tracking_store")
 
@@ -186,3 +189,19 @@ def test_the_log_goes_to_the_console_and_into_a_file(
 def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ConfigError, match="is not one of"):
         logs.setup("loud")
+
+
+def test_sync_sends_the_journals_of_a_server_that_has_moved(
+    tracking_store: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(uploader, "START_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 0.5)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with tracking.run("moved", "r", system_metrics=False) as run:
+        run.log_metrics({"loss": 0.5}, 0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_store)
+    assert commands.main(["sync", run.run_id]) == exit_codes.NEGATIVE
+    assert "sync --to URI" in capsys.readouterr().out
+    assert commands.main(["sync", "--to", tracking_store, run.run_id]) == exit_codes.OK
+    assert tracking.get(run.run_id).metrics == {"loss": 0.5}

@@ -415,6 +415,8 @@ def _decode(
     Raises:
         InvalidTile: the row cannot be read as one.
     """
+    if isinstance(row, str):  # base64, which MLflow decodes in JSON but not in a DataFrame
+        row = row.encode()
     if isinstance(row, bytes):
         data = _file_bytes(row)
         if data.startswith(TIFF_SIGNATURES) and shape_HWC[2] != len("RGB"):
@@ -424,7 +426,7 @@ def _decode(
         return DecodedTile(_decode_tensor(row, shape_HWC))
     raise InvalidTile(
         f"a {type(row).__name__} is not a tile: send the bytes of a JPEG, PNG or TIFF file in the "
-        "column 'image' (in JSON as base64), or uint8 pixels as 'inputs'"
+        "column 'image' (or its base64 text), or uint8 pixels as 'inputs'"
     )
 
 

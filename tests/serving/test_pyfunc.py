@@ -130,7 +130,9 @@ def test_a_file_of_another_size_is_resized_bilinearly(model: "TileClassifier", s
 
 
 def test_base64_in_a_row_is_decoded(model: "TileClassifier") -> None:
-    assert predict(model, base64.b64encode(GOOD)) == predict(model, GOOD)
+    expected = predict(model, GOOD)
+    assert predict(model, base64.b64encode(GOOD)) == expected
+    assert predict(model, base64.b64encode(GOOD).decode()) == expected, "as text in a DataFrame"
 
 
 def test_a_tensor_may_be_lists_or_an_array(model: "TileClassifier") -> None:
@@ -148,7 +150,7 @@ def test_a_tensor_may_be_lists_or_an_array(model: "TileClassifier") -> None:
         (np.full((64, 64, 3), 256), "outside 0 to 255"),
         ([[1, 2], [3]], "lists of unequal length"),
         (None, "a NoneType is not a tile"),
-        ("text", "a str is not a tile"),
+        ("text", "4 bytes that are not a JPEG, PNG or TIFF file"),
         (b"", "no bytes"),
     ],
 )

@@ -181,10 +181,11 @@ dvc-remote: .venv/dev ## store data versions in gs://EUROSAT_BUCKET/versions
 
 data-push data-pull: .venv/dev
 data-push: ## upload the local data versions to the bucket
-	$(DVC) push $(DVC_ARGS)
+	@EUROSAT_ARTIFACTS=$$($(DVC) config remote.bucket.url) $(PLATFORM) $(BIN)/python -m eurosat.doctor --only bucket
+	$(PLATFORM) $(DVC) push $(DVC_ARGS)
 
 data-pull: ## download the data version of dvc.lock from the bucket
-	$(DVC) pull $(DVC_ARGS)
+	$(PLATFORM) $(DVC) pull $(DVC_ARGS)
 
 lint: .venv/dev ## run ruff, mypy and import-linter
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ from eurosat.data.split import split_csv
 from eurosat.errors import EuroSATError
 from eurosat.storage import open_store
 from expectations import validate
+from tests.support.mlflow_server import free_port
 from tests.support.object_stores import fake_gcs_server, make_bucket
 from tests.support.recipes import TINY
 
@@ -236,3 +237,15 @@ def test_a_target_that_is_not_a_folder_is_named(tmp_path: Path) -> None:
         commands.main(
             ["fetch", "data=synthetic", "data.synthetic.tiles=10", f"to={tmp_path}/taken"]
         )
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    versions = Versions(tmp_path, "gs://tiles/tiles")
+    versions.make("dvc-remote", "EUROSAT_BUCKET=versions")
+    (tmp_path / ".platform").mkdir()
+    (tmp_path / ".platform/env").write_text(
+        f"STORAGE_EMULATOR_HOST=http://127.0.0.1:{free_port()}\n"
+    )
+    output = versions.make("data-push", code=2)
+    assert "cannot write in gs://versions/versions" in output
+    assert "Traceback" not in output

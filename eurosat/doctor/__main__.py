@@ -65,13 +65,16 @@ def main(argv: Sequence[str]) -> int:
         metavar="S",
         help="time limit of one request to a server (%(default)g)",
     )
+    parser.add_argument(
+        "--only", choices=NAMES, metavar="CHECK", help="run this check and those that it needs"
+    )
     args = parser.parse_args(argv)
     logs.setup(args.log_level)
     if not args.timeout_s > 0:
         raise ConfigError(f"--timeout-s must be above 0; got {args.timeout_s:g}")
     with DoctorContext(min_free_gb=args.min_free_gb, timeout_s=args.timeout_s) as context:
         report = (lambda finding: None) if args.json else print_finding
-        findings = run_checks(all_checks(), context, report)
+        findings = run_checks(_with_needs(args.only), context, report)
     num_failed = sum(finding.verdict == "failed" for finding in findings)
     if args.json:
         checks = [dataclasses.asdict(finding) for finding in findings]
@@ -81,6 +84,17 @@ def main(argv: Sequence[str]) -> int:
     else:
         print("no check failed")
     return exit_codes.NEGATIVE if num_failed else exit_codes.OK
+
+
+def _with_needs(name: str | None) -> tuple[Check, ...]:
+    """Return the check of this name and those that it needs, or all."""
+    checks = {check.name: check for check in all_checks()}
+    if name is None:
+        return tuple(checks.values())
+    names = {name}
+    for check in reversed(checks.values()):  # a check needs only earlier ones
+        names |= {*check.needs} if check.name in names else set()
+    return tuple(check for check in checks.values() if check.name in names)
 
 
 def print_finding(finding: Finding) -> None:

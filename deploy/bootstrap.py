@@ -1,4 +1,4 @@
-"""Set up the platform's services in its MLflow: their users, the names of the models, the webhook.
+"""Set up the platform's services in its MLflow: users, the models, the experiment, the webhook.
 
 It may run at every start: it keeps what exists, and sets the services' passwords to the secrets.
 """
@@ -17,9 +17,13 @@ SERVICE_ROLES = {"promoter": "promoter", "serving": "reader", "trainer": "writer
 MODELS = ("eurosat", "eurosat.ledger")
 """Models that must exist: to a reader, MLflow reports a missing model as a forbidden one."""
 
+EXPERIMENT = "eurosat"
+"""Experiment of all trainings (`experiment` in eurosat/conf/config.yaml). MLflow lets whoever
+creates an experiment delete it, so it belongs to the administrator."""
+
 
 def bootstrap(admin: users.UserAdmin, folder: Path, webhook: str) -> None:
-    """Create users, models and the webhook; ``folder`` holds the secrets.
+    """Create users, models, the experiment and the webhook; ``folder`` holds the secrets.
 
     ``webhook`` is the URL on which the promoter listens.
 
@@ -39,6 +43,7 @@ def bootstrap(admin: users.UserAdmin, folder: Path, webhook: str) -> None:
             "they were stored with: copy the key of before, or run "
             "`python -m deploy.backup use-secrets` (docs/backup.md)"
         )
+    admin.request("POST", "2.0/mlflow/experiments/create", none_on=400, name=EXPERIMENT)
     result = subprocess.run(
         [sys.executable, "-m", "registry.webhooks", "install", webhook],
         env=os.environ | {"MLFLOW_WEBHOOK_SECRET": secrets.read("webhook_secret", folder)},

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy import postgresql, secrets
+from deploy.addresses import Addresses
 
 ROOT = Path(__file__).resolve().parents[1]
 BUCKET = "mlflow"
@@ -17,8 +18,7 @@ class Layout:
 
     folder: Path
     """Absolute path of everything that the platform writes."""
-    ports: dict[str, int]
-    """Port on 127.0.0.1 by service: mlflow, serving, promoter, store, postgres."""
+    addresses: Addresses
 
     @property
     def logs(self) -> Path:
@@ -43,11 +43,16 @@ class Layout:
         return self.folder / "auth.ini"
 
     @property
+    def gates(self) -> Path:
+        """The team's own file of gates; may be missing."""
+        return self.folder / "gates.toml"
+
+    @property
     def database(self) -> str:
-        return f"postgresql+psycopg2://mlflow@127.0.0.1:{self.ports['postgres']}/mlflow"
+        return f"postgresql+psycopg2://mlflow@127.0.0.1:{self.addresses.ports['postgres']}/mlflow"
 
     def url(self, service: str) -> str:
-        return f"http://127.0.0.1:{self.ports[service]}"
+        return f"http://127.0.0.1:{self.addresses.ports[service]}"
 
     def login_env(self, user: str) -> dict[str, str]:
         """Return the environment of a client that logs in to MLflow as ``user``."""
@@ -68,11 +73,16 @@ class Layout:
             "EUROSAT_ARTIFACTS": ARTIFACTS_URL,
             "STORAGE_EMULATOR_HOST": self.url("store"),
             "EUROSAT_SECRETS": str(self.secrets),
+            **self._gates_env(),
+            **({"EUROSAT_PUBLIC_URL": url} if (url := self.addresses.public_url) else {}),
         }
 
     def promoter_env(self) -> dict[str, str]:
         secret = {"MLFLOW_WEBHOOK_SECRET": self._secret("webhook_secret")}
-        return self.login_env("promoter") | secret
+        return self.login_env("promoter") | secret | self._gates_env()
+
+    def _gates_env(self) -> dict[str, str]:
+        return {"EUROSAT_GATES": str(self.gates)} if self.gates.exists() else {}
 
     def mlflow_env(self) -> dict[str, str]:
         plugins = [str(ROOT / "deploy" / "mlflow"), os.environ.get("PYTHONPATH", "")]

@@ -19,9 +19,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from deploy import postgresql, secrets
+from deploy import addresses, postgresql, secrets
+from deploy.addresses import PORTS, Addresses
 from deploy.layout import BUCKET, ROOT, Layout
-from deploy.service import Service, free_port, is_port_free
+from deploy.service import Service, is_port_free
 from deploy.services import all_services
 from eurosat.errors import ConfigError
 from eurosat.runtime import atomic, cli, env_file, exit_codes, logs
@@ -29,7 +30,6 @@ from eurosat.runtime import atomic, cli, env_file, exit_codes, logs
 log = logging.getLogger(__name__)
 
 FOLDER = Path(".platform")
-PORTS = {"mlflow": 5000, "serving": 5001, "promoter": 5002, "store": 4443, "postgres": 5432}
 DATABASE_OF_COMPOSE = "postgresql+psycopg2://mlflow@postgres:5432/mlflow"
 """Database in auth.ini, which is written for docker compose."""
 HEALTHY_TIMEOUT_S = 180.0
@@ -66,6 +66,7 @@ class Platform:
                 self._start_and_wait(service)
             env = self._layout.client_env()
             text = env_file.dump(env)
+            self._layout.addresses.save(self._layout.folder)
             _write_private(self._layout.env, text)
             if "mlflow" in self._names:
                 log.info("the platform is up: %s", self._layout.url("mlflow"))
@@ -74,6 +75,7 @@ class Platform:
             while not self._stopping:
                 for service in services:
                     self._restart_if_dead(service)
+                    service.rotate_log(self._layout.logs)
                 time.sleep(POLL_INTERVAL_S)
         finally:
             self._layout.env.unlink(missing_ok=True)
@@ -89,7 +91,7 @@ class Platform:
         """Check the ports; create secrets, folders, the database cluster and configuration."""
         layout = self._layout
         for name in self._names:
-            port = layout.ports[name]
+            port = layout.addresses.ports[name]
             if not is_port_free(port):
                 raise ConfigError(
                     f"port {port} of 127.0.0.1 is taken: give --{name}-port, or --free-ports"
@@ -171,7 +173,7 @@ def _write_private(file: Path, text: str) -> None:
         os.umask(previous)
 
 
-def up(folder: Path, ports: dict[str, int], names: Sequence[str]) -> int:
+def up(folder: Path, chosen: Addresses, names: Sequence[str]) -> int:
     """Start the platform as a background process, and return when it is healthy.
 
     Its log is copied to standard error meanwhile. Returns 2 if it ends.
@@ -182,7 +184,8 @@ def up(folder: Path, ports: dict[str, int], names: Sequence[str]) -> int:
         return exit_codes.OK
     (folder / "logs").mkdir(exist_ok=True)
     log_file = folder / "logs" / "platform.log"
-    flags = [f"--{name}-port={port}" for name, port in ports.items()]
+    flags = [f"--{name}-port={port}" for name, port in chosen.ports.items()]
+    flags += [f"--public-url={chosen.public_url or ''}"]
     flags += [f"--only={','.join(names)}"]
     with log_file.open("wb") as output:
         process = subprocess.Popen(
@@ -259,13 +262,13 @@ def running_pid(folder: Path) -> int | None:
             ) from error
 
 
-def _run(folder: Path, ports: dict[str, int], names: Sequence[str]) -> int:
+def _run(folder: Path, chosen: Addresses, names: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=LOCK_TIMEOUT_S):
             atomic.atomic_write_text(folder / "process.json", json.dumps({"pid": os.getpid()}))
             try:
-                return Platform(Layout(folder.resolve(), ports), names).run()
+                return Platform(Layout(folder.resolve(), chosen), names).run()
             finally:
                 (folder / "process.json").unlink(missing_ok=True)
     except Timeout as error:
@@ -277,7 +280,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", choices=("up", "down", "run"), help="run: in the foreground")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for data, logs and secrets")
     parser.add_argument(
-        "--free-ports", action="store_true", help="choose free ports where none is given"
+        "--free-ports",
+        action="store_true",
+        help="choose free ports instead of the default ones; later starts keep them",
+    )
+    parser.add_argument(
+        "--public-url",
+        metavar="URL",
+        help="of a reverse proxy before MLflow, kept for later starts; empty: none",
     )
     for name, port in PORTS.items():
         parser.add_argument(f"--{name}-port", type=int, metavar=str(port))
@@ -289,11 +299,9 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--only {unknown[0]} is none of {', '.join(PORTS)}")
     if args.command == "down":
         return down(args.folder)
-    ports = {
-        name: getattr(args, f"{name}_port") or (free_port() if args.free_ports else port)
-        for name, port in PORTS.items()
-    }
-    return {"up": up, "run": _run}[args.command](args.folder, ports, names)
+    requested = {name: getattr(args, f"{name}_port") for name in PORTS}
+    chosen = addresses.choose(args.folder, requested, args.public_url, free_ports=args.free_ports)
+    return {"up": up, "run": _run}[args.command](args.folder, chosen, names)
 
 
 if __name__ == "__main__":

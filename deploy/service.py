@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 STOP_TIMEOUT_S = 20.0
+MAX_LOG_BYTES = 32 << 20
+"""Size at which a log is moved to NAME.log.1, which it replaces: MLflow writes 27 MB a day."""
 PARENT_DEATH_SIGNAL = "--pdeathsig"
 """Flag of setpriv: the signal that a process gets when its parent ends."""
 
@@ -69,6 +71,13 @@ class Service:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def rotate_log(self, logs: Path) -> None:
+        """Move a long log to ``NAME.log.1``; the process goes on writing to the emptied file."""
+        file = logs / f"{self.name}.log"
+        if file.exists() and file.stat().st_size > MAX_LOG_BYTES:
+            shutil.copyfile(file, f"{file}.1")
+            os.truncate(file, 0)
 
     def last_line(self, logs: Path) -> str:
         """Return the last line of the log, and the log's path."""

@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from urllib.parse import urlsplit
 
 from deploy import postgresql
 from deploy.layout import ARTIFACTS_URL, BUCKET, Layout
@@ -31,7 +32,9 @@ def _postgres(layout: Layout) -> Service:
         healthy=partial(_ensure_database, layout),
         command=[
             *postgresql.unprivileged_prefix(f"{PARENT_DEATH_SIGNAL}=INT"),
-            *postgresql.server_command(layout.folder / "postgres", layout.ports["postgres"]),
+            *postgresql.server_command(
+                layout.folder / "postgres", layout.addresses.ports["postgres"]
+            ),
         ],
     )
 
@@ -40,7 +43,7 @@ def _object_store(layout: Layout) -> Service:
     return Service(
         name="store",
         healthy=lambda: is_healthy(f"{layout.url('store')}/storage/v1/b/{BUCKET}"),
-        command=object_store_command(layout.ports["store"], layout.folder / "store"),
+        command=object_store_command(layout.addresses.ports["store"], layout.folder / "store"),
     )
 
 
@@ -54,15 +57,24 @@ def _mlflow(layout: Layout) -> Service:
             "mlflow",
             "server",
             "--host=127.0.0.1",
-            f"--port={layout.ports['mlflow']}",
+            f"--port={layout.addresses.ports['mlflow']}",
             "--workers=1",
             f"--backend-store-uri={layout.database}",
             "--serve-artifacts",
             f"--artifacts-destination={ARTIFACTS_URL}",
             "--app-name=basic-auth",
-            "--allowed-hosts=localhost:*,127.0.0.1:*",
+            *_public_flags(layout.addresses.public_url),
         ],
     )
+
+
+def _public_flags(public_url: str | None) -> list[str]:
+    """Return the flags by which MLflow accepts requests that were sent to ``public_url``."""
+    hosts = "--allowed-hosts=localhost:*,127.0.0.1:*"
+    if not public_url:
+        return [hosts]
+    host = urlsplit(public_url).hostname
+    return [f"{hosts},{host},{host}:*", f"--cors-allowed-origins={public_url.rstrip('/')}"]
 
 
 def _promoter(layout: Layout) -> Service:
@@ -73,7 +85,7 @@ def _promoter(layout: Layout) -> Service:
         command=[
             *PYTHON_MODULE,
             "registry.receiver",
-            f"--port={layout.ports['promoter']}",
+            f"--port={layout.addresses.ports['promoter']}",
             "--promote",
             f"--serving={layout.url('serving')}",
             f"--queue={layout.folder / 'inbox.db'}",
@@ -86,7 +98,7 @@ def _serving(layout: Layout) -> Service:
         name="serving",
         healthy=lambda: is_healthy(f"{layout.url('serving')}/ping", also=503),  # no champion yet
         environment=layout.login_env("serving"),
-        command=[*PYTHON_MODULE, "serving.server", f"--port={layout.ports['serving']}"],
+        command=[*PYTHON_MODULE, "serving.server", f"--port={layout.addresses.ports['serving']}"],
     )
 
 

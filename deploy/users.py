@@ -2,9 +2,11 @@
 
 import os
 import secrets
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
 
@@ -189,10 +191,27 @@ def _add(admin: UserAdmin, name: str, role: str, file: Path | None) -> int:
         )
     is_new = admin.add(name, role, password)
     if is_new and not file:
-        print(f"MLFLOW_TRACKING_USERNAME={name}\nMLFLOW_TRACKING_PASSWORD={password}")
+        _print_login(admin.url, name, password)
     else:
         print(f"{name} is a {role}")
     return exit_codes.OK
+
+
+def _print_login(url: str, name: str, password: str) -> None:
+    """Print what the user sets to log in from another machine (docs/howto/join-a-server.md)."""
+    url = os.environ.get("EUROSAT_PUBLIC_URL", url)
+    certificate = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH")
+    print(f"MLFLOW_TRACKING_URI={url}")
+    print(f"MLFLOW_TRACKING_USERNAME={name}\nMLFLOW_TRACKING_PASSWORD={password}")
+    if certificate:
+        print("MLFLOW_TRACKING_SERVER_CERT_PATH=tls.crt")
+        print(f"# tls.crt: give {name} a copy of {certificate}; it is not secret", file=sys.stderr)
+    if urlsplit(url).hostname in ("localhost", "127.0.0.1"):
+        print(
+            f"# {url} is reachable from this machine only: see docs/howto/team-without-docker.md, "
+            "or PLATFORM_HOST in docs/platform.md",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

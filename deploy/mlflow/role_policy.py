@@ -28,12 +28,19 @@ PROMOTER_ROUTES = {
     "/mlflow/model-versions/delete-tag": "changing a version's tags",
 }
 VERSION_ROUTE = "/mlflow/model-versions/create"
-CREATE_ROUTES = ("/mlflow/experiments/create", "/mlflow/registered-models/create")
+CREATE_ROUTES = {
+    "/mlflow/experiments/create": "creating an experiment",
+    "/mlflow/registered-models/create": "creating a registered model",
+}
 """Routes that MLflow opens to every user, also to one without a role."""
+REGISTERED_BY_TAG = "registered.by"
+"""Tag of a version that names the account that registered it (registry/versions.py)."""
 RESERVED_TAGS = {"approval", "retired", "verdict"}
 """Tags that the registry's commands trust (registry/approvals.py, registry/versions.py)."""
 PROMPT_PREFIX = "mlflow.prompt."
 """Prefix of tags that make MLflow treat a model as a prompt, and hide it from the others."""
+MAX_NAME = 100
+"""Characters of a name that a refusal repeats."""
 LEDGER_SUFFIX = ".ledger"
 """Suffix of a model that holds the ledger of another (registry/ledger.py)."""
 
@@ -46,9 +53,18 @@ def authenticate() -> Authorization | Response:
     name = str(authorization.username)
     if (action := _promoter_action()) and not _has_role(name, {PROMOTER}):
         return _refusal(action, PROMOTER)
-    if _route().endswith(CREATE_ROUTES) and not _has_role(name, WRITERS):
-        return _refusal("creating an experiment or model", "writer")
+    for suffix, action in CREATE_ROUTES.items():
+        if _route().endswith(suffix) and not _has_role(name, WRITERS):
+            return _refusal(_name_target(action), "writer")
+    if (registered_by := _version_tags().get(REGISTERED_BY_TAG, name)) != name:
+        message = f"you are {name}, and cannot register a version in the name of {registered_by}\n"
+        return Response(message, status=403, mimetype="text/plain")
     return authorization
+
+
+def _name_target(action: str) -> str:
+    """Return the action with the name of what the request creates, such as "... 'maps'"."""
+    return f"{action} {str(_json_body().get('name', ''))[:MAX_NAME]!r}"
 
 
 def _refusal(action: str, role: str) -> Response:
@@ -82,15 +98,18 @@ def _promoter_action() -> str:
     names = [str(body.get("name", "")), *request.args.getlist("name")]
     if any(name.endswith(LEDGER_SUFFIX) for name in names):
         return "writing the ledger"
-    if route.endswith(VERSION_ROUTE):
-        tags = body.get("tags") or []
-        keys = {str(tag.get("key")) for tag in tags if isinstance(tag, dict)}
-        forged = sorted(
-            key for key in keys if key in RESERVED_TAGS or key.startswith(PROMPT_PREFIX)
-        )
-        if forged:
-            return f"setting the tag {forged[0]}"
-    return ""
+    forged = sorted(
+        key for key in _version_tags() if key in RESERVED_TAGS or key.startswith(PROMPT_PREFIX)
+    )
+    return f"setting the tag {forged[0]}" if forged else ""
+
+
+def _version_tags() -> dict[str, str]:
+    """Return the tags of the version that the request creates; none if it creates no version."""
+    tags = _json_body().get("tags") if _route().endswith(VERSION_ROUTE) else None
+    if not isinstance(tags, list):
+        return {}
+    return {str(tag.get("key")): str(tag.get("value")) for tag in tags if isinstance(tag, dict)}
 
 
 def _json_body() -> dict[str, Any]:

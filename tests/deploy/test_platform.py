@@ -16,7 +16,7 @@ import pytest
 import requests
 from mlflow import MlflowClient
 
-from deploy import postgresql, secrets
+from deploy import postgresql, secrets, users
 from eurosat.doctor import __main__ as doctor
 from eurosat.errors import ConfigError
 from eurosat.runtime import exit_codes
@@ -160,6 +160,50 @@ def test_a_writer_cannot_forge_tags_or_the_ledger_in_any_request_format(
     assert "promoter" in response.text
 
 
+def test_the_first_writer_does_not_own_the_teams_experiment(platform: Platform) -> None:
+    login = platform.user("writer")
+    found = platform.administrator().request(
+        "GET", "2.0/mlflow/experiments/get-by-name", experiment_name="eurosat"
+    )
+    experiment = (found or {})["experiment"]["experiment_id"]
+    assert platform.status(login, "POST", "runs/create", experiment_id=experiment) == 200
+    assert platform.status(login, "POST", "experiments/delete", experiment_id=experiment) == 403
+
+
+def test_a_refusal_names_what_was_refused(platform: Platform) -> None:
+    def refusal(role: str, path: str, fields: dict[str, object]) -> str:
+        response = requests.post(
+            f"{platform.url}/api/2.0/mlflow/{path}",
+            json=fields,
+            auth=platform.user(role),
+            timeout=30,
+        )
+        assert response.status_code == 403
+        return response.text
+
+    assert refusal("reader", "experiments/create", {"name": "maps"}).startswith(
+        "creating an experiment 'maps' needs the role writer"
+    )
+    tags = {"tags": [{"key": "registered.by", "value": "ada"}]}
+    assert refusal("writer", "model-versions/create", {**CREATE, **tags}) == (
+        "you are a-writer, and cannot register a version in the name of ada\n"
+    )
+
+
+def test_a_new_user_gets_the_address_too(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in platform.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", "/srv/tls.crt")
+    assert users.main(["add", "colleague", "--role=writer"]) == exit_codes.OK
+    printed = capsys.readouterr()
+    assert f"MLFLOW_TRACKING_URI={platform.url}\n" in printed.out
+    assert "MLFLOW_TRACKING_SERVER_CERT_PATH=tls.crt" in printed.out
+    assert "a copy of /srv/tls.crt" in printed.err
+    assert "reachable from this machine only" in printed.err
+
+
 def test_a_user_without_a_role_sees_nothing(platform: Platform) -> None:
     platform.administrator().request(
         "POST", "2.0/mlflow/users/create", username="nobody", password=platforms.PASSWORD
@@ -282,7 +326,8 @@ def test_stopping_or_killing_it_leaves_no_process_and_loses_no_data() -> None:
         assert not (folder / "env").exists()
         assert not platforms.remaining_processes(folder)
 
-        platform = platforms.start_platform(folder)
+        address, platform = platform.url, platforms.start_platform(folder)
+        assert platform.url == address, "the ports are kept"
         login = ("a-writer", platforms.PASSWORD)
         route = ("GET", "experiments/get-by-name")
         assert platform.status(login, *route, experiment_name="kept") == 200

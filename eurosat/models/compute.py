@@ -1,13 +1,19 @@
 """Choose the device, precision and memory layout in which this machine trains fastest."""
 
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock
+
+from eurosat.runtime import atomic, hardware
 from eurosat.runtime.progress import track
 
 if TYPE_CHECKING:
@@ -82,6 +88,23 @@ def choose_compute(spec: "NetworkSpec", precision: str, *, probe: bool = True) -
     measured = ", ".join(f"{_mode_name(mode)} {speed:,.0f}" for mode, speed in speeds.items())
     log.info("training in %s on the CPU (images/s probed: %s)", _mode_name(chosen), measured)
     return chosen
+
+
+def choose_once(spec: "NetworkSpec", precision: str, file: Path, *, probe: bool) -> Compute:
+    """Choose as `choose_compute` does, and store the choice in ``file`` for other processes.
+
+    A probe beside other trainings is inexact, so the workers of a study would choose differently.
+    While one process probes, the others wait.
+    """
+    question = f"{spec} {precision} {probe} {hardware.describe_hardware()}"
+    key = hashlib.sha256(question.encode()).hexdigest()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{file}.lock"):
+        choices = json.loads(file.read_text()) if file.exists() else {}
+        if key not in choices:
+            choices[key] = asdict(choose_compute(spec, precision, probe=probe))
+            atomic.atomic_write_text(file, json.dumps(choices))
+    return Compute(**choices[key])
 
 
 def has_bf16() -> bool:

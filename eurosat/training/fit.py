@@ -1,5 +1,6 @@
 """Train one network on the train fold, in this process or as one of several."""
 
+import hashlib
 import tempfile
 import time
 import warnings
@@ -22,7 +23,7 @@ from eurosat.data.loaders import SoftTargets, TileDataModule, band_statistics
 from eurosat.data.prepare import PreparedData
 from eurosat.errors import NonFiniteLoss
 from eurosat.models import network, pretrained
-from eurosat.models.compute import Compute, choose_compute
+from eurosat.models.compute import Compute, choose_compute, choose_once
 from eurosat.runtime import exit_codes, hardware, logs
 from eurosat.runtime.distributed import SINGLE_PROCESS, DistributedContext
 from eurosat.training import callbacks, distillation
@@ -30,6 +31,9 @@ from eurosat.training.callbacks import EpochHook
 from eurosat.training.checkpoints import CheckpointSlot
 from eurosat.training.module import LOG_EVERY_STEPS, Classifier
 from eurosat.training.resume import CheckpointCallback
+
+COMPUTE_FOLDER = "compute"
+"""Folder in the cache with the mode that the trainings of each study share."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +77,7 @@ def fit(
     lightning.seed_everything(config.seed, verbose=False)
     net = _create_network(config, data)
     state = slot.load() if slot else None
-    compute = _resume_or_choose_compute(config, net, state, ranks)
+    compute = _resume_or_choose_compute(config, net, state, ranks, run.tag("study"))
     net.to(memory_format=compute.memory_format)  # type: ignore[call-overload]
     _tag_compute(run, compute)
     targets = distillation.targets(config, data, compute)
@@ -147,9 +151,19 @@ def _resume_or_choose_compute(
     net: network.Network,
     state: Mapping[str, Any] | None,
     ranks: DistributedContext,
+    study: str | None,
 ) -> Compute:
-    """Return the mode of the saved state, since a second probe may choose another one."""
-    compute = choose_compute(net.spec, config.trainer.precision, probe=ranks.world_size == 1)
+    """Return the mode of the saved state, since a second probe may choose another one.
+
+    For the same reason all trainings of a ``study`` on this machine share one probe.
+    """
+    precision, probe = config.trainer.precision, ranks.world_size == 1
+    if study and not torch.cuda.is_available():
+        name = hashlib.sha256(study.encode()).hexdigest()[:16]
+        file = config.data.cache_dir / COMPUTE_FOLDER / f"{name}.json"
+        compute = choose_once(net.spec, precision, file, probe=probe)
+    else:
+        compute = choose_compute(net.spec, precision, probe=probe)
     if state and state["compute"]["device"] == compute.device:
         return Compute(**state["compute"])
     return compute

@@ -1,11 +1,13 @@
 """The precision and memory layout of a training."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from eurosat.models.compute import choose_compute
+from eurosat.models.compute import choose_compute, choose_once
 from eurosat.runtime import progress
 from tests.support.networks import build as build_network
 
@@ -33,3 +35,15 @@ def test_a_slow_probe_shows_its_progress(
     with caplog.at_level("INFO"):
         choose_compute(dataclasses.replace(build_network().spec, drop_rate=0.321), "fp32")
     assert "choosing the precision: 1 of 6 steps" in caplog.text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is used without a probe")
+def test_the_workers_of_a_study_share_one_choice(tmp_path: Path) -> None:
+    spec, file = build_network().spec, tmp_path / "compute" / "study.json"
+    first = choose_once(spec, "auto", file, probe=False)
+    (key, stored), *_ = json.loads(file.read_text()).items()
+    assert stored == dataclasses.asdict(first)
+    other = dataclasses.replace(first, channels_last=not first.channels_last)
+    file.write_text(json.dumps({key: dataclasses.asdict(other)}))
+    assert choose_once(spec, "auto", file, probe=False) == other, "the second worker reads it"
+    assert choose_once(spec, "fp32", file, probe=False).bf16 is False, "another question"

@@ -1,7 +1,9 @@
 """The documentation as a site: `make docs` builds it with Sphinx into build/docs."""
 
+import re
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 from sphinx.application import Sphinx
@@ -13,7 +15,8 @@ project = "EuroSAT"
 author = "The EuroSAT platform maintainers"
 release = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "command_help"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions += ["command_help", "settings_table"]  # of docs/extensions
 exclude_patterns = ["notebooks", "extensions"]
 
 myst_enable_extensions = ["colon_fence"]
@@ -25,16 +28,20 @@ autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False  # those of other libraries are not written for Sphinx
 default_role = "py:obj"
 
+python_display_short_literal_types = True
 nitpicky = True
-LIBRARIES = "collections|pathlib|types|typing|numpy|np|npt|pandas|pd|torch|lightning|optuna|ray"
+LIBRARIES = (
+    "collections|contextlib|pathlib|types|typing|numpy|np|npt|pandas|pd|torch|lightning|optuna|ray"
+)
 LIBRARIES += "|mlflow|matplotlib|great_expectations|starlette|uvicorn|requests|onnx|onnxruntime"
 nitpick_ignore_regex = [
     # Types of other libraries: their references are on servers that a build does not call.
     ("py:.*", rf"({LIBRARIES})\..*"),
+    # Classes that are imported for type checking only, and are thus written without their module.
+    ("py:(class|exc)", "ModelVersion|MlflowClient|MlflowException|ModelProto|ExpectationSuite"),
     # A name in single backticks is linked if the reference has it, and code otherwise.
     ("py:obj", ".*"),
 ]
-suppress_warnings = ["toc.empty_glob"]  # explanation/index.md names pages that may be missing
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"EuroSAT {release}"
@@ -56,9 +63,25 @@ def keep_colon(
     app: Sphinx, what: str, name: str, item: object, options: object, lines: list[str]
 ) -> None:
     """Let napoleon read no type before the first colon of an attribute's docstring."""
-    if what in ("attribute", "data") and lines:
-        lines.insert(0, "")
+    if what in ("attribute", "data", "property") and lines:
+        lines[:0] = ["..", ""]  # an empty comment has no colon
+
+
+def link_as_file(app: Sphinx, page: str, source: list[str]) -> None:
+    """Let links to Markdown outside this folder, such as the README, lead to a copy of the file."""
+    source[0] = re.sub(r"\]\(((?:\.\./)+[\w./-]+\.md)(?:#[\w-]+)?\)", link_to(page), source[0])
+
+
+def link_to(page: str) -> Callable[[re.Match[str]], str]:
+    folder = (DOCS / page).parent
+
+    def replace(link: re.Match[str]) -> str:
+        outside = not (folder / link[1]).resolve().is_relative_to(DOCS)
+        return f"](path:{link[1]})" if outside else link[0]
+
+    return replace
 
 
 def setup(app: Sphinx) -> None:
+    app.connect("source-read", link_as_file)
     app.connect("autodoc-process-docstring", keep_colon, priority=400)  # napoleon has 500

@@ -342,8 +342,9 @@ def test_constants_agree_with_their_other_definitions() -> None:
     assert host.EUROSAT_RGB in (ROOT / "tests" / "eurosat" / "data" / "test_pack.py").read_text()
     assert (servers.MODEL, servers.CHAMPION) == (versions.MODEL, versions.CHAMPION)
     assert servers.WEBHOOK == webhooks.NAME
-    python = ".".join(map(str, host.PYTHON))
-    assert f'requires-python = ">={python},' in (ROOT / "pyproject.toml").read_text()
+    (major, oldest), (_, newest) = host.PYTHONS[0], host.PYTHONS[-1]
+    bounds = f'requires-python = ">={major}.{oldest},<{major}.{newest + 1}"'
+    assert bounds in (ROOT / "pyproject.toml").read_text()
 
 
 # The tracking server

@@ -135,7 +135,9 @@ def test_mlflow_shows_the_data_set_of_a_run() -> None:
     tags = {"data.fingerprint": "a" * 64, "data.name": "parcels"}
     with tracking.run("e", "r", tags=tags, system_metrics=False) as run:
         pass
-    [data_input] = MlflowClient().get_run(run.run_id).inputs.dataset_inputs
+    inputs = MlflowClient().get_run(run.run_id).inputs
+    assert inputs
+    [data_input] = inputs.dataset_inputs
     assert (data_input.dataset.name, data_input.dataset.digest) == ("parcels", "a" * 36)
 
 

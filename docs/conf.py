@@ -30,23 +30,23 @@ default_role = "py:obj"
 
 python_display_short_literal_types = True
 nitpicky = True
-LIBRARIES = (
-    "collections|contextlib|pathlib|types|typing|numpy|np|npt|pandas|pd|torch|lightning|optuna|ray"
-)
-LIBRARIES += "|mlflow|matplotlib|great_expectations|starlette|uvicorn|requests|onnx|onnxruntime"
+LIBRARIES = ["numpy", "np", "npt", "pandas", "pd", "torch", "lightning", "optuna", "ray", "mlflow"]
+LIBRARIES += ["matplotlib", "starlette", "requests", "onnx", *sys.stdlib_module_names]
 nitpick_ignore_regex = [
     # Types of other libraries: their references are on servers that a build does not call.
-    ("py:.*", rf"({LIBRARIES})\..*"),
-    # Classes that are imported for type checking only, and are thus written without their module.
-    ("py:(class|exc)", "ModelVersion|MlflowClient|MlflowException|ModelProto|ExpectationSuite"),
+    ("py:.*", rf"({'|'.join(LIBRARIES)})\..*"),
+    # Names that are imported for type checking only are written without their module.
+    ("py:(class|exc)", r"\w+"),
+    ("py:class", r".*\.T"),  # type variables
     # A name in single backticks is linked if the reference has it, and code otherwise.
-    ("py:obj", ".*"),
+    ("py:obj", "(?s).*"),
 ]
 
 html_theme = "pydata_sphinx_theme"
 html_title = f"EuroSAT {release}"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_sidebars = {"index": [], "tutorial": []}  # the pages that have no section
 html_show_sourcelink = False
 html_copy_source = False
 html_theme_options = {

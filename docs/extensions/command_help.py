@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("eurosat", "expectations", "experiments", "registry", "serving", "deploy")
 SUBCOMMANDS = re.compile(r"\{([\w,-]+)\}\s+\.\.\.")
 """How argparse writes the subcommands of a parser in its usage."""
-COLUMNS = "88"
+COLUMNS = "76"
 
 
 class HelpError(Exception):
@@ -84,9 +84,8 @@ class CommandHelp(SphinxDirective):
             return list(sections)
 
     def _section(self, command: str, pages: dict[str, str]) -> nodes.Node:
-        title = f"python -m {command}"
         section = nodes.section(ids=[nodes.make_id(command)], names=[command])
-        section += nodes.title(title, "", nodes.literal(title, title))
+        section += nodes.title(command, "", nodes.literal(command, command))
         for text in pages.values():
             block = nodes.literal_block(text, text)
             block["language"] = "text"

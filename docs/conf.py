@@ -31,7 +31,7 @@ default_role = "py:obj"
 python_display_short_literal_types = True
 nitpicky = True
 LIBRARIES = ["numpy", "np", "npt", "pandas", "pd", "torch", "lightning", "optuna", "ray", "mlflow"]
-LIBRARIES += ["matplotlib", "starlette", "requests", "onnx", *sys.stdlib_module_names]
+LIBRARIES += ["matplotlib", "starlette", "uvicorn", "requests", "onnx", *sys.stdlib_module_names]
 nitpick_ignore_regex = [
     # Types of other libraries: their references are on servers that a build does not call.
     ("py:.*", rf"({'|'.join(LIBRARIES)})\..*"),

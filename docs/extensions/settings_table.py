@@ -58,7 +58,7 @@ def _limits(annotations: list[Any]) -> list[str]:
 
 
 def _as_yaml(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 class SettingsTable(SphinxDirective):

@@ -53,13 +53,13 @@ main-job: .venv/product ## run the whole job on the real tiles and write reports
 	$(BIN)/python -m benchmarks.tables main-job
 
 # The whole set runs on all cores, up to four, and has to reach the coverage floor. From Python 3.12 on,
-# coverage uses sys.monitoring.
+# coverage uses sys.monitoring. Threads that wait must not spin: they would hold the cores of other workers.
 WORKERS ?= --numprocesses=logical --maxprocesses=4 --dist=loadfile
 WHOLE := $(if $(PYTEST_ARGS),--cov-fail-under=0,$(WORKERS))
 CORE = $$($(BIN)/python -c 'import sys; print("sysmon" if sys.version_info >= (3, 12) else "ctrace")')
 
 test: .venv/dev ## run the tests with coverage (PYTEST_ARGS='-k split' for some)
-	COVERAGE_CORE=$(CORE) $(BIN)/python -m pytest -m 'not slow and not docker' --cov --cov-report=term \
+	OMP_WAIT_POLICY=passive COVERAGE_CORE=$(CORE) $(BIN)/python -m pytest -m 'not slow and not docker' --cov --cov-report=term \
 		--durations=10 --durations-min=1 $(WHOLE) $(PYTEST_ARGS)
 
 test-slow: .venv/dev ## run the tests that take minutes each

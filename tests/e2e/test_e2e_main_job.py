@@ -25,6 +25,7 @@ SMALL = (
     "augment.cutmix=0",
     "trainer.epochs=10",
     "trainer.precision=fp32",
+    "trainer.threads=1",
     "trials=2",
     "trial_epochs=1",
     "space=small.yaml",

@@ -24,7 +24,7 @@ SMALLER = {
     "data.synthetic.tiles=600": "data.synthetic.tiles=600 data.synthetic.size=32",
     "recipe=efficientnet-lite0-quick": "recipe=efficientnet-lite0-quick weights=none "
     "model.name=test_resnet model.input_size=null model.tta_views=1 model.drop_rate=0 "
-    "optim.lr=4e-3 optim.batch_size=8 optim.ema=0.9 trainer.epochs=8 trainer.precision=fp32 "
+    "optim.lr=4e-3 optim.batch_size=8 optim.ema=0.9 trainer.epochs=16 trainer.precision=fp32 "
     "trainer.threads=1",
     # the code that is tested need not be committed
     "registry.promote": "registry.promote --accept-uncommitted",

@@ -70,7 +70,7 @@ class SettingsTable(SphinxDirective):
         module, _, name = self.arguments[0].rpartition(".")
         settings = getattr(importlib.import_module(module), name)
         self.env.note_reread()  # the keys change with the code, not with this page
-        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 22 20 13 45", ""]
+        lines = [".. list-table::", "   :header-rows: 1", "   :widths: 29 19 13 39", ""]
         for row in [("key", "value", "default", "meaning"), *keys(settings)]:
             first, *others = (cell.strip().replace("\n", "\n       ") for cell in row)
             lines += [f"   * - {first}", *(f"     - {cell}" for cell in others)]

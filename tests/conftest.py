@@ -45,6 +45,7 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in telemetry.OFF.items():
             patch.setenv(name, value)
+        patch.setenv("RAY_worker_niceness", "0")  # Ray's 15 starves them beside other tests
         refused = tmp_path_factory.mktemp("sockets") / "refused.txt"
         patch.setenv(sitecustomize.RECORD, str(refused))
         patch.setenv("PYTHONPATH", os.pathsep.join([OFFLINE, os.environ.get("PYTHONPATH", "")]))

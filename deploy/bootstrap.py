@@ -6,6 +6,7 @@ It may run at every start: it keeps what exists, and sets the services' password
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ MODELS = ("eurosat", "eurosat.ledger")
 EXPERIMENT = "eurosat"
 """Experiment of all trainings (`experiment` in eurosat/conf/config.yaml). MLflow lets whoever
 creates an experiment delete it, so it belongs to the administrator."""
+
+WEBHOOK_ATTEMPTS = 3
+"""How often MLflow is asked for its webhooks: one that has just started may answer 500."""
 
 
 def bootstrap(admin: users.UserAdmin, folder: Path, webhook: str) -> None:
@@ -37,7 +41,7 @@ def bootstrap(admin: users.UserAdmin, folder: Path, webhook: str) -> None:
             admin.set_password(name, password)  # the secret may have been generated anew
     for model in MODELS:
         admin.request("POST", "2.0/mlflow/registered-models/create", none_on=400, name=model)
-    if admin.request("GET", "2.0/mlflow/webhooks", none_on=500) is None:
+    if not _can_read_webhooks(admin):
         raise ConfigError(
             f"MLflow cannot read its webhooks, as {folder / 'webhook_key'} is not the key that "
             "they were stored with: copy the key of before, or run "
@@ -52,6 +56,16 @@ def bootstrap(admin: users.UserAdmin, folder: Path, webhook: str) -> None:
     )
     if result.returncode:
         raise ConfigError(f"the webhook cannot be installed: {result.stderr.strip()[-300:]}")
+
+
+def _can_read_webhooks(admin: users.UserAdmin) -> bool:
+    """Whether MLflow lists its webhooks; with another key than theirs it answers 500 each time."""
+    for attempt in range(WEBHOOK_ATTEMPTS):
+        if admin.request("GET", "2.0/mlflow/webhooks", none_on=500) is not None:
+            return True
+        if attempt + 1 < WEBHOOK_ATTEMPTS:
+            time.sleep(1)
+    return False
 
 
 def main(argv: Sequence[str]) -> int:

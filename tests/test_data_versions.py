@@ -239,7 +239,10 @@ def test_a_target_that_is_not_a_folder_is_named(tmp_path: Path) -> None:
         )
 
 
-def test_a_bucket_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+def test_a_bucket_that_cannot_be_reached_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)  # it would take precedence
     versions = Versions(tmp_path, "gs://tiles/tiles")
     versions.make("dvc-remote", "EUROSAT_BUCKET=versions")
     (tmp_path / ".platform").mkdir()

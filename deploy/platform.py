@@ -67,7 +67,7 @@ class Platform:
             env = self._layout.client_env()
             text = env_file.dump(env)
             self._layout.addresses.save(self._layout.folder)
-            _write_private(self._layout.env, text)
+            atomic.atomic_write_private(self._layout.env, text)
             if "mlflow" in self._names:
                 log.info("the platform is up: %s", self._layout.url("mlflow"))
             else:
@@ -162,15 +162,6 @@ class Platform:
         )
         service.stop()  # its children may still hold the port
         service.start(self._layout.logs)
-
-
-def _write_private(file: Path, text: str) -> None:
-    """Write a file that nobody else can read, not even while it is being written."""
-    previous = os.umask(0o077)
-    try:
-        atomic.atomic_write_text(file, text)
-    finally:
-        os.umask(previous)
 
 
 def up(folder: Path, chosen: Addresses, names: Sequence[str]) -> int:

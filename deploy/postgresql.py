@@ -66,11 +66,7 @@ def initialise(data: Path, user: str, password_file: Path | None = None) -> None
 def write_password_file(folder: Path, password: str) -> Path:
     """Write a file for PGPASSFILE that only its owner can read, and return its path."""
     file = folder / PASSWORD_FILE
-    previous = os.umask(0o077)
-    try:
-        atomic.atomic_write_text(file, f"*:*:*:{DATABASE_USER}:{password}\n")
-    finally:
-        os.umask(previous)
+    atomic.atomic_write_private(file, f"*:*:*:{DATABASE_USER}:{password}\n")
     return file
 
 

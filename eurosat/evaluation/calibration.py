@@ -60,16 +60,22 @@ def fit(logits_NK: Floats, labels: Labels) -> Calibration:
 def _warn_of_few_errors(temperature: float, wrong: int, tiles: int) -> None:
     """Log a warning if the validation fold cannot show how often a confident answer is wrong."""
     lowest, highest = np.exp(LOG_TEMPERATURE_BOUNDS)
-    if wrong and 1.01 * lowest < temperature < highest / 1.01:
-        return
-    log.warning(
-        "confidences will be too %s (temperature %.3g): %d of %d validation tiles are "
-        "misclassified, which is too few for a calibration; add validation tiles",
-        "high" if temperature < 1 else "low",
-        temperature,
-        wrong,
-        tiles,
-    )
+    if not wrong or temperature < 1.01 * lowest:
+        log.warning(
+            "confidences will be too high (temperature %.3g): %d of %d validation tiles are "
+            "misclassified, which is too few for a calibration; add validation tiles",
+            temperature,
+            wrong,
+            tiles,
+        )
+    elif temperature > highest / 1.01:
+        log.warning(
+            "the temperature %.3g is at its limit: %d of %d validation tiles are misclassified, "
+            "so confidences mean little; train longer, or with other settings",
+            temperature,
+            wrong,
+            tiles,
+        )
 
 
 def fit_temperature(logits_NK: Floats, labels: Labels) -> float:

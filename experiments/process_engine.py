@@ -15,7 +15,7 @@ from eurosat import tracking
 from eurosat.config import compose
 from eurosat.data.prepare import PreparedData, prepare
 from eurosat.errors import EuroSATError
-from eurosat.runtime import cli, exit_codes, logs
+from eurosat.runtime import cli, exit_codes, logs, worker_processes
 from eurosat.runtime.progress import STYLE
 from eurosat.training.checkpoints import CheckpointSlot
 from experiments import objective
@@ -73,14 +73,10 @@ class Worker:
     """A worker process, the driver's end of the pipe to it, and the trial that it runs."""
 
     def __init__(self, job: SweepJob, number: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, worker_end = context.Pipe()
+        self.connection, worker_end = worker_processes.pipe()
         level = logging.getLevelName(logging.getLogger().level).lower()
-        self.process = context.Process(
-            target=_worker_main,
-            args=(job, worker_end, level),
-            name=f"worker {number + 1}",
-            daemon=True,
+        self.process = worker_processes.create(
+            _worker_main, (job, worker_end, level), name=f"worker {number + 1}", daemon=True
         )
         self.process.start()
         worker_end.close()  # else the worker's death would not end the connection

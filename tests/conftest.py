@@ -139,5 +139,14 @@ def postgres() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def real_pack(eurosat_root: Path) -> Pack:
-    return open_pack(compose(["data=eurosat"]).data)
+def real_tiles(eurosat_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides for the real tiles, with a cache that all workers share: packing takes a minute."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return "data=eurosat", f"data.cache={folder / 'real'}"
+
+
+@pytest.fixture(scope="session")
+def real_pack(real_tiles: tuple[str, ...]) -> Pack:
+    return open_pack(compose(real_tiles).data)

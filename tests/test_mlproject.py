@@ -12,7 +12,13 @@ import yaml
 
 from eurosat.config import CONF, TrainConfig, compose
 from eurosat.errors import ConfigError
-from experiments.demo import DemoConfig, check_commit, estimate_duration, split_arguments
+from experiments.demo import (
+    DEMO_TILES,
+    DemoConfig,
+    check_commit,
+    estimate_duration,
+    split_arguments,
+)
 from experiments.settings import SweepConfig, split_settings
 from tests.support.paths import ROOT
 
@@ -85,7 +91,9 @@ def test_parameters_of_commands_with_recipes_are_valid_keys(entry: str) -> None:
 
 
 def test_the_data_choose_the_recipe_unless_one_is_named() -> None:
-    assert split_arguments([])[1] == ["data=synthetic", "recipe=demo"]
+    assert split_arguments([])[1] == ["data=synthetic", "recipe=demo", *DEMO_TILES]
+    few = ["data=synthetic", "recipe=demo", "data.synthetic.tiles=10"]
+    assert split_arguments(few)[1] == [*few, DEMO_TILES[1]]
     assert split_arguments(["data=eurosat"])[1] == ["data=eurosat", "recipe=resnet18-quick"]
     arguments = ["data=eurosat", "recipe=demo"]
     assert split_arguments(arguments)[1] == arguments

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import socket
 import tempfile
@@ -17,7 +16,7 @@ from eurosat.config import TrainConfig
 from eurosat.data.prepare import PreparedData, prepare
 from eurosat.errors import EuroSATError
 from eurosat.models import network, pretrained
-from eurosat.runtime import exit_codes, logs, process, ray_cluster, telemetry
+from eurosat.runtime import exit_codes, logs, process, ray_cluster, telemetry, worker_processes
 from eurosat.runtime.distributed import DistributedContext, launcher_environment
 from eurosat.runtime.progress import STYLE
 from eurosat.training import distillation
@@ -91,12 +90,11 @@ def _worker_processes(
     config: TrainConfig, world: int, port: int, slot: CheckpointSlot | None
 ) -> Iterator[list[BaseProcess]]:
     """Start all ranks but the first; they are joined, or killed after an error, at the end."""
-    context = multiprocessing.get_context("spawn")
     level = logging.getLevelName(logging.getLogger().level).lower()
     workers: list[BaseProcess] = [
-        context.Process(
-            target=_worker_main,
-            args=(config, dict(launcher_environment(rank, world, port)), slot, level),
+        worker_processes.create(
+            _worker_main,
+            (config, dict(launcher_environment(rank, world, port)), slot, level),
             name=f"rank {rank}",
         )
         for rank in range(1, world)

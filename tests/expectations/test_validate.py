@@ -319,8 +319,10 @@ def test_the_help_lists_the_options_without_heavy_imports() -> None:
 @pytest.mark.skipif(
     not os.environ.get("EUROSAT_ROOT"), reason="EUROSAT_ROOT names no EuroSAT tiles"
 )
-def test_the_27000_real_tiles_pass(store: Path, tmp_path: Path) -> None:
-    outcome = run_command(tmp_path, "data=eurosat")
+def test_the_27000_real_tiles_pass(
+    store: Path, tmp_path: Path, real_tiles: tuple[str, ...]
+) -> None:
+    outcome = run_command(tmp_path, *real_tiles)
     assert outcome.code == exit_codes.OK, outcome.printed
     _, metrics, _, _, _ = logged_run(outcome)
     assert metrics["tiles"] == 27_000

@@ -23,7 +23,7 @@ def test_two_drivers_share_the_trials_of_one_study(
     storage, backend = create_database(postgres, "studies"), create_database(postgres, "mlflow")
     with mlflow_server(tmp_path, backend) as port:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
-        settings = (*SWEEP, "study=s", f"storage={storage}", "trial_epochs=30", "pruner=none")
+        settings = (*SWEEP, "study=s", f"storage={storage}", "trial_epochs=12", "pruner=none")
         first = start_sweep(tmp_path, *settings, "trials=6", "refit=false")
 
         def trials() -> list[optuna.trial.FrozenTrial]:
@@ -48,4 +48,4 @@ def test_two_drivers_share_the_trials_of_one_study(
         for run in runs:
             assert run.info.status == "FINISHED"
             points = MlflowClient().get_metric_history(run.info.run_id, "val_accuracy")
-            assert sorted(p.step for p in points) == list(range(30))
+            assert sorted(p.step for p in points) == list(range(12))

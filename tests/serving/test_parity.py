@@ -102,18 +102,22 @@ def interfaces(
     frame = pd.DataFrame({"image": [saved(Image.fromarray(tile), "PNG") for tile in tiles_NHWC]})
     parts = [loaded.predict(frame[start : start + 1024]) for start in range(0, len(frame), 1024)]
     yield "pyfunc", matrix([answer for part in parts for answer in part]), torch_NK
-    for module, words, path in (
-        ("serving.mlflow_server", "--port {}", "/invocations"),
-        ("serving.server", f"--precision {precision} --port {{}}", "/invocations"),
-        ("serving.server", f"--precision {precision} --port {{}}", "/predict/batch"),
-        ("serving.ray_app", f"precision={precision} port={{}}", "/predict/batch"),
+    for module, words, paths in (
+        ("serving.mlflow_server", "--port {}", ("/invocations",)),
+        (
+            "serving.server",
+            f"--precision {precision} --port {{}}",
+            ("/invocations", "/predict/batch"),
+        ),
+        ("serving.ray_app", f"precision={precision} port={{}}", ("/predict/batch",)),
     ):
         port = free_port()
         process = started(folder, precision, module, *words.format(port).split())
         try:
             url = f"http://127.0.0.1:{port}"
             client.wait_ready(url, process, START_TIMEOUT_S)
-            yield f"{module} {path}", by_rest(url, path, tiles_NHWC), torch_NK
+            for path in paths:
+                yield f"{module} {path}", by_rest(url, path, tiles_NHWC), torch_NK
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=30)

@@ -67,7 +67,7 @@ def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str] 
     while not condition():
         assert process is None or process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline, "the condition did not become true in 180 s"
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def check_all_complete(folder: Path, count: int, epochs: int) -> dict[str, Run]:

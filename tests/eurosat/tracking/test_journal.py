@@ -90,6 +90,8 @@ def long_timeouts(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Allow for retries: MLflow repeats a request twice before it counts as failed."""
     monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 60.0)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(mlflow_client.MAX_RETRIES))
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0.1")
 
 
 @pytest.fixture

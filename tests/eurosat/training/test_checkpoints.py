@@ -1,6 +1,5 @@
 """A killed training resumes in the same run and ends with the same weights, bit for bit."""
 
-import multiprocessing
 import os
 import random
 import resource
@@ -22,21 +21,13 @@ from eurosat.config import TrainConfig, compose
 from eurosat.data.prepare import PreparedData
 from eurosat.errors import ModelError
 from eurosat.models.pretrained import find_weights
-from eurosat.runtime import cli, exit_codes
+from eurosat.runtime import cli, exit_codes, worker_processes
 from eurosat.training.callbacks import RunLogger
 from eurosat.training.checkpoints import CheckpointSlot, acquire
 from eurosat.training.fit import fit
 from eurosat.training.resume import with_current_names
 from tests.support.recipes import TINY
 
-PRELOAD = [
-    "eurosat.train",
-    "eurosat.training.resume",
-    "eurosat.models.pretrained",
-    "eurosat.models.export",
-    "mlflow",
-]
-"""Imported once for all processes of a test, since importing takes longer than training."""
 FINGERPRINTS = {"data.fingerprint": "d", "split.fingerprint": "s"}
 
 
@@ -49,9 +40,7 @@ def train_process(arguments: list[str], log: str) -> None:
 
 
 def start(arguments: Sequence[str], log: Path) -> BaseProcess:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    process = context.Process(target=train_process, args=(list(arguments), str(log)))
+    process = worker_processes.create(train_process, (list(arguments), str(log)), name="training")
     process.start()
     return process
 
@@ -247,7 +236,7 @@ def test_a_second_training_at_the_same_time_gets_a_slot_of_its_own(
 @pytest.mark.usefixtures("tracking_store")
 @pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_a_killed_training_ends_like_an_uninterrupted_one(tmp_path: Path, kills: int) -> None:
-    settings = ["trainer.epochs=16", "trainer.patience=15", "augment.cutmix=0.5", "optim.ema=0.9"]
+    settings = ["trainer.epochs=8", "trainer.patience=7", "augment.cutmix=0.5", "optim.ema=0.9"]
     check_killed_training([*TINY, *settings], tmp_path, epoch_s=0.5, kills=kills)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,13 +25,21 @@ def student(*overrides: str) -> TrainConfig:
     return compose([*TINY, "trainer.epochs=1", *overrides])
 
 
-@pytest.fixture
-def teacher(tracking_store: str, tiny_data: PreparedData) -> str:
-    """Return a finished run of the recipe `resnet18-quick`."""
+@pytest.fixture(scope="module")
+def taught(store: Path, tiny_data: PreparedData) -> tuple[Path, str]:
+    """A tracking store with one finished run of the recipe `resnet18-quick`, and the run's id."""
     config = compose([*TINY, "recipe=resnet18-quick", "trainer.epochs=1"])
     with tracking.run("eurosat", "t", system_metrics=False, tags={"kind": "train"}) as run:
         train.train(config, tiny_data, run)
-    return run.run_id
+    return store / "mlflow.db", run.run_id
+
+
+@pytest.fixture
+def teacher(taught: tuple[Path, str], tracking_store: str, tmp_path: Path) -> str:
+    """The id of that run, in a copy of its tracking store for one test."""
+    database, run_id = taught
+    shutil.copy(database, tmp_path / "mlflow.db")
+    return run_id
 
 
 def test_targets_mix_the_teachers_probabilities_and_the_labels_by_share(
@@ -205,7 +214,8 @@ def test_a_teacher_of_another_split_is_refused(teacher: str, tiny_data: Prepared
 
 
 def test_a_teacher_of_other_classes_is_refused(teacher: str, tiny_data: PreparedData) -> None:
-    pack = dataclasses.replace(tiny_data.pack, classes=tuple("abcdefghij"))
+    classes = tuple("abcdefghij")
+    pack = dataclasses.replace(tiny_data.pack, classes=classes, fingerprint="letters")
     with pytest.raises(
         ModelError, match="has the classes AnnualCrop, .* and 3 bands; the data have a, b, c"
     ):

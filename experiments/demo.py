@@ -22,6 +22,7 @@ from rich.table import Table
 
 from eurosat import tracking
 from eurosat.config import TrainConfig, compose
+from eurosat.data.sources import open_source
 from eurosat.errors import ConfigError, EuroSATError, TrackingError
 from eurosat.runtime import cli, exit_codes, tables
 from eurosat.runtime.settings import settings
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "eurosat"
-DEMO_TILES = ("data.synthetic.tiles=2000", "data.synthetic.difficulty=0.5")
+DEMO_TILES = ("data.synthetic.tiles=2000", "data.synthetic.difficulty=0")
 """What the recipe ``demo`` trains on, so that the gates are passed after minutes on any machine."""
 BEST_METRIC = "test_accuracy"
 """The metric by which the page of the runs is sorted."""
@@ -184,7 +185,7 @@ def prepare_environment() -> None:
 
 def estimate_duration(config: TrainConfig, options: DemoConfig) -> str:
     """Return one sentence on the work ahead; the sweep logs a measured estimate later."""
-    tiles = config.data.synthetic.tiles if config.data.source == "synthetic" else 27_000
+    tiles = 27_000 if config.data.source == "eurosat" else len(open_source(config.data).paths)
     epochs = options.trials * (options.trial_epochs or 0) + config.trainer.epochs
     minutes = 1 + epochs * tiles * 0.65 / TRAINED_TILES_PER_S / 60  # train and val folds
     teacher = ""

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -102,11 +102,20 @@ def choose_once(spec: "NetworkSpec", precision: str, file: Path, *, probe: bool)
     key = hashlib.sha256(question.encode()).hexdigest()
     file.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{file}.lock"):
-        choices = json.loads(file.read_text()) if file.exists() else {}
+        choices = _stored_choices(file)
         if key not in choices:
             choices[key] = asdict(choose_compute(spec, precision, probe=probe))
             atomic.atomic_write_text(file, json.dumps(choices))
     return Compute(**choices[key])
+
+
+def _stored_choices(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the stored choices; none if the file is missing or damaged."""
+    try:
+        choices: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return choices
 
 
 def has_bf16() -> bool:

@@ -47,3 +47,6 @@ def test_the_workers_of_a_study_share_one_choice(tmp_path: Path) -> None:
     file.write_text(json.dumps({key: dataclasses.asdict(other)}))
     assert choose_once(spec, "auto", file, probe=False) == other, "the second worker reads it"
     assert choose_once(spec, "fp32", file, probe=False).bf16 is False, "another question"
+    file.write_text("{")
+    assert choose_once(spec, "auto", file, probe=False) == first, "a damaged file is replaced"
+    assert json.loads(file.read_text()).keys() == {key}

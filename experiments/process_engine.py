@@ -29,6 +29,8 @@ POLL_INTERVAL_S = 5.0
 """Between two looks at the trials of other drivers."""
 DRIVER_EXIT_GRACE_S = 1.0
 """Time in which a worker that talks to its driver notices the driver's death by itself."""
+ERROR_GRACE_S = 3
+"""Time in which a worker may send that its run FAILED, as that of another worker has."""
 SHUTDOWN_GRACE_S = 30
 """Time in which a worker that must stop can send its run's status; then it is killed."""
 
@@ -96,7 +98,10 @@ def run_in_workers(driver: StudyDriver, progress: SweepProgress, *, wait_for_oth
     workers = [Worker(driver.job, number) for number in range(driver.job.sweep.workers)]
     try:
         _run_workers(driver, workers, progress, wait_for_others)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, EuroSATError):  # the others meet it too: let them end by themselves
+            for worker in workers:
+                worker.process.join(ERROR_GRACE_S)
         for worker in workers:
             worker.process.terminate()  # its run ends as KILLED
         raise

@@ -100,8 +100,9 @@ def run_in_workers(driver: StudyDriver, progress: SweepProgress, *, wait_for_oth
         _run_workers(driver, workers, progress, wait_for_others)
     except BaseException as error:
         if isinstance(error, EuroSATError):  # the others meet it too: let them end by themselves
+            deadline = time.monotonic() + ERROR_GRACE_S
             for worker in workers:
-                worker.process.join(ERROR_GRACE_S)
+                worker.process.join(max(0, deadline - time.monotonic()))
         for worker in workers:
             worker.process.terminate()  # its run ends as KILLED
         raise

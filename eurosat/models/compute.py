@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 PROBE_BATCH, PROBE_ROUNDS = 32, 3
 """Tiles per step and steps per mode: they fill two cores, and all modes take about two seconds."""
-HOPELESS = 4
+MAX_PROBE_SLOWDOWN = 4
 """A mode that takes this many times as long as the fastest one is not timed again."""
 MIN_PROBE_SPEEDUP = 1.5
 """A mode replaces the default one only if it is this many times as fast in the probe."""
@@ -138,7 +138,7 @@ def _images_per_s(spec: "NetworkSpec", modes: list[Compute]) -> dict[Compute, fl
     fastest = dict.fromkeys(modes, float("inf"))
     steps = modes * PROBE_ROUNDS
     for mode in track(steps, len(steps), "choosing the precision", "steps"):
-        if HOPELESS * min(fastest.values()) < fastest[mode] < float("inf"):
+        if MAX_PROBE_SLOWDOWN * min(fastest.values()) < fastest[mode] < float("inf"):
             continue
         network.to(memory_format=mode.memory_format)  # type: ignore[call-overload]
         batch = tiles.contiguous(memory_format=mode.memory_format)

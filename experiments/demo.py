@@ -131,8 +131,8 @@ def main(argv: Sequence[str]) -> int:
 def split_arguments(overrides: Sequence[str]) -> tuple[DemoConfig, list[str]]:
     """Return the demo's own settings, and the overrides of the recipe.
 
-    If no recipe is given, synthetic tiles get ``demo`` and all others ``resnet18-quick``. The
-    recipe ``demo`` gets `DEMO_TILES`, unless others are given.
+    Without ``recipe=``, synthetic tiles get ``demo`` and all others ``resnet18-quick``. The recipe
+    ``demo`` gets the settings of `DEMO_TILES` that the overrides do not name.
     """
     from experiments.settings import split_settings
 
@@ -144,8 +144,8 @@ def split_arguments(overrides: Sequence[str]) -> tuple[DemoConfig, list[str]]:
     if not any(override.startswith("recipe=") for override in recipe):
         recipe = [*recipe, f"recipe={'demo' if data == 'data=synthetic' else 'resnet18-quick'}"]
     if data == "data=synthetic" and "recipe=demo" in recipe:
-        given = {override.partition("=")[0] for override in recipe}
-        recipe += [tile for tile in DEMO_TILES if tile.partition("=")[0] not in given]
+        keys = {override.partition("=")[0] for override in recipe}
+        recipe += [setting for setting in DEMO_TILES if setting.partition("=")[0] not in keys]
     if data == "data=folder" and not any(word.startswith("model=") for word in overrides):
         options = dataclasses.replace(options, model=model_of_folder(recipe))
     if options.trial_epochs is None:

@@ -29,7 +29,7 @@ POLL_INTERVAL_S = 5.0
 """Between two looks at the trials of other drivers."""
 DRIVER_EXIT_GRACE_S = 1.0
 """Time in which a worker that talks to its driver notices the driver's death by itself."""
-ERROR_GRACE_S = 3
+ERROR_GRACE_S = 10
 """Time in which a worker may send that its run FAILED, as that of another worker has."""
 SHUTDOWN_GRACE_S = 30
 """Time in which a worker that must stop can send its run's status; then it is killed."""
@@ -75,7 +75,7 @@ class Worker:
     """A worker process, the driver's end of the pipe to it, and the trial that it runs."""
 
     def __init__(self, job: SweepJob, number: int) -> None:
-        self.connection, worker_end = worker_processes.pipe()
+        self.connection, worker_end = multiprocessing.Pipe()
         level = logging.getLevelName(logging.getLogger().level).lower()
         self.process = worker_processes.create(
             _worker_main, (job, worker_end, level), name=f"worker {number + 1}", daemon=True

@@ -67,7 +67,7 @@ def explain(
     labels = probabilities.argmax(axis=1)
     heat = heat_maps(network, tiles_NCHW, labels)
     wrong = [n for n, name in enumerate(expected) if name in classes and name != classes[labels[n]]]
-    true_labels = np.asarray([classes.index(str(expected[n])) for n in wrong])
+    true_labels = np.array([classes.index(str(expected[n])) for n in wrong], np.int64)
     wrong_heat = heat_maps(network, tiles_NCHW[wrong], true_labels)
     heat_expected = dict(zip(wrong, wrong_heat, strict=True))
     return [

@@ -30,10 +30,10 @@ def atomic_write_text(file: Path, text: str) -> None:
     atomic_write(file, lambda stream: stream.write(text.encode()))
 
 
-def atomic_write_private(path: Path, text: str) -> None:
+def atomic_write_private(file: Path, text: str) -> None:
     """Write a file that nobody else can read, not even while it is being written."""
     previous = os.umask(0o077)
     try:
-        atomic_write_text(path, text)
+        atomic_write_text(file, text)
     finally:
         os.umask(previous)

@@ -97,7 +97,7 @@ def principal_axes(features_NF: "Floats") -> "Floats":
     vectors = vectors[:, ::-1][:, :MAX_AXES]
     largest = np.take_along_axis(vectors, abs(vectors).argmax(axis=0)[None], axis=0)
     axes = centred @ (vectors * np.sign(largest))
-    share = variances[::-1][:MAX_AXES].sum() / max(variances.sum(), 1e-12)
+    share = variances[::-1][:MAX_AXES].sum() / max(float(variances.sum()), 1e-12)
     log.info("%d axes hold %.2f of the variance of the features", axes.shape[1], share)
     scaled: Floats = axes / max(axes.std(), 1e-12)
     return scaled

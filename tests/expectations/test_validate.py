@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import os
 import re
 import subprocess
 import sys
@@ -316,9 +315,6 @@ def test_the_help_lists_the_options_without_heavy_imports() -> None:
 
 
 @pytest.mark.real_data
-@pytest.mark.skipif(
-    not os.environ.get("EUROSAT_ROOT"), reason="EUROSAT_ROOT names no EuroSAT tiles"
-)
 def test_the_27000_real_tiles_pass(
     store: Path, tmp_path: Path, real_tiles: tuple[str, ...]
 ) -> None:

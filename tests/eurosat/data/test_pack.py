@@ -157,7 +157,7 @@ def test_16_bit_tiles_are_scaled_from_reflectance(tmp_path: Path) -> None:
             source="folder", root=str(tmp_path / "t"), dtype="uint16", cache=str(tmp_path / "cache")
         )
     )
-    assert pack.tiles_NHWC[0, :, :, 0].max() == 255
+    assert np.max(pack.tiles_NHWC[0, :, :, 0]) == 255
     assert pack.tiles_NHWC[0, 1, 1, 0] == 128  # half of 2750
 
 

@@ -65,7 +65,7 @@ def test_forest_is_darkest_where_land_is_green(tiles: npt.NDArray[np.uint8]) -> 
     forest = mean[LABELS["Forest"]]
     assert forest[1] > forest[0]  # green over red
     land = [label for name, label in LABELS.items() if name not in ("Forest", "SeaLake")]
-    assert mean[land].sum(axis=1).min() > forest.sum()
+    assert np.min(mean[land].sum(axis=1)) > forest.sum()
 
 
 def test_texture_is_lowest_on_water_and_highest_in_built_up_areas(

@@ -24,4 +24,4 @@ def test_one_pass_over_the_tiles_gives_the_logits_of_all_views_and_of_the_first(
     np.testing.assert_array_equal(mean, expected)
     np.testing.assert_array_equal(first, single)
     np.testing.assert_array_equal(labels, expected_labels)
-    assert abs(first - mean).max() > 1e-3, "one view is not the mean of eight"
+    assert np.max(abs(first - mean)) > 1e-3, "one view is not the mean of eight"

@@ -94,9 +94,7 @@ def test_a_worker_that_cannot_train_ends_the_sweep_with_one_line(tmp_path: Path)
     parent = tracking.latest_run("eurosat", kind="sweep")
     assert tracking.get(parent).status == "FAILED"
     runs = MlflowClient().search_runs([tracking.get(parent).experiment_id])
-    statuses = [run.info.status for run in runs]
-    assert set(statuses) <= {"FAILED", "KILLED"}, "the second worker may be stopped before it fails"
-    assert statuses.count("FAILED") >= 2, "the sweep and the trial of the first worker"
+    assert {run.info.status for run in runs} == {"FAILED"}
 
 
 @pytest.mark.usefixtures("tracking_store")

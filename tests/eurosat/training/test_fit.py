@@ -72,13 +72,9 @@ def test_trained_weights_beat_a_start_from_scratch_at_an_equal_budget(
 ) -> None:
     """The weights come from other synthetic tiles of the same classes."""
     other_data = prepare(compose([*TINY, "data.synthetic.seed=9", "data.synthetic.tiles=1000"]))
+    config = compose([*TINY, "data.synthetic.seed=9", "trainer.epochs=6"])
     weights = tmp_path / "w.safetensors"
-    save(
-        quick_fit(
-            compose([*TINY, "data.synthetic.seed=9", "trainer.epochs=6"]), other_data
-        ).network,
-        weights,
-    )
+    save(quick_fit(config, other_data).network, weights)
     overrides = [*TINY, "trainer.epochs=2", "augment.cutmix=0"]
     scratch = quick_fit(compose(overrides), tiny_data)
     for changes in ("optim.freeze_epochs=1", "optim.layer_decay=0.5"):

@@ -4,12 +4,11 @@ import base64
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from eurosat.errors import DataError, EuroSATError
 from eurosat.runtime import cli, exit_codes, logs
@@ -21,6 +20,13 @@ KEY_VARIABLE = "EUROSAT_SERVING_KEY"
 """Environment variable with the API key, for a server that requires one."""
 SUMMARY_KEYS = ("label", "confidence", "model_version")
 """Keys of a prediction that are printed without --json."""
+
+
+class ServerProcess(Protocol):
+    """A process that may have ended, such as a `subprocess.Popen`."""
+
+    def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
 
 
 class ServerError(EuroSATError):
@@ -79,7 +85,7 @@ def score_each(
     return predictions, refusals
 
 
-def wait_ready(url: str, process: "subprocess.Popen[Any] | None", timeout_s: float) -> None:
+def wait_ready(url: str, process: ServerProcess | None, timeout_s: float) -> None:
     """Poll /ping until it answers 200.
 
     Raises:
@@ -95,7 +101,7 @@ def wait_ready(url: str, process: "subprocess.Popen[Any] | None", timeout_s: flo
         except requests.RequestException:
             pass
         if process is not None and process.poll() is not None:
-            raise ServerError(f"the server for {url} ended with code {process.returncode}")
+            raise ServerError(f"the server for {url} ended with code {process.poll()}")
         if time.monotonic() > deadline:
             raise ServerError(f"{url} was not ready within {timeout_s:g} s: see the server's log")
         time.sleep(POLL_INTERVAL_S)

@@ -93,9 +93,9 @@ class Journal:
         return journal
 
     def acquire(self, wait_s: float = 0) -> bool:
-        """Lock the journal until `close` or the end of this process; False if another has it.
+        """Lock the journal until `close` or the end of this process; False if it is locked.
 
-        The process with the lock writes the run, or sends what a dead process left.
+        Who has the lock writes the run, or sends what a dead process left.
         """
         from filelock import Timeout
 
@@ -316,7 +316,7 @@ def _storable(value: float) -> float | str:
 def _lock(directory: Path) -> "FileLock":
     from filelock import FileLock
 
-    return FileLock(directory / LOCK, timeout=0)
+    return FileLock(directory / LOCK, timeout=0, thread_local=False)
 
 
 def _copy_durably(source: Path | bytes, target: Path) -> tuple[str, int]:

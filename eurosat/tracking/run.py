@@ -135,7 +135,7 @@ class Run:
             if delivered and not journal.outbox.refusals() and ended_well:
                 journal.remove()
             else:  # to be sent later, or to be continued
-                journal.close()
+                self._uploader.close(journal)
 
     def _log_undelivered(self, delivered: bool) -> None:
         journal = self._journal

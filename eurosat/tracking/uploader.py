@@ -320,6 +320,22 @@ class BackgroundUploader:
         self._thread.join()
         return True
 
+    def close(self, journal: Journal) -> None:
+        """Close the run's journal; its lock stays until no request of this process is left.
+
+        A request that hangs may still create the run. If another process sent the journal
+        meanwhile, the server would get two runs with a part of the data each.
+        """
+        if self._thread.is_alive():
+            waiter = threading.Thread(target=self._close_later, args=(journal,), daemon=True)
+            waiter.start()
+        else:
+            journal.close()
+
+    def _close_later(self, journal: Journal) -> None:
+        self._thread.join()
+        journal.close()
+
     def report_failed(self) -> None:
         """Let the thread end the run as FAILED, past a journal that cannot be written."""
         self._failure_pending = True

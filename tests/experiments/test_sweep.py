@@ -4,8 +4,6 @@ import contextlib
 import os
 import shlex
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import optuna
@@ -21,6 +19,7 @@ from eurosat.runtime import exit_codes
 from experiments import objective, sweep
 from experiments.objective import SweepJob
 from experiments.settings import SweepConfig
+from tests.support import processes
 from tests.support.paths import ROOT
 from tests.support.recipes import TINY
 from tests.support.sweeps import (
@@ -309,13 +308,7 @@ def test_a_sweep_that_was_killed_is_resumed_where_it_stopped(tmp_path: Path, kil
 
     with pytest.raises(ConfigError, match="keeps the recipe of the study"):
         sweep.main(["resume=s", storage, "optim.lr=1"])
-    second = subprocess.run(
-        [sys.executable, "-m", "experiments.sweep", "resume=s", storage],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{os.environ['PYTHONPATH']}:{ROOT}"},
-        capture_output=True,
-        text=True,
-    )
+    second = processes.run("experiments.sweep", "resume=s", storage, folder=tmp_path)
     assert second.returncode == exit_codes.OK, second.stderr[-3000:]
     run_by_number = check_all_complete(tmp_path, 3, 12)
     after = {trial.number: trial for trial in load_trials(tmp_path)}

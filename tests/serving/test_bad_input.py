@@ -3,10 +3,7 @@
 import asyncio
 import contextlib
 import json
-import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +31,7 @@ from tests.support.malformed_requests import (
     request,
 )
 from tests.support.mlflow_server import START_TIMEOUT_S, free_port
-from tests.support.paths import ROOT
+from tests.support.processes import CommandProcess, start
 from tests.support.registry import MLFLOW_WARNS, make_run
 from tests.support.serving import Answer, headers_of, read_answer
 
@@ -52,7 +49,7 @@ PASSES = 9
 class Server:
     """A server of one process."""
 
-    def __init__(self, port: int, process: "subprocess.Popen[bytes]") -> None:
+    def __init__(self, port: int, process: CommandProcess) -> None:
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         (child,) = psutil.Process(process.pid).children()
         self.worker = child
@@ -110,12 +107,9 @@ def server(store: Path) -> Iterator[Server]:
     number = register.register(make_run(store), "eurosat", "challenger")
     versions.client().set_registered_model_alias("eurosat", "champion", number)
     port, patience = free_port(), str(TIMEOUT_S)
-    command = [sys.executable, "-m", "serving.server", "--port", str(port), "--processes", "1"]
+    command = ["serving.server", "--port", str(port), "--processes", "1"]
     command += ["--max-head-s", patience, "--max-body-s", patience]
-    path = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
-    environment = os.environ | {"PYTHONPATH": path}
-    with (store / "server.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=store, env=environment, stdout=log, stderr=log)
+    process = start(*command, folder=store, log=store / "server.log")
     try:
         client.wait_ready(f"http://127.0.0.1:{port}", process, START_TIMEOUT_S)
         yield Server(port, process)

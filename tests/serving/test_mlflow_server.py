@@ -26,7 +26,7 @@ from tests.support.images import (
     raw,
 )
 from tests.support.mlflow_server import START_TIMEOUT_S, free_port
-from tests.support.paths import ROOT
+from tests.support.processes import start
 from tests.support.registry import REGISTRY, TAGS, make_network, make_run
 
 pytestmark = REGISTRY
@@ -45,10 +45,8 @@ def version(store: Path) -> str:
 @pytest.fixture(scope="module")
 def url(store: Path, version: str) -> Iterator[str]:
     port = free_port()
-    command = [sys.executable, "-m", "serving.mlflow_server", "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with (store / "server.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=store, env=environment, stdout=log, stderr=log)
+    log = store / "server.log"
+    process = start("serving.mlflow_server", "--port", str(port), folder=store, log=log)
     try:
         client.wait_ready(f"http://127.0.0.1:{port}", process, START_TIMEOUT_S)
         yield f"http://127.0.0.1:{port}"

@@ -4,8 +4,6 @@ import base64
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -22,9 +20,9 @@ from eurosat.data.prepare import prepare
 from eurosat.models import onnx_session
 from registry import register, versions
 from serving import client
+from tests.support import processes
 from tests.support.images import saved
 from tests.support.mlflow_server import START_TIMEOUT_S, free_port
-from tests.support.paths import ROOT
 from tests.support.recipes import TINY
 from tests.support.registry import MLFLOW_WARNS
 
@@ -59,21 +57,11 @@ def by_rest(url: str, path: str, tiles_NHWC: npt.NDArray[np.uint8]) -> Floats:
     return matrix(answers)
 
 
-def started(folder: Path, precision: str, module: str, *args: str) -> "subprocess.Popen[bytes]":
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
-    }
-    environment |= {
-        "SERVING_MODEL_CONFIG": json.dumps({"precision": precision})
-    }  # MLflow's own server reads it
-    with (folder / f"{module}.log").open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *args],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
+def started(folder: Path, precision: str, module: str, *arguments: str) -> processes.CommandProcess:
+    model_config = {"precision": precision}  # MLflow's own server reads it
+    environment = os.environ | {"SERVING_MODEL_CONFIG": json.dumps(model_config)}
+    log = folder / f"{module}.log"
+    return processes.start(module, *arguments, folder=folder, log=log, env=environment)
 
 
 def interfaces(

@@ -5,11 +5,8 @@ import contextlib
 import hashlib
 import http.client
 import io
-import os
 import socket
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,10 +29,10 @@ from serving import client, keys, server
 from serving.app import openapi_schema
 from serving.errors import RequestRejected
 from serving.limits import Limits, TokenBucket
+from tests.support import processes
 from tests.support.commands import fails, last_error
 from tests.support.images import COLOURS, encoded, files, raw, saved
 from tests.support.mlflow_server import free_port
-from tests.support.paths import ROOT
 from tests.support.registry import CLASSES, REGISTRY, TAGS
 from tests.support.serving import (
     CALIBRATION,
@@ -593,13 +590,8 @@ def test_malformed_flags_fail_in_one_line(
 def test_a_worker_that_exits_for_bad_input_ends_the_server(
     store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = [sys.executable, "-m", "serving.server", "--port", str(free_port())]
-    command += ["--processes", "1", "--keys", str(tmp_path / "none.txt")]
-    root = str(ROOT)
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    ended = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60
-    )
+    command = ["serving.server", "--port", str(free_port()), "--processes", "1"]
+    ended = processes.run(*command, "--keys", str(tmp_path / "none.txt"))
     assert ended.returncode == 2
     assert "none.txt cannot be read: create it with `python -m serving.keys NAME`" in ended.stderr
 

@@ -3,12 +3,14 @@
 For tests and benchmarks; both listen on loopback only.
 """
 
+import atexit
 import contextlib
+import functools
 import http.client
 import os
+import shutil
 import socket
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -17,6 +19,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+from tests.support.processes import CommandProcess, start, start_function
 
 READY_TIMEOUT_S = 240
 """Limit for the start of `mlflow_server`."""
@@ -32,48 +36,66 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@functools.cache
+def blank_database() -> Path:
+    """Return an MLflow database with its tables: creating them takes seconds, copying does not."""
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    folder = Path(tempfile.mkdtemp(prefix="blank"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file = folder / "mlflow.db"
+    SqlAlchemyStore(f"sqlite:///{file}", str(folder / "artifacts")).engine.dispose()
+    return file
+
+
 @contextmanager
 def mlflow_server(folder: Path, backend: str | None = None, *flags: str) -> Iterator[int]:
     """Start a server on a free port, and yield the port.
 
     Its artifacts are in ``folder``, and so is its SQLite database unless ``backend`` is the URL of
-    another. ``flags`` are further flags of `mlflow server`.
+    another. With ``flags`` of `mlflow server` it is started by that command, else as that command
+    does, without its import.
     """
-    port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "server",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-        "--backend-store-uri",
-        backend or f"sqlite:///{folder}/server.db",
-        "--artifacts-destination",
-        str(folder / "artifacts"),
-        "--serve-artifacts",
-        *flags,
-    ]
+    port, log = free_port(), folder / "server.log"
+    log.unlink(missing_ok=True)
+    if backend is None:
+        backend = f"sqlite:///{folder}/server.db"
+        if not (folder / "server.db").exists():
+            shutil.copy(blank_database(), folder / "server.db")
     environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     environment.pop("MLFLOW_TRACKING_URI", None)
-    log_file = folder / "server.log"
-    with log_file.open("w") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=folder
-        )
-        try:
-            _wait_until_ready(port, process, log_file)
-            yield port
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
+    artifacts = str(folder / "artifacts")
+    if flags:
+        command = ["server", "--host=127.0.0.1", f"--port={port}", "--workers=1"]
+        command += [f"--backend-store-uri={backend}", f"--artifacts-destination={artifacts}"]
+        command += ["--serve-artifacts", *flags]
+        process = start("mlflow", *command, folder=folder, log=log, env=environment)
+    else:
+        arguments = (port, backend, artifacts)
+        process = start_function(_serve, arguments, folder=folder, log=log, env=environment)
+    try:
+        _wait_until_ready(port, process, log)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
 
 
-def _wait_until_ready(port: int, process: "subprocess.Popen[bytes]", log_file: Path) -> None:
+def _serve(port: int, backend: str, artifacts: str) -> None:
+    import uvicorn
+    from mlflow.server import constants
+
+    os.environ |= {
+        constants.BACKEND_STORE_URI_ENV_VAR: backend,
+        constants.REGISTRY_STORE_URI_ENV_VAR: backend,
+        constants.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
+        constants.ARTIFACTS_DESTINATION_ENV_VAR: artifacts,
+        constants.SERVE_ARTIFACTS_ENV_VAR: "true",
+    }
+    uvicorn.run("mlflow.server.fastapi_app:app", host="127.0.0.1", port=port)
+
+
+def _wait_until_ready(port: int, process: CommandProcess, log_file: Path) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -4,16 +4,13 @@ import base64
 import contextlib
 import hashlib
 import hmac
-import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import requests
 
-from tests.support.paths import ROOT
+from tests.support.processes import CommandProcess, start
 from tests.support.serving import until
 
 SECRET = "shared by MLflow and the receiver"
@@ -43,23 +40,16 @@ class ReceiverProcess:
     folder: Path
     port: int
     flags: tuple[str, ...] = ()
-    process: subprocess.Popen[bytes] | None = None
+    process: CommandProcess | None = None
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, *flags: str) -> None:
-        command = [sys.executable, "-m", "registry.receiver", "--port", str(self.port)]
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        with (self.folder / "receiver.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, "--queue", str(self.folder / "queue.db"), *flags],
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env=os.environ | {"PYTHONPATH": path},
-            )
+        command = ["registry.receiver", "--port", str(self.port)]
+        command += ["--queue", str(self.folder / "queue.db"), *flags]
+        self.process = start(*command, folder=self.folder, log=self.folder / "receiver.log")
         until(lambda: bool(self.counts()), WAIT_S, "a receiver that answers")
 
     def counts(self) -> dict[str, int]:

@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from registry import register, versions
 from tests.support.mlflow_server import free_port
-from tests.support.paths import ROOT
+from tests.support.processes import CommandProcess, start
 from tests.support.registry import CLASSES, make_run
 
 START_TIMEOUT_S = 120.0
@@ -40,7 +38,7 @@ def until(holds: Callable[[], bool], seconds: float, what: str) -> None:
 class Server:
     url: str
     port: int
-    process: subprocess.Popen[bytes]
+    process: CommandProcess
     log: Path
 
     def metric(self, name: str) -> float:
@@ -51,17 +49,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def started(folder: Path, log: Path, *command: str) -> "Iterator[subprocess.Popen[bytes]]":
+def started(folder: Path, log: Path, *command: str) -> Iterator[CommandProcess]:
     """Run one of our commands in ``folder``, and stop it by SIGTERM."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": path},
-            stdout=stream,
-            stderr=stream,
-        )
+    process = start(*command, folder=folder, log=log)
     try:
         yield process
     finally:

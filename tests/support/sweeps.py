@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from eurosat import tracking
 from experiments import space, studies
 from experiments.objective import SweepJob
 from experiments.settings import SweepConfig
-from tests.support.paths import ROOT
+from tests.support.processes import CommandProcess, start
 from tests.support.recipes import TINY
 
 SWEEP = (*TINY, "trials=3", "trial_epochs=2", "trainer.epochs=3")
@@ -39,18 +38,10 @@ def make_study(folder: Path, **settings: Any) -> tuple[SweepJob, optuna.Study]:
     return job, studies.create(job, space.load("resnet18"), {})
 
 
-def start_sweep(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+def start_sweep(folder: Path, *arguments: str) -> CommandProcess:
     """Start `python -m experiments.sweep` in ``folder``, in a process group of its own."""
-    path = f"{os.environ['PYTHONPATH']}:{ROOT}"
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.sweep", *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": path, "EUROSAT_PROGRESS": "lines"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    environment = os.environ | {"EUROSAT_PROGRESS": "lines"}
+    return start("experiments.sweep", *arguments, folder=folder, env=environment)
 
 
 def load_trials(folder: Path, study: str = "s") -> list[optuna.trial.FrozenTrial]:
@@ -61,7 +52,9 @@ def load_trials(folder: Path, study: str = "s") -> list[optuna.trial.FrozenTrial
         return []
 
 
-def wait_until(condition: Callable[[], object], process: "subprocess.Popen[str] | None") -> None:
+def wait_until(
+    condition: Callable[[], object], process: "CommandProcess | subprocess.Popen[str] | None"
+) -> None:
     """Poll ``condition`` until it is true; fail after 180 s, or if ``process`` ends before."""
     deadline = time.monotonic() + 180
     while not condition():

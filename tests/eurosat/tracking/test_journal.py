@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -73,22 +74,27 @@ def ports(
 
 @pytest.fixture
 def server(ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """Use a proxy before the first server, with journals of the test's own and short timeouts."""
+    """Use a proxy before the first server, with journals of the test's own and quick retries."""
     monkeypatch.setenv("EUROSAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(uploader, "UPLOAD_INTERVAL_S", 0.1)
     monkeypatch.setattr(uploader, "MIN_BACKOFF_S", 0.05)
     monkeypatch.setattr(uploader, "MAX_BACKOFF_S", 0.2)
-    monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 60.0)
     with proxy(ports[0]) as server:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
         yield server
 
 
 @pytest.fixture
-def long_timeouts(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Allow for retries: MLflow repeats a request twice before it counts as failed."""
-    monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 60.0)
+def gives_up_soon(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run end a second after the server's last answer."""
+    monkeypatch.setattr(uploader, "STALL_TIMEOUT_S", 1.0)
+
+
+@pytest.fixture
+def repeated_requests(server: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let MLflow repeat a request twice before it counts as failed."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", str(mlflow_client.MAX_RETRIES))
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0.1")
@@ -168,7 +174,7 @@ def status_for_every_third(number: int, *_: str) -> int | None:
 
 
 @pytest.mark.parametrize("forward_first", [False, True])
-@pytest.mark.usefixtures("long_timeouts")
+@pytest.mark.usefixtures("repeated_requests")
 def test_a_server_that_answers_500_to_every_third_call_gets_everything_once(
     server: Proxy, experiment: str, tmp_path: Path, forward_first: bool
 ) -> None:
@@ -181,7 +187,7 @@ def test_a_server_that_answers_500_to_every_third_call_gets_everything_once(
     assert not list(journal_index.all_journals()), "a journal that was sent in full is removed"
 
 
-@pytest.mark.usefixtures("long_timeouts")
+@pytest.mark.usefixtures("repeated_requests")
 def test_a_server_that_is_down_for_a_while_gets_everything(
     server: Proxy, experiment: str, tmp_path: Path
 ) -> None:
@@ -196,6 +202,7 @@ def test_a_server_that_is_down_for_a_while_gets_everything(
     check_all(server, only_run(server, experiment), tmp_path)
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_a_run_whose_server_was_never_up_is_sent_later_once(
     server: Proxy,
     experiment: str,
@@ -234,7 +241,7 @@ def test_a_run_whose_server_was_never_up_is_sent_later_once(
     assert capsys.readouterr().out == "the tracking server has everything\n"
 
 
-@pytest.mark.usefixtures("long_timeouts")
+@pytest.mark.usefixtures("repeated_requests")
 def test_a_server_restarted_with_an_empty_disk_gets_the_whole_run_again(
     server: Proxy, ports: list[int], experiment: str, tmp_path: Path
 ) -> None:
@@ -263,6 +270,7 @@ def test_a_run_that_somebody_deletes_meanwhile_is_created_again(
     check_all(server, stored, tmp_path)
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_refused_credentials_are_reported_at_the_start_and_training_goes_on(
     server: Proxy, experiment: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -275,6 +283,7 @@ def test_refused_credentials_are_reported_at_the_start_and_training_goes_on(
     check_all(server, only_run(server, experiment), tmp_path)
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_a_slow_server_does_not_delay_the_start(
     server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +294,37 @@ def test_a_slow_server_does_not_delay_the_start(
         log_all(run, tmp_path)
     assert commands.main(["status"]) == exit_codes.NEGATIVE
     server.delay_s = 0
-    until(lambda: commands.main(["sync"]) == exit_codes.OK)
+    until(all_is_sent)
+    check_all(server, only_run(server, experiment), tmp_path)
+
+
+def all_is_sent() -> bool:
+    """Send what is left; return whether the server has everything."""
+    return (commands.main(["sync"]), commands.main(["status"])) == (exit_codes.OK, exit_codes.OK)
+
+
+@pytest.mark.usefixtures("gives_up_soon")
+def test_a_request_that_hangs_at_the_end_of_a_run_cannot_split_the_run(
+    server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It creates the run at last: until then, nobody else may send the journal."""
+    is_reached, may_go_on = threading.Event(), threading.Event()
+
+    def hold_the_first(_: int, __: str, path: str) -> None:
+        if path.endswith("runs/create") and not is_reached.is_set():
+            is_reached.set()
+            may_go_on.wait(60)
+
+    server.status_for = hold_the_first
+    monkeypatch.setattr(uploader, "START_TIMEOUT_S", 0.1)
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        log_all(run, tmp_path)
+        assert is_reached.wait(60)
+    for _ in range(2):
+        commands.main(["sync"])
+        assert not runs_of(server, experiment)
+    may_go_on.set()
+    until(all_is_sent)
     check_all(server, only_run(server, experiment), tmp_path)
 
 
@@ -299,6 +338,7 @@ def unsent_run(server: Proxy, experiment: str, folder: Path) -> tuple[tracking.R
     return run, directory
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_a_journal_that_is_sent_twice_gives_one_run(
     server: Proxy, experiment: str, tmp_path: Path
 ) -> None:
@@ -318,6 +358,7 @@ def sync_slowly(batch: int) -> None:
     cli.run_command(commands.main, ["sync"])
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_a_journal_whose_sync_is_killed_gives_one_run(
     server: Proxy, experiment: str, tmp_path: Path
 ) -> None:
@@ -351,7 +392,7 @@ def batches_sent(server: Proxy) -> int:
 
 
 @pytest.mark.parametrize("fault", ["cut", "garbled"])
-@pytest.mark.usefixtures("long_timeouts")
+@pytest.mark.usefixtures("repeated_requests")
 def test_a_damaged_upload_is_repeated_until_its_checksum_is_right(
     server: Proxy, experiment: str, tmp_path: Path, fault: str
 ) -> None:
@@ -373,7 +414,7 @@ def test_a_damaged_upload_is_repeated_until_its_checksum_is_right(
     assert run.run_id == only_run(server, experiment).info.run_id
 
 
-@pytest.mark.usefixtures("long_timeouts")
+@pytest.mark.usefixtures("repeated_requests")
 def test_an_entry_that_the_server_refuses_does_not_block_the_others(
     server: Proxy,
     experiment: str,
@@ -396,6 +437,7 @@ def test_an_entry_that_the_server_refuses_does_not_block_the_others(
 
 
 @pytest.mark.parametrize("when", ["while it ran", "when it was sent later"])
+@pytest.mark.usefixtures("gives_up_soon")
 def test_a_file_that_the_server_refuses_is_kept_until_it_accepts_it(
     server: Proxy,
     experiment: str,
@@ -519,6 +561,7 @@ def test_of_runs_created_twice_the_one_that_was_written_to_is_kept(
     check_all(server, stored, tmp_path)
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_later_runs_wait_only_briefly_for_an_unreachable_server(
     server: Proxy, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -543,17 +586,23 @@ def test_later_runs_wait_only_briefly_for_an_unreachable_server(
     assert len(runs_of(server, experiment)) == 3
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_logging_waits_for_no_answer(server: Proxy, experiment: str, tmp_path: Path) -> None:
+    may_answer = threading.Event()
+
+    def hold(*_: object) -> None:
+        may_answer.wait(60)
+
     with tracking.run(experiment, "r", system_metrics=False) as run:
         until(lambda: not run._journal.outbox.backlog())
         num_requests = len(server.requests)
-        server.delay_s = 30.0
+        server.status_for = hold
         run.log_metrics({"first": 1})
         until(lambda: len(server.requests) > num_requests)
         log_all(run, tmp_path)
         assert run.backlog().entries > STEPS, "no request was answered since"
-        server.delay_s = 0.0
-    until(lambda: commands.main(["sync"]) == exit_codes.OK)
+    may_answer.set()
+    until(all_is_sent)
     check_all(server, only_run(server, experiment), tmp_path)
 
 
@@ -566,6 +615,7 @@ def test_delays_between_retries_grow_up_to_a_cap_and_have_jitter() -> None:
     assert uploader.backoff_s(10**6, uploader.MAX_BACKOFF_S) <= uploader.MAX_BACKOFF_S
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_sync_leaves_a_journal_to_its_living_process(
     server: Proxy, experiment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -587,6 +637,7 @@ class Killed(Exception):
 @pytest.mark.parametrize(
     ("owner", "method"), [(JournalDatabase, "set_meta"), (Outbox, "mark_file_sent")]
 )
+@pytest.mark.usefixtures("gives_up_soon")
 def test_an_upload_that_dies_before_the_journal_records_it_sends_nothing_twice(
     server: Proxy,
     experiment: str,
@@ -619,6 +670,7 @@ def test_an_upload_that_dies_before_the_journal_records_it_sends_nothing_twice(
     check_all(server, only_run(server, experiment), tmp_path)
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_an_unfinished_journal_is_ignored_and_removed_when_old(
     server: Proxy, experiment: str, tmp_path: Path
 ) -> None:
@@ -687,6 +739,7 @@ def test_a_journal_from_before_its_files_had_folders_arrives_in_full(
             assert copy.read_text() == text
 
 
+@pytest.mark.usefixtures("gives_up_soon")
 def test_a_child_waits_for_its_parent_to_be_on_the_server(
     server: Proxy, experiment: str, tmp_path: Path
 ) -> None:

@@ -1,9 +1,6 @@
 """Signals and errors end a process with the right exit code, one line and the right run status."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,19 +13,8 @@ from eurosat.config import compose
 from eurosat.errors import TrackingError
 from eurosat.runtime import cli, exit_codes
 from eurosat.training.callbacks import GracefulInterrupt
-from tests.support.paths import ROOT
+from tests.support.processes import start
 from tests.support.recipes import TINY
-
-
-def start_command(folder: Path, *command: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", *command],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": f"{os.environ['PYTHONPATH']}:{ROOT}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize(
@@ -39,8 +25,8 @@ def start_command(folder: Path, *command: str) -> "subprocess.Popen[str]":
 def test_a_signal_in_training_ends_the_run_as_killed(
     tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
-    child = start_command(
-        tmp_path, "eurosat.train", *TINY, "trainer.epochs=10000", "experiment=signals"
+    child = start(
+        "eurosat.train", *TINY, "trainer.epochs=10000", "experiment=signals", folder=tmp_path
     )
     client = MlflowClient()
     deadline = time.monotonic() + 120
@@ -78,14 +64,14 @@ def test_ctrl_c_waits_for_the_end_of_a_batch_and_is_never_lost() -> None:
 
 @pytest.mark.usefixtures("tiny_pack", "tracking_store")
 def test_a_worker_that_cannot_train_ends_the_sweep_with_one_line(tmp_path: Path) -> None:
-    child = start_command(
-        tmp_path,
+    child = start(
         "experiments.sweep",
         *TINY,
         "model.name=nosuch",
         "workers=2",
         "trials=2",
         "log_level=error",
+        folder=tmp_path,
     )
     _, stderr = child.communicate(timeout=120)
     assert child.returncode == exit_codes.BAD_INPUT

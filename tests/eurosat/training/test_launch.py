@@ -1,8 +1,6 @@
 """Several processes train one network with the same losses and guarantees as one process."""
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import chain
 
@@ -22,7 +20,7 @@ from eurosat.runtime.distributed import DistributedContext
 from eurosat.training import launch
 from eurosat.training.checkpoints import acquire
 from eurosat.training.fit import FitResult
-from tests.support import paths
+from tests.support import paths, processes
 from tests.support.recipes import TINY
 
 PLAIN = ("augment.dihedral=false", "augment.cutmix=0", "optim.lr=0.005")
@@ -132,9 +130,7 @@ def test_ray_workers_train_and_return_their_weights(tiny_data: PreparedData) -> 
     """In a process of its own: Ray leaves daemons behind in the process that starts it."""
     changes = (*GROUP_NORM, *PLAIN)
     single, _ = fitted(tiny_data, *changes)
-    command = [sys.executable, "-m", "eurosat.train", *TINY, *changes, *TWO, "launcher=ray"]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ['PYTHONPATH']}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = processes.run("eurosat.train", *TINY, *changes, *TWO, "launcher=ray")
     assert done.returncode == 0, done.stderr[-3000:]
     run = tracking.get(done.stdout.split()[-1])
     assert run.status == "FINISHED"

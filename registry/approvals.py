@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from eurosat import tracking
 from eurosat.errors import ConfigError
 from registry import ledger, versions
 from registry.actor import actor
@@ -56,6 +55,5 @@ def record(
             f"--why has {len(why)} characters, over {ledger.MAX_WHY}: give a shorter reason"
         )
     review = ReviewDecision(decision=decision, by=actor(by), why=why, time=ledger.now())
-    with tracking.translate_errors(f"tag of version {number}"):
-        versions.client().set_model_version_tag(model, number, tag, review.as_json())
+    versions.set_tag(model, number, tag, review.as_json())
     return review

@@ -142,8 +142,7 @@ def _served_metrics(run: tracking.RunRecord, version: "ModelVersion") -> dict[st
 
 def record_verdict(model: str, number: str, verdict: Verdict) -> None:
     """Store the verdict as the version's tag, and in its model card."""
-    with tracking.translate_errors(f"tag of version {number}"):
-        versions.client().set_model_version_tag(model, number, versions.VERDICT_TAG, str(verdict))
+    versions.set_tag(model, number, versions.VERDICT_TAG, str(verdict))
     card.write(model, number)
 
 

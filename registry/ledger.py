@@ -231,9 +231,7 @@ def append(model: str, entry: LedgerEntry) -> None:
 
 def mark_applied(model: str, number: int) -> None:
     """Record that the aliases were set as this entry says."""
-    name = ledger_name(model)
-    with tracking.translate_errors(f"ledger {name}"):
-        versions.client().set_model_version_tag(name, str(number), APPLIED_TAG, now())
+    versions.set_tag(ledger_name(model), str(number), APPLIED_TAG, now())
 
 
 def now() -> str:

@@ -19,8 +19,8 @@ REGISTERED_BY_TAG = "registered.by"
 """Tag of a version: the account that registered it."""
 NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
 """Artifacts of a run: its network; the second only if training kept an INT8 network."""
-PERMISSION_DENIED = "PERMISSION_DENIED"
-"""MLflow's error code."""
+BAD_REQUEST, PERMISSION_DENIED = "BAD_REQUEST", "PERMISSION_DENIED"
+"""MLflow's error codes."""
 PAGE_SIZE = 1000
 """Versions per request."""
 
@@ -135,6 +135,23 @@ def artifact_names(run_id: str) -> set[str]:
     """Return the top-level files and folders of a run's artifacts."""
     with tracking.translate_errors(f"artifacts of run {run_id}"):
         return {file.path for file in client().list_artifacts(run_id)}
+
+
+def set_tag(model: str, number: str, key: str, value: str) -> None:
+    """Set a tag of a version.
+
+    MLflow inserts a tag that it did not find: if another process inserts it meanwhile, the database
+    refuses the second one. It is found at the second attempt, and replaced.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with tracking.translate_errors(f"tag {key} of {model} version {number}"):
+        try:
+            client().set_model_version_tag(model, number, key, value)
+        except MlflowException as error:
+            if error.error_code != BAD_REQUEST:
+                raise
+            client().set_model_version_tag(model, number, key, value)
 
 
 def ensure_model(model: str, description: str) -> None:

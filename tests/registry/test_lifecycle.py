@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,6 +114,21 @@ def test_every_answer_came_from_the_version_that_the_ledger_names(
     assert in_order == [first, third, first, worse], "and every request was answered"
     assert history.main(["--model", MODEL, "--verify"]) == 0
     assert "6 entries link up" in capsys.readouterr().out
+
+
+def test_processes_that_set_the_same_tag_at_once_all_succeed(folder: Path) -> None:
+    """As a command and the promoter do that complete the same entry."""
+    numbers = [register_challenger(folder, "tagged", wrong=wrong) for wrong in (30, 20, 10)]
+    at_once = threading.Barrier(8)
+
+    def set_tags(value: int) -> None:
+        for number in numbers:
+            at_once.wait(30)
+            versions.set_tag("tagged", number, "key", str(value))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(set_tags, range(8)))
+    assert all("key" in versions.get("tagged", number).tags for number in numbers)
 
 
 def run_of(number: str) -> str:

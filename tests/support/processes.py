@@ -109,7 +109,9 @@ def start_function(
         name=name,
     )
     process.start()
-    return CommandProcess(process, name, output, errors)
+    command = CommandProcess(process, name, output, errors)
+    atexit.register(command.kill)  # of a test that failed: Python would wait for it
+    return command
 
 
 def run(

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from eurosat.config import TrainConfig, compose
 from eurosat.data.pack import Pack, open_pack
 from eurosat.data.prepare import PreparedData
 from eurosat.data.split import make_split
-from eurosat.runtime import telemetry
-from tests.support import schedule
+from eurosat.runtime import telemetry, worker_processes
+from tests.support import processes, schedule
 from tests.support.offline import sitecustomize
 from tests.support.postgres import postgres_server
 from tests.support.recipes import TINY
@@ -49,6 +50,12 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         refused = tmp_path_factory.mktemp("sockets") / "refused.txt"
         patch.setenv(sitecustomize.RECORD, str(refused))
         patch.setenv("PYTHONPATH", os.pathsep.join([OFFLINE, os.environ.get("PYTHONPATH", "")]))
+        patch.setattr(worker_processes, "PRELOAD", processes.PRELOAD)
+        if sys.version_info < (
+            3,
+            12,
+        ):  # without sys.monitoring, coverage slows each process by half
+            patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
         patch.setenv("EUROSAT_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
             patch.delenv(name, raising=False)

@@ -23,12 +23,10 @@ PRELOAD = (
     "eurosat.training.fit",
     "matplotlib.pyplot",
     "mlflow.server.fastapi_app",
-    "onnxruntime",
-    "onnxscript",
+    "onnxruntime.quantization",
     "optuna",
     "sklearn.metrics",
-    "torch._dynamo",
-    "torch.onnx",
+    "torch.onnx._internal.exporter._core",
     "uvicorn",
 )
 """What our commands and MLflow's server import."""

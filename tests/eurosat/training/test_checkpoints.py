@@ -1,14 +1,11 @@
 """A killed training resumes in the same run and ends with the same weights, bit for bit."""
 
-import os
 import random
 import resource
 import shutil
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import mlflow
@@ -16,33 +13,20 @@ import pytest
 import safetensors.torch
 import torch
 
-from eurosat import tracking, train
+from eurosat import tracking
 from eurosat.config import TrainConfig, compose
 from eurosat.data.prepare import PreparedData
 from eurosat.errors import ModelError
 from eurosat.models.pretrained import find_weights
-from eurosat.runtime import cli, exit_codes, worker_processes
+from eurosat.runtime import exit_codes
 from eurosat.training.callbacks import RunLogger
 from eurosat.training.checkpoints import CheckpointSlot, acquire
 from eurosat.training.fit import fit
 from eurosat.training.resume import with_current_names
+from tests.support.processes import start
 from tests.support.recipes import TINY
 
 FINGERPRINTS = {"data.fingerprint": "d", "split.fingerprint": "s"}
-
-
-def train_process(arguments: list[str], log: str) -> None:
-    """Run a training with its output in a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    cli.run_command(train.main, arguments)
-
-
-def start(arguments: Sequence[str], log: Path) -> BaseProcess:
-    process = worker_processes.create(train_process, (list(arguments), str(log)), name="training")
-    process.start()
-    return process
 
 
 def weights_of(run_id: str) -> dict[str, torch.Tensor]:
@@ -70,25 +54,24 @@ def kill_until_done(arguments: Sequence[str], log: Path, kills: int, epoch_s: fl
     delays = random.Random(3)
     for number in range(kills):
         starts, epochs = count(log, "training in") + 1, count(log, ": epoch ") + number % 2
-        process = start(arguments, log)
+        process = start("eurosat.train", *arguments, log=log)
         while count(log, "training in") < starts or count(log, ": epoch ") < epochs:
             time.sleep(0.02)
-            assert process.is_alive(), log.read_text()[-2000:]
+            assert process.poll() is None, log.read_text()[-2000:]
         time.sleep(delays.uniform(0, epoch_s))
-        assert process.is_alive(), "the training ended too soon to be killed"
-        os.kill(process.pid or 0, signal.SIGKILL)
-        process.join()
-    process = start(arguments, log)
-    process.join()
-    assert process.exitcode == exit_codes.OK, log.read_text()[-2000:]
+        assert process.poll() is None, "the training ended too soon to be killed"
+        process.kill()
+        process.wait()
+    process = start("eurosat.train", *arguments, log=log)
+    assert process.wait() == exit_codes.OK, log.read_text()[-2000:]
 
 
 def check_killed_training(
     arguments: list[str], tmp_path: Path, epoch_s: float, kills: int = 5
 ) -> None:
-    reference = start(arguments, tmp_path / "reference.log")
-    reference.join()
-    assert reference.exitcode == exit_codes.OK, (tmp_path / "reference.log").read_text()[-2000:]
+    log = tmp_path / "reference.log"
+    reference = start("eurosat.train", *arguments, log=log)
+    assert reference.wait() == exit_codes.OK, log.read_text()[-2000:]
     kill_until_done(arguments, tmp_path / "killed.log", kills, epoch_s)
     uninterrupted, resumed = runs()
     assert tracking.get(resumed).status == "FINISHED"

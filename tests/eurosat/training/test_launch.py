@@ -1,8 +1,10 @@
 """Several processes train one network with the same losses and guarantees as one process."""
 
+import json
 import os
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -20,13 +22,12 @@ from eurosat.runtime.distributed import DistributedContext
 from eurosat.training import launch
 from eurosat.training.checkpoints import acquire
 from eurosat.training.fit import FitResult
-from tests.support import paths, processes
+from tests.support import processes
 from tests.support.recipes import TINY
 
 PLAIN = ("augment.dihedral=false", "augment.cutmix=0", "optim.lr=0.005")
 """No augmentation, which differs by rank, and a low rate, so that rounding does not grow."""
 GROUP_NORM = ("model.name=resnet18", "model.norm=group")
-ROOT = str(paths.ROOT)
 TWO = ("trainer.devices=2",)
 
 
@@ -125,18 +126,31 @@ def test_a_loss_that_is_not_finite_ends_all_processes(tiny_data: PreparedData) -
         fitted(tiny_data, "optim.lr=1e30", "optim.warmup=0", *TWO)
 
 
+def fit_on_ray(changes: tuple[str, ...], file: Path) -> None:
+    """Train, and write the history and the weights' digest to a file."""
+    config = compose([*TINY, *changes, *TWO, "launcher=ray"])
+    with tracking.run("e", "r", system_metrics=False) as run:
+        result = launch.fit(config, prepare(config), run)
+    total = sum(float(value.double().sum()) for value in result.network.state_dict().values())
+    file.write_text(json.dumps([result.history, total]))
+
+
 @pytest.mark.usefixtures("tracking_store")
-def test_ray_workers_train_and_return_their_weights(tiny_data: PreparedData) -> None:
+def test_ray_workers_train_and_return_their_weights(
+    tiny_data: PreparedData, tmp_path: Path
+) -> None:
     """In a process of its own: Ray leaves daemons behind in the process that starts it."""
     changes = (*GROUP_NORM, *PLAIN)
     single, _ = fitted(tiny_data, *changes)
-    done = processes.run("eurosat.train", *TINY, *changes, *TWO, "launcher=ray")
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = tracking.get(done.stdout.split()[-1])
-    assert run.status == "FINISHED"
-    assert float(run.metrics["epochs"]) == len(single.history)
-    assert run.metrics["best_val_loss"] == pytest.approx(single.best["val_loss"], rel=1e-3)
-    assert run.metrics["best_train_loss"] == pytest.approx(single.best["train_loss"], rel=1e-3)
+    trained = processes.start_function(fit_on_ray, (changes, tmp_path / "result.json"))
+    _, errors = trained.communicate(timeout=300)
+    assert trained.returncode == 0, errors[-3000:]
+    history, total = json.loads((tmp_path / "result.json").read_text())
+    for expected, actual in zip(single.history, history, strict=True):
+        assert actual["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+        assert actual["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-3)
+    weights = single.network.state_dict().values()
+    assert total == pytest.approx(sum(float(value.double().sum()) for value in weights), rel=1e-3)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:

@@ -94,7 +94,7 @@ def test_the_database_requires_a_password(platform: Platform) -> None:
 CREATE_RUN = ("POST", "runs/create", {"experiment_id": "0"})
 MODEL = {"name": "eurosat"}
 VERSION = MODEL | {"version": "1"}
-CREATE = MODEL | {"source": "runs:/x/y"}
+CREATE = MODEL | {"source": "models:/eurosat/1"}
 PROMPT = {"key": "mlflow.prompt.other", "value": "true"}
 APPROVAL = {"tags": [{"key": "approval", "value": "{}"}]}
 ALL, WRITERS, PROMOTERS, NOBODY = (
@@ -138,10 +138,11 @@ def test_each_role_has_its_permissions_and_no_others(
 @pytest.mark.parametrize(
     "body",
     [
-        b'"{\\"name\\": \\"eurosat\\", \\"source\\": \\"runs:/x/y\\",'
+        b'"{\\"name\\": \\"eurosat\\", \\"source\\": \\"models:/eurosat/1\\",'
         b' \\"tags\\": [{\\"key\\": \\"approval\\", \\"value\\": \\"{}\\"}]}"',  # of old clients
-        b'{"name": "eurosat", "source": "s", "tags": [{"key": "appro\\u0076al", "value": "{}"}]}',
-        b'{"name": "eurosat.ledger", "source": "s"}',
+        b'{"name": "eurosat", "source": "models:/eurosat/1",'
+        b' "tags": [{"key": "appro\\u0076al", "value": "{}"}]}',
+        b'{"name": "eurosat.ledger", "source": "models:/eurosat/1"}',
     ],
 )
 @pytest.mark.parametrize("media_type", ["application/json", "text/plain", ""])

@@ -12,6 +12,7 @@ import urllib3
 
 from deploy import audit, postgresql
 from eurosat.errors import ConfigError
+from tests.support import platforms
 from tests.support.paths import ROOT
 from tests.support.platforms import Platform
 
@@ -44,12 +45,19 @@ def processes(platform: Platform) -> list[psutil.Process]:
     return supervisor.children(recursive=True)
 
 
-def raw(platform: Platform, method: str, path: str, **headers: str) -> int:
+def raw(
+    platform: Platform,
+    method: str,
+    path: str,
+    login: tuple[str, str] | None = None,
+    **headers: str,
+) -> int:
     """Send a request whose path is not normalised on its way; return the status of the answer."""
-    admin = platform.env["MLFLOW_TRACKING_USERNAME"], platform.env["MLFLOW_TRACKING_PASSWORD"]
-    headers |= urllib3.make_headers(basic_auth=":".join(admin))
+    env = platform.env
+    login = login or (env["MLFLOW_TRACKING_USERNAME"], env["MLFLOW_TRACKING_PASSWORD"])
+    headers |= urllib3.make_headers(basic_auth=":".join(login))
     host, port = platform.url.removeprefix("http://").split(":")
-    body = b"escaped" if method == "PUT" else b""
+    body = b"" if method in ("GET", "DELETE") else b"escaped"
     connection = http.client.HTTPConnection(host, int(port), timeout=30)
     try:
         connection.putrequest(method, path, skip_host="Host" in headers)
@@ -90,6 +98,158 @@ def test_no_query_of_artifacts_reads_a_file_of_the_server(
     route = "/get-artifact" if call == "get-artifact" else "/api/2.0/mlflow/artifacts/list"
     status = raw(platform, "GET", f"{route}?run_id={run_id}&path={path}")
     assert status in range(400, 500)
+
+
+def send(platform: Platform, role: str, method: str, path: str, **body: object) -> int:
+    """Send a request as a user with the role, or without one; return the status of the answer."""
+    login = platform.user(role) if role else nobody(platform)
+    response = requests.request(
+        method, f"{platform.url}{path}", auth=login, timeout=60, json=body or None
+    )
+    return response.status_code
+
+
+def nobody(platform: Platform) -> tuple[str, str]:
+    """Return the login of a user without a role."""
+    administrator = platform.administrator()
+    if administrator.request("GET", "2.0/mlflow/users/get", none_on=404, username="alone") is None:
+        administrator.request(
+            "POST", "2.0/mlflow/users/create", username="alone", password=platforms.PASSWORD
+        )
+    return "alone", platforms.PASSWORD
+
+
+SECRET = {"secret_name": "s", "secret_value": {"api_key": "x"}, "provider": "openai"}
+
+
+@pytest.mark.parametrize("role", ["", "reader", "writer", "promoter"])
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/api/3.0/mlflow/gateway/secrets/create", SECRET),
+        ("POST", "/ajax-api/3.0/mlflow/gateway/endpoints/create", {"name": "e"}),
+        ("POST", "/ajax-api/3.0/mlflow/demo/generate", {}),
+        ("POST", "/api/3.0/mlflow/scorers/register", {"experiment_id": "0", "name": "s"}),
+        ("POST", "/api/3.0/mlflow/traces", {}),
+        ("GET", "/api/2.0/mlflow/users/list", {}),
+        ("GET", "/api/3.0/mlflow/roles/list", {}),
+        ("GET", "/api/2.0/mlflow/no/such/route", {}),
+    ],
+)
+def test_what_no_role_needs_is_for_administrators(
+    platform: Platform, role: str, method: str, path: str, body: dict[str, object]
+) -> None:
+    assert send(platform, role, method, path, **body) == 403
+
+
+def test_an_account_without_a_role_makes_nothing(platform: Platform) -> None:
+    for path in ("registered-models/create", "experiments/create"):
+        assert send(platform, "", "POST", f"/api/2.0/mlflow/{path}", name="e") == 403
+    assert send(platform, "", "GET", "/api/2.0/mlflow/users/current") == 200
+
+
+@pytest.mark.parametrize("role", ["writer", "promoter"])
+@pytest.mark.parametrize("key", ["artifact_location", "artifactLocation"])
+@pytest.mark.parametrize("location", ["gs://mlflow/backups", "file:///etc", "mlflow-artifacts:/"])
+def test_only_administrators_choose_where_artifacts_are(
+    platform: Platform, role: str, key: str, location: str
+) -> None:
+    body = {"name": "elsewhere", key: location}
+    assert send(platform, role, "POST", "/api/2.0/mlflow/experiments/create", **body) == 403
+
+
+@pytest.mark.parametrize("role", ["writer", "promoter"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "gs://mlflow/backups",
+        "s3://elsewhere/files",
+        "file:///etc",
+        "/etc/passwd",
+        "http://127.0.0.1:9/model",
+        "mlflow-artifacts:/",
+        "mlflow-artifacts://127.0.0.1:9/0/{run}/artifacts/model",
+        "mlflow-artifacts:/0/{run}/artifacts/../../../secrets",
+        "mlflow-artifacts:/0/{run}/artifacts/%2e%2e/%2e%2e/secrets",
+        "mlflow-artifacts:/1/{run}/artifacts/model",
+        "mlflow-artifacts:/0/00000000000000000000000000000000/artifacts/model",
+        "runs:/{run}/../model",
+        "models:/m-1/../../secrets",
+    ],
+)
+def test_a_version_is_made_of_files_of_a_run_alone(
+    platform: Platform, role: str, source: str
+) -> None:
+    source = source.format(run=new_run(platform))
+    body = {"name": "eurosat", "source": source}
+    assert send(platform, role, "POST", "/api/2.0/mlflow/model-versions/create", **body) == 403
+
+
+def new_run(platform: Platform) -> str:
+    created = platform.administrator().request("POST", "2.0/mlflow/runs/create", experiment_id="0")
+    return str((created or {})["run"]["info"]["run_id"])
+
+
+CHANGES = [
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/model/pyfunc.py"),
+    ("PUT", "/ajax-api/2.0/mlflow-artifacts/artifacts/0/{run}/artifacts/model/pyfunc.py"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/model%2Fpyfunc.py"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/model%252Fpyfunc.py"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts//model/pyfunc.py"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/./model/pyfunc.py"),
+    ("PUT", ARTIFACTS + "/0//{run}/artifacts/model/pyfunc.py"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/model/added.py"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/model.onnx"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/predictions.parquet"),
+    ("POST", "/api/2.0/mlflow-artifacts/mpu/create/0/{run}/artifacts/model/pyfunc.py"),
+    ("POST", "/ajax-api/2.0/mlflow/upload-artifact?run_uuid={run}&path=model/pyfunc.py"),
+    ("POST", "/ajax-api/2.0/mlflow/upload-artifact?run_uuid={run}&path=.//model/pyfunc.py"),
+    ("DELETE", ARTIFACTS + "/0/{run}/artifacts/model/pyfunc.py"),
+    ("DELETE", ARTIFACTS + "/0/{run}/artifacts/model"),
+    ("DELETE", ARTIFACTS + "/0/{run}/artifacts"),
+    ("DELETE", ARTIFACTS + "/0/{run}"),
+    ("DELETE", ARTIFACTS + "/0"),
+]
+
+
+def test_the_files_of_a_version_stay_as_they_were_registered(platform: Platform) -> None:
+    """Whoever may log to the run may not change what was judged, by any way to its artifacts."""
+    login, promoter = platform.user("writer"), platform.user("promoter")
+    run_id = new_run(platform)
+    url = f"{platform.url}{ARTIFACTS}/0/{run_id}/artifacts"
+    for name in ("model/pyfunc.py", "model.onnx", "predictions.parquet"):
+        assert requests.put(f"{url}/{name}", b"judged", auth=login, timeout=30).ok
+    source = f"mlflow-artifacts:/0/{run_id}/artifacts/model"
+    body = {"name": "frozen", "source": source, "run_id": run_id}
+    assert (
+        send(platform, "writer", "POST", "/api/2.0/mlflow/registered-models/create", name="frozen")
+        == 200
+    )
+    create = "/api/2.0/mlflow/model-versions/create"
+    assert send(platform, "writer", "POST", create, **body) == 200
+    for method, path in CHANGES:
+        for user in (login, promoter):
+            status = raw(platform, method, path.format(run=run_id), login=user)
+            assert status in (400, 403, 404), f"{method} {path}: {status}"
+    for name in ("model/pyfunc.py", "model.onnx", "predictions.parquet"):
+        assert requests.get(f"{url}/{name}", auth=login, timeout=30).content == b"judged", name
+    assert requests.get(f"{url}/model/added.py", auth=login, timeout=30).status_code >= 400
+    for name in ("evaluation/test/report.md", "corruptions.parquet"):
+        assert requests.put(f"{url}/{name}", b"later", auth=login, timeout=30).ok, name
+    again = requests.put(f"{url}/corruptions.parquet", b"again", auth=login, timeout=30)
+    assert again.status_code == 403
+
+
+def test_after_ten_wrong_passwords_an_address_waits(platform: Platform) -> None:
+    path = "/api/2.0/mlflow/users/current"
+    for name in (nobody(platform)[0], "unknown"):
+        statuses = [
+            requests.get(f"{platform.url}{path}", auth=(name, f"wrong {n}"), timeout=30).status_code
+            for n in range(24)  # each process of MLflow's server counts
+        ]
+        assert set(statuses) == {401, 429}
+        assert statuses[-1] == 429
+    assert send(platform, "writer", "GET", path) == 200, "others are not affected"
 
 
 def test_another_host_or_origin_is_refused(platform: Platform) -> None:

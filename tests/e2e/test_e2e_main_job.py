@@ -151,12 +151,17 @@ def test_other_entry_points_of_mlproject_run(tree: Path) -> None:
     evaluation = run(tree, "mlflow", "run", ".", "-e", "evaluate", *local, "-P", "fold=val")
     assert evaluation.returncode == 0, evaluation.stderr[-3000:]
     assert "macro_f1" in evaluation.stdout
-    promotion = run(tree, "mlflow", "run", ".", "-e", "promote", *local)
-    assert ("champion" in promotion.stdout) or ("challenger" in promotion.stderr)
     typo = [*local, "-P", "overrides=optim.lrr=1"]
     training = run(tree, "mlflow", "run", ".", "-e", "train", *typo)
     assert training.returncode != 0
     assert "error: unknown key optim.lrr: did you mean lr?" in training.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("demo")
+def test_the_entry_point_that_promotes_runs(tree: Path) -> None:
+    promotion = run(tree, "mlflow", "run", ".", "-e", "promote", "--env-manager", "local")
+    assert ("champion" in promotion.stdout) or ("challenger" in promotion.stderr)
 
 
 @pytest.mark.slow

@@ -127,8 +127,15 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, nth: int, *, after: bool) -> list[s
     return begun
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("command", ["promote", "rollback"])
+@pytest.mark.parametrize(
+    ("command", "after"),
+    [
+        ("promote", False),
+        ("rollback", True),
+        pytest.param("promote", True, marks=pytest.mark.slow),
+        pytest.param("rollback", False, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_at_any_point_the_next_command_completes_it(
     store: Path, model: str, champions: list[str], command: str, after: bool
 ) -> None:

@@ -152,6 +152,7 @@ def test_a_training_that_diverges_logs_its_best_weights(
 @pytest.mark.real_data
 @pytest.mark.usefixtures("tracking_store")
 def test_one_epoch_on_the_real_tiles_learns(real_pack: Pack) -> None:
-    config = compose([*TINY, "data=eurosat", "trainer.epochs=1", "optim.batch_size=64"])
-    data = PreparedData(pack=real_pack, split=make_split(real_pack.table), validation="missing")
+    config = compose([*TINY, "data=eurosat", "trainer.epochs=1", "optim.batch_size=16"])
+    split = make_split(real_pack.table, per_class=300)
+    data = PreparedData(pack=real_pack, split=split, validation="missing")
     assert quick_fit(config, data).best["val_accuracy"] > 0.4, "ten classes: chance is 0.1"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat import tracking
+from eurosat.errors import ModelError
+from eurosat.models import version_files
 from registry import register, versions
 from registry.approvals import APPROVAL_TAG, APPROVED, RETIRED_TAG, ReviewDecision
 from registry.evidence import Predictions
@@ -17,14 +19,8 @@ from registry.verdict import EMPTY, GateResult
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
-SAFE_SUFFIXES = (".json", ".onnx", ".py", ".txt", ".yaml")
-"""Suffixes that a version's files may have, apart from MLmodel: none of them is unpickled."""
-MLFLOW_METADATA = "registered_model_meta"
-"""A file that MLflow adds to a version's files when they are downloaded."""
 UNKNOWN_COMMIT, DIRTY_SUFFIX = "unknown", "-dirty"
 """What `eurosat.tracking.code_commit` reports without git, and after a commit that differs."""
-MAX_NAMES = 3
-"""Files that a refusal lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,7 +174,7 @@ def _retired(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
 
 
 def _files(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
-    """Refuse files that differ from the registered ones, or that are unpickled."""
+    """Refuse files that differ from the registered ones, and code that was not released."""
     from mlflow.artifacts import download_artifacts
 
     if gate.off:
@@ -191,12 +187,20 @@ def _files(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
     registered = _digests(versions.registered_files(version))
     if not registered:
         return _result(gate, EMPTY, f"files: their sha256 was not recorded: {again}")
-    with tempfile.TemporaryDirectory() as folder, tracking.translate_errors("files of the version"):
-        uri = f"models:/{version.name}/{version.version}"
-        stored = _digests(register.hash_files(Path(download_artifacts(uri, dst_path=folder))))
-    fault = _file_fault(version, stored, registered)
-    if fault:
-        return _result(gate, "changed", f"files: {fault}: {again}")
+    with tempfile.TemporaryDirectory() as folder:
+        with tracking.translate_errors("files of the version"):
+            uri = f"models:/{version.name}/{version.version}"
+            downloaded = Path(download_artifacts(uri, dst_path=folder))
+        try:
+            stored = version_files.check(downloaded)
+            version_files.check_unchanged(stored, registered)
+        except ModelError as error:
+            fault = str(error).removesuffix(f": {version_files.REMEDY}")
+            return _result(gate, "changed", f"files: {fault}: {again}")
+    if foreign := _foreign_networks(version, stored):
+        names = ", ".join(foreign)
+        reason = f"files: {names} is not the network that its run has trained: {again}"
+        return _result(gate, "changed", reason)
     return _result(gate, f"{len(stored)} intact")
 
 
@@ -204,34 +208,19 @@ def _digests(files: Mapping[str, tuple[str, int]]) -> dict[str, str]:
     return {name: sha256 for name, (sha256, _) in files.items()}
 
 
-def _file_fault(
-    version: "ModelVersion", stored: Mapping[str, str], registered: Mapping[str, str]
-) -> str:
-    """Return what is wrong with the stored files, or an empty string."""
-    changed = {name for name, _ in stored.items() ^ registered.items()} - {MLFLOW_METADATA}
-    if changed:
-        return f"{', '.join(sorted(changed)[:MAX_NAMES])} differ from what was registered"
-    foreign = [
+def _foreign_networks(version: "ModelVersion", stored: Mapping[str, str]) -> list[str]:
+    """Return the networks that differ from those of the version's run."""
+    return [
         name
         for name, sha256 in stored.items()
         if name.endswith(".onnx") and sha256 != _trained_sha256(version, Path(name).name)
     ]
-    if foreign:
-        return f"{', '.join(foreign)} is not the network that its run has trained"
-    unsafe = [name for name in stored if not _is_safe(name)]
-    if unsafe:
-        return f"{', '.join(unsafe[:MAX_NAMES])} could be executed when the model is loaded"
-    return ""
 
 
 def _trained_sha256(version: "ModelVersion", name: str) -> str:
     """Return the sha256 of a network among the artifacts of the version's run."""
     with tracking.artifact(versions.run_of(version), name) as file:
         return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _is_safe(name: str) -> bool:
-    return name in ("MLmodel", MLFLOW_METADATA) or Path(name).suffix in SAFE_SUFFIXES
 
 
 CHECKS: dict[str, Callable[[JudgedVersion, BooleanGate], GateResult]] = {

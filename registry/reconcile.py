@@ -125,9 +125,17 @@ def append_and_apply(
         action=action,
         evidence=evidence,
         registered_by=version.tags.get(versions.REGISTERED_BY_TAG) if version else None,
+        files=_files_digest(version) if version else None,
     )
     ledger.append(model, entry)
     reconcile(model)
+
+
+def _files_digest(version: "ModelVersion") -> str | None:
+    """Return the digest of the files that were registered; None if they were not recorded."""
+    files = versions.registered_files(version)
+    digests = {name: sha256 for name, (sha256, _) in files.items()}
+    return ledger.manifest_digest(digests) if digests else None
 
 
 def baseline(model: str, state: RegistryState) -> "ModelVersion | None":

@@ -213,12 +213,14 @@ def hash_files(folder: Path) -> dict[str, tuple[str, int]]:
     """Return the sha256 and size in bytes of each file in the folder, by its relative path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
-        path.relative_to(folder).as_posix(): (
-            hashlib.sha256(path.read_bytes()).hexdigest(),
-            path.stat().st_size,
-        )
+        path.relative_to(folder).as_posix(): (sha256_of(path), path.stat().st_size)
         for path in files
     }
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def lineage(run: tracking.RunRecord, description: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,7 +241,8 @@ def _save_pyfunc(
 ) -> None:
     """Write the MLflow model: code by path, no pickle.
 
-    Its lineage has the probabilities of the input example, so that loading can test itself.
+    Its lineage has the digests of the networks and the probabilities of the input example, so that
+    loading can test itself.
     """
     import mlflow.pyfunc
     import numpy as np
@@ -255,9 +258,11 @@ def _save_pyfunc(
         for name, file in networks.items()
     }
     lineage_file = folder.parent / "lineage.json"
-    lineage_file.write_text(
-        json.dumps({**origin, "example_probabilities": probabilities}, indent=1)
-    )
+    own = {
+        "example_probabilities": probabilities,
+        "sha256": {name: sha256_of(file) for name, file in networks.items()},
+    }
+    lineage_file.write_text(json.dumps({**origin, **own}, indent=1))
     artifacts = {name: str(file) for name, file in networks.items()}
     is_rgb = description["bands"] == len("RGB")
     requirements = PYFUNC_REQUIREMENTS if is_rgb else (*PYFUNC_REQUIREMENTS, *BAND_REQUIREMENTS)

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import re
 import sys
 import tempfile
 import time
@@ -13,19 +12,19 @@ from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eurosat import tracking
-from eurosat.errors import ModelError
+from eurosat.errors import ModelError, TrackingError
 from eurosat.runtime import hardware
-from serving import earlier_versions
+from serving import earlier_versions, judged_files
 from serving.metrics import Metrics, VersionLabels
 
 log = logging.getLogger(__name__)
 
-ALIAS = re.compile(r"models:/([^/@]+)@([^/@]+)")
 WARM_UP_BATCHES = (1, 2, 8, 32, 64)
 """Numbers of tiles that a version predicts before it gets any traffic."""
 SELF_TEST_TOLERANCE = 0.1
@@ -187,13 +186,14 @@ def load(uri: str, model_config: Mapping[str, Any]) -> LoadedVersion:
         with tracking.translate_errors(uri):
             files = download_artifacts(uri, dst_path=folder)
         try:
+            judged_files.check(uri, Path(files))
             saved_config = Model.load(files).flavors["python_function"].get("config") or {}
             config = earlier_versions.model_config(model_config, saved_config)
             model = mlflow.pyfunc.load_model(files, model_config=config)
             classifier = earlier_versions.adapt(model.unwrap_python_model())
             stack.callback(sys.modules.pop, type(classifier).__module__, None)
             _self_test(model, classifier)
-        except SelfTestFailed:
+        except (SelfTestFailed, TrackingError):
             raise
         except Exception as error:  # the version's own code ran, and may raise anything
             message = f"it cannot be loaded ({type(error).__name__}: {error})"
@@ -257,14 +257,14 @@ class AliasWatcher:
 
     async def watch(self) -> None:
         """Poll the alias until cancelled; an error is logged once, and tried again."""
-        while self.current is None or ALIAS.fullmatch(self.reference):
+        while self.current is None or judged_files.ALIAS.fullmatch(self.reference):
             await asyncio.sleep(self.poll_s)
             await self.check_alias()
 
     async def check_alias(self) -> None:
         """Load and swap in the version of the alias, unless it is current or was refused."""
         try:
-            uri = await asyncio.to_thread(self._resolve_alias)
+            uri = await asyncio.to_thread(judged_files.resolve_alias, self.reference)
             if (self.current and self.current.uri == uri) or uri in self.refused:
                 return
             log.info("loading %s", uri)
@@ -296,17 +296,6 @@ class AliasWatcher:
         task = asyncio.create_task(old.drain())
         self._draining.add(task)
         task.add_done_callback(self._draining.discard)
-
-    def _resolve_alias(self) -> str:
-        """Return models:/NAME/NUMBER for an alias, and any other reference as it is."""
-        from mlflow import MlflowClient
-
-        alias = ALIAS.fullmatch(self.reference)
-        if alias is None:
-            return self.reference
-        with tracking.translate_errors(self.reference):
-            version = MlflowClient().get_model_version_by_alias(*alias.groups())
-        return f"models:/{alias[1]}/{version.version}"
 
     async def close(self) -> None:
         """Let every version finish its requests."""

@@ -4,12 +4,14 @@ import logging
 import os
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eurosat import tracking
 from eurosat.errors import ConfigError
 from eurosat.runtime import cli, logs, telemetry
+from serving import judged_files
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,21 @@ def check_address(host: str, port: int) -> None:
         raise ConfigError(f"cannot listen on {host}:{port} ({error}): choose another") from error
 
 
+def check_files(uri: str) -> None:
+    """Check the version's files before MLflow runs its code.
+
+    Raises:
+        ModelError: they are not the files that were judged.
+        TrackingError: they cannot be downloaded.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    with tempfile.TemporaryDirectory() as folder:
+        with tracking.translate_errors(uri):
+            files = download_artifacts(uri, dst_path=folder)
+        judged_files.check(uri, Path(files))
+
+
 def main(argv: Sequence[str]) -> int:
     parser = cli.parser(
         "serving.mlflow_server",
@@ -53,9 +70,11 @@ def main(argv: Sequence[str]) -> int:
     if args.workers < 1:
         raise ConfigError(f"--workers must be 1 or more; got {args.workers}")
     check_address(args.host, args.port)
-    run_id = tracking.resolve_run(args.model)
-    log.info("serving %s (run %s) on http://%s:%d", args.model, run_id, args.host, args.port)
-    argv = command(args.model, args.host, args.port, args.workers)
+    uri = judged_files.resolve_alias(args.model)
+    check_files(uri)
+    run_id = tracking.resolve_run(uri)
+    log.info("serving %s (run %s) on http://%s:%d", uri, run_id, args.host, args.port)
+    argv = command(uri, args.host, args.port, args.workers)
     os.execve(argv[0], argv, environment(os.environ))  # noqa: S606 - a list, and no shell
 
 

@@ -7,6 +7,7 @@ module. The network and the description of its training run are artifacts beside
 
 import base64
 import binascii
+import hashlib
 import io
 import json
 import logging
@@ -206,12 +207,15 @@ class TileClassifier(PythonModel):
         """Load the network. Each thread of `submit` uses one core, so that none waits for another.
 
         Raises:
-            ValueError: a key of ``model_config`` is unknown or out of range.
+            ValueError: a key of ``model_config`` is unknown or out of range, or the network is not
+                the one that was registered.
         """
         self._config = _parse_config(context.model_config or {})
         self.precision = _choose_precision(self._config.precision, context.artifacts)
         artifact = PRECISIONS[self.precision]
         network_file = context.artifacts[artifact]
+        lineage = json.loads(Path(context.artifacts["lineage"]).read_text())
+        _check_digest(Path(network_file), lineage.get("sha256", {}).get(artifact))
         session_options = onnxruntime.SessionOptions()
         session_options.intra_op_num_threads = session_options.inter_op_num_threads = 1
         session_options.log_severity_level = 3  # errors; it would warn that `tta` may be overridden
@@ -222,7 +226,6 @@ class TileClassifier(PythonModel):
         overridable = self.session.get_overridable_initializers()
         self.supports_tta = any(node.name == "tta" for node in overridable)
         self._read_metadata(self.session.get_modelmeta().custom_metadata_map)
-        lineage = json.loads(Path(context.artifacts["lineage"]).read_text())
         self.example_probabilities = lineage.get("example_probabilities", {}).get(artifact)
         """Probabilities of a middle-grey tile, computed when the version was registered."""
         self.provenance = {
@@ -619,6 +622,16 @@ def _choose_precision(precision: str, artifacts: dict[str, str]) -> str:
     if precision not in available:
         raise ValueError(f"this version has no {precision} network: it has {', '.join(available)}")
     return precision
+
+
+def _check_digest(network_file: Path, expected: str | None) -> None:
+    """Compare the network with the sha256 at registration, if the version has it."""
+    actual = hashlib.sha256(network_file.read_bytes()).hexdigest()
+    if expected and actual != expected:
+        raise ValueError(
+            f"{network_file.name} has the sha256 {actual[:12]}, not {expected[:12]} as when it was "
+            "registered: register its run again"
+        )
 
 
 def _registered_version(artifact: Path) -> str | None:

@@ -1,6 +1,5 @@
 """Judgements of stored versions: leaks, changed files, other interfaces, lost lineage."""
 
-import json
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.support.registry import (
     exit_code,
     make_predictions,
     make_run,
+    record_files,
     register_challenger,
     run_promote,
 )
@@ -30,12 +30,6 @@ def run_judge(model: str, *arguments: str) -> int:
 def files_of(model: str, number: str) -> Path:
     """Where the store keeps a version's files."""
     return Path(str(versions.get(model, number).source).removeprefix("file://"))
-
-
-def record_files(model: str, number: str, folder: Path) -> None:
-    """Store the digests of the files as they are now."""
-    digests = json.dumps(register.hash_files(folder))
-    MlflowClient().set_model_version_tag(model, number, versions.FILES_TAG, digests)
 
 
 def test_a_judgement_shows_every_gate_and_changes_nothing(
@@ -111,7 +105,23 @@ def test_a_pickle_is_refused_even_if_it_was_registered(
     (folder / "extra.pkl").write_bytes(b"cos\nsystem\n")
     record_files(model, number, folder)
     assert run_judge(model, number) == 1
-    assert "files: extra.pkl could be executed" in capsys.readouterr().out
+    assert "files: a version has no file 'extra.pkl'" in capsys.readouterr().out
+
+
+def test_other_code_is_refused_even_if_it_was_registered(
+    store: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A writer records the digests of the version that they create."""
+    number = register_challenger(store, model, wrong=30)
+    folder = files_of(model, number)
+    with (folder / "pyfunc.py").open("a") as code:
+        code.write(f"\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    record_files(model, number, folder)
+    assert run_judge(model, number) == 1
+    assert "files: pyfunc.py: not the code that this project has released" in (
+        capsys.readouterr().out
+    )
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_network_that_its_run_did_not_train_is_refused(

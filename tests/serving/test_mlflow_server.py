@@ -209,7 +209,7 @@ def test_the_server_runs_in_this_environment_without_telemetry(
     assert executed["argv"][1:5] == ["-m", "mlflow", "models", "serve"]
     pairs = set(zip(executed["argv"], executed["argv"][1:], strict=False))
     assert pairs >= {
-        ("--model-uri", "models:/eurosat@champion"),
+        ("--model-uri", f"models:/eurosat/{version}"),
         ("--env-manager", "local"),
         ("--port", port),
         ("--workers", "2"),

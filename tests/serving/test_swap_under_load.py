@@ -13,7 +13,7 @@ import requests
 from registry import register, versions
 from tests.support.images import encoded
 from tests.support.load import LoadResult, run_clients
-from tests.support.registry import REGISTRY, make_run
+from tests.support.registry import REGISTRY, make_run, record_files
 from tests.support.serving import Server, running, until
 
 pytestmark = REGISTRY
@@ -93,6 +93,7 @@ def test_a_version_that_fails_its_self_test_gets_no_traffic(
     lineage = json.loads(file.read_text())
     lineage["example_probabilities"] = {"network": [0.8, 0.1, 0.1]}
     file.write_text(json.dumps(lineage))
+    record_files("eurosat", bad, file.parents[1])
     try:
         set_champion(bad)
 

@@ -145,6 +145,12 @@ def register_challenger(
     return register.register(run_id, model, "challenger")
 
 
+def record_files(model: str, number: str, folder: Path) -> None:
+    """Record the digests of the files as they are now, as a promoter could."""
+    digests = json.dumps(register.hash_files(folder))
+    MlflowClient().set_model_version_tag(model, number, versions.FILES_TAG, digests)
+
+
 def exit_code(command: Callable[[Sequence[str]], int], *arguments: str) -> int:
     """Return the exit code that the command's process would have."""
     with pytest.raises(SystemExit) as stopped:

@@ -4,11 +4,10 @@ A `run` is written into a `journal` on this machine, and the `uploader` sends it
 `mlflow_client` reads what the server has.
 """
 
-from eurosat.tracking.journal import Status
+from eurosat.tracking.journal import Status, user
+from eurosat.tracking.journal_runs import NOT_FOUND_CODES, PARENT
 from eurosat.tracking.mlflow_client import (
     BEST_RUN,
-    NOT_FOUND_CODES,
-    PARENT,
     RunRecord,
     account,
     alias_version,
@@ -36,7 +35,6 @@ from eurosat.tracking.run import (
     journal_state,
     new_journal,
     run,
-    user,
 )
 
 __all__ = [

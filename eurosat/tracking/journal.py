@@ -73,8 +73,8 @@ class Journal:
         """Create a journal and acquire it.
 
         ``meta`` names the run, its experiment and its server: ``run_name``, ``experiment``,
-        ``server``, ``parent``, ``run_id``, ``start_ms``; or ``attached``, the reference of a run
-        that another process starts and ends.
+        ``server``, ``parent``, ``run_id``, ``start_ms``, ``user``; or ``attached``, the reference
+        of a run that another process starts and ends.
 
         Raises:
             TrackingError: the folder cannot be written.
@@ -89,7 +89,7 @@ class Journal:
             unfinished.rename(directory)  # other processes see only complete, locked journals
         journal = cls(directory)
         journal._file_lock = lock
-        journal.set_meta(**{"start_ms": str(now_ms()), **meta})
+        journal.set_meta(**{"start_ms": str(now_ms()), "user": user(), **meta})
         return journal
 
     def acquire(self, wait_s: float = 0) -> bool:
@@ -295,6 +295,16 @@ class Journal:
 def now_ms() -> int:
     """Return the milliseconds since 1970."""
     return int(time.time() * 1000)
+
+
+def user() -> str:
+    """Return the user's name, or "unknown"."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # some containers have no name for the user id
+        return "unknown"
 
 
 def sha256_of(file: Path) -> str:

@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING
 
 from eurosat.errors import TrackingError
 from eurosat.tracking.journal import PREFIX
+from eurosat.tracking.journal_runs import (
+    JOURNAL_TAG,
+    NAME_TAG,
+    NOT_FOUND_CODES,
+    PARENT,
+    USER_TAG,
+    find_run,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -19,11 +27,6 @@ if TYPE_CHECKING:
 BEST_RUN = "sweep.best_run_id"
 """Tag of a sweep's parent run: id of the run that refits the best configuration in full."""
 
-NOT_FOUND_CODES = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-"""MLflow's codes for what does not exist; the second for an unknown alias of a known model."""
-JOURNAL_TAG = "journal.id"
-"""Tag with the id of a run's journal: it finds a run whose id did not arrive here."""
-PARENT, NAME_TAG = "mlflow.parentRunId", "mlflow.runName"
 KIND_TAG, TRAINING_KIND = "mlflow.experimentKind", "custom_model_development"
 """Tag of an experiment, with which MLflow's pages open on its runs instead of GenAI traces."""
 LOCAL_UI = "http://127.0.0.1:5000"
@@ -70,6 +73,9 @@ def get(run_id: str) -> RunRecord:
 class RunSnapshot:
     """What was logged to a run, in the form in which a journal imports it."""
 
+    experiment_id: str
+    user: str
+    """The user who created the run."""
     start_ms: int
     parent: str | None
     """Parent as ``journal:ID``, stable across servers, or as a run id if it has no journal."""
@@ -91,8 +97,10 @@ def snapshot(run_id: str) -> RunSnapshot:
     if parent := run.data.tags.get(PARENT):
         journal_id = mlflow.get_run(parent).data.tags.get(JOURNAL_TAG)
         parent = f"{PREFIX}{journal_id}" if journal_id else parent
-    identity_tags = (JOURNAL_TAG, PARENT, NAME_TAG)
+    identity_tags = (JOURNAL_TAG, PARENT, NAME_TAG, USER_TAG)
     return RunSnapshot(
+        experiment_id=run.info.experiment_id,
+        user=run.info.user_id,
         start_ms=run.info.start_time,
         parent=parent,
         points=[
@@ -200,12 +208,11 @@ def to_run_id(reference: str) -> str:
     """Return the run id for a run id or ``journal:ID``.
 
     Raises:
-        TrackingError: the server does not have that journal's run yet.
+        TrackingError: the server does not have that journal's run yet, or several runs claim to
+            be it.
     """
-    if not reference.startswith(PREFIX):
-        return reference
-    if run_ids := find_runs_by_tag(client(), JOURNAL_TAG, reference.removeprefix(PREFIX)):
-        return run_ids[0]
+    if run_id := find_run(client(), reference):
+        return run_id
     raise TrackingError(
         f"{reference} is not on the tracking server yet: run `python -m eurosat.tracking sync`"
     )
@@ -223,16 +230,6 @@ def runs_page(experiment: str, metric: str) -> str:
     server = without_credentials(uri).rstrip("/") if uri.startswith("http") else LOCAL_UI
     order = f"orderByKey=metrics.%60{metric}%60&orderByAsc=false"
     return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&{order}"
-
-
-def find_runs_by_tag(client: "MlflowClient", name: str, value: str) -> list[str]:
-    """Return ids of the runs of all experiments with this tag, oldest first."""
-    runs = client.search_runs(
-        [experiment.experiment_id for experiment in client.search_experiments()],
-        f"tags.`{name}` = '{value}'",
-        order_by=["attributes.start_time ASC", "attributes.run_id ASC"],
-    )
-    return [str(run.info.run_id) for run in runs]
 
 
 def client(uri: str | None = None) -> "MlflowClient":

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat.errors import TrackingError
-from eurosat.tracking import journal_index, mlflow_client
-from eurosat.tracking.journal import PREFIX, Journal, Status, now_ms
+from eurosat.tracking import journal_index, journal_runs, mlflow_client
+from eurosat.tracking.journal import PREFIX, Journal, Status, now_ms, user
 from eurosat.tracking.outbox import Backlog
 from eurosat.tracking.system_metrics import SystemMetrics
 from eurosat.tracking.uploader import BackgroundUploader
@@ -231,7 +231,7 @@ def run(
         active_run.wait_for_start()
         origin_tags = {
             "code.commit": code_commit(),
-            "mlflow.user": user(),
+            journal_runs.USER_TAG: user(),
             "mlflow.source.name": _command_name(),
         }
         active_run.set_tags(origin_tags | dict(tags or {}))
@@ -311,7 +311,7 @@ def can_continue(reference: str | None) -> bool:
         return bool(mlflow_client.client().get_run(run_id).info.lifecycle_stage == "active")
     except MlflowException as error:
         return (
-            error.error_code not in mlflow_client.NOT_FOUND_CODES
+            error.error_code not in journal_runs.NOT_FOUND_CODES
         )  # a server that is down may have it
 
 
@@ -360,16 +360,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def user() -> str:
-    """Return the user's name, or "unknown"."""
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # some containers have no name for the user id
-        return "unknown"
-
-
 def _open_journal(
     experiment: str, name: str, parent: str | None, journal: str | None, resume: str | None
 ) -> Journal:
@@ -386,7 +376,7 @@ def _open_journal(
         )
     directory = journal_index.find_journal(resume)
     if directory is None:
-        return _import_journal(experiment, name, resume)
+        return _import_journal(experiment, name, parent, resume)
     existing = Journal(directory)
     if not existing.acquire(SYNC_WAIT_S):
         existing.close()
@@ -398,11 +388,18 @@ def _open_journal(
     return existing
 
 
-def _import_journal(experiment: str, name: str, resume: str) -> Journal:
-    """Create a journal here for a run of another machine, from what the server has."""
+def _import_journal(experiment: str, name: str, parent: str | None, resume: str) -> Journal:
+    """Create a journal here for a run of another machine, from what the server has.
+
+    Raises:
+        TrackingError: the run is not on the server, or was found by its tag and is of another user
+            or experiment: every writer can set the tag.
+    """
     with mlflow_client.translate_errors():
         run_id = mlflow_client.to_run_id(resume)
         snapshot = mlflow_client.snapshot(run_id)
+        if resume.startswith(PREFIX):
+            _check_origin(resume, run_id, snapshot, experiment, parent)
     journal = Journal.create(
         resume.removeprefix(PREFIX),  # the same id: child runs refer to it
         server=mlflow_client.tracking_uri(),
@@ -411,10 +408,36 @@ def _import_journal(experiment: str, name: str, resume: str) -> Journal:
         run_id=run_id,
         parent=snapshot.parent,
         start_ms=str(snapshot.start_ms),
+        user=snapshot.user,
     )
     journal.import_history(snapshot.points, snapshot.params, snapshot.tags)
     journal.reopen()
     return journal
+
+
+def _check_origin(
+    reference: str,
+    run_id: str,
+    snapshot: mlflow_client.RunSnapshot,
+    experiment: str,
+    parent: str | None,
+) -> None:
+    if snapshot.user != user():
+        raise TrackingError(
+            f"run {run_id} has the tag of {reference}, but is of user {snapshot.user}, not "
+            f"{user()}: if it is yours, set LOGNAME={snapshot.user} to continue it"
+        )
+    if parent:
+        expected = mlflow_client.get(parent).experiment_id
+    else:
+        client = mlflow_client.client()
+        expected = mlflow_client.get_or_create_experiment(client, experiment)
+    if snapshot.experiment_id != expected:
+        raise TrackingError(
+            f"run {run_id} has the tag of {reference}, but is of experiment "
+            f"{snapshot.experiment_id}, not {expected} ({experiment}): start a new run, or remove "
+            "that run's tag"
+        )
 
 
 def _command_name() -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from eurosat.errors import TrackingError
-from eurosat.tracking import mlflow_client
-from eurosat.tracking.journal import PREFIX, Journal, sha256_of
+from eurosat.tracking import journal_runs, mlflow_client
+from eurosat.tracking.journal import Journal, sha256_of, user
 from eurosat.tracking.outbox import Entry, PendingFile
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class JournalUploader:
         self._journal, self._client = journal, client
         self.file_deadline = 0.0
         """Time by `time.monotonic` until which a file may be in transfer; 0 if there is none."""
+        self._reported: set[str] = set()
+        """Ids of other runs with the journal's tag that a warning has named."""
 
     def step(self) -> bool:
         """Send the next part; False if nothing is left. May be called again after any error.
@@ -84,7 +86,7 @@ class JournalUploader:
         return True
 
     def _open_run(self) -> None:
-        """Find the run on the server or create it; the tag `journal.id` makes it unique."""
+        """Find the run on the server or create it."""
         get_meta = self._journal.get_meta
         run_id = get_meta("run_id") or self._find_run()
         if attached := get_meta("attached"):  # another process starts and ends the run
@@ -92,23 +94,18 @@ class JournalUploader:
                 raise TrackingError(f"run {attached} is not on the server yet")
         elif run_id:
             self._client.update_run(run_id, status="RUNNING", name=get_meta("run_name"))
-            self._client.set_tag(run_id, mlflow_client.JOURNAL_TAG, self._journal.id)
+            self._client.set_tag(run_id, journal_runs.JOURNAL_TAG, self._journal.id)
         else:
             run_id = self._create_run()
         self._journal.set_meta(run_id=run_id, opened="yes")
 
     def _create_run(self) -> str:
         get_meta = self._journal.get_meta
-        tags = {mlflow_client.JOURNAL_TAG: self._journal.id}
+        tags = {journal_runs.JOURNAL_TAG: self._journal.id, journal_runs.USER_TAG: self._user}
         if parent := get_meta("parent"):
-            parent_id = self._parent_run_id(parent)
-            tags[mlflow_client.PARENT] = parent_id
-            experiment_id = self._client.get_run(parent_id).info.experiment_id
-        else:
-            experiment = get_meta("experiment") or "Default"
-            experiment_id = mlflow_client.get_or_create_experiment(self._client, experiment)
+            tags[journal_runs.PARENT] = self._parent_run_id(parent)
         created = self._client.create_run(
-            experiment_id, int(get_meta("start_ms") or 0), tags, get_meta("run_name")
+            self._experiment_id(), self._start_ms, tags, get_meta("run_name")
         )
         self._journal.set_meta(run_id=created.info.run_id)
         return self._find_run() or str(created.info.run_id)
@@ -117,37 +114,60 @@ class JournalUploader:
         """Return the id of this journal's run, or None if the server does not have it.
 
         A request that was repeated although it had arrived creates a second run. Of several, the
-        run that was written to is kept, else the first; the others are deleted.
+        run that was written to is kept, else the first; the others are deleted if they are empty.
+        A run of another experiment, user or start time is neither used nor deleted: every writer
+        can set the tag `journal.id`.
 
         Raises:
-            TrackingError: there are several, and another process decides which one is kept.
+            TrackingError: another process writes the run, and several runs have its tag.
         """
-        attached = self._journal.get_meta("attached")
-        reference = attached or PREFIX + self._journal.id
-        if not reference.startswith(PREFIX):
-            return reference
-        run_ids = self._runs_of_journal(reference)
-        if len(run_ids) > 1 and attached:
-            raise TrackingError(f"run {reference} is on the server {len(run_ids)} times for now")
-        keep = (
-            self._journal.run_id if self._journal.run_id in run_ids else next(iter(run_ids), None)
-        )
-        for run_id in run_ids:
-            if run_id != keep:
-                self._client.delete_run(run_id)
+        if attached := self._journal.get_meta("attached"):
+            return journal_runs.find_run(self._client, attached)
+        tagged = journal_runs.tagged_runs(self._client, self._journal.id)
+        keep = self._journal.run_id
+        if not [run for run in tagged if run.info.run_id != keep]:
+            return keep
+        identity = (self._experiment_id(), self._user, self._start_ms)
+        own = [str(run.info.run_id) for run in tagged if journal_runs.identity(run) == identity]
+        empty = {run_id for run_id in own if journal_runs.is_empty(self._client, run_id)}
+        keep = keep or next((run_id for run_id in own if run_id not in empty), None)
+        keep = keep or next(iter(own), None)
+        for run_id in empty - {keep}:
+            self._client.delete_run(run_id)
+        self._report_others({str(run.info.run_id) for run in tagged} - empty - {keep})
         return keep
+
+    def _report_others(self, run_ids: set[str]) -> None:
+        if new := sorted(run_ids - self._reported):
+            log.warning(
+                "other runs have the tag %s of run %s and are left as they are, because they are "
+                "not empty copies of it: %s; remove the tag from them",
+                journal_runs.JOURNAL_TAG,
+                self._journal.reference,
+                ", ".join(new),
+            )
+            self._reported |= run_ids
+
+    def _experiment_id(self) -> str:
+        """Return the id of the run's experiment, which is that of its parent if it has one."""
+        if parent := self._journal.get_meta("parent"):
+            return str(self._client.get_run(self._parent_run_id(parent)).info.experiment_id)
+        experiment = self._journal.get_meta("experiment") or "Default"
+        return mlflow_client.get_or_create_experiment(self._client, experiment)
+
+    @property
+    def _user(self) -> str:
+        return self._journal.get_meta("user") or user()
+
+    @property
+    def _start_ms(self) -> int:
+        return int(self._journal.get_meta("start_ms") or 0)
 
     def _parent_run_id(self, reference: str) -> str:
         """Return the parent's run id, found by its journal if that is all we know."""
-        if not reference.startswith(PREFIX):
-            return reference
-        if run_ids := self._runs_of_journal(reference):
-            return run_ids[0]
+        if run_id := journal_runs.find_run(self._client, reference):
+            return run_id
         raise TrackingError(f"the parent run {reference} is not on the server yet")
-
-    def _runs_of_journal(self, reference: str) -> list[str]:
-        journal_id = reference.removeprefix(PREFIX)
-        return mlflow_client.find_runs_by_tag(self._client, mlflow_client.JOURNAL_TAG, journal_id)
 
     def _send_entries(self, entries: Sequence[Entry]) -> None:
         """Send entries in one request; if it is refused, halve it until the cause is alone."""
@@ -253,12 +273,12 @@ class JournalUploader:
             return False
         if not isinstance(error, MlflowException):
             return False
-        if error.error_code not in mlflow_client.NOT_FOUND_CODES:
+        if error.error_code not in journal_runs.NOT_FOUND_CODES:
             return False
         try:
             return bool(self._client.get_run(run_id).info.lifecycle_stage != "active")
         except MlflowException as get_error:
-            return bool(get_error.error_code in mlflow_client.NOT_FOUND_CODES)
+            return bool(get_error.error_code in journal_runs.NOT_FOUND_CODES)
 
 
 class BackgroundUploader:

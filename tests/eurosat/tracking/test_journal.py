@@ -30,6 +30,7 @@ from eurosat.tracking import __main__ as commands
 from eurosat.tracking import journal_index, mlflow_client, uploader
 from eurosat.tracking.journal import Journal, now_ms, root
 from eurosat.tracking.journal_database import JournalDatabase
+from eurosat.tracking.journal_runs import JOURNAL_TAG
 from eurosat.tracking.outbox import Outbox
 from tests.support.mlflow_server import Proxy, free_port, mlflow_server, proxy
 from tests.support.paths import ROOT
@@ -549,16 +550,157 @@ def test_of_runs_created_twice_the_one_that_was_written_to_is_kept(
     with tracking.run(experiment, "r", system_metrics=False) as run:
         log_all(run, tmp_path)
         until(lambda: not run._journal.outbox.backlog())
-        first_id = run.run_id
-        second = MlflowClient().create_run(
-            only_run(server, experiment).info.experiment_id,
-            1,
-            {mlflow_client.JOURNAL_TAG: run.journal.removeprefix("journal:")},
-        )
-        assert second.info.run_id != first_id
+        first = only_run(server, experiment)
+        second_id = create_tagged_run(run, experiment, start_ms=first.info.start_time)
+        assert second_id != first.info.run_id == run.run_id
     stored = only_run(server, experiment)
-    assert stored.info.run_id == first_id
+    assert stored.info.run_id == first.info.run_id
     check_all(server, stored, tmp_path)
+
+
+def create_tagged_run(
+    run: tracking.Run, experiment: str, *, user: str = "", start_ms: int = 1
+) -> str:
+    """Create a run with the journal's tag, as every writer can; return its id."""
+    journal_id = run.journal.removeprefix("journal:")
+    tags = {JOURNAL_TAG: journal_id, "mlflow.user": user or tracking.user()}
+    client = MlflowClient()
+    experiment_id = mlflow_client.get_or_create_experiment(client, experiment)
+    return str(client.create_run(experiment_id, start_ms, tags).info.run_id)
+
+
+def write_metric(run_id: str) -> None:
+    MlflowClient().log_metric(run_id, "accuracy", 0.9)
+
+
+def write_param(run_id: str) -> None:
+    MlflowClient().log_param(run_id, "lr", 0.1)
+
+
+def write_tag(run_id: str) -> None:
+    MlflowClient().set_tag(run_id, "reviewed.by", "ann")
+
+
+def write_artifact(run_id: str) -> None:
+    MlflowClient().log_text(run_id, "weeks of work", "notes.txt")
+
+
+def end_run(run_id: str) -> None:
+    MlflowClient().set_terminated(run_id)
+
+
+def write_nothing(run_id: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("write", "differs"),
+    [
+        (write_metric, ""),
+        (write_param, ""),
+        (write_tag, ""),
+        (write_artifact, ""),
+        (end_run, ""),
+        (write_nothing, "user"),
+        (write_nothing, "start"),
+        (write_nothing, "experiment"),
+        (write_metric, "user"),
+    ],
+)
+def test_a_run_of_others_with_the_journals_tag_is_not_deleted(
+    server: Proxy,
+    experiment: str,
+    caplog: pytest.LogCaptureFixture,
+    write: Callable[[str], None],
+    differs: str,
+) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        run.log_metrics({"loss": 1})
+        until(lambda: not run._journal.outbox.backlog())
+        own = only_run(server, experiment)
+        other_id = create_tagged_run(
+            run,
+            f"{experiment} of others" if differs == "experiment" else experiment,
+            user="mallory" if differs == "user" else "",
+            start_ms=own.info.start_time + (differs == "start"),
+        )
+        write(other_id)
+    client = direct_client(server)
+    assert client.get_run(other_id).info.lifecycle_stage == "active"
+    assert client.get_run(own.info.run_id).info.status == "FINISHED"
+    [warning] = [record.message for record in caplog.records if other_id in record.message]
+    assert "left as they are" in warning
+    assert run.run_id == own.info.run_id
+
+
+@pytest.mark.parametrize("differs", ["user", "start", "experiment"])
+@pytest.mark.usefixtures("gives_up_soon")
+def test_a_run_of_others_with_the_journals_tag_is_not_written_to(
+    server: Proxy, experiment: str, tmp_path: Path, differs: str
+) -> None:
+    """The journal has no run yet when it finds theirs."""
+    run, directory = unsent_run(server, experiment, tmp_path)
+    journal = Journal(directory)
+    start_ms = int(journal.get_meta("start_ms") or 0)
+    journal.close()
+    other_id = create_tagged_run(
+        run,
+        f"{experiment} of others" if differs == "experiment" else experiment,
+        user="mallory" if differs == "user" else "",
+        start_ms=start_ms - (differs == "start"),
+    )
+    assert commands.main(["sync"]) == exit_codes.OK
+    client = direct_client(server)
+    other = client.get_run(other_id)
+    assert (other.data.params, other.data.metrics) == ({}, {})
+    assert (other.info.status, other.info.lifecycle_stage) == ("RUNNING", "active")
+    [stored] = [r for r in runs_of(server, experiment) if r.info.run_id != other_id]
+    check_all(server, stored, tmp_path)
+
+
+def test_of_several_runs_with_the_journals_tag_none_is_guessed(
+    server: Proxy, experiment: str
+) -> None:
+    """The earliest start says nothing: whoever creates a run chooses it."""
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        run.log_metrics({"loss": 1})
+        until(lambda: not run._journal.outbox.backlog())
+        other_id = create_tagged_run(run, experiment, user="mallory")
+        write_metric(other_id)
+        assert tracking.get(run.journal).run_id == run.run_id, "its journal here knows its run"
+    with pytest.raises(TrackingError, match=rf"2 runs.*{other_id}.*give the id") as caught:
+        tracking.get(run.journal)
+    assert run.run_id in str(caught.value)
+    with (
+        pytest.raises(TrackingError, match="2 runs"),
+        tracking.run(experiment, "r", resume=run.journal, system_metrics=False),
+    ):
+        pass
+    assert direct_client(server).get_run(other_id).data.metrics == {"accuracy": 0.9}
+
+
+@pytest.mark.parametrize("differs", ["user", "experiment"])
+def test_a_run_of_others_is_not_continued_on_another_machine(
+    server: Proxy, experiment: str, differs: str
+) -> None:
+    with tracking.run(experiment, "r", system_metrics=False) as run:
+        until(lambda: not run._journal.outbox.backlog())
+    direct_client(server).delete_run(run.run_id)
+    assert not list(journal_index.all_journals())
+    other_id = create_tagged_run(
+        run,
+        f"{experiment} of others" if differs == "experiment" else experiment,
+        user="mallory" if differs == "user" else "",
+    )
+    with (
+        pytest.raises(TrackingError, match=rf"{other_id}.*is of {differs}"),
+        tracking.run(experiment, "r", resume=run.journal, system_metrics=False),
+    ):
+        pass
+    assert set(direct_client(server).get_run(other_id).data.tags) == {
+        JOURNAL_TAG,
+        "mlflow.user",
+        "mlflow.runName",
+    }
 
 
 @pytest.mark.usefixtures("gives_up_soon")

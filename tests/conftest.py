@@ -51,11 +51,8 @@ def isolated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv(sitecustomize.RECORD, str(refused))
         patch.setenv("PYTHONPATH", os.pathsep.join([OFFLINE, os.environ.get("PYTHONPATH", "")]))
         patch.setattr(worker_processes, "PRELOAD", processes.PRELOAD)
-        if sys.version_info < (
-            3,
-            12,
-        ):  # without sys.monitoring, coverage slows each process by half
-            patch.delenv("COVERAGE_PROCESS_CONFIG", raising=False)
+        if sys.version_info < (3, 12):
+            processes.trace_servers_alone(patch)
         patch.setenv("EUROSAT_CACHE", str(tmp_path_factory.mktemp("cache")))
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
             patch.delenv(name, raising=False)

@@ -92,7 +92,7 @@ def sections(version: "ModelVersion", run: tracking.RunRecord) -> dict[str, Any]
 def _data(run: tracking.RunRecord) -> dict[str, str]:
     import pandas as pd
 
-    with tracking.artifact(run.run_id, evidence.SPLIT) as file:
+    with evidence.small_artifact(run.run_id, evidence.SPLIT, "train again") as file:
         folds = pd.read_csv(file, dtype=str)["fold"].value_counts()
     source = run.params.get("data.source", UNKNOWN)
     protocol = run.params.get("data.protocol", UNKNOWN)

@@ -10,9 +10,11 @@ from eurosat.errors import ConfigError
 
 WAITING, DONE, DEAD = "waiting", "done", "dead"
 """States of an event; dead is one that failed MAX_TRIES times."""
-MAX_TRIES = 5
-FIRST_BACKOFF_S = 1.0
-"""Delay before the second try; doubles with each further try."""
+MAX_TRIES = 20
+FIRST_BACKOFF_S, MAX_BACKOFF_S = 1.0, 3600.0
+"""Delay before the second try, and the cap up to which it doubles: 20 tries take nine hours."""
+NOT_ENDED = "its process ended before it did: it was killed, or ran out of memory"
+"""Message of an event whose try has begun and not ended."""
 SECONDS_PER_DAY = 86_400
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS deliveries (
@@ -38,7 +40,7 @@ class QueuedEvent:
     detail: str
     """The alias, the tag or the address to notify; empty if the event has none."""
     tries: int = 0
-    """Tries that have failed."""
+    """Tries that have begun before this one."""
     message: str = ""
     """Why the last try failed."""
 
@@ -106,6 +108,10 @@ class EventQueue:
         names = [field.name for field in fields(QueuedEvent)]
         return [QueuedEvent(**dict(zip(names, row, strict=True))) for row in rows]
 
+    def begin(self, event: QueuedEvent) -> None:
+        """Count a try before it is made: an event that kills its process is not tried for ever."""
+        self._record_try(event, NOT_ENDED)
+
     def finish(self, event: QueuedEvent, message: str) -> None:
         """Mark the event as done, with its result."""
         with self._lock, self._database:
@@ -115,9 +121,12 @@ class EventQueue:
 
     def fail(self, event: QueuedEvent, message: str) -> bool:
         """Schedule another try, or none after MAX_TRIES; return whether there will be one."""
+        return self._record_try(event, message)
+
+    def _record_try(self, event: QueuedEvent, message: str) -> bool:
         tries = event.tries + 1
         state = DEAD if tries >= MAX_TRIES else WAITING
-        due = time.time() + FIRST_BACKOFF_S * 2 ** (tries - 1)
+        due = time.time() + min(FIRST_BACKOFF_S * 2.0 ** (tries - 1), MAX_BACKOFF_S)
         with self._lock, self._database:
             self._database.execute(
                 "UPDATE deliveries SET state = ?, tries = ?, due = ?, said = ? WHERE id = ?",

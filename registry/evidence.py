@@ -3,12 +3,15 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eurosat import tracking
 from eurosat.errors import ModelError
+from registry import parquet_table, versions
 from registry.gates import Gates
 from registry.metric_gates import PairedCounts
 
@@ -20,6 +23,10 @@ if TYPE_CHECKING:
 PREDICTIONS = "predictions.parquet"
 SPLIT = "split.csv"
 TRAINING_FOLDS = ("train", "val")
+MAX_FILE_MB = 200
+"""Size of a table that is downloaded; a split of a million tiles has some 120 MB."""
+TILE = "tile"
+"""Column with a tile's path; older tables lack it."""
 TILE_KEY = ("sha256", "label")
 """Columns that identify a test tile: its content and its label."""
 RECALL, RECALL_DROP, WORST_RECALL = "recall/", "recall_drop", "worst_recall"
@@ -73,17 +80,21 @@ def read(
 
     Raises:
         TrackingError: the run has none.
-        ModelError: the table lacks a column, is empty, or has a label without probabilities.
+        ModelError: the table is too large, lacks a column, is empty, or has a label without
+            probabilities.
     """
-    import pandas as pd
-
-    with tracking.artifact(run_id, name) as file:
+    columns = (TILE, *key)
+    with small_artifact(run_id, name, remedy) as file:
         try:
+            frame = parquet_table.read(file, columns, PROBABILITY_PREFIX)
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-            predictions = Predictions(frame=pd.read_parquet(file), sha256=sha256)
+        except parquet_table.TableTooLarge as error:
+            raise ModelError(f"{name} of run {run_id} {error}: {remedy}") from error
         except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
-            raise ModelError(f"{name} of run {run_id} is not a Parquet file: {remedy}") from error
-    frame = predictions.frame
+            raise ModelError(
+                f"{name} of run {run_id} is not a Parquet table of predictions: {remedy}"
+            ) from error
+    predictions = Predictions(frame=frame, sha256=sha256)
     missing = [column for column in key if column not in frame]
     if missing or not predictions.classes or frame.empty:
         raise ModelError(
@@ -99,6 +110,23 @@ def read(
     return predictions
 
 
+@contextmanager
+def small_artifact(run_id: str, name: str, remedy: str) -> Iterator[Path]:
+    """Download an artifact for the duration of the block, unless it is too large.
+
+    Raises:
+        TrackingError: the run has no such artifact.
+        ModelError: it has more than MAX_FILE_MB.
+    """
+    size_mb = versions.artifact_sizes(run_id).get(name, 0) / 1e6
+    if size_mb > MAX_FILE_MB:
+        raise ModelError(
+            f"{name} of run {run_id} has {size_mb:.0f} MB, over {MAX_FILE_MB} MB: {remedy}"
+        )
+    with tracking.artifact(run_id, name) as file:
+        yield file
+
+
 def training_tiles(run_id: str) -> set[str]:
     """Return the sha256 of the tiles that a run used to train or to choose its weights.
 
@@ -108,7 +136,7 @@ def training_tiles(run_id: str) -> set[str]:
     """
     import pandas as pd
 
-    with tracking.artifact(run_id, SPLIT) as file:
+    with small_artifact(run_id, SPLIT, "train again") as file:
         try:
             table = pd.read_csv(file, dtype=str, usecols=["sha256", "fold"])
         except (ValueError, OSError) as error:

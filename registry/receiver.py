@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -106,6 +107,7 @@ class Receiver:
             Route("/webhook", self.receive, methods=["POST"]),
             Route("/health", self.health),
             Route("/dead", self.dead),
+            Route("/metrics", self.metrics),
         ]
         return Starlette(routes=routes)
 
@@ -141,6 +143,19 @@ class Receiver:
 
     async def health(self, _: Request) -> Response:
         return JSONResponse(self._queue.counts())
+
+    async def metrics(self, _: Request) -> Response:
+        """Return the number of events in each state, for Prometheus."""
+        registry = CollectorRegistry()
+        gauge = Gauge(
+            "eurosat_registry_events",
+            "Events of the registry by state",
+            ["state"],
+            registry=registry,
+        )
+        for state, count in self._queue.counts().items():
+            gauge.labels(state).set(count)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def dead(self, _: Request) -> Response:
         return JSONResponse(dead_events(self._queue))

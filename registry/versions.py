@@ -133,8 +133,13 @@ def run_of(version: "ModelVersion") -> str:
 
 def artifact_names(run_id: str) -> set[str]:
     """Return the top-level files and folders of a run's artifacts."""
+    return set(artifact_sizes(run_id))
+
+
+def artifact_sizes(run_id: str) -> dict[str, int]:
+    """Return the size in bytes of the top-level files of a run's artifacts; 0 for folders."""
     with tracking.translate_errors(f"artifacts of run {run_id}"):
-        return {file.path for file in client().list_artifacts(run_id)}
+        return {file.path: file.file_size or 0 for file in client().list_artifacts(run_id)}
 
 
 def set_tag(model: str, number: str, key: str, value: str) -> None:

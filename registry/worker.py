@@ -18,6 +18,7 @@ from eurosat.errors import EuroSATError, TrackingError
 from registry import gates, judge, ledger, versions
 from registry.approvals import APPROVAL_TAG, ReviewDecision
 from registry.event_queue import EventQueue, QueuedEvent
+from registry.judge_process import judge_apart
 from registry.notifications import Target, notify, redact
 from registry.promote import promote
 from registry.reconcile import RegistryState, baseline, last_active, reconcile
@@ -103,6 +104,7 @@ class Worker:
 
     def process(self, event: QueuedEvent) -> None:
         """Handle one event and store its result, or schedule another try."""
+        self._queue.begin(event)
         try:
             message = self._handle(event)
         except Exception as error:  # noqa: BLE001 - any failure is stored with the event
@@ -201,8 +203,10 @@ class Worker:
         refused = version.tags.get(versions.VERDICT_TAG, "").startswith("refused")
         if refused and not again and not is_challenger:
             return "it was judged before"
-        limits = gates.load(self._gates_file)
-        verdict = judge.judge_version(version, baseline(self._model, before), limits)
+        champion = baseline(self._model, before)
+        verdict = judge_apart(
+            self._model, number, str(champion.version) if champion else None, self._gates_file
+        )
         if verdict.passed and self._promotes:
             promote(self._model, version, before, verdict, "it passed every gate", ACTOR)
             return f"promoted: {verdict}"

@@ -1,12 +1,24 @@
 """Which test tiles two versions are compared on, and the metrics of these tiles."""
 
 import math
+import re
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from mlflow import MlflowClient
+from pyarrow import parquet
 
+from eurosat.errors import ModelError
 from registry import evidence
 from registry.evidence import Predictions, compare, metrics
-from tests.support.registry import make_predictions
+from tests.support.registry import MLFLOW_WARNS, make_predictions, make_run
+
+pytestmark = MLFLOW_WARNS
+PEAK_MB = 100
+"""Memory that a refusal may take."""
 
 
 def fold(tiles: range, wrong: int = 0) -> Predictions:
@@ -102,3 +114,74 @@ def test_the_largest_drop_of_a_class_is_a_metric() -> None:
     compared = compare(candidate, champion)
     assert compared.candidate["recall_drop"] == pytest.approx(0.25)
     assert compared.candidate["worst_recall"] == pytest.approx(0.75)
+
+
+def many_rows() -> pa.Table:
+    """Return rows that are all equal: Parquet stores a column of them in a few bytes."""
+    rows = 8_000_000
+    text = pa.array(["a"]).dictionary_encode().take(pa.array(np.zeros(rows, np.int8)))
+    number = pa.array(np.zeros(rows, np.float32))
+    return pa.table({"sha256": text, "label": text, "p/a": number})
+
+
+def many_columns() -> pa.Table:
+    return pa.table({"sha256": ["a"], "label": ["a"]} | {f"p/{k}": [0.1] for k in range(5000)})
+
+
+def long_texts() -> pa.Table:
+    """Return one long text in many rows, which Parquet stores once."""
+    rows = 200
+    text = pa.array(["a" * 1_000_000] * rows)
+    label = pa.array(["a"] * rows)
+    return pa.table({"sha256": text, "label": label, "p/a": pa.array(np.zeros(rows))})
+
+
+def large_cells() -> pa.Table:
+    """Return zeros that are stored as they are, and packed well."""
+    values = pa.array([b"\0" * 1_000_000] * 300)
+    text = pa.array(["a"] * 300)
+    return pa.table({"sha256": text, "label": text, "p/a": pa.array(np.zeros(300)), "x": values})
+
+
+def peak_mb() -> float:
+    (line,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line) / 1000
+
+
+@pytest.mark.parametrize(
+    ("make_table", "reason"),
+    [
+        (many_rows, "8000000 rows, over 500000"),
+        (many_columns, "5002 columns, over 1000"),
+        (long_texts, "1000000 characters in the column sha256, over 1024"),
+        (large_cells, "unpacked, over 256 MB"),
+    ],
+)
+def test_a_small_file_that_would_unpack_to_a_large_table_is_refused_by_its_metadata(
+    make_table: Callable[[], pa.Table], reason: str, store: Path, tmp_path: Path
+) -> None:
+    run_id = make_run(store)
+    file = tmp_path / evidence.PREDICTIONS
+    dictionary = ["sha256", "label", "p/a"]
+    parquet.write_table(make_table(), file, use_dictionary=dictionary, compression="zstd")
+    assert file.stat().st_size < 2_000_000
+    MlflowClient().log_artifact(run_id, str(file))
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = peak_mb()
+    with pytest.raises(ModelError, match=f"{re.escape(reason)}.*: train again"):
+        evidence.read(run_id)
+    assert peak_mb() - before < PEAK_MB
+
+
+def test_an_artifact_that_is_too_large_is_refused_before_it_is_downloaded(
+    store: Path, tmp_path: Path
+) -> None:
+    run_id = make_run(store)
+    for name in (evidence.PREDICTIONS, evidence.SPLIT):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(int(evidence.MAX_FILE_MB * 1e6) + 1)
+        MlflowClient().log_artifact(run_id, str(tmp_path / name))
+    with pytest.raises(ModelError, match=r"predictions.parquet .* MB, over \d+ MB: train again"):
+        evidence.read(run_id)
+    with pytest.raises(ModelError, match=r"split.csv .* MB, over \d+ MB: train again"):
+        evidence.training_tiles(run_id)

@@ -215,6 +215,8 @@ def test_webhooks_alone_promote_refuse_and_reconcile(
     until(refused, WAIT_S, "the worse one is refused with its reasons")
     until(lambda: is_idle(service), WAIT_S, "all is done")
     assert aliases(MODEL) == {"champion": first}, "a refused version is no challenger"
+    counted = requests.get(f"{service.url}/metrics", timeout=10).text
+    assert 'eurosat_registry_events{state="dead"} 0.0' in counted
 
     service.kill()  # events are lost from here on
     missed = register_challenger(folder, MODEL, wrong=20)

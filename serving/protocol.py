@@ -8,8 +8,10 @@ pyproject.toml limits uvicorn's version, and tests/serving/test_bad_input.py che
 """
 
 import asyncio
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from serving import errors
@@ -23,6 +25,7 @@ QUEUED_PATHS = ("/predict", "/predict/batch")
 """Paths whose tiles go to the queue; they are rejected while it is full."""
 FRAMING_SHARE = 1 / 8
 """Share of a body that its chunk framing may add to `MAX_HEAD_BYTES`."""
+UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
 HEAD_TOO_LARGE = f"a request line and headers over {MAX_HEAD_BYTES} bytes: send fewer headers"
 
 
@@ -43,6 +46,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     _timeout: asyncio.TimerHandle | None = None
     _is_counted = False
     """Whether this connection's request is counted in `Admission.unanswered`."""
+    _upgrades = False
+    """Whether the head that was read asks for another protocol; it is then read again without."""
     _overload = ""
     """Why the request that is being read will be rejected; empty: it will not."""
 
@@ -59,7 +64,11 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._message_began, in_body, body_bytes = False, self._in_body, self._body_bytes
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.send_400_response("")
         if self.transport.is_closing():
             return
         if in_body and self._in_body:
@@ -73,6 +82,30 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         elif self.timeout_keep_alive_task is None and self._is_idle():
             self._await_head()  # it was line ends between two requests, which begin no message
 
+    def _parse(self, data: bytes) -> None:
+        """Parse what was received; an upgrade to another protocol is ignored (RFC 9110, 7.8).
+
+        The parser would take such a request as one without a body, and its body as the next
+        request. So another parser reads the head without the upgrade, and then what follows.
+        """
+        while True:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                if not self._upgrades:  # CONNECT, which the app rejects
+                    return
+                data = self._head_without_upgrade() + data[upgrade.args[0] :]
+                self.parser, self._upgrades = httptools.HttpRequestParser(self), False
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            else:
+                return
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        lines = [self.parser.get_method() + b" " + self.url + b" HTTP/" + version]
+        lines += [name + b": " + value for name, value in _without_upgrade(self.headers)]
+        return b"\r\n".join([*lines, b"", b""])
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._message_began, self._field_bytes = True, 0
@@ -85,6 +118,9 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        self._upgrades = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if self._upgrades:
+            return
         self._end_head()
         if len(self.url) + self._field_bytes > MAX_HEAD_BYTES:
             self._reject_head()
@@ -108,6 +144,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._upgrades:
+            return
         self._in_body = False
         if self._overload:
             self._reject_unread()
@@ -202,6 +240,21 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             return
         self.transport.write(_raw_response(status, message, close=True))
         self.transport.close()
+
+
+def _without_upgrade(headers: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """Yield the headers without those that ask for another protocol."""
+    for name, value in headers:
+        if name in UPGRADE_HEADERS:
+            continue
+        if name == b"connection":
+            options = [option.strip() for option in value.split(b",")]
+            kept = [option for option in options if option.lower() not in UPGRADE_HEADERS]
+            if not kept:
+                continue
+            yield name, b", ".join(kept)
+        else:
+            yield name, value
 
 
 def _raw_response(status: int, message: str, *, close: bool) -> bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import stat
 import tempfile
 import zipfile
 import zlib
@@ -23,6 +24,12 @@ EUROSAT_NAMES = ("EuroSAT_RGB.zip", "EuroSAT.zip", "EuroSAT_RGB", "2750", "euros
 """Names to look for under EUROSAT_ROOT: the archives of zenodo.org/records/7711810 and of the
 authors, packed or unpacked; the last is the folder that torchvision's downloader makes."""
 
+MAX_FILE_BYTES = 64_000_000
+"""Size of one tile's file, packed or not; the largest tile has 27 MB."""
+MAX_ARCHIVE_FILES = 5_000_000
+MAX_COMPRESSION_RATIO, UNCHECKED_BYTES = 200, 1_000_000_000
+"""A larger archive may unpack to so many times its size; images compress by a few times."""
+CONTROL_CHARACTERS = {chr(code) for code in (*range(32), 127)}
 ZIP_ERRORS = (OSError, zipfile.BadZipFile, EOFError, ValueError, zlib.error, RuntimeError)
 """Errors that `zipfile` raises when it reads a damaged or encrypted member."""
 
@@ -162,8 +169,10 @@ class FolderSource:
             if file.suffix.lower() in SUFFIXES and file.name[0] != "."
         }
         folders = (f.name for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+        for path in files:
+            _check_name(path, root)
         self.paths = _check_classes(files, folders, root)
-        stats = ((path, files[path].stat()) for path in self.paths)
+        stats = ((path, files[path].lstat()) for path in self.paths)
         self.identity = _digest(
             [str(root.resolve())] + [f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
         )
@@ -171,6 +180,10 @@ class FolderSource:
     def read(self, path: str) -> bytes:
         file = self._root / path
         try:
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{file} is not a regular file: remove it")
+            _check_file_size(status.st_size, str(file))
             return file.read_bytes()
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error.strerror}; restore the file") from error
@@ -186,8 +199,10 @@ class ZipSource:
             self._zip = zipfile.ZipFile(file)
         except zipfile.BadZipFile as error:
             raise DataError(f"{file} is not a complete zip ({error}): download it again") from error
+        self._check_content(file)
         self._members: dict[str, str] = {}
         for member in self._zip.namelist():
+            _check_name(member, file)
             inner = PurePosixPath(member)
             if inner.suffix.lower() in SUFFIXES and len(inner.parts) > 1 and inner.name[0] != ".":
                 path = f"{inner.parts[-2]}/{inner.name}"
@@ -198,12 +213,33 @@ class ZipSource:
                     )
                 self._members[path] = member
         self.paths = _check_classes(self._members, (), file)
-        stat = file.stat()
-        self.identity = _digest([str(file.resolve()), f"{stat.st_size} {stat.st_mtime_ns}"])
+        status = file.stat()
+        self.identity = _digest([str(file.resolve()), f"{status.st_size} {status.st_mtime_ns}"])
+
+    def _check_content(self, file: Path) -> None:
+        """Raise DataError if the archive holds too many files, or unpacks to far more bytes."""
+        members = self._zip.infolist()
+        if len(members) > MAX_ARCHIVE_FILES:
+            raise DataError(
+                f"{file} has {len(members):,} files, at most {MAX_ARCHIVE_FILES:,} are read: split "
+                "it"
+            )
+        unpacked, size = sum(member.file_size for member in members), file.stat().st_size
+        if unpacked > UNCHECKED_BYTES and unpacked > MAX_COMPRESSION_RATIO * size:
+            raise DataError(
+                f"{file} of {size:,} bytes would unpack to {unpacked:,}; an archive of tiles grows "
+                f"at most {MAX_COMPRESSION_RATIO} times: download it again, or unpack it yourself"
+            )
 
     def read(self, path: str) -> bytes:
+        member = self._zip.getinfo(self._members[path])
+        name = f"{member.filename} in {self._file}"
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"{name} is packed by another method than deflate: pack it again")
+        _check_file_size(member.file_size, name)
         try:
-            return self._zip.read(self._members[path])
+            with self._zip.open(member) as stream:
+                return stream.read(member.file_size + 1)
         except ZIP_ERRORS as error:
             raise DataError(
                 f"{self._members[path]} in {self._file} cannot be read ({error}): "
@@ -246,6 +282,25 @@ class SyntheticSource:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=self.JPEG_QUALITY)
         return file.getvalue()
+
+
+def _check_name(name: str, source: Path) -> None:
+    """Raise DataError for a name that leaves its folder, or breaks a line or a terminal."""
+    parts = name.replace("\\", "/").split("/")
+    is_outside = ".." in parts or parts[0] == "" or parts[0].endswith(":")
+    if is_outside or CONTROL_CHARACTERS & {*name}:
+        raise DataError(
+            f"{source} holds {name!r}, which leads out of the folder or has control characters: "
+            "rename it"
+        )
+
+
+def _check_file_size(size: int, name: str) -> None:
+    if size > MAX_FILE_BYTES:
+        raise DataError(
+            f"{name} has {size:,} bytes; the file of a tile has at most {MAX_FILE_BYTES:,}: cut it "
+            "into tiles"
+        )
 
 
 def _check_classes(paths: Iterable[str], folders: Iterable[str], root: Path) -> tuple[str, ...]:

@@ -108,8 +108,8 @@ def replace_tile(data: bytes) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (truncate, "is unreadable or truncated"),
-        (replace_tile(b""), "is unreadable or truncated"),
-        (replace_tile(b"not a picture"), "is unreadable or truncated"),
+        (replace_tile(b""), "is no JPEG, PNG or TIFF file"),
+        (replace_tile(b"not a picture"), "is no JPEG, PNG or TIFF file"),
         (replace_tile(encode_image(1, size=20)), "is 20x20x3, but most tiles are 16x16x3"),
         (replace_tile(encode_image(1, mode="L")), "is 16x16x1, but most tiles are 16x16x3"),
         (

@@ -259,7 +259,7 @@ def test_another_host_or_origin_is_refused(platform: Platform) -> None:
     create = "/api/2.0/mlflow/runs/create"
     assert raw(platform, "POST", create, Origin="https://evil.example") == 403
     form = {"Content-Type": "application/x-www-form-urlencoded"}
-    assert raw(platform, "POST", "/api/2.0/mlflow/users/create-ui", **form) in (400, 403)
+    assert raw(platform, "POST", "/api/2.0/mlflow/users/create-ui", None, **form) in (400, 403)
 
 
 def test_a_delivery_that_mlflow_did_not_sign_is_refused(platform: Platform) -> None:

@@ -93,6 +93,7 @@ class Layout:
             "MLFLOW_AUTH_CONFIG_PATH": str(self.auth_ini),
             "MLFLOW_AUTH_ADMIN_PASSWORD": self._secret("admin_password"),
             "MLFLOW_FLASK_SERVER_SECRET_KEY": self._secret("flask_key"),
+            "MLFLOW_CRYPTO_KEK_PASSPHRASE": self._secret("crypto_key"),
             "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": self._secret("webhook_key"),
             "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
             "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",

@@ -42,12 +42,14 @@ GENERATORS: dict[str, Callable[[], bytes]] = {
     "serving_password": _password,
     "trainer_password": _password,
     "flask_key": _password,
+    "crypto_key": _password,
     "webhook_secret": _password,
     "webhook_key": _fernet_key,
     "gcs_credentials": lambda: b"{}",
 }
-"""`webhook_secret` signs webhooks, and MLflow stores it encrypted with `webhook_key`.
-`gcs_credentials` is a file to be filled: Google Cloud issues its content."""
+"""`crypto_key` encrypts what administrators store in MLflow's gateway. `webhook_secret` signs
+webhooks, and MLflow stores it encrypted with `webhook_key`. `gcs_credentials` is a file to be
+filled: Google Cloud issues its content."""
 KEY, CERTIFICATE = "tls.key", "tls.crt"
 API_KEY, API_KEYS = "serving_key", "serving_keys"
 """A client's API key for serving, and the file of hashes that serving reads."""

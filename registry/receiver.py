@@ -40,6 +40,8 @@ SECRET_VARIABLE = "MLFLOW_WEBHOOK_SECRET"  # noqa: S105 - the variable's name
 """Environment variable of the key that MLflow signs with."""
 MAX_AGE_S = 300.0
 """Largest difference between MLflow's clock and ours; MLflow's retries end within seconds."""
+EVENTS_METRIC = "eurosat_registry_events"
+"""Metric with the number of events by state."""
 MAX_BODY_BYTES = 65_536
 BODY_TIMEOUT_S = 10.0
 QUEUE_FOLDER = "inboxes"
@@ -148,7 +150,7 @@ class Receiver:
         """Return the number of events in each state, for Prometheus."""
         registry = CollectorRegistry()
         gauge = Gauge(
-            "eurosat_registry_events",
+            EVENTS_METRIC,
             "Events of the registry by state",
             ["state"],
             registry=registry,

@@ -174,12 +174,13 @@ def test_mlflow_has_authentication_allowed_hosts_and_no_telemetry() -> None:
     assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
 
 
-def test_the_dashboard_and_the_alerts_use_metrics_that_serving_exports() -> None:
+def test_the_dashboard_and_the_alerts_use_metrics_that_our_servers_export() -> None:
+    from registry.receiver import EVENTS_METRIC
     from serving.metrics import Metrics, VersionLabels
 
     text = Metrics().text().decode()
     exported = set(re.findall(r"^# HELP (eurosat_\w+)", text, re.MULTILINE))
-    exported |= {f"{name}_bucket" for name in exported}
+    exported |= {f"{name}_bucket" for name in exported} | {EVENTS_METRIC}
     dashboard = (ROOT / "deploy/grafana/serving.json").read_text()
     assert json.loads(dashboard)["panels"]
     used = set(re.findall(r"eurosat_\w+", dashboard.replace("eurosat-serving", "")))

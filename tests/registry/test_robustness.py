@@ -192,5 +192,5 @@ def test_a_file_that_is_no_table_of_predictions_is_ignored(store: Path) -> None:
     assert "lacks kind" in robustness.read(run_id).fault
     (store / "other" / robustness.FILE).write_text("not Parquet")
     MlflowClient().log_artifact(run_id, str(store / "other" / robustness.FILE))
-    assert "is not a Parquet file" in robustness.read(run_id).fault
+    assert "is not a Parquet table" in robustness.read(run_id).fault
     assert evidence.read(run_id).classes

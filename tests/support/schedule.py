@@ -7,10 +7,22 @@ from xdist.scheduler import LoadFileScheduling
 PLATFORM = "platform"
 TOGETHER = {
     "tests/deploy/test_platform.py": PLATFORM,
+    "tests/deploy/test_proxy.py": PLATFORM,
     "tests/deploy/test_security.py": PLATFORM,
 }
 """Files that share a fixture which takes long to make: one worker runs them all."""
-LONGEST_FIRST = ("tests/eurosat/tracking/test_journal.py", PLATFORM)
+LONGEST_FIRST = (
+    PLATFORM,
+    "tests/e2e/test_e2e_main_job.py",
+    "tests/experiments/test_sweep.py",
+    "tests/eurosat/tracking/test_journal.py",
+    "tests/registry/test_ledger.py",
+    "tests/deploy/test_backup.py",
+    "tests/docs/test_tutorial.py",
+    "tests/eurosat/training/test_launch.py",
+    "tests/serving/test_bad_input.py",
+    "tests/serving/test_parity.py",
+)
 """The files, or groups of them, that take longest: one that began last would end alone."""
 
 

@@ -282,7 +282,7 @@ def create_app(
         ConfigError: the file of API keys cannot be read.
     """
     logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns of every bad form
-    keys = KeyRing.from_file(keys_file, share=1 / processes) if keys_file else None
+    keys = KeyRing(keys_file, share=1 / processes) if keys_file else None
     metrics = Metrics()
     return App(AliasWatcher(model, model_config, poll_s, metrics), metrics, limits, keys)
 

@@ -1,8 +1,12 @@
 """Load versions of the served model, test them, and swap them while requests are answered."""
 
 import asyncio
+import errno
 import logging
 import math
+import os
+import re
+import shutil
 import sys
 import tempfile
 import time
@@ -29,6 +33,13 @@ WARM_UP_BATCHES = (1, 2, 8, 32, 64)
 """Numbers of tiles that a version predicts before it gets any traffic."""
 SELF_TEST_TOLERANCE = 0.1
 """Largest difference of a probability of the example: INT8 results differ between CPUs."""
+PASSING_ERRNOS = (errno.ENOSPC, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EDQUOT, errno.EIO)
+ALLOCATION_FAILED = re.compile("bad_alloc|[Ff]ailed to allocate memory")
+"""Message of ONNX Runtime."""
+COPY_PREFIX = "eurosat-model-"
+"""Begins the name of the folder with a process's copy of a version; its process id follows."""
+MAX_RETRY_S = 30.0
+"""Longest time between two attempts to load a version; it doubles from the poll interval."""
 GREY = 128
 EWMA_ALPHA = 0.1
 """Weight of the newest batch in the moving average of batch times."""
@@ -181,8 +192,11 @@ def load(uri: str, model_config: Mapping[str, Any]) -> LoadedVersion:
     from mlflow.models import Model
     from mlflow.pyfunc import scoring_server
 
+    remove_copies_of_the_dead()
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="eurosat-model-"))
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix=f"{COPY_PREFIX}{os.getpid()}-")
+        )
         with tracking.translate_errors(uri):
             files = download_artifacts(uri, dst_path=folder)
         try:
@@ -196,6 +210,8 @@ def load(uri: str, model_config: Mapping[str, Any]) -> LoadedVersion:
         except (SelfTestFailed, TrackingError):
             raise
         except Exception as error:  # the version's own code ran, and may raise anything
+            if _may_pass(error):
+                raise
             message = f"it cannot be loaded ({type(error).__name__}: {error})"
             raise SelfTestFailed(message) from error
         return LoadedVersion(
@@ -206,6 +222,21 @@ def load(uri: str, model_config: Mapping[str, Any]) -> LoadedVersion:
             app=scoring_server.init(model),
             files=stack.pop_all(),
         )
+
+
+def remove_copies_of_the_dead() -> None:
+    """Remove the copies of versions that killed processes have left."""
+    for copy in Path(tempfile.gettempdir()).glob(f"{COPY_PREFIX}*-*"):
+        pid = copy.name.removeprefix(COPY_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether the fault is this machine's, such as no memory or no space on the disk."""
+    if isinstance(error, OSError):
+        return error.errno in PASSING_ERRNOS
+    return isinstance(error, MemoryError) or ALLOCATION_FAILED.search(str(error)) is not None
 
 
 def _self_test(model: Any, classifier: Any) -> None:
@@ -254,6 +285,7 @@ class AliasWatcher:
         """URI of a version that failed its self-test -> the reason; it is not tried again."""
         self._draining: set[asyncio.Task[None]] = set()
         self._last_error = ""
+        self._failures, self._retry_at = 0, 0.0
 
     async def watch(self) -> None:
         """Poll the alias until cancelled; an error is logged once, and tried again."""
@@ -263,6 +295,8 @@ class AliasWatcher:
 
     async def check_alias(self) -> None:
         """Load and swap in the version of the alias, unless it is current or was refused."""
+        if time.monotonic() < self._retry_at:
+            return
         try:
             uri = await asyncio.to_thread(judged_files.resolve_alias, self.reference)
             if (self.current and self.current.uri == uri) or uri in self.refused:
@@ -275,13 +309,17 @@ class AliasWatcher:
                 self._metrics.record_refused_version()
                 log.error("%s gets no traffic: %s", uri, self.refused[uri])
                 return
+            except Exception:
+                pause_s = min(self.poll_s * 2.0 ** min(self._failures, 30), MAX_RETRY_S)
+                self._failures, self._retry_at = self._failures + 1, time.monotonic() + pause_s
+                raise
         except Exception as error:  # noqa: BLE001 - the current version must go on
             message = " ".join(str(error).split())[:300]
             if message != self._last_error:
                 log.warning("%s cannot be loaded, trying again: %s", self.reference, message)
             self._last_error = message
             return
-        self._last_error = ""
+        self._last_error, self._failures = "", 0
         self._swap(new)
 
     def _swap(self, new: LoadedVersion) -> None:

@@ -2,12 +2,14 @@
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from eurosat.errors import ConfigError
@@ -15,11 +17,15 @@ from eurosat.runtime import cli, exit_codes, logs
 from serving.errors import RequestRejected
 from serving.limits import TokenBucket
 
+log = logging.getLogger(__name__)
+
 DEFAULT_RATE_PER_S = 1000.0
 KEY_BYTES = 32
 """Random bytes of a key: enough to store its plain SHA-256, as nobody can guess it."""
 NAME_PATTERN = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 SHA256_PATTERN = re.compile(r"[0-9a-f]{64}")
+RELOAD_INTERVAL_S = 1.0
+"""Time between two looks at the file: a key that is added or removed counts from then on."""
 REMEDY = "create it with `python -m serving.keys NAME`"
 
 
@@ -28,41 +34,43 @@ class ApiKey:
     name: str
     digest: str
     """SHA-256 of the key, in hexadecimal."""
+    rate_per_s: float
+    """Of all processes together."""
     bucket: TokenBucket
 
 
 class KeyRing:
     """The API keys that a process accepts, each with its own rate."""
 
-    def __init__(self, keys: Sequence[ApiKey]) -> None:
-        self._keys = keys
-
-    @classmethod
-    def from_file(cls, file: Path, share: float = 1.0) -> "KeyRing":
-        """Read lines of "NAME SHA256 REQUESTS_PER_S"; this process allows ``share`` of each rate.
+    def __init__(self, file: Path, share: float = 1.0) -> None:
+        """Read the file; this process allows ``share`` of each rate.
 
         Raises:
             ConfigError: the file cannot be read, or a line is malformed.
         """
+        self._file, self._share = file, share
+        self._stamp, self._looked_at = _stamp(file), time.monotonic()
+        self._keys = _read_keys(file, share)
+
+    def _reload(self) -> None:
+        """Read the file again if it has changed; a faulty one leaves the keys as they are."""
+        if time.monotonic() - self._looked_at < RELOAD_INTERVAL_S:
+            return
+        self._looked_at = time.monotonic()
+        if (stamp := _stamp(self._file)) == self._stamp:
+            return
+        self._stamp = stamp
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeError) as error:
-            raise ConfigError(f"{file} cannot be read: {REMEDY}") from error
-        keys = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or line.startswith("#"):
-                continue
-            try:
-                name, digest, rate_per_s = line.split()
-                if not SHA256_PATTERN.fullmatch(digest) or not 0 < float(rate_per_s) < float("inf"):
-                    raise ValueError
-                keys.append(ApiKey(name, digest, TokenBucket(float(rate_per_s) * share)))
-            except ValueError as error:
-                raise ConfigError(
-                    f"{file}:{number} is not a line of name, sha256 and requests per second: "
-                    f"{REMEDY}"
-                ) from error
-        return cls(keys)
+            keys = _read_keys(self._file, self._share)
+        except ConfigError as error:
+            log.warning("the API keys stay as they were: %s", error)
+            return
+        present = {(key.digest, key.rate_per_s): key.bucket for key in self._keys}
+        self._keys = [
+            replace(key, bucket=present.get((key.digest, key.rate_per_s), key.bucket))
+            for key in keys
+        ]
+        log.info("read %s again: %d API keys", self._file, len(keys))
 
     def names(self) -> list[str]:
         return [key.name for key in self._keys]
@@ -73,6 +81,7 @@ class KeyRing:
         Raises:
             RequestRejected: the key is missing or unknown (401), or exceeds its rate (429).
         """
+        self._reload()
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         sent = bearer.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         digest = _digest(sent)
@@ -84,6 +93,43 @@ class KeyRing:
             message = f"the key {key.name} exceeds its rate: send fewer requests per second"
             raise RequestRejected(429, message)
         return key.name
+
+
+def _read_keys(file: Path, share: float) -> list[ApiKey]:
+    """Read lines of "NAME SHA256 REQUESTS_PER_S".
+
+    Raises:
+        ConfigError: the file cannot be read, or a line is malformed.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {REMEDY}") from error
+    keys = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            name, digest, rate_per_s = line.split()
+            if not SHA256_PATTERN.fullmatch(digest) or not 0 < float(rate_per_s) < float("inf"):
+                raise ValueError
+            keys.append(
+                ApiKey(name, digest, float(rate_per_s), TokenBucket(float(rate_per_s) * share))
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"{file}:{number} is not a line of name, sha256 and requests per second: {REMEDY}"
+            ) from error
+    return keys
+
+
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    """Return what changes when the file does; None if it cannot be read."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size
 
 
 def _digest(key: str) -> str:
@@ -100,7 +146,7 @@ def create(file: Path, name: str, rate_per_s: float) -> str:
         raise ConfigError(f"a key's name is 1 to 64 letters, digits, '_', '.' or '-'; got {name!r}")
     if not 0 < rate_per_s < float("inf"):
         raise ConfigError(f"--per-second must be above 0; got {rate_per_s:g}")
-    if file.exists() and name in KeyRing.from_file(file).names():
+    if file.exists() and name in KeyRing(file).names():
         raise ConfigError(
             f"{file} already has a key {name}: choose another name or remove its line"
         )

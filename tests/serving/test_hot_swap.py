@@ -1,15 +1,24 @@
-"""The number of tiles that may wait, and how it depends on the pace of the batches."""
+"""How many tiles may wait, by the pace of the batches; versions that cannot be loaded."""
 
+import asyncio
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from serving import hot_swap
-from serving.hot_swap import LoadedVersion
-from tests.support.registry import MLFLOW_WARNS
+from serving.hot_swap import AliasWatcher, LoadedVersion
+from serving.metrics import Metrics
+from tests.support.registry import REGISTRY
+from tests.support.serving import make_champion
 
-pytestmark = MLFLOW_WARNS
+pytestmark = REGISTRY
 MAX_WAITING, BATCH = 64, 16
 
 
@@ -77,3 +86,57 @@ def test_requests_that_have_arrived_count_too(
 ) -> None:
     assert not version.is_full(MAX_WAITING, MAX_WAITING + BATCH - 1)
     assert version.is_full(MAX_WAITING, MAX_WAITING + BATCH)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[ONNXRuntimeError] : Failed to allocate memory for requested buffer"),
+    ],
+    ids=["memory", "disk", "ONNX Runtime"],
+)
+def test_a_version_is_not_refused_for_a_fault_of_the_machine(
+    error: Exception, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = make_champion(store)
+    watcher = AliasWatcher("models:/eurosat@champion", {}, 0.01, Metrics())
+    with monkeypatch.context() as patch:
+        patch.setattr(hot_swap, "_self_test", Mock(side_effect=error))
+        asyncio.run(watcher.check_alias())
+    assert not watcher.refused
+    assert watcher.current is None
+
+    async def retry() -> None:
+        while watcher.current is None:
+            await watcher.check_alias()
+            await asyncio.sleep(0.01)
+        assert watcher.current.version == number
+        await watcher.close()
+
+    asyncio.run(retry())
+
+
+def test_a_version_that_is_faulty_itself_is_refused(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_champion(store)
+    watcher = AliasWatcher("models:/eurosat@champion", {}, 0.01, Metrics())
+    monkeypatch.setattr(hot_swap, "_self_test", Mock(side_effect=KeyError("classes")))
+    asyncio.run(watcher.check_alias())
+    assert len(watcher.refused) == 1
+
+
+def test_copies_of_killed_processes_are_removed_and_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getpid()):
+        (tmp_path / f"{hot_swap.COPY_PREFIX}{pid}-x" / "model").mkdir(parents=True)
+    (tmp_path / "eurosat-models").mkdir()
+    hot_swap.remove_copies_of_the_dead()
+    left = {folder.name for folder in tmp_path.iterdir()}
+    assert left == {f"{hot_swap.COPY_PREFIX}{os.getpid()}-x", "eurosat-models"}

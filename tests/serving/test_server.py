@@ -639,7 +639,7 @@ def test_a_key_is_printed_once_and_stored_as_a_hash(
     assert key not in file.read_text()
     assert file.read_text() == f"team {hashlib.sha256(key.encode()).hexdigest()} 3\n"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert keys.KeyRing.from_file(file).admit({"x-api-key": key}) == "team"
+    assert keys.KeyRing(file).admit({"x-api-key": key}) == "team"
 
 
 def test_a_key_file_becomes_readable_by_its_owner_only(tmp_path: Path) -> None:
@@ -648,13 +648,34 @@ def test_a_key_file_becomes_readable_by_its_owner_only(tmp_path: Path) -> None:
     file.chmod(0o644)
     first, second = (keys.create(file, name, 1) for name in ("one", "two"))
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    ring = keys.KeyRing.from_file(file)
+    ring = keys.KeyRing(file)
     assert [ring.admit({"authorization": f"bearer {key}"}) for key in (first, second)] == [
         "one",
         "two",
     ]
     with pytest.raises(RequestRejected, match="send an API key"):
         ring.admit({"authorization": "bearer "})
+
+
+def test_keys_that_are_added_and_removed_count_without_a_restart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keys, "RELOAD_INTERVAL_S", 0.0)
+    file = tmp_path / "keys.txt"
+    first = keys.create(file, "one", 1)
+    ring = keys.KeyRing(file)
+    assert ring.admit({"x-api-key": first}) == "one"
+    second = keys.create(file, "two", 5)
+    assert ring.admit({"x-api-key": second}) == "two"
+    with pytest.raises(RequestRejected, match="exceeds its rate"):
+        ring.admit({"x-api-key": first})  # its rate goes on
+    good = file.read_text()
+    file.write_text("no line of keys\n")
+    assert ring.admit({"x-api-key": second}) == "two"
+    assert "the API keys stay as they were" in caplog.text
+    file.write_text("".join(good.splitlines(keepends=True)[-1:]))
+    with pytest.raises(RequestRejected, match="send an API key"):
+        ring.admit({"x-api-key": first})
 
 
 @pytest.mark.parametrize(
@@ -691,4 +712,4 @@ def test_a_malformed_line_of_a_key_file_is_named(tmp_path: Path, line: str) -> N
     file = tmp_path / "keys.txt"
     file.write_text(f"# keys\n{line}\n")
     with pytest.raises(ConfigError, match=r"keys.txt:2 is not a line of name, sha256 and requests"):
-        keys.KeyRing.from_file(file)
+        keys.KeyRing(file)

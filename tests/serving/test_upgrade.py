@@ -71,7 +71,7 @@ def test_the_body_of_a_request_with_an_upgrade_is_read(
     assert [answer.status for answer in several] == [200, 200]
 
 
-def test_it_is_read_whereever_the_bytes_are_split(server: Server) -> None:
+def test_it_is_read_wherever_the_bytes_are_split(server: Server) -> None:
     request = post(UPGRADES["h2c"])
     head = request.index(b"\r\n\r\n") + 4
     for at in [*range(1, head + 8), len(request) - 1]:

@@ -4,6 +4,7 @@ import json
 import logging
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -134,13 +135,11 @@ def _build_table(scan: DatasetScan, data: DataConfig, spec: DatasetSpec) -> "pd.
     log.warning("near duplicates were not searched: that needs every tile to be readable")
     source = open_source(data)
     undecoded = scan.table["path"][scan.table["bands"] == 0]
-    return tile_table(
-        scan.table,
-        data,
-        spec.reference,
-        texture=source_textures(scan.table, data, source),
-        dtypes={path: detect_dtype(source, path) for path in undecoded},
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Dataset has no geotransform")  # tiles need no place
+        texture = source_textures(scan.table, data, source)
+        dtypes = {path: detect_dtype(source, path) for path in undecoded}
+    return tile_table(scan.table, data, spec.reference, texture=texture, dtypes=dtypes)
 
 
 def _run_suite(table: "pd.DataFrame", spec: DatasetSpec, site: Path, run_name: str) -> Verdict:

@@ -61,6 +61,8 @@ EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 """Pillow modes that convert to RGB."""
 TIFF_BITS_PER_SAMPLE, PNG_BIT_DEPTH = 258, 24
 """A TIFF tag, and the offset of a PNG's bit depth: Pillow silently cuts 16-bit colours to 8."""
+TIFF_BLOCK_SIDES = (322, 323)
+"""TIFF tags: width and height of internal tiles, which are decoded as a whole."""
 VERSION_FILE = "registered_model_meta"
 """File that MLflow writes beside MLmodel when it loads a version by a ``models:/`` URI."""
 PRECISIONS = {"fp32": "network", "int8": "network_int8"}
@@ -515,9 +517,14 @@ def _decode_geotiff(
 
     height, width, bands = shape_HWC
     try:
-        with rasterio.Env(CPL_LOG="/dev/null"), MemoryFile(data) as file, file.open() as tiff:
+        with (
+            rasterio.Env(CPL_LOG="/dev/null"),
+            MemoryFile(data) as file,
+            file.open(driver="GTiff") as tiff,
+        ):
             if max(tiff.height, tiff.width) > MAX_SIDE_PIXELS:
                 raise _too_large(f"{tiff.width}x{tiff.height} pixels")
+            _check_block_sides(tiff.block_shapes[0])
             dtypes = set(tiff.dtypes)
             expected = "uint16" if full_scale else "uint8"
             if tiff.count != bands or dtypes != {expected}:
@@ -575,11 +582,21 @@ def _check_header(image: Image.Image, data: bytes) -> None:
     if image.format == "PNG":
         bits = data[PNG_BIT_DEPTH]
     elif image.format == "TIFF":
-        bits = max(image.tag_v2.get(TIFF_BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        _check_block_sides([tags.get(tag, 1) for tag in TIFF_BLOCK_SIDES])
+        bits = max(tags.get(TIFF_BITS_PER_SAMPLE, (1,)))
     if bits > 8 or image.mode not in EIGHT_BIT_MODES:
         raise InvalidTile(
             f"a {image.format} of {bits} bits, mode {image.mode}: convert it to 8 bits per band, "
             "as the training tiles were"
+        )
+
+
+def _check_block_sides(sides: Sequence[int]) -> None:
+    if max(sides) > MAX_SIDE_PIXELS:
+        raise InvalidTile(
+            f"a TIFF in internal tiles of up to {max(sides)} pixels per side, over "
+            f"{MAX_SIDE_PIXELS}: write it again in strips"
         )
 
 

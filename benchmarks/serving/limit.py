@@ -54,7 +54,7 @@ def speed(folder: Path, tiles_NHWC: Tiles, batch: int, sessions: int, seconds: f
 
 def main(argv: Sequence[str]) -> None:
     folder, seconds = Path(argv[0]), float(argv[1])
-    tiles_NHWC: Tiles = np.load(folder / "tiles.npy")  # written by `model`
+    tiles_NHWC: Tiles = np.load(folder / "tiles.npy", allow_pickle=False)  # written by `model`
     cores = len(os.sched_getaffinity(0))
     settings = (
         [(int(argv[2]), int(argv[3]))] if argv[2:] else itertools.product(BATCHES, {1, cores})

@@ -32,7 +32,7 @@ class Network(Protocol):
 
 def decode(file: bytes) -> Tiles:
     """Return the (H, W, 3) pixels of a JPEG."""
-    with Image.open(io.BytesIO(file)) as image:
+    with Image.open(io.BytesIO(file), formats=["JPEG"]) as image:
         return np.asarray(image.convert("RGB"))
 
 

@@ -212,7 +212,7 @@ def _write_table_and_meta(
     table: "pd.DataFrame", fingerprint: str, source_name: str, building: Path
 ) -> None:
     """Add the duplicate groups to the table; write it and the metadata beside the tiles."""
-    tiles_NHWC = np.load(building / TILES, mmap_mode="r")
+    tiles_NHWC = np.load(building / TILES, mmap_mode="r", allow_pickle=False)
     duplicates = find_duplicates(
         tiles_NHWC, table["pixels_sha256"].to_numpy(), table["phash"].to_numpy(np.uint64)
     )

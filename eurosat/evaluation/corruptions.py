@@ -63,7 +63,7 @@ def jpeg(tiles: Tiles, severity: int, _: np.random.Generator) -> Tiles:
     def compress(image: Tiles) -> Tiles:
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=JPEG_QUALITY[severity - 1])
-        return np.array(Image.open(file), dtype=np.uint8)
+        return np.array(Image.open(file, formats=["JPEG"]), dtype=np.uint8)
 
     if tiles.shape[3] == 3:
         return np.stack([compress(tile) for tile in tiles])

@@ -23,11 +23,15 @@ from eurosat.errors import DataError
 from eurosat.runtime import cli, exit_codes
 from expectations import validate
 from tests.support.paths import ROOT
+from tests.support.tiffs import eps, sparse_tiff, tiff_with_large_block
 
-pytestmark = pytest.mark.filterwarnings(
-    # MLflow 3.17's own store, on SQLAlchemy 2.1
-    "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
-)
+pytestmark = [
+    pytest.mark.filterwarnings(
+        # MLflow 3.17's own store, on SQLAlchemy 2.1
+        "ignore:The ``noload`` loader strategy is deprecated:DeprecationWarning"
+    ),
+    pytest.mark.filterwarnings("ignore:Dataset has no geotransform"),  # tiles need no place
+]
 EXPERIMENT = "validation"
 CLASS_NAMES = ("Forest", "River", "SeaLake")
 TILES_PER_CLASS = 12
@@ -122,6 +126,9 @@ def add_faults(root: Path) -> None:
     Image.new("RGB", (32, 48), "green").save(root / "Forest" / "wide.png")
     Image.new("I;16", (64, 64), 4000).save(root / "River" / "deep.png")
     Image.new("RGB", (64, 64), "teal").save(root / "SeaLake" / "blank.png")
+    (root / "River" / "bomb.tif").write_bytes(tiff_with_large_block(64, 8192))
+    (root / "River" / "bands.tif").write_bytes(sparse_tiff(400, 1024, "uint8"))
+    (root / "River" / "script.jpg").write_bytes(eps())
     (root / "SeaLake" / "copy.jpg").write_bytes((root / "River" / "02.jpg").read_bytes())
 
 
@@ -197,7 +204,14 @@ def test_every_faulty_tile_is_printed_with_its_fault_after_one_line_for_what_pas
         name: re.findall(r"^ +(\S+/\S+)", text, re.MULTILINE) for name, text in failures.items()
     }
     assert tiles == {
-        "readable": ["Forest/03.jpg", "Forest/wide.png", "River/deep.png"],
+        "readable": [
+            "Forest/03.jpg",
+            "Forest/wide.png",
+            "River/bands.tif",
+            "River/bomb.tif",
+            "River/deep.png",
+            "River/script.jpg",
+        ],
         "height": ["Forest/wide.png"],
         "width": ["Forest/wide.png"],
         "dtype": ["River/deep.png"],

@@ -21,6 +21,7 @@ from PIL import Image
 from eurosat.data import bands, decode
 from tests.support.images import COLOURS, GOOD, REJECTED, encoded, pixels
 from tests.support.registry import CLASSES, MLFLOW_WARNS, make_network
+from tests.support.tiffs import sparse_tiff, tiff_with_large_block
 
 if TYPE_CHECKING:
     from serving.pyfunc import TileClassifier
@@ -215,6 +216,15 @@ def test_a_model_of_13_bands_rejects_other_bands(
     assert "1025x1025 pixels" in rejection(
         multispectral, bands.encode_geotiff(reflectance(size=1025))
     )
+
+
+def test_a_tiff_with_a_huge_internal_tile_is_rejected(
+    model: "TileClassifier", multispectral: "TileClassifier"
+) -> None:
+    bomb = tiff_with_large_block(64, 8192)
+    assert "internal tiles of up to 8192 pixels per side" in rejection(model, bomb)
+    multiband = sparse_tiff(13, 16, tiled=True, blockxsize=8192, blockysize=8192)
+    assert "internal tiles of up to 8192 pixels" in rejection(multispectral, multiband)
 
 
 def test_waiting_tiles_are_split_among_the_threads_in_order() -> None:

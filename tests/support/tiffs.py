@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +26,16 @@ def tiff_with_large_block(side: int, block_side: int) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + block
 
 
-def sparse_tiff(bands: int, side: int, dtype: str = "uint16") -> bytes:
-    """Return a GeoTIFF in which no pixel was written: all read as 0."""
+def sparse_tiff(bands: int, side: int, dtype: str = "uint16", **layout: object) -> bytes:
+    """Return a GeoTIFF in which no pixel was written: all read as 0.
+
+    ``layout`` are options of GDAL, such as ``tiled`` and ``blockxsize``.
+    """
+    from rasterio import Affine
     from rasterio.io import MemoryFile
 
-    options = {"height": side, "width": side, "count": bands, "dtype": dtype, "SPARSE_OK": True}
+    options: dict[str, Any] = {"height": side, "width": side, "count": bands, "dtype": dtype}
+    options |= {"SPARSE_OK": True, "transform": Affine(10, 0, 0, 0, -10, 0), **layout}
     with MemoryFile() as memory:
         memory.open(driver="GTiff", compress="deflate", **options).close()
         return bytes(memory.read())

@@ -19,7 +19,7 @@ from tests.support.images import GOOD, MALFORMED, REJECTED, encoded, files, png,
 
 SECRET = "SECRET"
 """Text in many payloads, which no answer may repeat."""
-TIMEOUT_S = 2.0
+TIMEOUT_S = 3.0
 """Time that the server of these tests allows for a head, and for a body."""
 JPEG, TIFF = encoded(kind="JPEG"), encoded(kind="TIFF")
 KINDS = {"image/jpeg": JPEG, "image/png": GOOD, "image/tiff": TIFF}

@@ -31,7 +31,7 @@ def read_tiles(
     import numpy as np
 
     from eurosat.data.decode import decode
-    from eurosat.data.sources import open_source
+    from eurosat.data.sources import open_source, read_file
     from eurosat.evaluation.recorded import recorded_data
 
     config = recorded_data(run_id)
@@ -39,7 +39,7 @@ def read_tiles(
     tiles, expected = [], []
     for name in names:
         if Path(name).is_file():
-            data = Path(name).read_bytes()
+            data = read_file(Path(name))
         else:
             source = source or open_source(config)
             if name not in source.paths:

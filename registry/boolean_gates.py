@@ -1,6 +1,5 @@
 """The gates that pass or fail without a limit: data, lineage, interface, approval and files."""
 
-import hashlib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from eurosat import tracking
 from eurosat.errors import ModelError
 from eurosat.models import version_files
+from eurosat.runtime.digests import sha256_of
 from registry import register, versions
 from registry.approvals import APPROVAL_TAG, APPROVED, RETIRED_TAG, ReviewDecision
 from registry.evidence import Predictions
@@ -184,7 +184,7 @@ def _files(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
         f"delete version {version.version} in MLflow, then run "
         f"`python -m registry.register {subject.run.run_id}`"
     )
-    registered = _digests(versions.registered_files(version))
+    registered = versions.registered_digests(version)
     if not registered:
         return _result(gate, EMPTY, f"files: their sha256 was not recorded: {again}")
     with tempfile.TemporaryDirectory() as folder:
@@ -204,10 +204,6 @@ def _files(subject: JudgedVersion, gate: BooleanGate) -> GateResult:
     return _result(gate, f"{len(stored)} intact")
 
 
-def _digests(files: Mapping[str, tuple[str, int]]) -> dict[str, str]:
-    return {name: sha256 for name, (sha256, _) in files.items()}
-
-
 def _foreign_networks(version: "ModelVersion", stored: Mapping[str, str]) -> list[str]:
     """Return the networks that differ from those of the version's run."""
     return [
@@ -220,7 +216,7 @@ def _foreign_networks(version: "ModelVersion", stored: Mapping[str, str]) -> lis
 def _trained_sha256(version: "ModelVersion", name: str) -> str:
     """Return the sha256 of a network among the artifacts of the version's run."""
     with tracking.artifact(versions.run_of(version), name) as file:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return sha256_of(file)
 
 
 CHECKS: dict[str, Callable[[JudgedVersion, BooleanGate], GateResult]] = {

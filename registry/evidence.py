@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from eurosat import tracking
 from eurosat.errors import ModelError
+from eurosat.runtime.digests import sha256_of
 from registry import parquet_table, versions
 from registry.gates import Gates
 from registry.metric_gates import PairedCounts
@@ -87,7 +88,7 @@ def read(
     with small_artifact(run_id, name, remedy) as file:
         try:
             frame = parquet_table.read(file, columns, PROBABILITY_PREFIX)
-            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+            sha256 = sha256_of(file)
         except parquet_table.TableTooLarge as error:
             raise ModelError(f"{name} of run {run_id} {error}: {remedy}") from error
         except (ValueError, OSError) as error:  # pyarrow's errors are ValueErrors

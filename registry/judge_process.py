@@ -5,13 +5,12 @@ promoter.
 """
 
 import multiprocessing
-import os
 import resource
-from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from eurosat.errors import EuroSATError
+from eurosat.runtime import worker_processes
 from registry import gates, judge, versions
 from registry.verdict import Verdict
 
@@ -35,23 +34,9 @@ def judge_apart(model: str, number: str, champion: str | None, gates_file: Path)
         JudgementFailed: it took too much memory or time, or failed in an unexpected way.
         EuroSATError: it cannot be judged.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_judge,
-        args=(
-            sender,
-            MAX_MEMORY_MB,
-            dict(os.environ),
-            str(Path.cwd()),
-            model,
-            number,
-            champion,
-            gates_file,
-        ),
-        name=f"judge-{number}",
-    )
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    arguments = (sender, MAX_MEMORY_MB, model, number, champion, gates_file)
+    process = worker_processes.create(_judge, arguments, name=f"judge-{number}", preload=PRELOAD)
     process.start()
     sender.close()
     try:
@@ -77,8 +62,6 @@ def judge_apart(model: str, number: str, champion: str | None, gates_file: Path)
 def _judge(
     sender: Connection,
     max_memory_mb: int,
-    environment: Mapping[str, str],
-    folder: str,
     model: str,
     number: str,
     champion: str | None,
@@ -87,9 +70,6 @@ def _judge(
     """Send the verdict, or the error, of a version."""
     limit = (_private_mb() + max_memory_mb) * 1_000_000
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
     result: Verdict | EuroSATError
     try:
         result = judge.judge_version(

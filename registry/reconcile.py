@@ -133,8 +133,7 @@ def append_and_apply(
 
 def _files_digest(version: "ModelVersion") -> str | None:
     """Return the digest of the files that were registered; None if they were not recorded."""
-    files = versions.registered_files(version)
-    digests = {name: sha256 for name, (sha256, _) in files.items()}
+    digests = versions.registered_digests(version)
     return ledger.manifest_digest(digests) if digests else None
 
 

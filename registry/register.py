@@ -1,6 +1,5 @@
 """Wrap a finished training run as a version of the registered model."""
 
-import hashlib
 import io
 import json
 import logging
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from eurosat import tracking
 from eurosat.errors import ConfigError, ModelError, TrackingError
+from eurosat.models.version_files import FILES_TAG
 from eurosat.runtime import cli, exit_codes, logs
+from eurosat.runtime.digests import sha256_of
 from registry import card, evidence, outcome, robustness, versions
 from registry.actor import actor
 from registry.versions import NETWORK, NETWORK_INT8
@@ -200,7 +201,7 @@ def _check_classes(run_id: str, classes: Sequence[str]) -> None:
 def _create_version(run: tracking.RunRecord, model: str, folder: Path) -> str:
     tags = {name: run.tags[name] for name in (*LINEAGE_TAGS, VALIDATION_TAG)}
     tags[versions.REGISTERED_BY_TAG] = actor()
-    tags[versions.FILES_TAG] = json.dumps(hash_files(folder))
+    tags[FILES_TAG] = json.dumps(hash_files(folder))
     versions.ensure_model(model, "Land cover of satellite tiles")
     with tracking.translate_errors(f"run {run.run_id}"):
         client = versions.client()
@@ -216,11 +217,6 @@ def hash_files(folder: Path) -> dict[str, tuple[str, int]]:
         path.relative_to(folder).as_posix(): (sha256_of(path), path.stat().st_size)
         for path in files
     }
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def lineage(run: tracking.RunRecord, description: Mapping[str, Any]) -> dict[str, Any]:

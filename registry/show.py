@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from eurosat.models.version_files import FILES_TAG
 from eurosat.runtime import cli, exit_codes, logs, tables
 from registry import history, ledger, versions
 from registry.reconcile import reconcile
@@ -13,7 +14,7 @@ SHORT_DIGEST = 12
 
 def _shorten(name: str, value: str) -> str:
     """Return the first characters of a digest, and the number of files instead of their digests."""
-    if name == versions.FILES_TAG:
+    if name == FILES_TAG:
         return f"{value.count('[')} files"
     return value[:SHORT_DIGEST] if DIGEST.fullmatch(value) else value
 

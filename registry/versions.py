@@ -1,10 +1,10 @@
 """Versions, aliases and tags of a registered model; here this folder calls MLflow."""
 
-import json
 from typing import TYPE_CHECKING
 
 from eurosat import tracking
 from eurosat.errors import ConfigError, TrackingError
+from eurosat.models.version_files import FILES_TAG, read_manifest
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -13,16 +13,14 @@ if TYPE_CHECKING:
 MODEL = "eurosat"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"
 ALIASES = (CHALLENGER, CHAMPION, PREVIOUS)
-FILES_TAG, VERDICT_TAG = "model.files", "verdict"
-"""Tags of a version: the digests of its files, and the verdict of the gates."""
+VERDICT_TAG = "verdict"
+"""Tag of a version: the verdict of the gates."""
 REGISTERED_BY_TAG = "registered.by"
 """Tag of a version: the account that registered it."""
 NETWORK, NETWORK_INT8 = "model.onnx", "model.int8.onnx"
 """Artifacts of a run: its network; the second only if training kept an INT8 network."""
 BAD_REQUEST, PERMISSION_DENIED = "BAD_REQUEST", "PERMISSION_DENIED"
 """MLflow's error codes."""
-PAGE_SIZE = 1000
-"""Versions per request."""
 
 
 def client() -> "MlflowClient":
@@ -94,10 +92,14 @@ def get_or_none(model: str, number: str) -> "ModelVersion | None":
 def registered_files(version: "ModelVersion") -> dict[str, tuple[str, int]]:
     """Return the sha256 and size in bytes of each file at registration; empty if not recorded."""
     try:
-        files = json.loads(version.tags.get(FILES_TAG, "{}"))
-        return {str(name): (str(sha256), int(size)) for name, (sha256, size) in files.items()}
-    except (ValueError, TypeError, AttributeError):
+        return read_manifest(version.tags.get(FILES_TAG, "{}"))
+    except ValueError:
         return {}
+
+
+def registered_digests(version: "ModelVersion") -> dict[str, str]:
+    """Return the sha256 of each file at registration; empty if not recorded."""
+    return {name: sha256 for name, (sha256, _) in registered_files(version).items()}
 
 
 def all_of(model: str) -> "list[ModelVersion]":
@@ -105,16 +107,7 @@ def all_of(model: str) -> "list[ModelVersion]":
 
     MLflow leaves out the aliases of these versions.
     """
-    versions, token = [], None
-    with tracking.translate_errors(f"versions of {model}"):
-        while True:
-            page = client().search_model_versions(
-                f"name = '{model}'", max_results=PAGE_SIZE, page_token=token
-            )
-            versions += list(page)
-            token = page.token
-            if not token:
-                return sorted(versions, key=lambda version: int(version.version))
+    return tracking.all_versions(model)
 
 
 def run_of(version: "ModelVersion") -> str:

@@ -1,20 +1,16 @@
 """The files of a registered version as they were judged: what is loaded must equal them."""
 
-import json
 import re
 from pathlib import Path
 
 from eurosat import tracking
 from eurosat.errors import ModelError
 from eurosat.models import version_files
+from eurosat.models.version_files import FILES_TAG
 from eurosat.tracking import ledger_chain
 
 VERSION = re.compile(r"models:/([^/@]+)/(\d+)")
 ALIAS = re.compile(r"models:/([^/@]+)@([^/@]+)")
-FILES_TAG = "model.files"
-"""Tag of a version with the sha256 and the size of each file (registry/versions.py)."""
-MAX_ENTRIES = 1000
-"""Entries of the ledger per request."""
 
 
 def resolve_alias(reference: str) -> str:
@@ -67,34 +63,20 @@ def _registered(name: str, number: str) -> dict[str, str]:
     with tracking.translate_errors(f"models:/{name}/{number}"):
         tags = MlflowClient().get_model_version(name, number).tags
     try:
-        return {str(file): str(sha256) for file, (sha256, _) in json.loads(tags[FILES_TAG]).items()}
-    except KeyError:
-        return {}
-    except (ValueError, TypeError, AttributeError) as error:
+        manifest = version_files.read_manifest(tags.get(FILES_TAG, "{}"))
+    except ValueError as error:
         raise ModelError(f"the tag {FILES_TAG} of version {number} cannot be read") from error
+    return {file: sha256 for file, (sha256, _) in manifest.items()}
 
 
 def _digest_in_ledger(name: str, number: str) -> str | None:
     """Return the digest of the files that made the version champion; None if none is recorded."""
-    from mlflow import MlflowClient
-
-    records, token = [], None
-    ledger = ledger_chain.ledger_name(name)
-    with tracking.translate_errors(ledger):
-        while True:
-            page = MlflowClient().search_model_versions(
-                f"name = '{ledger}'", max_results=MAX_ENTRIES, page_token=token
-            )
-            records += [
-                ledger_chain.LedgerRecord(
-                    number=int(version.version),
-                    text=version.tags.get(ledger_chain.ENTRY_TAG, ""),
-                )
-                for version in page
-            ]
-            token = page.token
-            if not token:
-                break
+    records = [
+        ledger_chain.LedgerRecord(
+            number=int(version.version), text=version.tags.get(ledger_chain.ENTRY_TAG, "")
+        )
+        for version in tracking.all_versions(ledger_chain.ledger_name(name))
+    ]
     entries = [link.entry for link in ledger_chain.chain(records)]
     judged = [entry.files for entry in entries if entry.to_version == number and entry.files]
     return judged[-1] if judged else None

@@ -249,10 +249,10 @@ def _without_upgrade(headers: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes
             continue
         if name == b"connection":
             options = [option.strip() for option in value.split(b",")]
-            kept = [option for option in options if option.lower() not in UPGRADE_HEADERS]
-            if not kept:
+            remaining = [option for option in options if option.lower() not in UPGRADE_HEADERS]
+            if not remaining:
                 continue
-            yield name, b", ".join(kept)
+            yield name, b", ".join(remaining)
         else:
             yield name, value
 

@@ -17,6 +17,7 @@ from eurosat.data.prepare import PreparedData
 from eurosat.data.split import make_split
 from eurosat.runtime import telemetry, worker_processes
 from tests.support import processes, schedule
+from tests.support.mlflow_server import blank_database
 from tests.support.offline import sitecustomize
 from tests.support.postgres import postgres_server
 from tests.support.recipes import TINY
@@ -72,14 +73,9 @@ def keep_handlers() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def blank_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database with its tables: creating them takes seconds, copying does not."""
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
-    file = tmp_path_factory.mktemp("store") / "mlflow.db"
-    store = SqlAlchemyStore(f"sqlite:///{file}", str(file.parent / "artifacts"))
-    store.engine.dispose()
-    return file
+def blank_store() -> Path:
+    """An MLflow database with its tables."""
+    return blank_database()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ account. Its server calls `authenticate` for every request, in place of its basi
 permissions. Administrators may do everything.
 """
 
+import functools
 import json
 import re
 import threading
@@ -21,9 +22,7 @@ from werkzeug.security import check_password_hash, generate_password_hash
 
 API_PREFIX = re.compile(r"^/(ajax-)?api/\d\.0(?=/)")
 """Before each path of ROUTES: MLflow serves a route for programs and for its pages."""
-
-
-_CAPITAL = re.compile("[A-Z]")
+CAPITAL = re.compile("[A-Z]")
 
 
 def _routes(text: str) -> frozenset[str]:
@@ -131,14 +130,12 @@ ROUTES = {
 }
 """Role -> its routes, without API_PREFIX; each role includes the one before."""
 REFUSAL = "{} needs the role {}: ask an administrator (make user NAME=... ROLE={})"
+CREATE_EXPERIMENT = "POST /mlflow/experiments/create"
+CREATE_VERSION = "POST /mlflow/model-versions/create"
 CREATE_ACTIONS = {
-    "POST /mlflow/experiments/create": "creating an experiment",
+    CREATE_EXPERIMENT: "creating an experiment",
     "POST /mlflow/registered-models/create": "creating a registered model",
 }
-CREATE_EXPERIMENT, CREATE_VERSION = (
-    "POST /mlflow/experiments/create",
-    "POST /mlflow/model-versions/create",
-)
 REGISTERED_BY_TAG = "registered.by"
 """Tag of a version that names the account that registered it (registry/versions.py)."""
 RESERVED_TAGS = {"approval", "retired", "verdict"}
@@ -149,8 +146,8 @@ MAX_NAME = 100
 """Characters of a name that a refusal repeats."""
 LEDGER_SUFFIX = ".ledger"
 """Suffix of a model that holds the ledger of another (registry/ledger.py)."""
-RUN_SOURCE = re.compile(r"mlflow-artifacts:/(?:[\w-]+/)*([0-9a-f]{32})/artifacts(?:/[\w.-]+)+")
-"""Source of a version below the artifacts of a run; group 1 is the run's id."""
+VERSION_FOLDER = "model"
+"""Folder of a run's artifacts with the files of its version (registry/register.py)."""
 MODEL_SOURCE = re.compile(r"models:/[^/@]+/\d+")
 FROZEN = re.compile(r"(model(/.*)?|[^/]*\.onnx|[^/]*\.parquet|config\.yaml|split\.csv)")
 """Artifacts that nobody changes once a version wraps their run: its files and its evidence."""
@@ -158,10 +155,6 @@ ADDED_LATER = "corruptions.parquet"
 """Of FROZEN, what may be added to a version (registry/robustness.py), once."""
 ARTIFACT_PATH = re.compile(r"(?:[\w-]+/)*([0-9a-f]{32})/artifacts/(.+)")
 """Path below the root of the artifacts: the run's id, and the path within the run."""
-
-
-UNKNOWN_USER_HASH = generate_password_hash("of nobody")
-"""Compared with the password of an unknown user: the answer takes as long as for a known one."""
 MAX_FAILED_LOGINS, FAILED_LOGINS_S = 10, 60.0
 """Wrong passwords for a user from one address, and the time in which they are counted."""
 MAX_COUNTED_LOGINS = 10_000
@@ -203,13 +196,18 @@ def _log_in() -> Authorization | Response:
     if not isinstance(answer, Response):
         return answer
     if not auth.store.has_user(name):
-        check_password_hash(UNKNOWN_USER_HASH, password)
+        check_password_hash(_hash_of_nobody(), password)  # takes as long as for a known user
     with _failed_logins_lock:
         failures.append(now)
         _failed_logins[key] = failures
         while len(_failed_logins) > MAX_COUNTED_LOGINS:
             _failed_logins.pop(next(iter(_failed_logins)))
     return answer
+
+
+@functools.cache
+def _hash_of_nobody() -> str:
+    return generate_password_hash("of nobody")
 
 
 def _refused_route(roles: set[str]) -> str:
@@ -231,10 +229,10 @@ def _refused_content(name: str, roles: set[str]) -> str:
         return "only an administrator chooses an artifact_location: leave it out"
     if route == CREATE_VERSION:
         source = str(body.get("source", ""))
-        if not _is_allowed_source(source):
+        if not _is_allowed_source(source, str(body.get("run_id", ""))):
             return (
-                f"the source {source[:MAX_NAME]!r} is neither below the artifacts of a run "
-                "(mlflow-artifacts:/...) nor a version (models:/NAME/NUMBER): log the files first"
+                f"the source {source[:MAX_NAME]!r} is neither the folder {VERSION_FOLDER} of the "
+                "artifacts of its run_id nor a version (models:/NAME/NUMBER): log the files first"
             )
         if (registered_by := _version_tags().get(REGISTERED_BY_TAG, name)) != name:
             return f"you are {name}, and cannot register a version in the name of {registered_by}"
@@ -258,18 +256,19 @@ def _forged(route: str, body: dict[str, Any]) -> str:
     return f"setting the tag {forged[0]}" if forged else ""
 
 
-def _is_allowed_source(source: str) -> bool:
-    """Return whether a version may be made of the files there: MLflow reads them for everybody."""
+def _is_allowed_source(source: str, run_id: str) -> bool:
+    """Return whether a version may be made of the files there: MLflow reads them for everybody.
+
+    The files of a run must be in the folder that `_refused_artifact` protects, and the version must
+    name that run.
+    """
     if MODEL_SOURCE.fullmatch(source):
         return True
-    match = RUN_SOURCE.fullmatch(source)
-    if match is None or ".." in source.split("/"):
-        return False
     try:
-        run = handlers._get_tracking_store().get_run(match[1])
+        run = handlers._get_tracking_store().get_run(run_id)
     except MlflowException:
         return False
-    return source.startswith(f"{run.info.artifact_uri}/")
+    return source == f"{run.info.artifact_uri}/{VERSION_FOLDER}"
 
 
 def _refused_artifact() -> str:
@@ -345,4 +344,4 @@ def _json_body() -> dict[str, Any]:
             return {}
     if not isinstance(body, dict):
         return {}
-    return {_CAPITAL.sub(lambda match: f"_{match[0].lower()}", key): body[key] for key in body}
+    return {CAPITAL.sub(lambda match: f"_{match[0].lower()}", key): body[key] for key in body}

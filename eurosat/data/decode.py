@@ -111,7 +111,7 @@ def _read_geotiff(data: bytes, path: str, dtype: str) -> npt.NDArray[Any]:
         _check_size(tiff.height, tiff.width, path)
         _check_bands(tiff.count, tiff.height * tiff.width, path)
         for height, width in tiff.block_shapes:
-            if height * width > MAX_TILE_SIDE**2 and (height > tiff.height or width > tiff.width):
+            if max(height, width) > MAX_TILE_SIDE:
                 raise DataError(
                     f"{path} is stored in internal tiles of {height}x{width} pixels, over "
                     f"{MAX_TILE_SIDE} per side: save it again in smaller ones"

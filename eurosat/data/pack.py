@@ -22,6 +22,7 @@ from eurosat.data.duplicates import find_duplicates, perceptual_hash
 from eurosat.data.sources import Source, open_source
 from eurosat.data.validation_record import validate_command
 from eurosat.errors import DataError
+from eurosat.runtime.digests import sha256_of
 from eurosat.runtime.hardware import cores
 from eurosat.runtime.progress import track
 
@@ -145,7 +146,7 @@ def load_pack(directory: Path, *, verify: bool = True) -> Pack:
                 raise DataError(
                     f"corrupt pack: {file} has {size} bytes, not {meta['bytes'][name]}; {remedy}"
                 )
-            if verify and _sha256(file) != meta["sha256"][name]:
+            if verify and sha256_of(file) != meta["sha256"][name]:
                 raise DataError(f"corrupt pack: {file} differs from its checksum; {remedy}")
         table = pd.read_parquet(directory / TABLE)
         tiles_NHWC = np.load(directory / TILES, mmap_mode="r", allow_pickle=False)
@@ -226,7 +227,7 @@ def _write_table_and_meta(
         "exact": duplicates.num_exact,
         "near": duplicates.num_near,
         "bytes": {name: (building / name).stat().st_size for name in (TILES, TABLE)},
-        "sha256": {name: _sha256(building / name) for name in (TILES, TABLE)},
+        "sha256": {name: sha256_of(building / name) for name in (TILES, TABLE)},
     }
     (building / META).write_text(json.dumps(meta, indent=1))
     for name in (TABLE, META):
@@ -330,11 +331,6 @@ def _check_disk_space(folder: Path, needed_bytes: int) -> None:
             f"{free_bytes / 1e6:,.0f} MB free: free some disk space or set EUROSAT_CACHE to "
             "another folder"
         )
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _format_shape(shape: tuple[int, ...]) -> str:

@@ -172,21 +172,13 @@ class FolderSource:
         for path in files:
             _check_name(path, root)
         self.paths = _check_classes(files, folders, root)
-        stats = ((path, files[path].lstat()) for path in self.paths)
+        stats = ((path, files[path].stat()) for path in self.paths)
         self.identity = _digest(
             [str(root.resolve())] + [f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats]
         )
 
     def read(self, path: str) -> bytes:
-        file = self._root / path
-        try:
-            status = file.stat()
-            if not stat.S_ISREG(status.st_mode):
-                raise DataError(f"{file} is not a regular file: remove it")
-            _check_file_size(status.st_size, str(file))
-            return file.read_bytes()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}; restore the file") from error
+        return read_file(self._root / path)
 
 
 class ZipSource:
@@ -282,6 +274,22 @@ class SyntheticSource:
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=self.JPEG_QUALITY)
         return file.getvalue()
+
+
+def read_file(file: Path) -> bytes:
+    """Return the content of a tile's file.
+
+    Raises:
+        DataError: it cannot be read, is no regular file, or is larger than a tile's.
+    """
+    try:
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{file} is not a regular file: remove it")
+        _check_file_size(status.st_size, str(file))
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}; restore the file") from error
 
 
 def _check_name(name: str, source: Path) -> None:

@@ -5,7 +5,7 @@ this project has released, its ``MLmodel`` may name nothing else to run or to in
 files are data.
 """
 
-import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from importlib import resources
@@ -15,7 +15,10 @@ from typing import Any
 import yaml
 
 from eurosat.errors import ModelError
+from eurosat.runtime.digests import sha256_of
 
+FILES_TAG = "model.files"
+"""Tag of a version: sha256 and size of each of its files at registration, as JSON."""
 ADDED_BY_MLFLOW = "registered_model_meta"
 """A file that MLflow adds to a version's files when they are downloaded."""
 NAMES = re.compile(
@@ -91,6 +94,19 @@ def check_unchanged(actual: Mapping[str, str], expected: Mapping[str, str]) -> N
         raise ModelError(f"{', '.join(changed[:3])} differ from what was registered: {REMEDY}")
 
 
+def read_manifest(text: str) -> dict[str, tuple[str, int]]:
+    """Return sha256 and size in bytes of each file, by its path, from the text of FILES_TAG.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    try:
+        files = json.loads(text)
+        return {str(name): (str(sha256), int(size)) for name, (sha256, size) in files.items()}
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"no list of files: {error}") from error
+
+
 def released_code() -> frozenset[str]:
     """Return the sha256 of each released ``serving/pyfunc.py``."""
     text = resources.files("eurosat.models").joinpath("released_code.txt").read_text()
@@ -103,8 +119,7 @@ def _digests(folder: Path) -> Iterator[tuple[str, str]]:
         if path.is_symlink() or not (path.is_dir() or NAMES.fullmatch(name)):
             raise ModelError(f"a version has no file {name[:100]!r}: {REMEDY}")
         if path.is_file() and name != ADDED_BY_MLFLOW:
-            with path.open("rb") as stream:
-                yield name, hashlib.file_digest(stream, "sha256").hexdigest()
+            yield name, sha256_of(path)
 
 
 def _check_mlmodel(folder: Path, code: str) -> None:

@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
@@ -11,14 +11,20 @@ PRELOAD = ("eurosat.training.fit", "mlflow")
 
 
 def create(
-    target: Callable[..., None], args: tuple[Any, ...], *, name: str, daemon: bool = False
+    target: Callable[..., None],
+    args: tuple[Any, ...],
+    *,
+    name: str,
+    daemon: bool = False,
+    preload: Sequence[str] | None = None,
 ) -> ForkServerProcess:
     """Return a process that is not started yet, with the present environment variables.
 
-    The first one that starts also starts the fork server, which keeps the variables of its start.
+    The first one that starts also starts the fork server, which keeps the variables of its start
+    and imports ``preload``, by default PRELOAD.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
+    context.set_forkserver_preload(list(PRELOAD if preload is None else preload))
     return context.Process(
         target=_run, args=(dict(os.environ), target, args), name=name, daemon=daemon
     )

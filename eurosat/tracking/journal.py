@@ -5,7 +5,6 @@ that the process of the run keeps. What a method has written survives the death 
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from eurosat.errors import TrackingError
 from eurosat.runtime.cache import cache_root
+from eurosat.runtime.digests import sha256_of
 from eurosat.tracking.journal_database import (
     FILES,
     JournalDatabase,
@@ -305,11 +305,6 @@ def user() -> str:
         return getpass.getuser()
     except (OSError, KeyError):  # some containers have no name for the user id
         return "unknown"
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _insert(connection: sqlite3.Connection, rows: Iterable[Sequence[Any]]) -> None:

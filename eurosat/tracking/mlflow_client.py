@@ -23,12 +23,14 @@ from eurosat.tracking.journal_runs import (
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 BEST_RUN = "sweep.best_run_id"
 """Tag of a sweep's parent run: id of the run that refits the best configuration in full."""
 
 KIND_TAG, TRAINING_KIND = "mlflow.experimentKind", "custom_model_development"
 """Tag of an experiment, with which MLflow's pages open on its runs instead of GenAI traces."""
+VERSIONS_PER_REQUEST = 1000
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `mlflow ui` shows the runs of a store without a server."""
 MAX_RETRIES = 2
@@ -216,6 +218,23 @@ def to_run_id(reference: str) -> str:
     raise TrackingError(
         f"{reference} is not on the tracking server yet: run `python -m eurosat.tracking sync`"
     )
+
+
+def all_versions(model: str) -> "list[ModelVersion]":
+    """Return every version of a registered model, the oldest first; empty for an unknown model.
+
+    MLflow leaves out the aliases of these versions.
+    """
+    versions, token = [], None
+    with translate_errors(f"versions of {model}"):
+        while True:
+            page = client().search_model_versions(
+                f"name = '{model}'", max_results=VERSIONS_PER_REQUEST, page_token=token
+            )
+            versions += list(page)
+            token = page.token
+            if not token:
+                return sorted(versions, key=lambda version: int(version.version))
 
 
 def runs_page(experiment: str, metric: str) -> str:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from eurosat.errors import TrackingError
+from eurosat.runtime.digests import sha256_of
 from eurosat.tracking import journal_runs, mlflow_client
-from eurosat.tracking.journal import Journal, sha256_of, user
+from eurosat.tracking.journal import Journal, user
 from eurosat.tracking.outbox import Entry, PendingFile
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Every route of MLflow's server is given to a role, or to administrators alone."""
+"""Every route of MLflow's server is routes_by_role to a role, or to administrators alone."""
 
 import json
 import os
@@ -52,8 +52,8 @@ def list_routes(file: Path) -> None:
     pairs += native
     rules = [(method, re.sub(r"{(\w+):path}", r"<path:\1>", path)) for method, path in pairs]
     routes = {f"{method} {role_policy.API_PREFIX.sub('', rule)}" for method, rule in rules}
-    given = {role: sorted(routes) for role, routes in role_policy.ROUTES.items()}
-    file.write_text(json.dumps({"routes": sorted(routes), "given": given}))
+    routes_by_role = {role: sorted(routes) for role, routes in role_policy.ROUTES.items()}
+    file.write_text(json.dumps({"routes": sorted(routes), "routes_by_role": routes_by_role}))
 
 
 def native_routes(routes: Iterable[Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -91,11 +91,11 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 def test_every_route_is_given_to_a_role_or_to_administrators_alone(
     listed: dict[str, object],
 ) -> None:
-    routes, given = listed["routes"], listed["given"]
+    routes, routes_by_role = listed["routes"], listed["routes_by_role"]
     assert isinstance(routes, list)
-    assert isinstance(given, dict)
+    assert isinstance(routes_by_role, dict)
     assert len(routes) > 200
-    of_roles = {route for routes_of_role in given.values() for route in routes_of_role}
+    of_roles = {route for routes_of_role in routes_by_role.values() for route in routes_of_role}
     undecided = [
         route
         for route in routes
@@ -106,10 +106,10 @@ def test_every_route_is_given_to_a_role_or_to_administrators_alone(
 
 
 def test_each_role_includes_the_one_before(listed: dict[str, object]) -> None:
-    given = listed["given"]
-    assert isinstance(given, dict)
-    assert {*given["reader"]} < {*given["writer"]} < {*given["promoter"]}
-    writing = [route for route in given["reader"] if not route.startswith("GET ")]
+    routes_by_role = listed["routes_by_role"]
+    assert isinstance(routes_by_role, dict)
+    assert {*routes_by_role["reader"]} < {*routes_by_role["writer"]} < {*routes_by_role["promoter"]}
+    writing = [route for route in routes_by_role["reader"] if not route.startswith("GET ")]
     assert all(
         re.search("search|graphql|get-latest-versions|update-password", route) for route in writing
     )

@@ -175,14 +175,22 @@ def test_only_administrators_choose_where_artifacts_are(
         "mlflow-artifacts:/0/00000000000000000000000000000000/artifacts/model",
         "runs:/{run}/../model",
         "models:/m-1/../../secrets",
+        "mlflow-artifacts:/0/{run}/artifacts",
+        "mlflow-artifacts:/0/{run}/artifacts/unprotected",
+        "mlflow-artifacts:/0/{other}/artifacts/model",
     ],
 )
 def test_a_version_is_made_of_files_of_a_run_alone(
     platform: Platform, role: str, source: str
 ) -> None:
-    source = source.format(run=new_run(platform))
-    body = {"name": "eurosat", "source": source}
-    assert send(platform, role, "POST", "/api/2.0/mlflow/model-versions/create", **body) == 403
+    run_id = new_run(platform)
+    source = source.format(run=run_id, other=new_run(platform))
+    create = "/api/2.0/mlflow/model-versions/create"
+    for fields in ({}, {"run_id": run_id}, {"runId": run_id}):
+        body = {"name": "eurosat", "source": source, **fields}
+        assert send(platform, role, "POST", create, **body) == 403
+    own = {"name": "eurosat", "source": f"mlflow-artifacts:/0/{run_id}/artifacts/model"}
+    assert send(platform, role, "POST", create, **own) == 403, "it names no run"
 
 
 def new_run(platform: Platform) -> str:

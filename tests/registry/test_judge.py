@@ -7,6 +7,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 
+from eurosat.models.version_files import FILES_TAG
 from registry import gates, judge, ledger, register, versions
 from tests.support.registry import (
     CLASSES,
@@ -135,7 +136,7 @@ def test_a_network_that_its_run_did_not_train_is_refused(
     record_files(model, number, folder)
     assert run_judge(model, number) == 1
     assert "model.onnx is not the network that its run has trained" in capsys.readouterr().out
-    MlflowClient().set_model_version_tag(model, number, versions.FILES_TAG, "no JSON")
+    MlflowClient().set_model_version_tag(model, number, FILES_TAG, "no JSON")
     assert run_judge(model, number) == 1
     assert "files: their sha256 was not recorded" in capsys.readouterr().out
 
@@ -145,7 +146,7 @@ def test_missing_evidence_is_refused(
 ) -> None:
     number = register_challenger(store, model, wrong=30)
     run_id = versions.run_of(versions.get(model, number))
-    MlflowClient().delete_model_version_tag(model, number, versions.FILES_TAG)
+    MlflowClient().delete_model_version_tag(model, number, FILES_TAG)
     MlflowClient().delete_tag(run_id, "code.commit")
     assert run_judge(model, number) == 1
     printed = " ".join(capsys.readouterr().out.split())

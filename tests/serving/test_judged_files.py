@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from eurosat.models.version_files import FILES_TAG
 from registry import versions
 from serving import hot_swap
 from serving.hot_swap import SelfTestFailed
@@ -76,6 +77,6 @@ def test_digests_that_were_changed_too_differ_from_the_ledger(
     record_files(model, number, folder)
     with pytest.raises(SelfTestFailed, match="differs from what the ledger says was judged"):
         hot_swap.load(champion, {})
-    MlflowClient().delete_model_version_tag(model, number, versions.FILES_TAG)
+    MlflowClient().delete_model_version_tag(model, number, FILES_TAG)
     with pytest.raises(SelfTestFailed, match="has lost its tag"):
         hot_swap.load(champion, {})

@@ -5,9 +5,11 @@ Importing them takes each command some ten seconds of a processor. Everything el
 """
 
 import atexit
+import functools
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,8 +153,16 @@ def run(
     return subprocess.CompletedProcess(process.args, process.wait(), output, errors)
 
 
+@functools.cache
+def _output_folder() -> str:
+    """Return the folder of the outputs that no ``log`` gets, until this process ends."""
+    folder = tempfile.mkdtemp(prefix="outputs")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def _new_file() -> Path:
-    descriptor, name = tempfile.mkstemp(prefix="output")
+    descriptor, name = tempfile.mkstemp(dir=_output_folder())
     os.close(descriptor)
     return Path(name)
 

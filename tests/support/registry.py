@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from onnx import TensorProto, helper, numpy_helper
 
 from eurosat.evaluation import corruptions
+from eurosat.models.version_files import FILES_TAG
 from eurosat.runtime import cli
 from registry import ledger, promote, register, robustness, rollback, versions
 
@@ -148,7 +149,7 @@ def register_challenger(
 def record_files(model: str, number: str, folder: Path) -> None:
     """Record the digests of the files as they are now, as a promoter could."""
     digests = json.dumps(register.hash_files(folder))
-    MlflowClient().set_model_version_tag(model, number, versions.FILES_TAG, digests)
+    MlflowClient().set_model_version_tag(model, number, FILES_TAG, digests)
 
 
 def exit_code(command: Callable[[Sequence[str]], int], *arguments: str) -> int:

@@ -1,11 +1,14 @@
 """A backup archive: a ``.tar`` with a manifest and a seal, which is either complete or refused.
 
 Every tar program lists and unpacks it. The second to last member, ``manifest.json``, has the size
-and sha256 of each member before it. The last one, ``seal``, is the sha256 of every byte before it,
-headers and padding included. The seal detects damage, not forgery: a forger can compute a new one.
+and sha256 of each member before it. The last one, ``seal``, is the HMAC-SHA256 of every byte before
+it, headers and padding included, under the platform's own key: an archive that is damaged, or that
+somebody else made, is refused. Archives of the first format have a plain sha256 there, which
+everybody can compute.
 """
 
 import hashlib
+import hmac
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +19,7 @@ from typing import IO, Any, Protocol, cast
 from eurosat.errors import DataError
 from eurosat.runtime import progress
 
-FORMAT = "eurosat-backup/1"
+FORMAT, FORMAT_WITHOUT_KEY = "eurosat-backup/2", "eurosat-backup/1"
 MANIFEST, SEAL = "manifest.json", "seal"
 DATABASES, ARTIFACTS = "databases/", "artifacts/"
 MAX_NAME_BYTES = 1024
@@ -29,6 +32,14 @@ CHUNK_BYTES = 1 << 20
 
 class ArchiveError(DataError):
     """An archive is incomplete, damaged, or was not made by this project."""
+
+
+class Digest(Protocol):
+    """A running digest of hashlib or hmac."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
 
 
 class Sink(Protocol):
@@ -68,6 +79,11 @@ def dump_name(database: str) -> str:
     return f"{DATABASES}{database}.dump"
 
 
+def _new_seal(key: bytes | None) -> Digest:
+    """Return the digest that seals an archive; without a key that of the first format."""
+    return hmac.new(key, digestmod=hashlib.sha256) if key else hashlib.sha256()
+
+
 def timestamp() -> str:
     """Return the present time in UTC, in a form that file names allow."""
     return datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -96,11 +112,11 @@ def _tail(seal: str) -> bytes:
 
 
 class Writer:
-    """Writes an archive to ``out``. It is valid only after `finish`."""
+    """Writes an archive to ``out``, sealed with ``key``. It is valid only after `finish`."""
 
-    def __init__(self, out: Sink) -> None:
+    def __init__(self, out: Sink, key: bytes) -> None:
         self._out = out
-        self._seal = hashlib.sha256()
+        self._seal = _new_seal(key)
         self._members: list[Member] = []
 
     def add(self, name: str, content: IO[bytes], size: int, generation: str | None = None) -> None:
@@ -144,22 +160,28 @@ class Writer:
 
 
 class _SealedReader:
-    """Reads the bytes before the seal and hashes them."""
+    """Reads the bytes before the seal and adds them to the digest of it."""
 
-    def __init__(self, stream: IO[bytes], length: int, advance: Callable[[float], None]) -> None:
+    def __init__(
+        self, stream: IO[bytes], length: int, advance: Callable[[float], None], digest: Digest
+    ) -> None:
         self._stream, self._remaining, self._advance = stream, length, advance
-        self.digest = hashlib.sha256()
+        self._digest = digest
 
     def read(self, size: int = CHUNK_BYTES) -> bytes:
         data = self._stream.read(min(size, self._remaining))
         self._remaining -= len(data)
-        self.digest.update(data)
+        self._digest.update(data)
         self._advance(len(data) / 2**20)
         return data
 
 
-def read(stream: IO[bytes], length: int, label: str) -> Iterator[tuple[str, int, IO[bytes]]]:
+def read(
+    stream: IO[bytes], length: int, label: str, key: bytes | None
+) -> Iterator[tuple[str, int, IO[bytes]]]:
     """Yield name, size and content of each member; read the content before the next member.
+
+    Without ``key`` only archives of the first format are accepted.
 
     Raises:
         ArchiveError: the archive is damaged. It may come as late as after the last member, and
@@ -174,7 +196,8 @@ def read(stream: IO[bytes], length: int, label: str) -> Iterator[tuple[str, int,
         )
     stream.seek(0)
     with progress.counter(max(1, length >> 20), label, "MiB") as advance:
-        sealed = _SealedReader(stream, length - TAIL_BYTES, advance)
+        digest = _new_seal(key)
+        sealed = _SealedReader(stream, length - TAIL_BYTES, advance, digest)
         try:
             yield from _members(sealed)
         except ArchiveError:
@@ -185,9 +208,12 @@ def read(stream: IO[bytes], length: int, label: str) -> Iterator[tuple[str, int,
             ) from error
         while sealed.read():
             pass
-    if sealed.digest.hexdigest() != seal:
+    if not hmac.compare_digest(digest.hexdigest(), seal):
         raise ArchiveError(
-            "the archive is damaged, as its sha256 differs from its seal: use another one"
+            "the archive is damaged, or was sealed with another backup_key: use another archive, "
+            "or the key of the platform that saved it; one without a key needs --without-key"
+            if key
+            else "the archive is damaged, or sealed with a key: leave out --without-key"
         )
 
 
@@ -205,15 +231,15 @@ def _members(sealed: _SealedReader) -> Iterator[tuple[str, int, IO[bytes]]]:
             tar.members.clear()  # type: ignore[attr-defined] # else it keeps every header
 
 
-def verify(stream: IO[bytes], length: int) -> Manifest:
-    """Read the whole archive and return its manifest.
+def verify(stream: IO[bytes], length: int, key: bytes | None) -> Manifest:
+    """Read the whole archive and return its manifest; see `read` for ``key``.
 
     Raises:
         ArchiveError: a byte is missing or damaged, or a member differs from the manifest.
     """
     members: list[tuple[str, int, str]] = []
     text = b""
-    for name, size, content in read(stream, length, "verifying"):
+    for name, size, content in read(stream, length, "verifying", key):
         if name == MANIFEST:
             text = content.read()
         digest = hashlib.sha256()
@@ -223,7 +249,8 @@ def verify(stream: IO[bytes], length: int) -> Manifest:
     if not members or members.pop()[0] != MANIFEST:
         raise ArchiveError(f"the archive does not end with {MANIFEST}")
     stream.seek(length - TAIL_BYTES + BLOCK_BYTES)
-    manifest = _parse(text, stream.read(64).decode())
+    expected_format = FORMAT if key else FORMAT_WITHOUT_KEY
+    manifest = _parse(text, stream.read(64).decode(), expected_format)
     expected = [(member.name, member.size, member.sha256) for member in manifest.members]
     if expected != members:
         raise ArchiveError(f"the archive's members are not those of its {MANIFEST}")
@@ -236,11 +263,13 @@ def verify(stream: IO[bytes], length: int) -> Manifest:
     return manifest
 
 
-def _parse(text: bytes, seal: str) -> Manifest:
+def _parse(text: bytes, seal: str, expected_format: str) -> Manifest:
     try:
         metadata = json.loads(text)
-        if (version := metadata.pop("form")) != FORMAT:
-            raise ArchiveError(f"the archive has the format {version!r}; {FORMAT} is expected")
+        if (version := metadata.pop("form")) != expected_format:
+            raise ArchiveError(
+                f"the archive has the format {version!r}; {expected_format} is expected"
+            )
         members = tuple(Member(**member) for member in metadata.pop("members"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ArchiveError):

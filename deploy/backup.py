@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from deploy import archive, databases, schema, stored_secrets
+from deploy import archive, databases, schema, secrets, stored_secrets
 from deploy.restore import restore
 from deploy.save import save
 from deploy.transfer import open_checked
@@ -19,13 +19,46 @@ log = logging.getLogger(__name__)
 
 ARTIFACTS = "EUROSAT_ARTIFACTS"
 SECRETS = "EUROSAT_SECRETS"
+CREDENTIALS = "EUROSAT_BACKUP_CREDENTIALS"
+"""File of the service account for archives in a bucket; MLflow does not have it."""
+SEAL_KEY = "backup_key"
+
+
+def _credentials() -> Path | None:
+    """Return the file of `CREDENTIALS`; None if there is none, or if it is still to be filled.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if not (name := os.environ.get(CREDENTIALS)):
+        return None
+    try:
+        is_filled = Path(name).read_text().strip() not in ("", "{}")
+    except OSError as error:
+        raise ConfigError(f"{CREDENTIALS}={name} cannot be read: {error.strerror}") from error
+    return Path(name) if is_filled else None
+
+
+def _seal_key() -> bytes:
+    """Return the key of the archives' seals.
+
+    Raises:
+        ConfigError: the folder of secrets is not known, or has no key.
+    """
+    if not (folder := os.environ.get(SECRETS)):
+        raise ConfigError(
+            f"{SECRETS} is not set: name the folder of `make secrets`, whose {SEAL_KEY} seals "
+            "archives"
+        )
+    return secrets.read(SEAL_KEY, Path(folder)).encode()
 
 
 @contextmanager
 def _open_archive(url: str, setting: str) -> Iterator[tuple[BinaryIO, int]]:
     """Yield the archive as a stream, and its size in bytes."""
     folder, _, key = url.rpartition("/")
-    store = open_checked(folder or ("/" if url.startswith("/") else "."), setting)
+    folder = folder or ("/" if url.startswith("/") else ".")
+    store = open_checked(folder, setting, _credentials())
     info = store.find(key)
     if info is None:
         raise ConfigError(f"{setting} {url}: there is no such archive")
@@ -49,14 +82,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(
         "deploy.backup",
         "Save the platform's databases and artifacts as one archive, verify or restore it. Reads "
-        "EUROSAT_DATABASE_URI, EUROSAT_AUTH_DATABASE_URI, PGPASSFILE, EUROSAT_ARTIFACTS and "
-        "STORAGE_EMULATOR_HOST.",
+        "EUROSAT_DATABASE_URI, EUROSAT_AUTH_DATABASE_URI, PGPASSFILE, EUROSAT_ARTIFACTS, "
+        "EUROSAT_SECRETS, EUROSAT_BACKUP_CREDENTIALS and STORAGE_EMULATOR_HOST.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     save_parser = commands.add_parser("save", help="save an archive, also while runs are written")
     save_parser.add_argument("--to", required=True, metavar="DIR|gs://BUCKET/PREFIX")
     verify_parser = commands.add_parser(
-        "verify", help="read a whole archive; exit 2 if it is incomplete or damaged"
+        "verify", help="read a whole archive; exit 2 if it is incomplete, damaged or not yours"
     )
     verify_parser.add_argument("file", metavar="FILE|gs://BUCKET/NAME")
     restore_parser = commands.add_parser("restore", help="restore an archive; stop MLflow first")
@@ -66,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     restore_parser.add_argument(
         "--replace", action="store_true", help="replace present data, and keep it under new names"
     )
+    for reader in (verify_parser, restore_parser):
+        reader.add_argument(
+            "--without-key",
+            action="store_true",
+            help="accept an archive of the first format, which anybody could have made",
+        )
     commands.add_parser(
         "use-secrets", help=f"make the databases accept the secrets in {SECRETS}, after a restore"
     )
@@ -77,7 +116,8 @@ def main(argv: Sequence[str]) -> int:
     logs.setup(args.log_level)
     if args.command == "verify":
         with _open_archive(args.file, "verify") as (stream, size):
-            print(f"complete: {_summary(archive.verify(stream, size))}")
+            key = None if args.without_key else _seal_key()
+            print(f"complete: {_summary(archive.verify(stream, size, key))}")
         return exit_codes.OK
     configured = databases.from_environment(os.environ)
     if args.command == "use-secrets":
@@ -86,12 +126,15 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{ARTIFACTS} is not set: give gs://bucket/prefix, or a folder")
     artifacts = open_checked(url, ARTIFACTS)
     if args.command == "save":
-        address, manifest = save(configured, artifacts, open_checked(args.to, "--to"))
+        address, manifest = save(
+            configured, artifacts, open_checked(args.to, "--to", _credentials()), _seal_key()
+        )
         log.info("saved %s", _summary(manifest))
         print(address)
         return exit_codes.OK
     with _open_archive(args.file, "--from") as (stream, size):
-        manifest, kept = restore(stream, size, configured, artifacts, replace=args.replace)
+        key = None if args.without_key else _seal_key()
+        manifest, kept = restore(stream, size, configured, artifacts, key=key, replace=args.replace)
     print(f"restored {_summary(manifest)}")
     for name in kept:
         print(f"kept from before: {name}")

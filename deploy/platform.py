@@ -99,15 +99,16 @@ class Platform:
         secrets.make_missing(layout.secrets)
         for path in (layout.logs, layout.folder / "store" / BUCKET):
             path.mkdir(parents=True, exist_ok=True)
+        password = secrets.read("postgres_password", layout.secrets)
         cluster = layout.folder / "postgres"
         if not cluster.exists():
             unfinished = layout.folder / "postgres.begun"
             shutil.rmtree(unfinished, ignore_errors=True)  # of a start that was killed
             postgresql.initialise(
-                unfinished, postgresql.DATABASE_USER, layout.secrets / "postgres_password"
+                unfinished, postgresql.SUPERUSER, layout.secrets / "postgres_password"
             )
+            postgresql.create_account(unfinished, password)
             unfinished.rename(cluster)
-        password = secrets.read("postgres_password", layout.secrets)
         postgresql.write_password_file(layout.secrets, password)
         ini = (ROOT / "deploy/mlflow/auth.ini").read_text()
         atomic.atomic_write_text(layout.auth_ini, ini.replace(DATABASE_OF_COMPOSE, layout.database))

@@ -11,7 +11,10 @@ from eurosat.errors import ConfigError
 from eurosat.runtime import atomic
 
 INSTALLED = Path("/usr/lib/postgresql")
-PASSWORD_FILE, DATABASE_USER = "pgpass", "mlflow"
+PASSWORD_FILE = "pgpass"  # noqa: S105 - the name of a file
+SUPERUSER = "postgres"
+DATABASE_USER = "mlflow"
+"""MLflow's account, which owns the database of the same name and is no superuser."""
 SERVER_USER = "nobody"
 """User of the server if we are root, as which PostgreSQL refuses to run."""
 
@@ -63,6 +66,24 @@ def initialise(data: Path, user: str, password_file: Path | None = None) -> None
         run([*command, "--auth=scram-sha-256", f"--pwfile={copy.name}"])
 
 
+def create_account(data: Path, password: str) -> None:
+    """Create `DATABASE_USER` and its database in a cluster that has not been started yet.
+
+    Afterwards the superuser has no password, so that nobody can log in as it over the network.
+
+    Raises:
+        ConfigError: PostgreSQL refuses.
+    """
+    quoted = password.replace("'", "''")
+    statements = [
+        f"CREATE ROLE {DATABASE_USER} LOGIN CREATEDB PASSWORD '{quoted}';",
+        f"CREATE DATABASE {DATABASE_USER} OWNER {DATABASE_USER};",
+        f"ALTER ROLE {SUPERUSER} PASSWORD NULL;",
+    ]
+    single_user = [str(programs_folder() / "postgres"), "--single", "-D", str(data)]
+    run([*single_user, "-c", "exit_on_error=on", "postgres"], "\n".join([*statements, ""]))
+
+
 def write_password_file(folder: Path, password: str) -> Path:
     """Write a file for PGPASSFILE that only its owner can read, and return its path."""
     file = folder / PASSWORD_FILE
@@ -81,14 +102,14 @@ def server_command(data: Path, port: int) -> list[str]:
     return [str(programs_folder() / "postgres"), "-D", str(data), "-p", str(port), *settings]
 
 
-def run(command: Sequence[str]) -> None:
-    """Run a program of PostgreSQL until it ends.
+def run(command: Sequence[str], stdin: str = "") -> None:
+    """Run a program of PostgreSQL until it ends; ``stdin`` is its input.
 
     Raises:
         ConfigError: it failed.
     """
     result = subprocess.run(
-        [*unprivileged_prefix(), *command], cwd="/", capture_output=True, text=True
+        [*unprivileged_prefix(), *command], cwd="/", input=stdin, capture_output=True, text=True
     )
     if result.returncode:
         messages = (result.stderr or result.stdout).strip().splitlines() or ["no message"]

@@ -75,6 +75,8 @@ class Restore:
     stream: BinaryIO
     size: int
     """Bytes of the archive."""
+    key: bytes | None
+    """Key of the archive's seal; None for an archive of the first format."""
     manifest: archive.Manifest
     targets: Sequence[Database]
     artifacts: ObjectStore
@@ -175,7 +177,7 @@ class Restore:
         """Restore the databases under temporary names, and the artifacts into ``fresh``."""
         by_member = {archive.dump_name(database.spec.name): database for database in self.targets}
         pending: deque[Future[None]] = deque()
-        contents = archive.read(self.stream, self.size, "restoring")
+        contents = archive.read(self.stream, self.size, "restoring", self.key)
         with ThreadPoolExecutor(WORKERS) as pool:
             for member, (_, _, content) in zip(
                 [*self.manifest.members, None], contents, strict=True
@@ -231,9 +233,12 @@ def restore(
     targets: Sequence[Database],
     artifacts: ObjectStore,
     *,
+    key: bytes | None,
     replace: bool,
 ) -> tuple[archive.Manifest, list[str]]:
     """Restore an archive; return its manifest and the names of what was kept of before.
+
+    ``key`` is that of the seal; without it only archives of the first format are accepted.
 
     Nothing is touched before the whole archive is verified. If the restore is killed, at any
     moment, the same command completes it.
@@ -243,7 +248,7 @@ def restore(
         ConfigError: the archive does not fit the target, or the target holds data and not
             ``replace``.
     """
-    manifest = archive.verify(stream, size)
+    manifest = archive.verify(stream, size, key)
     if isinstance(artifacts, GcsStore) and not artifacts.prefix:
         raise ConfigError(
             f"EUROSAT_ARTIFACTS={artifacts.url} names a whole bucket: give it a prefix"
@@ -253,6 +258,7 @@ def restore(
         job = Restore(
             stream=stream,
             size=size,
+            key=key,
             manifest=manifest,
             targets=targets,
             artifacts=artifacts,

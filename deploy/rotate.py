@@ -9,8 +9,8 @@ from eurosat.errors import ConfigError
 from eurosat.runtime import cli, exit_codes, logs
 
 DATABASE_PASSWORD = "postgres_password"  # noqa: S105 - the name of a file
-ISSUED_ELSEWHERE = "gcs_credentials"
-"""A secret that Google Cloud issues."""
+ISSUED_ELSEWHERE = frozenset({"gcs_credentials", "backup_credentials"})
+"""Secrets that Google Cloud issues."""
 IN_COMPOSE = {
     DATABASE_PASSWORD: "docker compose exec postgres psql --username=mlflow "
     """--command="ALTER ROLE mlflow PASSWORD '$(cat {file})'" """,
@@ -45,7 +45,7 @@ def rotate(name: str, folder: Path, stores: Sequence[databases.Database]) -> lis
 
 
 def main(argv: Sequence[str]) -> int:
-    names = sorted({*secrets.GENERATORS, secrets.CERTIFICATE} - {ISSUED_ELSEWHERE})
+    names = sorted({*secrets.GENERATORS, secrets.CERTIFICATE} - ISSUED_ELSEWHERE)
     parser = cli.parser("deploy.rotate", "Generate one of the platform's secrets anew.")
     parser.add_argument("name", metavar="NAME", help=", ".join(names))
     parser.add_argument(

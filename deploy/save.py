@@ -22,7 +22,7 @@ from deploy.databases import Database
 from deploy.transfer import spooled
 from eurosat.errors import ConfigError, StorageError
 from eurosat.runtime import progress
-from eurosat.storage import FolderStore, ObjectChanged, ObjectInfo, ObjectStore
+from eurosat.storage import FolderStore, GcsStore, ObjectChanged, ObjectInfo, ObjectStore
 from eurosat.storage.object_store import WORKERS
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ ABANDONED_S = 86_400.0
 
 
 def save(
-    sources: Sequence[Database], artifacts: ObjectStore, target: ObjectStore
+    sources: Sequence[Database], artifacts: ObjectStore, target: ObjectStore, key: bytes
 ) -> tuple[str, archive.Manifest]:
-    """Write an archive to ``target``, and return its address and manifest.
+    """Write an archive to ``target``, sealed with ``key``; return its address and manifest.
 
     Raises:
         ConfigError, StorageError, TrackingError: something cannot be read or written. No archive
@@ -49,19 +49,26 @@ def save(
             f"{target.url} lies within the artifacts, so each backup would hold the last one: "
             "name another folder"
         )
+    if isinstance(target, GcsStore) and target.bucket == getattr(artifacts, "bucket", None):
+        raise ConfigError(
+            f"{target.url} is in the bucket of the artifacts, where MLflow can read and delete it: "
+            "name another bucket"
+        )
     if isinstance(target, FolderStore):
         _delete_abandoned(target.root)
-    key = f"eurosat-{archive.timestamp()}.tar"
-    if target.find(key):
-        raise ConfigError(f"{target.url}/{key} exists already: run the command again")
-    manifest = target.create(key, lambda out: _write(out, sources, artifacts))
-    return f"{target.url}/{key}", manifest
+    name = f"eurosat-{archive.timestamp()}.tar"
+    if target.find(name):
+        raise ConfigError(f"{target.url}/{name} exists already: run the command again")
+    manifest = target.create(name, lambda out: _write(out, sources, artifacts, key))
+    return f"{target.url}/{name}", manifest
 
 
-def _write(out: BinaryIO, sources: Sequence[Database], artifacts: ObjectStore) -> archive.Manifest:
+def _write(
+    out: BinaryIO, sources: Sequence[Database], artifacts: ObjectStore, key: bytes
+) -> archive.Manifest:
     if hasattr(out, "fileno"):
         os.fchmod(out.fileno(), 0o600)  # it holds hashes of passwords
-    writer = archive.Writer(out)
+    writer = archive.Writer(out, key)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     dumps = {database.spec.name: _add_database(writer, database) for database in sources}
     if count := databases.count_external(sources[0], artifacts.url):

@@ -37,6 +37,7 @@ def _fernet_key() -> bytes:
 
 GENERATORS: dict[str, Callable[[], bytes]] = {
     "postgres_password": _password,
+    "backup_key": _password,
     "admin_password": _password,
     "promoter_password": _password,
     "serving_password": _password,
@@ -46,10 +47,12 @@ GENERATORS: dict[str, Callable[[], bytes]] = {
     "webhook_secret": _password,
     "webhook_key": _fernet_key,
     "gcs_credentials": lambda: b"{}",
+    "backup_credentials": lambda: b"{}",
 }
-"""`crypto_key` encrypts what administrators store in MLflow's gateway. `webhook_secret` signs
-webhooks, and MLflow stores it encrypted with `webhook_key`. `gcs_credentials` is a file to be
-filled: Google Cloud issues its content."""
+"""`postgres_password` is that of MLflow's account in PostgreSQL. `backup_key` seals archives.
+`crypto_key` encrypts what administrators store in MLflow's gateway. `webhook_secret` signs
+webhooks, and MLflow stores it encrypted with `webhook_key`. `gcs_credentials` and
+`backup_credentials` are files to be filled: Google Cloud issues their content."""
 KEY, CERTIFICATE = "tls.key", "tls.crt"
 API_KEY, API_KEYS = "serving_key", "serving_keys"
 """A client's API key for serving, and the file of hashes that serving reads."""

@@ -1,5 +1,7 @@
 """The services of the platform without containers, in the order in which they start."""
 
+import contextlib
+import logging
 import sys
 from functools import partial
 from urllib.parse import urlsplit
@@ -7,6 +9,8 @@ from urllib.parse import urlsplit
 from deploy import postgresql
 from deploy.layout import ARTIFACTS_URL, BUCKET, Layout
 from deploy.service import PARENT_DEATH_SIGNAL, Service, is_healthy, object_store_command
+
+log = logging.getLogger(__name__)
 
 PYTHON_MODULE = [sys.executable, "-m"]
 
@@ -29,7 +33,7 @@ def all_services(layout: Layout) -> list[Service]:
 def _postgres(layout: Layout) -> Service:
     return Service(
         name="postgres",
-        healthy=partial(_ensure_database, layout),
+        healthy=partial(_has_database, layout),
         command=[
             *postgresql.unprivileged_prefix(f"{PARENT_DEATH_SIGNAL}=INT"),
             *postgresql.server_command(
@@ -102,21 +106,21 @@ def _serving(layout: Layout) -> Service:
     )
 
 
-def _ensure_database(layout: Layout) -> bool:
-    """Create MLflow's database if it is missing; return whether PostgreSQL answers."""
+def _has_database(layout: Layout) -> bool:
+    """Return whether PostgreSQL answers, and warn if MLflow's account is a superuser."""
     import psycopg2
 
-    server = layout.database.replace("+psycopg2", "").removesuffix("/mlflow")
+    uri = layout.database.replace("+psycopg2", "")
     try:
-        connection = psycopg2.connect(f"{server}/postgres", passfile=str(layout.password_file))
+        connection = psycopg2.connect(uri, passfile=str(layout.password_file))
     except psycopg2.OperationalError:
         return False
-    try:
-        connection.autocommit = True
-        cursor = connection.cursor()
-        cursor.execute("SELECT 1 FROM pg_database WHERE datname = 'mlflow'")
-        if not cursor.fetchone():
-            cursor.execute("CREATE DATABASE mlflow")
-    finally:
-        connection.close()
+    with contextlib.closing(connection), connection.cursor() as cursor:
+        cursor.execute("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")
+        if cursor.fetchone() == (True,):
+            log.warning(
+                "MLflow's account is a superuser of PostgreSQL, as %s is of an earlier release: "
+                "docs/platform.md says how to change it",
+                layout.folder / "postgres",
+            )
     return True

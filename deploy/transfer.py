@@ -3,6 +3,8 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import BinaryIO, cast
 
 from eurosat.errors import ConfigError, StorageError
@@ -11,8 +13,11 @@ from eurosat.storage import GcsStore, ObjectStore, open_store
 from eurosat.storage.object_store import CHUNK_BYTES, WORKERS
 
 
-def open_checked(url: str, setting: str) -> ObjectStore:
+def open_checked(url: str, setting: str, credentials: Path | None = None) -> ObjectStore:
     """Open the folder or bucket that ``setting`` names; a missing folder is an empty store.
+
+    ``credentials`` is the JSON file of the service account that may use the bucket, where it is not
+    the one of the environment.
 
     Raises:
         ConfigError: ``url`` is neither a folder nor gs://bucket/prefix, or the bucket is missing
@@ -21,6 +26,7 @@ def open_checked(url: str, setting: str) -> ObjectStore:
     try:
         store = open_store(url, must_exist=False, include_hidden=True)
         if isinstance(store, GcsStore):
+            store = replace(store, credentials=credentials)
             store.check_access()
     except StorageError as error:
         raise ConfigError(f"{setting}={url}: {error}") from error

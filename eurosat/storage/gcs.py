@@ -27,9 +27,10 @@ from eurosat.storage.object_store import (
 from eurosat.storage.partial import UNFINISHED, PartialDownload, ProgressFile
 
 if TYPE_CHECKING:
-    from google.cloud.storage import Blob, Bucket
+    from google.cloud.storage import Blob, Bucket, Client
 
 SCHEME = "gs://"
+GOOGLE = "https://storage.googleapis.com"
 CONNECTION_TIMEOUT_S = 60.0
 """Silence after which a connection counts as lost: the default of Google's library."""
 UPLOAD_LOST = (400, 410)
@@ -47,6 +48,9 @@ class GcsStore:
     """How long a failing request is retried, in seconds."""
     chunk_bytes: int = CHUNK_BYTES
     """Bytes in one request; a multiple of 256 KiB."""
+    credentials: Path | None = None
+    """JSON file of a service account, for Google's own servers; None: the environment says which
+    account and which servers."""
 
     @property
     def url(self) -> str:
@@ -172,12 +176,20 @@ class GcsStore:
 
     @cached_property
     def _bucket(self) -> "Bucket":
-        from google.cloud.storage import Client
-
         with self._errors():
-            client = Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT"))
+            client = self._client()
         weakref.finalize(self, client.close)  # its connections
         return client.bucket(self.bucket)
+
+    def _client(self) -> "Client":
+        from google.cloud.storage import Client
+
+        if self.credentials is None:
+            return Client(project=os.environ.get("GOOGLE_CLOUD_PROJECT"))
+        endpoint = os.environ.get("API_ENDPOINT_OVERRIDE", GOOGLE)  # the library's own variable
+        return Client.from_service_account_json(
+            self.credentials, client_options={"api_endpoint": endpoint}
+        )
 
     @cached_property
     def _request_options(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import contextlib
 import hashlib
+import hmac
+import http.server
 import io
 import json
 import os
@@ -14,13 +16,16 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from google.oauth2.service_account import Credentials
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from deploy import archive, backup, databases, dumps, save, schema, transfer
+from deploy import archive, backup, databases, dumps, save, schema, secrets, transfer
 from eurosat.errors import ConfigError, TrackingError
 from eurosat.runtime import exit_codes
 from eurosat.storage import GcsStore, ObjectChanged, ObjectStore
@@ -37,30 +42,46 @@ if TYPE_CHECKING:
 
 MODEL = "mapper"
 USER, PASSWORD = "cartographer", "correct-horse-battery"
+KEY = b"the key that seals this platform's archives"
 pytestmark = [*MLFLOW_WARNS]
 
 
 # Archives.
 
 
-def written(*contents: bytes) -> bytes:
+@pytest.fixture(scope="module", autouse=True)
+def platform_secrets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("secrets")
+    secrets.make_missing(folder)
+    secrets.write(backup.SEAL_KEY, KEY, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(backup.SECRETS, str(folder))
+        yield
+
+
+def written(*contents: bytes, key: bytes = KEY) -> bytes:
     out = io.BytesIO()
-    writer = archive.Writer(out)
+    writer = archive.Writer(out, key)
     for number, content in enumerate(contents):
         writer.add(f"artifacts/{number}", io.BytesIO(content), len(content))
     writer.finish({"databases": {}})
     return out.getvalue()
 
 
-def verified(data: bytes) -> archive.Manifest:
-    return archive.verify(io.BytesIO(data), len(data))
+def verified(data: bytes, key: bytes | None = KEY) -> archive.Manifest:
+    return archive.verify(io.BytesIO(data), len(data), key)
 
 
-def resealed(data: bytes) -> bytes:
-    """Replace the seal by one that fits the data, as a forger would."""
+def resealed(data: bytes, key: bytes | None = KEY) -> bytes:
+    """Replace the seal by one that fits the data; without a key by that of the first format."""
     body = data[: -archive.TAIL_BYTES]
-    seal = hashlib.sha256(body).hexdigest()
-    return body + archive._tail(seal)
+    digest = hmac.new(key, body, hashlib.sha256) if key else hashlib.sha256(body)
+    return body + archive._tail(digest.hexdigest())
+
+
+def in_the_first_format(data: bytes) -> bytes:
+    first, second = archive.FORMAT_WITHOUT_KEY.encode(), archive.FORMAT.encode()
+    return resealed(data.replace(second, first), key=None)
 
 
 def test_an_archive_is_a_tar_whose_manifest_has_the_checksums() -> None:
@@ -85,6 +106,33 @@ def test_every_changed_byte_and_every_cut_is_refused() -> None:
             verified(data[:length])
     with pytest.raises(archive.ArchiveError):
         verified(data + b"\0")
+
+
+def test_an_archive_that_somebody_else_sealed_is_refused() -> None:
+    for forged in (
+        resealed(written(b"theirs"), key=None),
+        resealed(written(b"theirs"), key=b"theirs"),
+        written(b"theirs", key=b"theirs"),
+        in_the_first_format(written(b"theirs")),
+    ):
+        with pytest.raises(archive.ArchiveError, match="sealed with another backup_key"):
+            verified(forged)
+
+
+def test_an_archive_without_a_key_is_accepted_on_request_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "old.tar", tmp_path / "new.tar"
+    new.write_bytes(written(b"one"))
+    old.write_bytes(in_the_first_format(new.read_bytes()))
+    assert verified(old.read_bytes(), key=None).members == verified(new.read_bytes()).members
+    assert exit_code(backup.main, "verify", str(old)) == exit_codes.BAD_INPUT
+    assert "--without-key" in capsys.readouterr().err
+    assert exit_code(backup.main, "verify", str(new), "--without-key") == exit_codes.BAD_INPUT
+    assert "leave out --without-key" in capsys.readouterr().err
+    monkeypatch.delenv(backup.SECRETS)
+    assert exit_code(backup.main, "verify", str(new)) == exit_codes.BAD_INPUT
+    assert f"{backup.SECRETS} is not set" in capsys.readouterr().err
 
 
 def member(name: str, kind: bytes = tarfile.REGTYPE) -> bytes:
@@ -114,9 +162,9 @@ def test_an_added_member_is_refused_even_with_a_new_seal(added: bytes, message: 
 def test_a_name_that_cannot_be_unpacked_safely_is_not_archived() -> None:
     for name in ("../x", "/x", "a//b", "a/./b", "a/\0", "é" * 600, "\udcff"):
         with pytest.raises(archive.ArchiveError, match="cannot be unpacked safely"):
-            archive.Writer(io.BytesIO()).add(name, io.BytesIO(b""), 0)
+            archive.Writer(io.BytesIO(), KEY).add(name, io.BytesIO(b""), 0)
     long = "artifacts/" + "é" * 150
-    writer = archive.Writer(out := io.BytesIO())
+    writer = archive.Writer(out := io.BytesIO(), KEY)
     writer.add(long, io.BytesIO(b"x"), 1)
     writer.finish({})
     assert verified(out.getvalue()).members[0].name == long
@@ -430,7 +478,7 @@ def with_schema(file: Path, revision: str) -> bytes:
     """Return the archive with another schema of MLflow in its manifest."""
     manifest = verified(file.read_bytes())
     manifest.metadata["databases"]["mlflow"]["schema"] = revision
-    writer = archive.Writer(out := io.BytesIO())
+    writer = archive.Writer(out := io.BytesIO(), KEY)
     with tarfile.open(file) as tar:
         for member in manifest.members:
             content = tar.extractfile(member.name)
@@ -710,7 +758,97 @@ def test_a_backup_within_the_artifacts_is_refused(store: ObjectStore) -> None:
         else transfer.open_checked(f"{store.url}/x", "")
     )
     with pytest.raises(ConfigError, match="lies within the artifacts"):
-        save.save([], store, within)
+        save.save([], store, within, KEY)
+
+
+def test_a_backup_in_the_bucket_of_the_artifacts_is_refused(server_folder: Path) -> None:
+    from google.cloud.storage import Client
+
+    Client().create_bucket("shared")
+    artifacts, target = (
+        transfer.open_checked(f"gs://shared/{prefix}", "--to") for prefix in ("artifacts", "daily")
+    )
+    with pytest.raises(ConfigError, match="where MLflow can read and delete it"):
+        save.save([], artifacts, target, KEY)
+
+
+class TokenServer(http.server.BaseHTTPRequestHandler):
+    """Gives a token for every assertion, as Google's does for those of its service accounts."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        token = {
+            "access_token": "of the backup account",
+            "expires_in": 3600,
+            "token_type": "Bearer",
+        }
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(token).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Storage(http.server.BaseHTTPRequestHandler):
+    """Lists nothing, and remembers who asked."""
+
+    logins: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.logins.append(self.headers["Authorization"])
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def listening(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_archives_have_a_service_account_of_their_own(
+    server_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The artifacts are in the emulator, the archives at Google's (here a server of the test)."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    with listening(TokenServer) as tokens, listening(Storage) as google:
+        account = {
+            "type": "service_account",
+            "project_id": "maps",
+            "private_key": key.decode(),
+            "client_email": "backup@maps.iam.gserviceaccount.com",
+            "token_uri": tokens,
+        }
+        file = tmp_path / "backup.json"
+        file.write_text(json.dumps(account))
+        monkeypatch.setenv("API_ENDPOINT_OVERRIDE", google)
+        monkeypatch.setattr(  # it asks Google, in a thread, for the regions of the account
+            Credentials, "_is_regional_access_boundary_lookup_required", lambda _: False
+        )
+        monkeypatch.setenv(backup.CREDENTIALS, str(file))
+        transfer.open_checked("gs://archives/daily", "--to", backup._credentials())
+    assert Storage.logins == ["Bearer of the backup account"]
+    file.write_text("{}")
+    assert backup._credentials() is None, "the file is still to be filled"
+    monkeypatch.setenv(backup.CREDENTIALS, str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        backup._credentials()
 
 
 def test_a_missing_bucket_is_refused_in_one_line(server_folder: Path) -> None:

@@ -19,6 +19,7 @@ ALWAYS = {
     "postgres",
     "gcs",
     "mlflow",
+    "bootstrap",
     "promoter",
     "serving",
     "prometheus",
@@ -26,6 +27,7 @@ ALWAYS = {
     "proxy",
 }
 """Services that `docker compose up` starts; the others need a profile."""
+RUN_ONCE = {"upgrade", "bootstrap", "trainer", "backup"}
 PINNED_IMAGE = re.compile(r"[^:@\s]+:v?\d[\w.-]*")
 PINNED_REQUIREMENT = re.compile(r"([\w.-]+)==([\w.]+)")
 
@@ -52,7 +54,7 @@ def test_every_service_has_a_healthcheck_a_restart_policy_and_a_memory_limit() -
     for name, service in services().items():
         assert service.get("mem_limit"), f"{name} has no memory limit"
         runs_once = service["restart"] == "no"
-        assert runs_once == (name in {"upgrade", "trainer", "backup"}), f"{name} is not restarted"
+        assert runs_once == (name in RUN_ONCE), f"{name} is not restarted"
         assert runs_once or service.get("healthcheck", {}).get("test"), f"{name} has no healthcheck"
 
 
@@ -112,12 +114,28 @@ def test_only_the_proxy_is_published_and_on_loopback() -> None:
     assert published == {"proxy": ["${PLATFORM_BIND:-127.0.0.1}:${PLATFORM_PORT:-8443}:8443"]}
 
 
-def test_only_services_that_need_the_database_can_reach_it() -> None:
+def test_only_services_that_need_the_stores_can_reach_them() -> None:
     parsed = yaml.safe_load(COMPOSE.read_text())
-    assert parsed["networks"]["database"]["internal"]
-    inside = {name for name, s in services().items() if "database" in s.get("networks", [])}
-    assert services()["postgres"]["networks"] == ["database"]
-    assert inside <= {"postgres", "mlflow", "upgrade", "backup"}
+    assert parsed["networks"]["stores"]["internal"]
+    inside = {name for name, s in services().items() if "stores" in s.get("networks", [])}
+    assert services()["postgres"]["networks"] == services()["gcs"]["networks"] == ["stores"]
+    assert inside == {"postgres", "gcs", "mlflow", "upgrade", "backup"}
+
+
+def test_each_service_has_the_secrets_of_its_own_role_alone() -> None:
+    """A service that reads files of members must not hold what opens more than its own role."""
+    mounted = {name: set(service.get("secrets", [])) for name, service in services().items()}
+    assert mounted["promoter"] == {"promoter_password", "webhook_secret", "serving_key"}
+    assert mounted["serving"] == {"serving_password", "serving_keys"}
+    assert mounted["trainer"] == {"trainer_password"}
+    assert {name for name, secrets in mounted.items() if "admin_password" in secrets} == {
+        "mlflow",
+        "upgrade",
+        "bootstrap",
+        "backup",
+    }
+    for secret in ("backup_key", "backup_credentials"):
+        assert {name for name, secrets in mounted.items() if secret in secrets} == {"backup"}
 
 
 def test_no_secret_is_in_the_compose_file() -> None:
@@ -152,8 +170,10 @@ def test_services_wait_until_what_they_need_is_healthy() -> None:
     healthy = {"condition": "service_healthy"}
     dependencies = {name: s.get("depends_on", {}) for name, s in services().items()}
     assert dependencies["mlflow"] == {"postgres": healthy, "gcs": healthy}
-    assert dependencies["promoter"] == {"mlflow": healthy}
-    assert dependencies["serving"] == {"promoter": healthy}
+    assert dependencies["bootstrap"] == {"mlflow": healthy}
+    completed = {"condition": "service_completed_successfully"}
+    for name in ("promoter", "serving", "trainer"):
+        assert dependencies[name] == {"bootstrap": completed}, name
     assert dependencies["proxy"] == {"mlflow": healthy}
 
 

@@ -1,6 +1,7 @@
 """Secrets that a restored database does not know, and secrets that are generated anew."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,8 +104,9 @@ def test_without_the_database_the_commands_of_docker_compose_are_named(
         "docker compose run --rm backup use-secrets",
         "docker compose up --wait --force-recreate",
     ]
-    assert fails(rotate.main, "gcs_credentials") == exit_codes.BAD_INPUT
-    assert "is no secret that is generated" in last_error(capfd)
+    for name in rotate.ISSUED_ELSEWHERE:
+        assert fails(rotate.main, name) == exit_codes.BAD_INPUT
+        assert "is no secret that is generated" in last_error(capfd)
 
 
 def command(*arguments: str, env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
@@ -125,7 +127,10 @@ def test_a_backup_starts_on_a_fresh_machine_after_use_secrets(platform: Platform
         saved = command("deploy.backup", "save", "--to", str(folder / "saved"), env=platform.env)
         assert saved.returncode == 0, saved.stderr
         only = platforms.start_platform(folder, "--only=postgres,store")
-        restored = command("deploy.backup", "restore", "--from", saved.stdout.strip(), env=only.env)
+        arguments = ("deploy.backup", "restore", "--from", saved.stdout.strip())
+        assert "another backup_key" in command(*arguments, env=only.env).stderr
+        shutil.copy(platform.folder / "secrets/backup_key", folder / "secrets")
+        restored = command(*arguments, env=only.env)
         assert restored.returncode == 0, restored.stderr
         assert "saved with another admin_password and webhook_key" in restored.stderr
         assert platforms.platform_command("down", folder).returncode == 0

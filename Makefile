@@ -71,6 +71,9 @@ test-docker: .venv/dev ## test docker-compose.yml on this machine's Docker engin
 audit: .venv/dev ## look up known vulnerabilities of the locked packages
 	$(BIN)/python -m deploy.audit
 
+images: .venv/product ## write the digests that the tags of the container images have now
+	$(BIN)/python -m deploy.images refresh
+
 secrets: .venv/product ## create the platform's secrets that are missing
 	$(BIN)/python -m deploy.secrets
 

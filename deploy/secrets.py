@@ -21,7 +21,7 @@ FILE_MODE = 0o644
 PASSWORD_BYTES = 32
 CERTIFICATE_DAYS = 825
 """The longest validity that browsers accept."""
-HOSTS = ("localhost", "proxy")
+HOSTS = ("localhost", "grafana.localhost", "proxy")
 """Hosts of the self-signed certificate, besides 127.0.0.1."""
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eurosat.errors import ConfigError
+from eurosat.runtime import templates
 from eurosat.storage import disk_errors
 from expectations.verdict import Verdict
 
-TEMPLATES = Path(__file__).parent / "templates"
 MARKER = ".data_docs"
 """File that marks a folder as Data Docs of ours, which may be replaced."""
 MAX_TILES_ON_PAGE = 200
@@ -84,16 +84,9 @@ def _copy_pages(site: Path, folder: Path) -> list[str]:
 
 def render_page(verdict: Verdict, dataset: DatasetSummary, links: list[str]) -> str:
     """Return the page as HTML that loads nothing; ``links`` are Great Expectations' pages."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("validation.html").render(
+    return templates.render(
+        "expectations",
+        "validation.html",
         verdict=verdict,
         dataset=dataset,
         failed=[result for result in verdict.results if not result.success],

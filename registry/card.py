@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat import tracking
-from eurosat.runtime import cli, exit_codes, logs
+from eurosat.runtime import cli, exit_codes, logs, templates
 from registry import evidence, robustness, versions
-from registry.rendering import render
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
@@ -50,10 +49,10 @@ def write(model: str, number: str) -> None:
         tracking.translate_errors(f"card of version {number}"),
     ):
         file = Path(folder) / FILE
-        file.write_text(render("card.md.j2", **values))
+        file.write_text(templates.render("registry", "card.md.j2", **values))
         client = versions.client()
         client.log_artifact(run.run_id, str(file))
-        summary = render("card_summary.md.j2", **values).strip()
+        summary = templates.render("registry", "card_summary.md.j2", **values).strip()
         try:
             client.update_model_version(model, number, summary[:MAX_DESCRIPTION])
         except MlflowException as error:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eurosat.errors import ConfigError, EuroSATError, ModelError
-from eurosat.runtime import cli, exit_codes, logs
+from eurosat.runtime import cli, exit_codes, logs, templates
 from registry import card, evidence, versions
 from registry.gates import DifferenceGate
 from registry.metric_gates import PairedCounts, judge_difference
-from registry.rendering import render
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,7 +44,8 @@ def render_page(first: "ModelVersion", second: "ModelVersion") -> str:
     counts = _paired_counts(*answers)
     differs = (answers[0]["answer"] != answers[1]["answer"]).to_numpy()
     differing = [frame[differs][:MAX_TILES] for frame in answers]
-    return render(
+    return templates.render(
+        "registry",
         "compare.html.j2",
         names=names,
         tiles=counts.tiles,

@@ -5,7 +5,7 @@ from starlette.requests import Request
 from serving.errors import RequestRejected
 from serving.hot_swap import AliasWatcher, LoadedVersion
 from serving.keys import KeyRing
-from serving.limits import Limits
+from serving.limits import ByteBudget, Limits
 
 
 class Admission:
@@ -13,6 +13,8 @@ class Admission:
 
     def __init__(self, watcher: AliasWatcher, limits: Limits, keys: KeyRing | None) -> None:
         self.watcher, self.limits, self._keys = watcher, limits, keys
+        self.bytes = ByteBudget(int(limits.bodies_mb * 1e6))
+        """Bodies and answers in memory."""
         self.in_flight = 0
         """Requests that are being read or answered."""
         self.unanswered = 0

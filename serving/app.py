@@ -25,7 +25,7 @@ from serving.admission import Admission
 from serving.errors import DEADLINE_PASSED, INTERNAL_ERROR, RequestRejected, TileRejected
 from serving.hot_swap import AliasWatcher, LoadedVersion
 from serving.keys import KeyRing
-from serving.limits import Limits
+from serving.limits import BytesInUse, Limits
 from serving.metrics import CONTENT_TYPE, Metrics
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 WORD = re.compile(r"\w{1,16}", re.ASCII)
 LARGE_BYTES = 100_000
 """Larger bodies of MLflow's protocol are read in a thread, one at a time: they grow in memory."""
+BYTES_IN_USE = "eurosat.bytes_in_use"
+"""Key of a request's `BytesInUse` in its ASGI scope."""
 GAUGE_INTERVAL_S = 1.0
 """Time between two updates of the gauges."""
 
@@ -83,17 +85,23 @@ class App:
         started = time.perf_counter()
         request = Request(scope, receive)
         path = scope["path"] if scope["path"] in self._routes else "other"
-        self.admission.in_flight += 1
+        in_use = BytesInUse(self.admission.bytes)
+        scope[BYTES_IN_USE] = in_use
         try:
-            response = await self._respond(request)
-        except ClientDisconnect:
-            return
+            self.admission.in_flight += 1
+            try:
+                response = await self._respond(request)
+            except ClientDisconnect:
+                return
+            finally:
+                self.admission.in_flight -= 1
+                if extension := scope.get("extensions", {}).get("eurosat"):
+                    extension["on_answered"]()
+            self.metrics.record_request(path, response.status_code, time.perf_counter() - started)
+            in_use.add(len(response.body))
+            await response(scope, receive, send)
         finally:
-            self.admission.in_flight -= 1
-            if extension := scope.get("extensions", {}).get("eurosat"):
-                extension["on_answered"]()
-        self.metrics.record_request(path, response.status_code, time.perf_counter() - started)
-        await response(scope, receive, send)
+            in_use.release()
 
     async def _respond(self, request: Request) -> Response:
         """Return the answer of the route; every error becomes a response."""
@@ -122,7 +130,7 @@ class App:
         deadline = limits.deadline(request, self.limits)
         media_type = _media_type(request)
         if media_type in IMAGE_TYPES or media_type in UNTYPED:
-            images = [await limits.read_body(request, self.limits)]
+            images = [await self._read_body(request)]
         elif media_type == MULTIPART:
             images = await self._read_multipart(request, 1)
         else:
@@ -144,16 +152,19 @@ class App:
         if media_type == MULTIPART:
             images = await self._read_multipart(request, self.limits.tiles)
         elif media_type == "application/json":
-            body = await limits.read_body(request, self.limits)
+            body = await self._read_body(request)
             images = _decode_json_images(body, self.limits.tiles)
         else:
             raise RequestRejected(415, f"send files as {MULTIPART}, or base64 as application/json")
         predictions = await self._predict_images(request, images, deadline)
         return _json({"predictions": predictions})
 
+    async def _read_body(self, request: Request) -> bytes:
+        return await limits.read_body(request, self.limits, request.scope[BYTES_IN_USE])
+
     async def _read_multipart(self, request: Request, max_files: int) -> list[bytes]:
         """Return the files of a multipart form, 1 to ``max_files``."""
-        body = await limits.read_body(request, self.limits)
+        body = await self._read_body(request)
         try:
             files = multipart.read_files(request.headers["content-type"], body)
         except multipart.MalformedForm as error:
@@ -185,7 +196,7 @@ class App:
         if _media_type(request) == invocations.PARQUET:
             raise RequestRejected(415, invocations.WRONG_MEDIA_TYPE)
         deadline = limits.deadline(request, self.limits)
-        body = await limits.read_body(request, self.limits)
+        body = await self._read_body(request)
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 if len(body) <= LARGE_BYTES:
@@ -197,6 +208,14 @@ class App:
             raise RequestRejected(429, DEADLINE_PASSED) from error
 
     async def _forward_large(self, request: Request, body: bytes) -> Response:
+        in_use = BytesInUse(self.admission.bytes)
+        in_use.add(len(body))  # a second time, as it is parsed, and maybe after the client has gone
+        try:
+            return await self._forward_in_turn(request, body)
+        finally:
+            in_use.release()
+
+    async def _forward_in_turn(self, request: Request, body: bytes) -> Response:
         async with self._large_requests:
             try:
                 await asyncio.to_thread(payload_limits.check, _media_type(request), body)
@@ -225,7 +244,8 @@ class App:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     def _update_gauges(self) -> None:
-        self.metrics.set_gauges(self.admission.num_waiting(), self.admission.in_flight)
+        admission = self.admission
+        self.metrics.set_gauges(admission.num_waiting(), admission.in_flight, admission.bytes.used)
 
     async def _update_gauges_forever(self) -> None:
         """Keep this process's gauges recent: /metrics may be answered by another process."""

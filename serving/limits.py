@@ -26,12 +26,16 @@ class Limits:
     """Tiles that wait; at this number a new request is rejected."""
     requests: int = 512
     """Requests that are read or answered at the same time."""
+    bodies_mb: float = 256.0
+    """Size of all bodies and answers in memory, in 10^6 bytes; a body beyond it is rejected."""
     deadline_s: float = 10.0
     """Time until a prediction must begin; a client may ask for less by `TIMEOUT_HEADER`."""
     head_s: float = 10.0
     """Time for a request line and its headers to arrive."""
     body_s: float = 10.0
     """Time for a body to arrive."""
+    answer_s: float = 10.0
+    """Time for a client to take an answer."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -41,11 +45,50 @@ class Limits:
     def shared(self, processes: int) -> "Limits":
         """Return the limits of one of several processes."""
         divided = {"queue": self.queue, "requests": self.requests}
-        return replace(self, **{name: max(1, n // processes) for name, n in divided.items()})
+        counts = {name: max(1, n // processes) for name, n in divided.items()}
+        bodies_mb = max(self.body_mb, self.bodies_mb / processes)
+        return replace(self, bodies_mb=bodies_mb, **counts)
 
     @property
     def body_bytes(self) -> int:
         return int(self.body_mb * 1e6)
+
+
+class ByteBudget:
+    """Counts the bytes of all requests in memory against one limit."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.used = max_bytes, 0
+
+
+class BytesInUse:
+    """The share of one request in a `ByteBudget`."""
+
+    def __init__(self, budget: ByteBudget) -> None:
+        self._budget, self._size = budget, 0
+
+    def add(self, size: int) -> None:
+        """Count bytes that are in memory already."""
+        self._size += size
+        self._budget.used += size
+
+    def add_body(self, size: int) -> None:
+        """Count bytes of a body.
+
+        Raises:
+            RequestRejected: they exceed what is left of the budget (429).
+        """
+        if self._budget.used + size > self._budget.max_bytes:
+            megabytes = self._budget.max_bytes / 1e6
+            raise RequestRejected(
+                429, f"the requests in memory reach the limit of {megabytes:g} MB: try again"
+            )
+        self.add(size)
+
+    def release(self) -> None:
+        """Return everything to the budget."""
+        self._budget.used -= self._size
+        self._size = 0
 
 
 def deadline(request: Request, limits: Limits) -> float:
@@ -67,11 +110,12 @@ def deadline(request: Request, limits: Limits) -> float:
     return time.monotonic() + seconds
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
-    """Return the complete body.
+async def read_body(request: Request, limits: Limits, in_use: BytesInUse) -> bytes:
+    """Return the complete body, whose bytes are counted as they arrive.
 
     Raises:
-        RequestRejected: the body is too large (413), or does not arrive in time (408).
+        RequestRejected: the body is too large (413), does not arrive in time (408), or exceeds what
+            is left for all requests (429).
     """
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > limits.body_bytes:
@@ -83,6 +127,7 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 size += len(chunk)
                 if size > limits.body_bytes:
                     raise _too_large(limits)
+                in_use.add_body(len(chunk))
                 chunks.append(chunk)
     except TimeoutError as error:
         message = f"the body did not arrive within {limits.body_s:g} s: send it without a pause"

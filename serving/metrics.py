@@ -42,6 +42,7 @@ class Metrics:
         self._tiles = cache(tiles.labels)
         self._waiting = Gauge("eurosat_tiles_waiting", "Tiles that wait for a batch", **summed)
         self._open = Gauge("eurosat_requests_open", "Requests being read or answered", **summed)
+        self._bytes = Gauge("eurosat_request_bytes", "Bodies and answers in memory", **summed)
         self._serving = Gauge(
             "eurosat_model",
             "Processes that serve a version",
@@ -73,9 +74,11 @@ class Metrics:
     def record_refused_version(self) -> None:
         self._refused_versions.inc()
 
-    def set_gauges(self, waiting: int, in_flight: int) -> None:
+    def set_gauges(self, waiting: int, in_flight: int, size: int) -> None:
+        """Set tiles that wait, requests that are open, and the bytes of these in memory."""
         self._waiting.set(waiting)
         self._open.set(in_flight)
+        self._bytes.set(size)
 
     def text(self) -> bytes:
         """Return the metrics in Prometheus's text format, of all processes of this server."""

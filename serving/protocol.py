@@ -23,14 +23,22 @@ MAX_HEAD_BYTES = 32_768
 """Size of a request line and its headers together, and of trailers."""
 QUEUED_PATHS = ("/predict", "/predict/batch")
 """Paths whose tiles go to the queue; they are rejected while it is full."""
+MAX_PIPELINED = 64
+"""Requests that may arrive before the first of them is answered. uvicorn keeps them in memory, and
+reads on after each answer."""
 FRAMING_SHARE = 1 / 8
 """Share of a body that its chunk framing may add to `MAX_HEAD_BYTES`."""
 UPGRADE_HEADERS = (b"upgrade", b"http2-settings")
+TOO_MANY_PIPELINED = f"over {MAX_PIPELINED} requests at once on a connection: await the answers"
 HEAD_TOO_LARGE = f"a request line and headers over {MAX_HEAD_BYTES} bytes: send fewer headers"
 
 
 class HeadersTooLarge(ValueError):
     """Stops the parser in the middle of a head; uvicorn then calls ``send_400_response``."""
+
+
+class TooManyPipelined(ValueError):
+    """Stops the parser before a request; uvicorn then calls ``send_400_response``."""
 
 
 class GuardedHttpProtocol(HttpToolsProtocol):
@@ -46,6 +54,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     _timeout: asyncio.TimerHandle | None = None
     _is_counted = False
     """Whether this connection's request is counted in `Admission.unanswered`."""
+    _slow_reader: asyncio.TimerHandle | None = None
+    """Ends the connection if the client does not take its answer."""
     _upgrades = False
     """Whether the head that was read asks for another protocol; it is then read again without."""
     _overload = ""
@@ -60,7 +70,30 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         self._on_answered()
+        self._stop_waiting_for_reader()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._wait_for_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting_for_reader()
+
+    def _wait_for_reader(self) -> None:
+        """Give the client `Limits.answer_s` to take what was sent, if it has not taken it yet."""
+        if self._slow_reader is None and self.transport.get_write_buffer_size():
+            self._slow_reader = self.loop.call_later(self._limits.answer_s, self._end_slow_reader)
+
+    def _stop_waiting_for_reader(self) -> None:
+        if self._slow_reader is not None:
+            self._slow_reader.cancel()
+            self._slow_reader = None
+
+    def _end_slow_reader(self) -> None:
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._message_began, in_body, body_bytes = False, self._in_body, self._body_bytes
@@ -107,7 +140,11 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= MAX_PIPELINED:
+            raise TooManyPipelined
         super().on_message_begin()
+        if not self.flow.write_paused:  # who sends the next request has the last answer
+            self._stop_waiting_for_reader()
         self._message_began, self._field_bytes = True, 0
         self._await_head()
 
@@ -186,6 +223,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self.transport.write(_raw_response(429, message, close=not keep))
         if not keep:
             self.transport.close()
+        self._wait_for_reader()
         super().on_response_complete()
 
     def _reject_head(self) -> None:
@@ -195,6 +233,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         if self._head_too_large:
             self._abort(431, HEAD_TOO_LARGE)
+        elif len(self.pipeline) >= MAX_PIPELINED:
+            self._abort(429, TOO_MANY_PIPELINED)
         else:
             self._abort(400, "the request is not valid HTTP/1.1")
 
@@ -217,6 +257,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self._on_answered()
+        self._wait_for_reader()
         super().on_response_complete()
         if self.cycle.more_body:  # answered before its body was read, which may never end
             self.loop.call_later(self._limits.body_s, self._close_unread, self.cycle)
@@ -240,6 +281,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             return
         self.transport.write(_raw_response(status, message, close=True))
         self.transport.close()
+        self._wait_for_reader()
 
 
 def _without_upgrade(headers: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:

@@ -32,9 +32,11 @@ LIMIT_HELP = {
     "tiles": "tiles in one request",
     "queue": "waiting tiles",
     "requests": "open requests",
+    "bodies_mb": "size of all bodies and answers in memory in MB",
     "deadline_s": "seconds until a prediction must begin",
     "head_s": "seconds for a request line and its headers to arrive",
     "body_s": "seconds for a body to arrive",
+    "answer_s": "seconds for a client to take an answer",
 }
 """Help text of the flag for each field of `Limits`."""
 

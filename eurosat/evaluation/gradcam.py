@@ -19,10 +19,10 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 from eurosat.errors import ModelError
-from eurosat.evaluation import templating
 from eurosat.evaluation.metrics import per_tile_nll
 from eurosat.evaluation.plots import DPI, set_title, visible
 from eurosat.models.network import Network
+from eurosat.runtime import templates
 
 Tiles = npt.NDArray[np.uint8]
 MIN_MAP_SIDE = 4
@@ -219,7 +219,7 @@ def render_html(results: Sequence[CamResult], title: str) -> str:
             heats.append(result.heat_expected)
         pngs = [_base64_png(result.pixels_HWC, heat) for heat in heats]
         rows.append({"result": result, "pngs": pngs})
-    return templating.render("gradcam.html", title=title, rows=rows)
+    return templates.render("eurosat.evaluation", "gradcam.html.j2", title=title, rows=rows)
 
 
 def _base64_png(pixels_HWC: Tiles, heat: npt.NDArray[np.float32] | None) -> str:

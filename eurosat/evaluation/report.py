@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from eurosat.evaluation import metrics, plots, templating
+from eurosat.evaluation import metrics, plots
 from eurosat.evaluation.calibration import evaluate
 from eurosat.evaluation.results import MAX_WORST, EvaluationResult
+from eurosat.runtime import templates
 
 MAX_CONFUSED_PAIRS = 8
 
@@ -81,8 +82,9 @@ def render_markdown(summary: Mapping[str, Any]) -> str:
     for row in rows:
         if row["severity"]:
             corrupted.setdefault(row["kind"], []).append(row)
-    return templating.render(
-        "report.md",
+    return templates.render(
+        "eurosat.evaluation",
+        "report.md.j2",
         **{"against": None, **summary},
         tile_set=_tile_set(summary),
         overall=overall,

@@ -28,7 +28,7 @@ ALWAYS = {
 }
 """Services that `docker compose up` starts; the others need a profile."""
 RUN_ONCE = {"upgrade", "bootstrap", "trainer", "backup"}
-PINNED_IMAGE = re.compile(r"[^:@\s]+:v?\d[\w.-]*")
+PINNED_IMAGE = re.compile(r"[^:@\s]+:v?\d[\w.-]*(@sha256:[0-9a-f]{64})?")
 PINNED_REQUIREMENT = re.compile(r"([\w.-]+)==([\w.]+)")
 
 
@@ -79,10 +79,11 @@ def test_no_service_runs_as_root() -> None:
             assert users[-1] == "10001:10001", name
 
 
-def test_every_image_is_pinned_to_a_release() -> None:
+def test_every_image_is_pinned_to_a_release_and_a_digest() -> None:
     for name, service in services().items():
-        image = service.get("image", "")
-        assert PINNED_IMAGE.fullmatch(image), f"{name}: {image!r} has no version"
+        match = PINNED_IMAGE.fullmatch(service.get("image", ""))
+        assert match, f"{name}: {service.get('image')!r} has no version"
+        assert bool(match[1]) != ("build" in service), f"{name} is built here, or has a digest"
 
 
 @pytest.mark.parametrize("file", dockerfiles(), ids=lambda file: file.parent.name)
@@ -92,7 +93,8 @@ def test_every_dockerfile_starts_from_pinned_images_and_installs_from_a_lock(fil
     bases = re.findall(r"^FROM\s+(\S+)", text, re.MULTILINE)
     assert bases, f"{file} has no FROM"
     for base in bases:
-        assert base in stages or PINNED_IMAGE.fullmatch(base), f"{base!r} has no version"
+        match = PINNED_IMAGE.fullmatch(base)
+        assert base in stages or (match and match[1]), f"{base!r} has no version and digest"
     if "pip install" in text:
         assert len(bases) > 1, "the stage that installs packages is not the final one"
         assert "--require-hashes" in text
@@ -120,6 +122,18 @@ def test_only_services_that_need_the_stores_can_reach_them() -> None:
     inside = {name for name, s in services().items() if "stores" in s.get("networks", [])}
     assert services()["postgres"]["networks"] == services()["gcs"]["networks"] == ["stores"]
     assert inside == {"postgres", "gcs", "mlflow", "upgrade", "backup"}
+
+
+def test_grafana_is_reached_through_the_proxy_alone_and_has_no_anonymous_user() -> None:
+    parsed = yaml.safe_load(COMPOSE.read_text())
+    assert parsed["networks"]["dashboards"]["internal"]
+    inside = {name for name, s in services().items() if "dashboards" in s.get("networks", [])}
+    assert inside == {"grafana", "prometheus", "proxy"}
+    grafana = services()["grafana"]
+    assert grafana["networks"] == ["dashboards"]
+    assert grafana["environment"]["GF_AUTH_ANONYMOUS_ENABLED"] == "false"
+    assert grafana["environment"]["GF_AUTH_PROXY_HEADER_NAME"] == "X-WEBAUTH-USER"
+    assert grafana["environment"]["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
 
 
 def test_each_service_has_the_secrets_of_its_own_role_alone() -> None:

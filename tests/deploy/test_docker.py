@@ -20,7 +20,7 @@ from mlflow import MlflowClient
 
 from benchmarks.platform import load
 from benchmarks.platform.fixture import PlatformFixture
-from deploy import users
+from deploy import images, users
 from tests.support.images import encoded
 from tests.support.mlflow_server import free_port
 from tests.support.offline import sitecustomize
@@ -214,6 +214,27 @@ def run(
     return result.stdout
 
 
+def use_local_images(folder: Path) -> None:
+    """Where an image cannot be pulled, use the one of that name which the engine has.
+
+    An engine that reaches no registry has images that were made on the machine, maybe of another
+    version and without a digest; what was replaced is printed.
+    """
+    present = run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}", at=folder).split()
+    for file in images.files(folder):
+        text = file.read_text()
+        for image in set(images.pinned(file)):
+            pulled = subprocess.run(["docker", "pull", "-q", str(image)], capture_output=True)
+            if pulled.returncode == 0:
+                continue
+            same = [name for name in present if name.rpartition(":")[0] == image.name]
+            exact = f"{image.name}:{image.tag}"
+            replacement = exact if exact in same else next(iter(same), exact)
+            print(f"{image.name}:{image.tag} cannot be pulled: {replacement} is used")
+            text = text.replace(str(image), replacement)
+        file.write_text(text)
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     if shutil.which("docker") is None:
@@ -224,6 +245,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     run(sys.executable, "-m", "deploy.secrets", at=folder)
+    use_local_images(folder)
     (folder / "alerts.yml").write_text(ALERTS)
     rules = folder / "deploy/prometheus/rules.yml"
     rules.write_text(rules.read_text().replace("for: 30m", "for: 15s"))  # of NoChampion
@@ -415,6 +437,31 @@ def test_the_trainer_container_validates_and_trains(stack: Stack) -> None:
     assert run
     assert run["run"]["info"]["status"] == "FINISHED"
     assert "test_accuracy" in {metric["key"] for metric in run["run"]["data"]["metrics"]}
+
+
+def test_only_mlflow_and_backup_reach_the_stores(stack: Stack) -> None:
+    connect = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 5)"
+    for service, reaches in (("mlflow", True), ("promoter", False), ("serving", False)):
+        for host, port in (("gcs", "4443"), ("postgres", "5432")):
+            command = ("exec", "-T", service, "python", "-c", connect, host, port)
+            if reaches:
+                stack.compose(*command)
+            else:
+                with pytest.raises(AssertionError, match="Name or service|name resolution"):
+                    stack.compose(*command)
+
+
+def test_mlflows_account_is_no_superuser_and_nobody_logs_in_as_one(stack: Stack) -> None:
+    query = "SELECT rolname, rolsuper, rolpassword IS NULL FROM pg_authid WHERE rolcanlogin"
+    roles = stack.compose(
+        "exec", "-T", "postgres", "psql", "-U", "postgres", "-At", "-c", query, "postgres"
+    )
+    assert set(roles.split()) == {"postgres|t|t", "mlflow|f|f"}
+
+
+def test_what_sets_up_the_accounts_has_ended(stack: Stack) -> None:
+    state = stack.container("bootstrap")["State"]
+    assert (state["Status"], state["ExitCode"]) == ("exited", 0)
 
 
 def test_a_backup_is_complete(stack: Stack) -> None:

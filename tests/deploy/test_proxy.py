@@ -2,9 +2,12 @@
 
 import contextlib
 import http.client
+import http.server
+import json
 import shutil
 import ssl
 import subprocess
+import threading
 from base64 import b64encode
 from collections.abc import Iterator
 
@@ -31,8 +34,31 @@ MAX_CONNECTIONS = 256
 """limit_conn of the configuration."""
 
 
+class Echo(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(dict(self.headers)).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(scope="module")
-def port(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+def grafana() -> Iterator[str]:
+    """A server in Grafana's place, which answers with the headers that it gets."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def port(
+    platform: Platform, grafana: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[int]:
     """Run nginx on loopback, with the platform's certificate; yield its port."""
     folder, port = tmp_path_factory.mktemp("proxy"), free_port()
     text = CONFIGURATION.read_text()
@@ -41,6 +67,7 @@ def port(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         ("listen 8443", f"listen 127.0.0.1:{port}"),
         ("/run/secrets/", f"{platform.folder}/secrets/"),
         ("http://mlflow:5000", platform.url),
+        ("http://grafana:3000", grafana),
         ("  resolver 127.0.0.11 valid=5s;", "  #"),
         ("worker_processes auto;", "worker_processes auto; daemon off; user root;"),
     ):
@@ -162,6 +189,41 @@ def test_an_account_without_a_role_is_no_user_of_the_other_pages(
     lone = {"Authorization": f"Basic {b64encode(b'lone:twelve or more').decode()}"}
     assert request(port, "GET", "/prometheus/", login=lone) == 403
     assert request(port, "GET", "/prometheus/") == 401
+
+
+def test_grafana_has_a_host_of_its_own_and_gets_the_name_of_who_logged_in(
+    port: int, platform: Platform
+) -> None:
+    def answer(host: str, **more: str) -> tuple[int, bytes]:
+        with contextlib.closing(connect(port)) as connection:
+            connection.request("GET", "/", headers={"Host": f"{host}:{port}", **more})
+            response = connection.getresponse()
+            return response.status, response.read()
+
+    login = headers(platform)
+    assert answer("grafana.localhost")[0] == 401
+    status, body = answer("grafana.localhost", **{"X-WEBAUTH-USER": "admin"}, **login)
+    assert status == 200
+    received = json.loads(body)
+    assert received["X-WEBAUTH-USER"] == "a-writer", "who logged in, not whom the request names"
+    assert "Authorization" not in received
+    assert b"X-WEBAUTH-USER" not in answer("localhost", **login)[1], "MLflow, not Grafana"
+    assert request(port, "GET", "/grafana/", login=login) != 200
+
+
+def test_pages_may_run_nothing_from_elsewhere_and_uploads_nothing_at_all(
+    port: int, platform: Platform
+) -> None:
+    def policy(path: str) -> str:
+        with contextlib.closing(connect(port)) as connection:
+            connection.request("GET", path, headers=headers(platform))
+            return connection.getresponse().headers["Content-Security-Policy"]
+
+    page = policy("/")
+    assert "default-src 'self'" in page
+    assert "http" not in page, "no other host"
+    for path in (f"{ARTIFACTS}/0/x/artifacts/page.html", "/get-artifact?path=a.html&run_uuid=x"):
+        assert policy(path) == "default-src 'none'; sandbox"
 
 
 def test_what_nginx_is_told_is_what_the_tests_expect() -> None:

@@ -22,6 +22,7 @@ from eurosat.data.synthetic import CLASSES, render
 from eurosat.errors import DataError
 from eurosat.runtime import cli, exit_codes
 from expectations import validate
+from tests.support.markup import HOSTILE_CLASS, HOSTILE_FILE, assert_page_is_inert
 from tests.support.paths import ROOT
 from tests.support.tiffs import eps, sparse_tiff, tiff_with_large_block
 
@@ -280,6 +281,20 @@ def test_the_data_docs_name_the_faulty_tiles_and_load_nothing_from_elsewhere(
         links = re.findall(r"href=\"([^#\"]+)\"", html)
         folder = (failed.docs / page).parent
         assert [link for link in links if not (folder / link).is_file()] == []
+
+
+def test_names_of_folders_and_tiles_are_text_on_every_page(store: Path, tmp_path: Path) -> None:
+    root = tmp_path / "tiles"
+    write_tiles(root)
+    (root / "Forest").rename(root / HOSTILE_CLASS)
+    Image.new("RGB", (64, 64), "teal").save(root / HOSTILE_CLASS / HOSTILE_FILE)
+    outcome = run_command(tmp_path, "data=folder", f"data.root={root}")
+    assert outcome.code == exit_codes.NEGATIVE
+    pages = list(outcome.docs.rglob("*.html"))
+    assert len(pages) == 3
+    for page in pages:
+        assert_page_is_inert(page.read_text())
+    assert "&lt;svg onload=attack()&gt;" in (outcome.docs / "index.html").read_text()
 
 
 def test_the_page_lists_failures_before_what_passed(failed: Outcome) -> None:

@@ -80,9 +80,6 @@ WRITER_ROUTES = READER_ROUTES | _routes(
     DELETE /mlflow/logged-models/<model_id>/tags/<tag_key>
     PATCH /mlflow/logged-models/<model_id>
     PATCH /mlflow/logged-models/<model_id>/tags
-    POST /mlflow-artifacts/mpu/abort/<path:artifact_path>
-    POST /mlflow-artifacts/mpu/complete/<path:artifact_path>
-    POST /mlflow-artifacts/mpu/create/<path:artifact_path>
     POST /mlflow/experiments/create
     POST /mlflow/experiments/delete
     POST /mlflow/experiments/delete-experiment-tag
@@ -149,12 +146,14 @@ LEDGER_SUFFIX = ".ledger"
 VERSION_FOLDER = "model"
 """Folder of a run's artifacts with the files of its version (registry/register.py)."""
 MODEL_SOURCE = re.compile(r"models:/[^/@]+/\d+")
-FROZEN = re.compile(r"(model(/.*)?|[^/]*\.onnx|[^/]*\.parquet|config\.yaml|split\.csv)")
+FROZEN = re.compile(r"(model(/.*)?|[^/]*\.onnx|[^/]*\.parquet|config\.yaml|split\.csv)", re.DOTALL)
 """Artifacts that nobody changes once a version wraps their run: its files and its evidence."""
 ADDED_LATER = "corruptions.parquet"
 """Of FROZEN, what may be added to a version (registry/robustness.py), once."""
-ARTIFACT_PATH = re.compile(r"(?:[\w-]+/)*([0-9a-f]{32})/artifacts/(.+)")
+ARTIFACT_PATH = re.compile(r"(?:[\w-]+/)*([0-9a-f]{32})/artifacts/(.+)", re.DOTALL)
 """Path below the root of the artifacts: the run's id, and the path within the run."""
+FORBIDDEN = re.compile(r"[%\\\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""What no path of an artifact has."""
 MAX_FAILED_LOGINS, FAILED_LOGINS_S = 10, 60.0
 """Wrong passwords for a user from one address, and the time in which they are counted."""
 MAX_COUNTED_LOGINS = 10_000
@@ -288,8 +287,11 @@ def _refused_artifact() -> str:
         path = name = request.args.get("path", "")
     else:
         return ""
-    if {"", ".", ".."} & {*path.split("/")} or "%" in path or "\\" in path:
-        return f"the path {path[:MAX_NAME]!r} has an empty part, '.', '..', '%' or a backslash"
+    if {"", ".", ".."} & {*path.split("/")} or FORBIDDEN.search(path):
+        return (
+            f"the path {path[:MAX_NAME]!r} has an empty part, '.', '..', '%', a backslash or a "
+            "character that cannot be printed"
+        )
     is_frozen = FROZEN.fullmatch(name) and _has_version(run_id)
     if is_frozen and not (name == ADDED_LATER and not _exists(path)):
         return f"{name[:MAX_NAME]} belongs to a registered version and cannot be changed"

@@ -24,7 +24,7 @@ FOR_ADMINISTRATORS = re.compile(
       | /mlflow/(get-trace-artifact|get-online-trace-details|unified-traces|ui-telemetry)
       | /mlflow/runs/create-promptlab-run
       | /mlflow/artifacts/presigned-(down|up)load-url             # no object store of ours signs
-      | /mlflow-artifacts/presigned/.*
+      | /mlflow-artifacts/(presigned|mpu)/.*                      # they write past the server
       | /(ajax-)?api/2.0mlflow/experiments/search-datasets        # a route without its slash
     )
     """,

@@ -207,6 +207,9 @@ CHANGES = [
     ("PUT", ARTIFACTS + "/0/{run}/artifacts/./model/pyfunc.py"),
     ("PUT", ARTIFACTS + "/0//{run}/artifacts/model/pyfunc.py"),
     ("PUT", ARTIFACTS + "/0/{run}/artifacts/model/added.py"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/model/added%0A.py"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/model%2Fadded%0D%0A.py"),
+    ("PUT", ARTIFACTS + "/0/{run}/artifacts/%0Amodel/added.py"),
     ("PUT", ARTIFACTS + "/0/{run}/artifacts/model.onnx"),
     ("PUT", ARTIFACTS + "/0/{run}/artifacts/predictions.parquet"),
     ("POST", "/api/2.0/mlflow-artifacts/mpu/create/0/{run}/artifacts/model/pyfunc.py"),
@@ -242,10 +245,29 @@ def test_the_files_of_a_version_stay_as_they_were_registered(platform: Platform)
     for name in ("model/pyfunc.py", "model.onnx", "predictions.parquet"):
         assert requests.get(f"{url}/{name}", auth=login, timeout=30).content == b"judged", name
     assert requests.get(f"{url}/model/added.py", auth=login, timeout=30).status_code >= 400
+    listing = requests.get(
+        f"{platform.url}{ARTIFACTS}",
+        {"path": f"0/{run_id}/artifacts/model"},
+        auth=login,
+        timeout=30,
+    )
+    assert [file["path"] for file in listing.json()["files"]] == ["pyfunc.py"]
     for name in ("evaluation/test/report.md", "corruptions.parquet"):
         assert requests.put(f"{url}/{name}", b"later", auth=login, timeout=30).ok, name
     again = requests.put(f"{url}/corruptions.parquet", b"again", auth=login, timeout=30)
     assert again.status_code == 403
+
+
+@pytest.mark.parametrize("role", ["writer", "promoter"])
+@pytest.mark.parametrize("action", ["create", "complete", "abort"])
+def test_no_member_uploads_to_the_bucket_past_the_server(
+    platform: Platform, role: str, action: str
+) -> None:
+    """The server signs addresses of the bucket there, and reads the file's name from the body."""
+    url = f"{platform.url}/api/2.0/mlflow-artifacts/mpu/{action}/0/{new_run(platform)}/artifacts"
+    body = {"path": "model.onnx", "num_parts": 1, "upload_id": "1", "parts": []}
+    answer = requests.post(url, json=body, auth=platform.user(role), timeout=30)
+    assert answer.status_code == 403
 
 
 def test_after_ten_wrong_passwords_an_address_waits(platform: Platform) -> None:

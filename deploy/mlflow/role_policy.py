@@ -154,11 +154,12 @@ ARTIFACT_PATH = re.compile(r"(?:[\w-]+/)*([0-9a-f]{32})/artifacts/(.+)", re.DOTA
 """Path below the root of the artifacts: the run's id, and the path within the run."""
 FORBIDDEN = re.compile(r"[%\\\x00-\x1f\x7f-\x9f\u2028\u2029]")
 """What no path of an artifact has."""
-MAX_FAILED_LOGINS, FAILED_LOGINS_S = 10, 60.0
-"""Wrong passwords for a user from one address, and the time in which they are counted."""
+MAX_FAILED_LOGINS, MAX_FAILED_OF_ADDRESS, FAILED_LOGINS_S = 10, 100, 60.0
+"""Wrong passwords from one address for one user, and for all of them, since each costs a tenth of a
+second of processor; and the time in which they are counted."""
 MAX_COUNTED_LOGINS = 10_000
-"""Pairs of address and user in memory; beyond them the oldest are forgotten."""
-_failed_logins: dict[tuple[str, str], deque[float]] = {}
+"""Pairs of address and user, and addresses, in memory; beyond them the oldest are forgotten."""
+_failed_logins: dict[tuple[str, str | None], deque[float]] = {}
 _failed_logins_lock = threading.Lock()
 
 
@@ -181,24 +182,26 @@ def _log_in() -> Authorization | Response:
     if request.authorization is None:
         return auth.authenticate_request_basic_auth()
     name, password = request.authorization.username or "", request.authorization.password or ""
-    address = request.headers.get("X-Forwarded-For") or request.remote_addr or ""
-    key, now = (address[:MAX_NAME], name[:MAX_NAME]), time.monotonic()
+    address = (request.headers.get("X-Forwarded-For") or request.remote_addr or "")[:MAX_NAME]
+    limits = {(address, name[:MAX_NAME]): MAX_FAILED_LOGINS, (address, None): MAX_FAILED_OF_ADDRESS}
+    now = time.monotonic()
     with _failed_logins_lock:
-        failures = _failed_logins.get(key, deque())
-        while failures and now - failures[0] > FAILED_LOGINS_S:
-            failures.popleft()
-        if len(failures) >= MAX_FAILED_LOGINS:
-            seconds = f"{FAILED_LOGINS_S:.0f} s"
-            message = f"{MAX_FAILED_LOGINS} wrong passwords within {seconds}: wait {seconds}\n"
-            return Response(message, status=429, mimetype="text/plain")
+        for key, limit in limits.items():
+            failures = _failed_logins.get(key, deque())
+            while failures and now - failures[0] > FAILED_LOGINS_S:
+                failures.popleft()
+            if len(failures) >= limit:
+                seconds = f"{FAILED_LOGINS_S:.0f} s"
+                message = f"{limit} wrong passwords within {seconds}: wait {seconds}\n"
+                return Response(message, status=429, mimetype="text/plain")
     answer = auth.authenticate_request_basic_auth()
     if not isinstance(answer, Response):
         return answer
     if not auth.store.has_user(name):
         check_password_hash(_hash_of_nobody(), password)  # takes as long as for a known user
     with _failed_logins_lock:
-        failures.append(now)
-        _failed_logins[key] = failures
+        for key in limits:
+            _failed_logins.setdefault(key, deque()).append(now)
         while len(_failed_logins) > MAX_COUNTED_LOGINS:
             _failed_logins.pop(next(iter(_failed_logins)))
     return answer

@@ -282,6 +282,24 @@ def test_after_ten_wrong_passwords_an_address_waits(platform: Platform) -> None:
     assert send(platform, "writer", "GET", path) == 200, "others are not affected"
 
 
+def test_an_address_that_tries_many_users_waits(platform: Platform) -> None:
+    """Each wrong password costs processor time, whoever it is for."""
+    url = f"{platform.url}/api/2.0/mlflow/users/current"
+    elsewhere = {"X-Forwarded-For": "192.0.2.1"}  # so that other tests go on
+
+    def statuses(count: int) -> list[int]:
+        return [
+            requests.get(
+                url, auth=(f"user {number}", "wrong"), headers=elsewhere, timeout=30
+            ).status_code
+            for number in range(count)
+        ]
+
+    assert set(statuses(230)) == {401, 429}, "each process of MLflow's server counts"
+    assert statuses(5) == [429] * 5
+    assert send(platform, "writer", "GET", "/api/2.0/mlflow/users/current") == 200
+
+
 def test_another_host_or_origin_is_refused(platform: Platform) -> None:
     path = "/api/2.0/mlflow/experiments/get?experiment_id=0"
     assert raw(platform, "GET", path) == 200

@@ -14,6 +14,7 @@ from deploy.save import save
 from deploy.transfer import open_checked
 from eurosat.errors import ConfigError
 from eurosat.runtime import cli, exit_codes, logs
+from eurosat.storage import is_bucket
 
 log = logging.getLogger(__name__)
 
@@ -126,17 +127,26 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{ARTIFACTS} is not set: give gs://bucket/prefix, or a folder")
     artifacts = open_checked(url, ARTIFACTS)
     if args.command == "save":
-        address, manifest = save(
-            configured, artifacts, open_checked(args.to, "--to", _credentials()), _seal_key()
-        )
+        credentials = _credentials()
+        if is_bucket(args.to) and credentials is None:
+            log.warning(
+                "%s is written with the account of the artifacts, which MLflow has too: give the "
+                "backup an account of its own, %s (docs/backup.md)",
+                args.to,
+                CREDENTIALS,
+            )
+        target = open_checked(args.to, "--to", credentials)
+        address, manifest = save(configured, artifacts, target, _seal_key())
         log.info("saved %s", _summary(manifest))
         print(address)
         return exit_codes.OK
     with _open_archive(args.file, "--from") as (stream, size):
         key = None if args.without_key else _seal_key()
-        manifest, kept = restore(stream, size, configured, artifacts, key=key, replace=args.replace)
+        manifest, previous = restore(
+            stream, size, configured, artifacts, key=key, replace=args.replace
+        )
     print(f"restored {_summary(manifest)}")
-    for name in kept:
+    for name in previous:
         print(f"kept from before: {name}")
     for database in configured:
         if hint := schema.upgrade_hint(database, manifest.metadata["databases"]):

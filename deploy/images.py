@@ -43,7 +43,7 @@ class Image:
         return f"{self.name}:{self.tag}@{self.digest}"
 
 
-def files(root: Path = ROOT) -> list[Path]:
+def files(root: Path) -> list[Path]:
     return sorted(file for pattern in FILES for file in root.glob(pattern))
 
 
@@ -63,7 +63,7 @@ def current_digest(image: Image, registry: str = DEFAULT_REGISTRY) -> str:
         StorageError: the registry cannot be reached, or does not know the tag.
     """
     host, slash, path = image.name.partition("/")
-    if slash and ("." in host or ":" in host):
+    if slash and "." in host:
         registry = f"https://{host}"
     else:
         path = image.name if "/" in image.name else f"library/{image.name}"
@@ -95,14 +95,14 @@ def _token(challenge: str) -> str:
     return str(response.json()["token"])
 
 
-def outdated(root: Path = ROOT, registry: str = DEFAULT_REGISTRY) -> dict[Image, str]:
+def outdated(root: Path, registry: str) -> dict[Image, str]:
     """Return the pinned images whose tag has another digest now, and that digest."""
     images = {image for file in files(root) for image in pinned(file)}
     digests = {image: current_digest(image, registry) for image in sorted(images)}
     return {image: digest for image, digest in digests.items() if digest != image.digest}
 
 
-def refresh(changes: dict[Image, str], root: Path = ROOT) -> None:
+def refresh(root: Path, changes: dict[Image, str]) -> None:
     """Write the new digests into the files."""
     for file in files(root):
         text = before = file.read_text()
@@ -120,11 +120,11 @@ def main(argv: Sequence[str]) -> int:
     logs.setup(args.log_level)
     if not args.registry.startswith(("https://", "http://127.0.0.1:")):
         raise ConfigError(f"--registry {args.registry} is not https: name one that is")
-    changes = outdated(registry=args.registry)
+    changes = outdated(ROOT, args.registry)
     for image, digest in changes.items():
         print(f"{image.name}:{image.tag} is {digest} now")
     if args.command == "refresh":
-        refresh(changes)
+        refresh(ROOT, changes)
     print(f"{len(changes)} images {'refreshed' if args.command == 'refresh' else 'are outdated'}")
     return exit_codes.NEGATIVE if changes and args.command == "check" else exit_codes.OK
 

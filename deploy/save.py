@@ -49,7 +49,11 @@ def save(
             f"{target.url} lies within the artifacts, so each backup would hold the last one: "
             "name another folder"
         )
-    if isinstance(target, GcsStore) and target.bucket == getattr(artifacts, "bucket", None):
+    if (
+        isinstance(target, GcsStore)
+        and isinstance(artifacts, GcsStore)
+        and target.bucket == artifacts.bucket
+    ):
         raise ConfigError(
             f"{target.url} is in the bucket of the artifacts, where MLflow can read and delete it: "
             "name another bucket"

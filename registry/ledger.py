@@ -9,6 +9,7 @@ lack. The aliases follow the ledger: see `registry.reconcile`.
 from datetime import UTC, datetime
 
 from eurosat import tracking
+from eurosat.runtime.templates import markdown_text
 from eurosat.tracking.ledger_chain import (
     BY_HAND,
     ENTRY_TAG,
@@ -94,8 +95,10 @@ def append(model: str, entry: LedgerEntry) -> None:
             name,
             source,
             tags={ENTRY_TAG: entry.as_json()},
-            description=f"{entry.action}: {entry.from_version} -> {entry.to_version} "
-            f"by {entry.actor}: {entry.why}",
+            description=markdown_text(
+                f"{entry.action}: {entry.from_version} -> {entry.to_version} "
+                f"by {entry.actor}: {entry.why}"
+            ),
         )
     for link in chain(records(model)):
         if link.number == int(created.version) or link.entry.digest == entry.digest:

@@ -6,10 +6,8 @@ The routes are a table, not a framework: their overhead must stay small beside d
 import asyncio
 import base64
 import binascii
-import difflib
 import json
 import logging
-import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from serving import errors, invocations, limits, multipart, payload_limits
+from serving import errors, invocations, limits, multipart, payload_limits, query_options
 from serving.admission import Admission
 from serving.errors import DEADLINE_PASSED, INTERNAL_ERROR, RequestRejected, TileRejected
 from serving.hot_swap import AliasWatcher, LoadedVersion
@@ -37,10 +35,6 @@ UNTYPED = ("application/x-www-form-urlencoded", "")
 CURL_HINT = "; with curl use --data-binary, since -d changes the file"
 """Added to errors about a tile of the media type that both options of curl send."""
 MULTIPART = "multipart/form-data"
-OPTIONS = ("top_k", "tta", "explain")
-OPTIONS_USAGE = "the options are top_k=NUMBER, tta=true|false and explain=true|false"
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-WORD = re.compile(r"\w{1,16}", re.ASCII)
 LARGE_BYTES = 100_000
 """Larger bodies of MLflow's protocol are read in a thread, one at a time: they grow in memory."""
 BYTES_IN_USE = "eurosat.bytes_in_use"
@@ -178,7 +172,9 @@ class App:
     ) -> list[dict[str, Any]]:
         with self.admission.admit() as version:  # again, as reading a body takes time
             try:
-                options = version.classifier.parse_options(_parse_query(request.query_params))
+                options = version.classifier.parse_options(
+                    query_options.parse(request.query_params)
+                )
             except ValueError as error:
                 raise RequestRejected(422, str(error)) from error
             futures = version.submit(images, options, deadline)
@@ -350,32 +346,6 @@ def _unwrap(result: Any, number: int, count: int) -> dict[str, Any]:
 
 def _json(value: object) -> Response:
     return Response(json.dumps(value).encode(), media_type="application/json")
-
-
-def _parse_query(query: Mapping[str, str]) -> dict[str, Any]:
-    """Return the options of a prediction in the query string.
-
-    Raises:
-        RequestRejected: an option is unknown, or its value is malformed (422).
-    """
-    options: dict[str, Any] = {}
-    for name, text in query.items():
-        if name == "top_k" and text.isascii() and text.isdecimal() and len(text) < 10:
-            options[name] = int(text)
-        elif name in OPTIONS[1:] and text.lower() in BOOLEANS:
-            options[name] = BOOLEANS[text.lower()]
-        elif name in OPTIONS:
-            raise RequestRejected(422, f"{name} has a malformed value: {OPTIONS_USAGE}")
-        else:
-            raise RequestRejected(422, _unknown_option(name))
-    return options
-
-
-def _unknown_option(name: str) -> str:
-    """Return the error; it repeats the name only if that is close to a known one."""
-    if WORD.fullmatch(name) and (similar := difflib.get_close_matches(name, OPTIONS, 1)):
-        return f"unknown option {name}, did you mean {similar[0]}? {OPTIONS_USAGE}"
-    return f"unknown option: {OPTIONS_USAGE}"
 
 
 def _decode_json_images(body: bytes, max_images: int) -> list[bytes]:

@@ -3,8 +3,8 @@
 While the server is overloaded, requests for tiles are rejected here, before the app runs.
 
 It uses attributes of uvicorn's `HttpToolsProtocol` and `RequestResponseCycle` that uvicorn does not
-document (``cycle``, ``pipeline``, ``timeout_keep_alive_task``, ``response_complete``, ...). So
-pyproject.toml limits uvicorn's version, and tests/serving/test_bad_input.py checks a newer one.
+document (``cycle``, ``flow``, ``pipeline``, ``timeout_keep_alive_task``, ``response_complete``, …).
+So pyproject.toml limits uvicorn's version, and tests/serving/test_bad_input.py checks a newer one.
 """
 
 import asyncio

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import hmac
-import http.server
 import io
 import json
 import os
@@ -15,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,6 +30,7 @@ from eurosat.errors import ConfigError, TrackingError
 from eurosat.runtime import exit_codes
 from eurosat.storage import GcsStore, ObjectChanged, ObjectStore
 from registry import ledger
+from tests.support.http_server import listening
 from tests.support.mlflow_server import mlflow_server
 from tests.support.object_stores import fake_gcs_server
 from tests.support.paths import ROOT
@@ -584,7 +585,9 @@ def test_a_bucket_gets_a_complete_archive_or_none(
         assert process.wait(timeout=60) == -signal.SIGKILL
     assert not list(bucket.list_blobs()), "12 MB had been sent"
     assert exit_code(backup.main, *arguments) == exit_codes.OK
-    address = capsys.readouterr().out.split()[-1]
+    output = capsys.readouterr()
+    assert "an account of its own" in output.err
+    address = output.out.split()[-1]
     (blob,) = bucket.list_blobs()
     assert address == f"gs://backups/{blob.name}"
     assert exit_code(backup.main, "verify", address) == exit_codes.OK
@@ -772,7 +775,7 @@ def test_a_backup_in_the_bucket_of_the_artifacts_is_refused(server_folder: Path)
         save.save([], artifacts, target, KEY)
 
 
-class TokenServer(http.server.BaseHTTPRequestHandler):
+class TokenServer(BaseHTTPRequestHandler):
     """Gives a token for every assertion, as Google's does for those of its service accounts."""
 
     def do_POST(self) -> None:
@@ -786,11 +789,8 @@ class TokenServer(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(token).encode())
 
-    def log_message(self, *_: object) -> None:
-        pass
 
-
-class Storage(http.server.BaseHTTPRequestHandler):
+class Storage(BaseHTTPRequestHandler):
     """Lists nothing, and remembers who asked."""
 
     logins: ClassVar[list[str]] = []
@@ -801,21 +801,6 @@ class Storage(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(b"{}")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def listening(handler: type[http.server.BaseHTTPRequestHandler]) -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def test_archives_have_a_service_account_of_their_own(

@@ -221,18 +221,17 @@ def use_local_images(folder: Path) -> None:
     version and without a digest; what was replaced is printed.
     """
     present = run("docker", "images", "--format", "{{.Repository}}:{{.Tag}}", at=folder).split()
-    for file in images.files(folder):
-        text = file.read_text()
-        for image in set(images.pinned(file)):
-            pulled = subprocess.run(["docker", "pull", "-q", str(image)], capture_output=True)
-            if pulled.returncode == 0:
-                continue
-            same = [name for name in present if name.rpartition(":")[0] == image.name]
-            exact = f"{image.name}:{image.tag}"
-            replacement = exact if exact in same else next(iter(same), exact)
-            print(f"{image.name}:{image.tag} cannot be pulled: {replacement} is used")
-            text = text.replace(str(image), replacement)
-        file.write_text(text)
+    files = [file for file in images.files(folder) if ".github" not in file.parts]
+    for image in sorted({image for file in files for image in images.pinned(file)}):
+        command = ["docker", "pull", "-q", str(image)]
+        if subprocess.run(command, capture_output=True, timeout=BUILD_S).returncode == 0:
+            continue
+        exact = f"{image.name}:{image.tag}"
+        same = [name for name in present if name.rpartition(":")[0] == image.name]
+        replacement = exact if exact in same else next(iter(same), exact)
+        print(f"{exact} cannot be pulled: {replacement} is used")
+        for file in files:
+            file.write_text(file.read_text().replace(str(image), replacement))
 
 
 @pytest.fixture(scope="module")

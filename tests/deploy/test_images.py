@@ -1,8 +1,7 @@
 """The digests of container images: pinned everywhere, and renewed from a registry."""
 
-import http.server
-import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import parse_qs, urlsplit
@@ -12,6 +11,7 @@ import pytest
 from deploy import images
 from eurosat.errors import StorageError
 from eurosat.runtime import exit_codes
+from tests.support.http_server import listening
 from tests.support.paths import ROOT
 from tests.support.registry import exit_code
 
@@ -19,7 +19,7 @@ OLD, NEW = (f"sha256:{digit * 64}" for digit in "01")
 SCOPE = "repository:{}:pull"
 
 
-class Registry(http.server.BaseHTTPRequestHandler):
+class Registry(BaseHTTPRequestHandler):
     """Speaks the distribution protocol: every pull wants a token for its repository."""
 
     digests: ClassVar[dict[str, str]] = {}
@@ -48,19 +48,12 @@ class Registry(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Registry) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        monkeypatch.setattr(Registry, "digests", {})
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    monkeypatch.setattr(Registry, "digests", {})
+    with listening(Registry) as url:
+        yield url
 
 
 @pytest.fixture
@@ -70,9 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     compose = f"image: nginx:1.30.5@{OLD}\nimage: prom/prometheus:v3@{OLD}\nimage: ours:1\n"
     (tmp_path / "docker-compose.yml").write_text(compose)
     (tmp_path / "deploy/web/Dockerfile").write_text(f"FROM nginx:1.30.5@{OLD}\n")
-    for name in ("outdated", "refresh"):
-        function = getattr(images, name)
-        monkeypatch.setattr(function, "__defaults__", (tmp_path, *function.__defaults__[1:]))
+    monkeypatch.setattr(images, "ROOT", tmp_path)
     return tmp_path
 
 

@@ -2,18 +2,18 @@
 
 import contextlib
 import http.client
-import http.server
 import json
 import shutil
 import ssl
 import subprocess
-import threading
 from base64 import b64encode
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
 from deploy import postgresql
+from tests.support.http_server import listening
 from tests.support.mlflow_server import free_port
 from tests.support.paths import ROOT
 from tests.support.platforms import Platform
@@ -34,25 +34,18 @@ MAX_CONNECTIONS = 256
 """limit_conn of the configuration."""
 
 
-class Echo(http.server.BaseHTTPRequestHandler):
+class Echo(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps(dict(self.headers)).encode())
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
 def grafana() -> Iterator[str]:
     """A server in Grafana's place, which answers with the headers that it gets."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
+    with listening(Echo) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Every route of MLflow's server is routes_by_role to a role, or to administrators alone."""
+"""Every route of MLflow's server is given to a role, or to administrators alone."""
 
 import json
 import os

@@ -3,9 +3,8 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
@@ -14,6 +13,7 @@ from registry import event_queue, ledger, notifications
 from registry.event_queue import EventQueue
 from registry.notifications import Target, notify, redact
 from registry.worker import Worker
+from tests.support.http_server import listening
 from tests.support.registry import REGISTRY, register_challenger, run_promote, run_rollback
 
 pytestmark = REGISTRY
@@ -40,15 +40,8 @@ def listener() -> Iterator[Listener]:
             self.send_response(listener.status)
             self.end_headers()
 
-        def log_message(self, *_: object) -> None:
-            """Log nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.url = f"http://127.0.0.1:{server.server_address[1]}"
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield listener
-    server.shutdown()
-    server.server_close()
+    with listening(Handler) as listener.url:
+        yield listener
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ from eurosat.doctor.http import HttpProbe
 from eurosat.runtime import cli, exit_codes
 from registry import receiver, versions, webhooks, worker
 from registry.event_queue import EventQueue
+from tests.support.http_server import listening
 from tests.support.mlflow_server import Proxy, free_port, mlflow_server, proxy
 from tests.support.object_stores import fake_gcs_server, make_bucket
 from tests.support.paths import ROOT
@@ -573,17 +574,8 @@ def answering(answers: Answers, ahead_s: float = 0.0) -> Iterator[str]:
 
         do_POST = do_GET
 
-        def log_message(self, *_: object) -> None:
-            """Print nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
+    with listening(Handler) as url:
+        yield url
 
 
 def test_another_version_of_mlflow_and_another_kind_of_server_fail(examine: Examine) -> None:

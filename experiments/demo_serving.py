@@ -33,12 +33,12 @@ def serve_and_score(model: str, run_id: str, count: int) -> list[dict[str, Any]]
 
     ``run_id`` is the model's training run: its test fold gives the tiles and their labels.
     """
-    import pandas as pd
+    from pyarrow import parquet
 
     from eurosat.evaluation.recorded import recorded_data
 
     with tracking.artifact(run_id, "predictions.parquet") as file:
-        test_fold = pd.read_parquet(file)
+        test_fold = parquet.read_table(file).to_pandas()
     one_per_class = test_fold.groupby("label", sort=True).head(1)
     chosen = one_per_class.iloc[:: max(1, len(one_per_class) // count)].head(count)
     with tempfile.TemporaryDirectory() as folder:

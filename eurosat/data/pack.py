@@ -135,7 +135,7 @@ def load_pack(directory: Path, *, verify: bool = True) -> Pack:
     Raises:
         DataError: a file is missing, truncated, or differs from its checksum.
     """
-    import pandas as pd
+    from pyarrow import parquet
 
     remedy = f"remove {directory} and run the command again to rebuild it"
     try:
@@ -148,7 +148,7 @@ def load_pack(directory: Path, *, verify: bool = True) -> Pack:
                 )
             if verify and sha256_of(file) != meta["sha256"][name]:
                 raise DataError(f"corrupt pack: {file} differs from its checksum; {remedy}")
-        table = pd.read_parquet(directory / TABLE)
+        table = parquet.read_table(directory / TABLE).to_pandas()
         tiles_NHWC = np.load(directory / TILES, mmap_mode="r", allow_pickle=False)
     except (OSError, KeyError, ValueError) as error:
         if isinstance(error, DataError):

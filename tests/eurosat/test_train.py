@@ -7,6 +7,7 @@ import onnxruntime
 import pandas as pd
 import pytest
 import yaml
+from pyarrow import parquet
 
 from eurosat import tracking, train
 from eurosat.config import TrainConfig, compose, from_mapping
@@ -53,7 +54,7 @@ def test_a_run_holds_all_that_evaluates_and_serves_it(
         )
         config = from_mapping(TrainConfig, yaml.safe_load((folder / "config.yaml").read_text()))
         split = pd.read_csv(folder / "split.csv")
-        predicted = pd.read_parquet(folder / "predictions.parquet")
+        predicted = parquet.read_table(folder / "predictions.parquet").to_pandas()
         session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
     assert config == compose(TINY)
     for tag in ("data.fingerprint", "split.fingerprint", "code.commit", "config.digest"):

@@ -11,9 +11,9 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pandas as pd
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from eurosat.config import DataConfig, compose
 from eurosat.data import validation_record
@@ -186,7 +186,7 @@ def test_a_passed_validation_is_a_finished_run_with_metrics_and_artifacts(
     assert metrics["expectations"] == record.expectations
     assert metrics["failed"] == metrics["duplicates_exact"] == metrics["duplicates_near"] == 0
     assert metrics["seconds"] > 0
-    table = pd.read_parquet(artifacts / "tiles.parquet")
+    table = parquet.read_table(artifacts / "tiles.parquet").to_pandas()
     assert len(table) == 200
     assert set(table["fold"]) == {"train", "val", "test"}
     assert json.loads((artifacts / "result.json").read_text())["success"] is True

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import requests
 from PIL import Image
+from pyarrow import parquet
 
 from eurosat import tracking, train
 from eurosat.config import compose
@@ -81,7 +82,8 @@ def interfaces(
     )
     model = "models:/eurosat@champion"
     files = Path(download_artifacts(model))
-    table = pd.read_parquet(download_artifacts(f"runs:/{run_id}/predictions.parquet"))
+    file = download_artifacts(f"runs:/{run_id}/predictions.parquet")
+    table = parquet.read_table(file).to_pandas()
     torch_NK = table[[name for name in table if str(name).startswith("p/")]].to_numpy(np.float64)
     tiles_NHWC = data.pack.tiles_NHWC[data.split.indices("test")]
     name = "model.onnx" if precision == "fp32" else "model.int8.onnx"

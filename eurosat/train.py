@@ -314,7 +314,7 @@ def main(argv: Sequence[str]) -> int:
         metrics = train(config, data, run, slot=slot)
     print(summary(metrics))
     print("curves, confusion matrix and hardest tiles: figures/ in the artifacts of the run")
-    print(f"run {run.run_id}")
+    print(run.summary())
     return exit_codes.OK
 
 

@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
     for value, curve in curves.items():
         best = max(curve, default=float("nan"))
         print(f"{ablation.key}={value}\tbest {ablation.metric} {best:.4f}")
-    print(f"ablation {parent.run_id}")
+    print(parent.summary("ablation"))
     return exit_codes.OK
 
 

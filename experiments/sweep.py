@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         _logged_to(parent),
     ):
         refit_run = run_sweep(settings, tuple(recipe), parent)
-    return print_runs(parent.run_id, refit_run)
+    return print_runs(parent, refit_run)
 
 
 def run_name(config: TrainConfig) -> str:
@@ -160,7 +160,8 @@ def resume(settings: SweepConfig, changed: Collection[str], recipe: Sequence[str
     trials_done = limit_reached or not studies.has_unfinished_trials(study, job)
     if trials_done and is_finished(job.parent):
         print(f"study {job.study} is complete; give trials=N for more trials")
-        return print_runs(job.parent, None)
+        print(f"sweep {job.parent}")
+        return exit_codes.OK
     if not ownership.claim(study):
         if job.sweep.engine == "ray":
             raise ConfigError(
@@ -174,7 +175,7 @@ def resume(settings: SweepConfig, changed: Collection[str], recipe: Sequence[str
         _logged_to(parent),
     ):
         refit_run = complete_sweep(job, study, data, parent)
-    return print_runs(parent.run_id, refit_run)
+    return print_runs(parent, refit_run)
 
 
 def resume_command(job: SweepJob) -> str:
@@ -192,8 +193,8 @@ def is_finished(parent: str) -> bool:
     return False
 
 
-def print_runs(parent: str, refit_run: str | None) -> int:
-    print(f"sweep {parent}")
+def print_runs(parent: tracking.Run, refit_run: str | None) -> int:
+    print(parent.summary("sweep"))
     if refit_run:
         print(f"run {refit_run}")
     return exit_codes.OK

@@ -245,10 +245,25 @@ def runs_page(experiment: str, metric: str) -> str:
     """
     with translate_errors(f"experiment {experiment}"):
         experiment_id = get_or_create_experiment(client(), experiment)
-    uri = tracking_uri()
-    server = without_credentials(uri).rstrip("/") if uri.startswith("http") else LOCAL_UI
     order = f"orderByKey=metrics.%60{metric}%60&orderByAsc=false"
-    return f"{server}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&{order}"
+    return f"{_pages()}/#/experiments/{experiment_id}/runs?workflowType=machine_learning&{order}"
+
+
+def run_page(run_id: str) -> str:
+    """Return the address of MLflow's page of a run; without a server, with how to start one.
+
+    Raises:
+        TrackingError: the run does not exist, or the server cannot be reached.
+    """
+    experiment_id, server = get(run_id).experiment_id, _pages()
+    hint = " (after `mlflow ui`)" if server == LOCAL_UI else ""
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}{hint}"
+
+
+def _pages() -> str:
+    """Return the address of the server's pages, or where `mlflow ui` shows them."""
+    uri = tracking_uri()
+    return without_credentials(uri).rstrip("/") if uri.startswith("http") else LOCAL_UI
 
 
 def client(uri: str | None = None) -> "MlflowClient":

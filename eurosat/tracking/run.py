@@ -45,6 +45,8 @@ class Run:
         self._last_id: str | None = None
         self.failed = False
         """Set it where the result is negative, as of a failed validation: the run ends FAILED."""
+        self.is_delivered = False
+        """Whether the server had everything when the run ended."""
 
     @property
     def run_id(self) -> str:
@@ -127,6 +129,7 @@ class Run:
             raise
         finally:
             delivered, journal = self._uploader.finish(), self._journal
+            self.is_delivered = delivered
             self._last_id = journal.reference
             self._log_undelivered(delivered)
             ended_well = status is None or (
@@ -136,6 +139,14 @@ class Run:
                 journal.remove()
             else:  # to be sent later, or to be continued
                 self._uploader.close(journal)
+
+    def summary(self, kind: str = "run") -> str:
+        """Return, after the end, where MLflow shows the run, and its id on a line of its own."""
+        lines = [f"{kind} {self.run_id}"]
+        if self.is_delivered:  # else the server may be down
+            with contextlib.suppress(TrackingError):
+                lines.insert(0, f"its page: {mlflow_client.run_page(self.run_id)}")
+        return "\n".join(lines)
 
     def _log_undelivered(self, delivered: bool) -> None:
         journal = self._journal
@@ -189,6 +200,8 @@ class NullRun(Run):
 
     def checkpoint(self) -> None: ...
     def finish(self, status: Status | None) -> None: ...
+    def summary(self, kind: str = "run") -> str:
+        return ""
 
 
 @contextmanager

@@ -200,7 +200,7 @@ class JournalUploader:
             self._journal.outbox.mark_entry_refused(entries[0].seq, reason)
 
     def _log_dataset(self, tags: Mapping[str, str]) -> None:
-        """Show the data of a training in the column "dataset" of MLflow's pages.
+        """Show the data of a run in the column "dataset" of MLflow's pages.
 
         Nothing is lost where the server refuses it: the tags say the same.
         """
@@ -210,9 +210,11 @@ class JournalUploader:
         name = tags.get(DATA_NAME_TAG, "tiles")
         digest, source = tags[DATA_TAG][:MAX_DATASET_DIGEST], json.dumps({"name": name})
         dataset = Dataset(name, digest, "local", source)
-        context = InputTag("mlflow.data.context", "training")
+        is_validation = self._journal.tag("kind") == "validate"
+        context = "validation" if is_validation else "training"
+        label = InputTag("mlflow.data.context", context)
         try:
-            self._client.log_inputs(self._run_id, [DatasetInput(dataset, [context])])
+            self._client.log_inputs(self._run_id, [DatasetInput(dataset, [label])])
         except MlflowException as error:
             if not (_is_bad_request(error) or mlflow_client.is_denied(error)):
                 raise

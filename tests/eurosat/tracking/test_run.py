@@ -131,14 +131,16 @@ def test_the_error_for_a_missing_reference_names_it_and_the_server(reference: st
     assert "\n" not in str(caught.value)
 
 
-def test_mlflow_shows_the_data_set_of_a_run() -> None:
-    tags = {"data.fingerprint": "a" * 64, "data.name": "parcels"}
+@pytest.mark.parametrize(("kind", "context"), [("train", "training"), ("validate", "validation")])
+def test_mlflow_shows_the_data_set_of_a_run(kind: str, context: str) -> None:
+    tags = {"kind": kind, "data.fingerprint": "a" * 64, "data.name": "parcels"}
     with tracking.run("e", "r", tags=tags, system_metrics=False) as run:
         pass
     inputs = MlflowClient().get_run(run.run_id).inputs
     assert inputs
     [data_input] = inputs.dataset_inputs
     assert (data_input.dataset.name, data_input.dataset.digest) == ("parcels", "a" * 36)
+    assert [(tag.key, tag.value) for tag in data_input.tags] == [("mlflow.data.context", context)]
 
 
 def test_the_page_of_the_runs_opens_on_model_training_best_first(tracking_store: str) -> None:
@@ -150,6 +152,17 @@ def test_the_page_of_the_runs_opens_on_model_training_best_first(tracking_store:
     assert page.startswith(f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?")
     assert "workflowType=machine_learning" in page
     assert page.endswith("orderByKey=metrics.%60test_accuracy%60&orderByAsc=false")
+
+
+def test_a_run_that_ended_tells_its_page_and_its_id(tracking_store: str) -> None:
+    with tracking.run("e", "r", system_metrics=False) as run:
+        pass
+    experiment = tracking.get(run.run_id).experiment_id
+    address = f"http://127.0.0.1:5000/#/experiments/{experiment}/runs/{run.run_id}"
+    lines = [f"its page: {address} (after `mlflow ui`)", f"sweep {run.run_id}"]
+    assert run.summary("sweep").splitlines() == lines
+    run.is_delivered = False
+    assert run.summary() == f"run {run.run_id}"
 
 
 def test_the_error_for_a_missing_kind_of_run_names_the_experiment() -> None:

@@ -11,12 +11,15 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import requests
 from mlflow import MlflowClient
 
-from deploy import postgresql, secrets, users
+from deploy import postgresql, secrets, services, users
+from deploy.addresses import Addresses
+from deploy.layout import Layout
 from eurosat.doctor import __main__ as doctor
 from eurosat.errors import ConfigError
 from eurosat.runtime import exit_codes
@@ -108,6 +111,27 @@ def test_mlflows_account_owns_its_database_and_is_no_superuser(platform: Platfor
     password = (platform.folder / "secrets/postgres_password").read_text()
     with pytest.raises(psycopg2.OperationalError, match="password authentication failed"):
         psycopg2.connect(uri.replace("mlflow@", "postgres@"), password=password)
+
+
+def test_a_start_warns_while_mlflows_account_is_a_superuser(
+    postgres: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import psycopg2
+
+    layout = Layout(tmp_path, Addresses(ports={"postgres": urlsplit(postgres).port or 0}))
+    server = postgres.replace("+psycopg2", "")
+    with contextlib.closing(psycopg2.connect(f"{server}/postgres")) as connection:
+        connection.autocommit = True
+        cursor = connection.cursor()
+        cursor.execute("CREATE ROLE mlflow LOGIN SUPERUSER")
+        cursor.execute("CREATE DATABASE mlflow OWNER mlflow")
+        assert services._has_database(layout)
+        assert "MLflow's account is a superuser of PostgreSQL" in caplog.text
+        assert "docs/platform.md" in caplog.text
+        caplog.clear()
+        cursor.execute("ALTER ROLE mlflow NOSUPERUSER")
+        assert services._has_database(layout)
+    assert not caplog.records
 
 
 CREATE_RUN = ("POST", "runs/create", {"experiment_id": "0"})

@@ -45,7 +45,7 @@ class Admission:
         """
         version = self.current_version()
         too_many_requests = self.in_flight > self.limits.requests
-        if too_many_requests or len(version.waiting) >= self.limits.queue:
+        if too_many_requests or len(version.waiting) >= self.limits.queue + self.limits.uneven:
             raise RequestRejected(429, self._overload_message())
         return version
 
@@ -58,7 +58,7 @@ class Admission:
         version = self.watcher.current
         if version is None:
             return ""
-        full = version.is_full(self.limits.queue, self.unanswered)
+        full = version.is_full(self.limits, self.unanswered)
         return self._overload_message() if full else ""
 
     def _overload_message(self) -> str:

@@ -25,6 +25,7 @@ from eurosat import tracking
 from eurosat.errors import ModelError, TrackingError
 from eurosat.runtime import hardware
 from serving import earlier_versions, judged_files
+from serving.limits import Limits
 from serving.metrics import Metrics, VersionLabels
 
 log = logging.getLogger(__name__)
@@ -107,18 +108,17 @@ class LoadedVersion:
         run_id = self.classifier.provenance["run_id"]
         return VersionLabels(str(self.version), run_id, self.classifier.precision)
 
-    def is_full(self, max_waiting: int, unanswered: int) -> bool:
-        """Return whether a new request must be rejected.
+    def is_full(self, limits: Limits, unanswered: int) -> bool:
+        """Return whether a new request must be rejected; ``unanswered`` requests have arrived.
 
-        ``max_waiting`` tiles may wait, and ``unanswered`` requests have arrived. For `OVERLOAD_S`
-        after a rejection the queue is shorter (see `OVERLOAD_SHARE`): a longer one would not
-        predict more tiles, only each of them later.
+        For `OVERLOAD_S` after a rejection the queue is shorter (see `OVERLOAD_SHARE`): a longer one
+        would not predict more tiles, only each of them later.
         """
-        room, now = max_waiting, time.monotonic()
+        room, now = limits.queue + limits.uneven, time.monotonic()
         overloaded = now < self._overloaded_until
         if overloaded and self._batch_s:
             pace = min(1.0, OVERLOAD_SHARE * self._best_batch_s / self._batch_s)
-            room = max(1, int(max_waiting * pace))
+            room = max(1, int(limits.queue * pace))
         full = len(self.waiting) >= room or unanswered >= room + self.batch_size
         if full and not overloaded:
             self._overloaded_until = now + OVERLOAD_S

@@ -10,6 +10,8 @@ from starlette.requests import Request
 from eurosat.errors import ConfigError
 from serving.errors import RequestRejected
 
+SPREAD = 4.0
+"""Standard deviations of the number of connections that one of several processes gets."""
 TIMEOUT_HEADER = "x-request-timeout"
 """Header of a request: how many seconds the client waits for an answer."""
 
@@ -24,6 +26,10 @@ class Limits:
     """Tiles in one request."""
     queue: int = 128
     """Tiles that wait; at this number a new request is rejected."""
+    uneven: int = 0
+    """Tiles beyond `queue` that may wait in one of several processes, as the kernel does not spread
+    connections evenly over them.
+    """
     requests: int = 512
     """Requests that are read or answered at the same time."""
     bodies_mb: float = 256.0
@@ -39,15 +45,30 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if not getattr(self, name) > 0:
+            if name != "uneven" and not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0; got {getattr(self, name)}")
 
     def shared(self, processes: int) -> "Limits":
-        """Return the limits of one of several processes."""
-        divided = {"queue": self.queue, "requests": self.requests}
-        counts = {name: max(1, n // processes) for name, n in divided.items()}
-        bodies_mb = max(self.body_mb, self.bodies_mb / processes)
-        return replace(self, bodies_mb=bodies_mb, **counts)
+        """Return the limits of one of several processes.
+
+        Each connection goes to a random process. So a process takes its share of the requests and
+        `SPREAD` standard deviations (of a binomial distribution) more: as many requests as the
+        limit are hardly ever rejected because one process has too many of them.
+        """
+
+        def share(total: int) -> int:
+            return max(1, total // processes)
+
+        def excess(total: int) -> int:
+            return math.ceil(SPREAD * math.sqrt(total / processes * (1 - 1 / processes)))
+
+        return replace(
+            self,
+            queue=share(self.queue),
+            uneven=excess(self.queue),
+            requests=share(self.requests) + excess(self.requests),
+            bodies_mb=max(self.body_mb, self.bodies_mb / processes),
+        )
 
     @property
     def body_bytes(self) -> int:

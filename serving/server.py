@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -38,7 +37,7 @@ LIMIT_HELP = {
     "body_s": "seconds for a body to arrive",
     "answer_s": "seconds for a client to take an answer",
 }
-"""Help text of the flag for each field of `Limits`."""
+"""Field of `Limits` -> help text of its flag."""
 
 
 def is_loopback(host: str) -> bool:
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
     args = _parse(argv)
     logs.setup(args.log_level)
-    limits = Limits(**{field.name: getattr(args, field.name) for field in fields(Limits)})
+    limits = Limits(**{name: getattr(args, name) for name in LIMIT_HELP})
     _check(args)
     if processes.is_worker():
         return _serve(args, limits)
@@ -98,10 +97,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--processes", type=int, default=cores(), help="worker processes (one per core)")
     add("--precision", choices=("auto", "fp32", "int8"), default="auto", help="of the network")
     add("--max-batch", type=int, default=16, help="views of tiles in one batch")
-    for field in fields(Limits):
-        flag = f"--max-{field.name.replace('_', '-')}"
-        kind, text = type(field.default), f"{LIMIT_HELP[field.name]} ({field.default:g})"
-        add(flag, dest=field.name, type=kind, default=field.default, help=text)
+    for name, text in LIMIT_HELP.items():
+        flag, default = f"--max-{name.replace('_', '-')}", getattr(Limits(), name)
+        add(flag, dest=name, type=type(default), default=default, help=f"{text} ({default:g})")
     return parser.parse_args(argv)
 
 

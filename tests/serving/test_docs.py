@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -153,8 +153,8 @@ def test_the_flags_are_those_of_the_server() -> None:
         flag: default for cell, default in rows for flag in re.findall(r"--[a-z-]+", cell)
     }
     assert set(documented) == offered
-    for field in fields(Limits):
-        assert documented[f"--max-{field.name.replace('_', '-')}"] == f"{field.default:g}"
+    for name in server_module.LIMIT_HELP:
+        assert documented[f"--max-{name.replace('_', '-')}"] == f"{getattr(Limits(), name):g}"
     assert (documented["--poll"], documented["--grace"]) == (
         f"{server_module.POLL_INTERVAL_S:g}",
         f"{server_module.SHUTDOWN_GRACE_S:g}",

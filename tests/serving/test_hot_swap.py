@@ -14,12 +14,14 @@ import pytest
 
 from serving import hot_swap
 from serving.hot_swap import AliasWatcher, LoadedVersion
+from serving.limits import Limits
 from serving.metrics import Metrics
 from tests.support.registry import REGISTRY
 from tests.support.serving import make_champion
 
 pytestmark = REGISTRY
 MAX_WAITING, BATCH = 64, 16
+LIMITS = Limits(queue=MAX_WAITING)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def version() -> LoadedVersion:
 def room(version: LoadedVersion) -> int:
     """Return the number of waiting tiles at which the version is full."""
     version.waiting.clear()
-    while not version.is_full(MAX_WAITING, 0):
+    while not version.is_full(LIMITS, 0):
         version.waiting.append(None)
     return len(version.waiting)
 
@@ -64,7 +66,7 @@ def test_the_whole_queue_is_used_until_the_first_overload(
     assert room(version) == hot_swap.OVERLOAD_SHARE * MAX_WAITING, "it is shorter after an overload"
     clock.now += hot_swap.OVERLOAD_S
     version.waiting.clear()
-    assert not version.is_full(MAX_WAITING, 0)
+    assert not version.is_full(LIMITS, 0)
     assert room(version) == MAX_WAITING, "then the whole queue is used again"
 
 
@@ -84,8 +86,20 @@ def test_the_queue_is_shorter_while_batches_are_slow(
 def test_requests_that_have_arrived_count_too(
     version: LoadedVersion, clock: SimpleNamespace
 ) -> None:
-    assert not version.is_full(MAX_WAITING, MAX_WAITING + BATCH - 1)
-    assert version.is_full(MAX_WAITING, MAX_WAITING + BATCH)
+    assert not version.is_full(LIMITS, MAX_WAITING + BATCH - 1)
+    assert version.is_full(LIMITS, MAX_WAITING + BATCH)
+
+
+def test_the_excess_of_one_process_may_wait_unless_it_is_overloaded(
+    version: LoadedVersion, clock: SimpleNamespace
+) -> None:
+    limits = Limits(queue=MAX_WAITING, uneven=9)
+    run_batches(version, clock, 0.01)
+    version.waiting.extend([None] * (MAX_WAITING + 8))
+    assert not version.is_full(limits, 0)
+    version.waiting.append(None)
+    assert version.is_full(limits, 0)
+    assert room(version) == hot_swap.OVERLOAD_SHARE * MAX_WAITING
 
 
 @pytest.mark.parametrize(

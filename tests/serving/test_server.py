@@ -67,6 +67,8 @@ def secrets(store: Path) -> dict[str, str]:
     return {name: keys.create(store / "keys.txt", name, rate) for name, rate in KEYS.items()}
 
 
+TIMEOUT_S = 60
+"""Of a request, so that an answer that is lost fails its test."""
 KEYS = {"team": 10_000.0, "visitor": 0.1}
 
 
@@ -117,35 +119,45 @@ def rejection(answer: requests.Response, status: int) -> str:
 
 def by_body(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
     headers = {"Content-Type": f"image/{kind.lower()}"}
-    answers = [requests.post(f"{url}/predict", data=image, headers=headers) for image in images]
+    answers = [
+        requests.post(f"{url}/predict", data=image, headers=headers, timeout=TIMEOUT_S)
+        for image in images
+    ]
     return [answer.json() for answer in answers]
 
 
 def by_form(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
-    answers = [requests.post(f"{url}/predict", files={"file": image}) for image in images]
+    answers = [
+        requests.post(f"{url}/predict", files={"file": image}, timeout=TIMEOUT_S)
+        for image in images
+    ]
     return [answer.json() for answer in answers]
 
 
 def by_batch_of_files(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
     sent = [("files", (f"{number}", image)) for number, image in enumerate(images)]
-    answer = requests.post(f"{url}/predict/batch", files=sent).json()
+    answer = requests.post(f"{url}/predict/batch", files=sent, timeout=TIMEOUT_S).json()
     return list(answer["predictions"])
 
 
 def by_batch_of_base64(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
     texts = [base64.b64encode(image).decode() for image in images]
-    answer = requests.post(f"{url}/predict/batch", json={"images": texts}).json()
+    answer = requests.post(f"{url}/predict/batch", json={"images": texts}, timeout=TIMEOUT_S).json()
     return list(answer["predictions"])
 
 
 def by_invocations(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
-    answer = requests.post(f"{url}/invocations", json=files(*images)).json()
+    answer = requests.post(f"{url}/invocations", json=files(*images), timeout=TIMEOUT_S).json()
     return list(answer["predictions"])
 
 
 def by_pixels(url: str, kind: str, images: list[bytes]) -> list[dict[str, Any]]:
     tiles = [np.asarray(Image.open(io.BytesIO(image))) for image in images]
-    return list(requests.post(f"{url}/invocations", json=raw(*tiles)).json()["predictions"])
+    return list(
+        requests.post(f"{url}/invocations", json=raw(*tiles), timeout=TIMEOUT_S).json()[
+            "predictions"
+        ]
+    )
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -183,10 +195,13 @@ def test_every_route_predicts_the_same_as_onnx_runtime(
 @pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "application/octet-stream"])
 def test_an_image_needs_no_media_type(pair: Server, kind: str) -> None:
     answer = requests.post(
-        f"{pair.url}/predict", data=encoded("Forest"), headers={"Content-Type": kind}
+        f"{pair.url}/predict",
+        data=encoded("Forest"),
+        headers={"Content-Type": kind},
+        timeout=TIMEOUT_S,
     )
     assert answer.json()["label"] == "Forest"
-    untyped = requests.post(f"{pair.url}/predict", data=encoded("Forest"))
+    untyped = requests.post(f"{pair.url}/predict", data=encoded("Forest"), timeout=TIMEOUT_S)
     assert untyped.json()["label"] == "Forest"
 
 
@@ -202,7 +217,9 @@ def test_top_k_returns_the_highest_probabilities_first(pair: Server) -> None:
     two = predict(pair.url, tile, "?top_k=2").json()["probabilities"]
     assert list(complete) == CLASSES
     assert list(two) == sorted(complete, key=lambda name: -complete[name])[:2]
-    answer = requests.post(f"{pair.url}/invocations", json=files(tile) | {"params": {"top_k": 2}})
+    answer = requests.post(
+        f"{pair.url}/invocations", json=files(tile) | {"params": {"top_k": 2}}, timeout=TIMEOUT_S
+    )
     assert answer.json()["predictions"][0]["probabilities"] == two
 
 
@@ -269,22 +286,22 @@ def test_errors_have_one_shape_and_do_not_repeat_the_payload(
 
 
 def test_routes_of_the_state_and_of_mlflow(pair: Server, version: str) -> None:
-    ready = requests.get(f"{pair.url}/ready")
+    ready = requests.get(f"{pair.url}/ready", timeout=TIMEOUT_S)
     assert (ready.status_code, ready.json()["model_version"]) == (200, version)
-    model = requests.get(f"{pair.url}/model").json()
+    model = requests.get(f"{pair.url}/model", timeout=TIMEOUT_S).json()
     assert model["follows"] == "models:/eurosat@champion"
     assert model["uri"] == f"models:/eurosat/{version}"
     assert model["run_id"] == versions.run_of(versions.get("eurosat", version))
     assert (model["precision"], model["classes"]) == ("fp32", CLASSES)
     assert model["tile"] == {"height": 64, "width": 64, "bands": 3}
     assert (model["swaps"], model["refused"]) == (0, {})
-    assert requests.get(f"{pair.url}/ping").status_code == 200
-    assert requests.get(f"{pair.url}/health").status_code == 200
-    assert requests.get(f"{pair.url}/version").text.startswith("3.")
+    assert requests.get(f"{pair.url}/ping", timeout=TIMEOUT_S).status_code == 200
+    assert requests.get(f"{pair.url}/health", timeout=TIMEOUT_S).status_code == 200
+    assert requests.get(f"{pair.url}/version", timeout=TIMEOUT_S).text.startswith("3.")
 
 
 def test_the_openapi_document_has_every_route(pair: Server) -> None:
-    document = requests.get(f"{pair.url}/openapi.json").json()
+    document = requests.get(f"{pair.url}/openapi.json", timeout=TIMEOUT_S).json()
     assert document == openapi_schema()
     for path, methods in document["paths"].items():
         for method in methods:
@@ -336,10 +353,10 @@ def test_keys_are_required(strict: Server, secrets: dict[str, str]) -> None:
         assert answer.headers["www-authenticate"] == "Bearer"
     for headers in ({"Authorization": f"Bearer {team}"}, {"x-api-key": team}):
         assert predict(strict.url, tile, **headers).json()["label"] == "River"
-    rejection(requests.get(f"{strict.url}/model"), 401)
-    rejection(requests.post(f"{strict.url}/invocations", json=files(tile)), 401)
+    rejection(requests.get(f"{strict.url}/model", timeout=TIMEOUT_S), 401)
+    rejection(requests.post(f"{strict.url}/invocations", json=files(tile), timeout=TIMEOUT_S), 401)
     for path in ("/ready", "/ping", "/health", "/version", "/metrics", "/openapi.json"):
-        assert requests.get(f"{strict.url}{path}").status_code == 200
+        assert requests.get(f"{strict.url}{path}", timeout=TIMEOUT_S).status_code == 200
 
 
 def test_the_rate_of_a_key_does_not_limit_other_keys(
@@ -382,19 +399,24 @@ def test_the_client_predicts_the_other_files_of_a_batch_with_bad_ones(
 
 
 def test_a_browser_at_the_address_gets_the_routes(pair: Server) -> None:
-    index = requests.get(f"{pair.url}/").json()
+    index = requests.get(f"{pair.url}/", timeout=TIMEOUT_S).json()
     assert index["serves"] == "models:/eurosat@champion"
     assert "POST /predict" in index["routes"]
-    assert requests.get(f"{pair.url}{index['documentation']}").json() == openapi_schema()
+    assert (
+        requests.get(f"{pair.url}{index['documentation']}", timeout=TIMEOUT_S).json()
+        == openapi_schema()
+    )
 
 
 def test_a_tile_that_curl_d_changed_is_answered_with_the_right_option(pair: Server) -> None:
     changed = encoded("Forest", "JPEG")[:300]
     form = {"Content-Type": "application/x-www-form-urlencoded"}
-    answer = requests.post(f"{pair.url}/predict", data=changed, headers=form)
+    answer = requests.post(f"{pair.url}/predict", data=changed, headers=form, timeout=TIMEOUT_S)
     assert "with curl use --data-binary, since -d changes" in rejection(answer, 422)
     assert "curl" not in rejection(predict(pair.url, changed), 422)
-    unknown = requests.post(f"{pair.url}/predict?topk=2", data=encoded(), headers=form)
+    unknown = requests.post(
+        f"{pair.url}/predict?topk=2", data=encoded(), headers=form, timeout=TIMEOUT_S
+    )
     assert rejection(unknown, 422).startswith("unknown option topk, did you mean top_k?")
 
 
@@ -419,13 +441,19 @@ def test_more_tiles_than_the_limit_of_a_request_are_rejected(
     tile = encoded("River", "JPEG")
     texts = [base64.b64encode(tile).decode()] * (TILES + 1)
     url = f"{strict.url}/predict/batch"
-    answer = requests.post(url, json={"images": texts}, headers=bearer)
+    answer = requests.post(url, json={"images": texts}, headers=bearer, timeout=TIMEOUT_S)
     assert f"send 1 to {TILES}" in rejection(answer, 413)
-    answer = requests.post(url, files=[("files", tile)] * (TILES + 1), headers=bearer)
+    answer = requests.post(
+        url, files=[("files", tile)] * (TILES + 1), headers=bearer, timeout=TIMEOUT_S
+    )
     assert f"send 1 to {TILES}" in rejection(answer, 413)
-    two = requests.post(f"{strict.url}/predict", files=[("files", tile)] * 2, headers=bearer)
+    two = requests.post(
+        f"{strict.url}/predict", files=[("files", tile)] * 2, headers=bearer, timeout=TIMEOUT_S
+    )
     assert "send 1 to 1" in rejection(two, 413)
-    at_the_limit = requests.post(url, json={"images": texts[:TILES]}, headers=bearer).json()
+    at_the_limit = requests.post(
+        url, json={"images": texts[:TILES]}, headers=bearer, timeout=TIMEOUT_S
+    ).json()
     assert [prediction["label"] for prediction in at_the_limit["predictions"]] == ["River"] * TILES
 
 
@@ -437,7 +465,11 @@ def busy(strict: Server, bearer: dict[str, str], tiles: int) -> Iterator[None]:
 
     def send() -> None:
         sent = [("files", large)] * tiles
-        answers.append(requests.post(f"{strict.url}/predict/batch", files=sent, headers=bearer))
+        answers.append(
+            requests.post(
+                f"{strict.url}/predict/batch", files=sent, headers=bearer, timeout=TIMEOUT_S
+            )
+        )
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -465,7 +497,9 @@ def test_a_client_may_shorten_the_deadline(strict: Server, bearer: dict[str, str
 def test_a_full_queue_rejects_tiles(strict: Server, bearer: dict[str, str]) -> None:
     with busy(strict, bearer, TILES):
         answer = predict(strict.url, encoded(kind="JPEG"), **bearer)
-        by_mlflow = requests.post(f"{strict.url}/invocations", json=files(), headers=bearer)
+        by_mlflow = requests.post(
+            f"{strict.url}/invocations", json=files(), headers=bearer, timeout=TIMEOUT_S
+        )
         assert "tiles wait" in rejection(answer, 429)
         assert "tiles wait" in rejection(by_mlflow, 429)
     assert predict(strict.url, encoded(kind="JPEG"), **bearer).status_code == 200
@@ -615,7 +649,19 @@ def test_loopback_addresses_are_recognised(host: str, expected: bool) -> None:
 
 def test_limits_are_divided_among_processes() -> None:
     share = Limits(queue=128, requests=3).shared(4)
-    assert (share.queue, share.requests, share.tiles) == (32, 1, Limits().tiles)
+    assert (share.queue, share.requests, share.tiles) == (32, 1 + 3, Limits().tiles)
+    assert Limits().shared(1) == Limits()
+
+
+@pytest.mark.parametrize("processes", [2, 4, 16])
+def test_a_process_takes_its_share_however_the_kernel_spreads_the_connections(
+    processes: int,
+) -> None:
+    share = Limits(queue=128, requests=512).shared(processes)
+    rng = np.random.default_rng(0)
+    for total, room in ((128, share.queue + share.uneven), (512, share.requests)):
+        connections = rng.multinomial(total, [1 / processes] * processes, size=10_000)
+        assert (connections.max(axis=1) > room).mean() < 0.005
 
 
 def test_a_token_bucket_is_refilled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,7 @@ ROUTES = {
 """Role -> its routes, without API_PREFIX; each role includes the one before."""
 REFUSAL = "{} needs the role {}: ask an administrator (make user NAME=... ROLE={})"
 CREATE_EXPERIMENT = "POST /mlflow/experiments/create"
+UPDATE_EXPERIMENT = "POST /mlflow/experiments/update"
 CREATE_VERSION = "POST /mlflow/model-versions/create"
 CREATE_ACTIONS = {
     CREATE_EXPERIMENT: "creating an experiment",
@@ -229,6 +230,10 @@ def _refused_content(name: str, roles: set[str]) -> str:
     route, body = _route(), _json_body()
     if route == CREATE_EXPERIMENT and body.get("artifact_location"):
         return "only an administrator chooses an artifact_location: leave it out"
+    if route == UPDATE_EXPERIMENT:
+        experiment_id = str(body.get("experiment_id", ""))
+        if not auth._get_experiment_permission(experiment_id, name).can_manage:
+            return "only who created an experiment renames it: ask them, or an administrator"
     if route == CREATE_VERSION:
         source = str(body.get("source", ""))
         if not _is_allowed_source(source, str(body.get("run_id", ""))):

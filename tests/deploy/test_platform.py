@@ -214,6 +214,18 @@ def test_the_first_writer_does_not_own_the_teams_experiment(platform: Platform) 
     assert platform.status(login, "POST", "experiments/delete", experiment_id=experiment) == 403
 
 
+def test_a_writer_renames_no_experiment_of_others(platform: Platform) -> None:
+    login, route = platform.user("writer"), ("POST", "experiments/update")
+    for name, other in (("eurosat", True), ("own", False)):
+        platform.status(login, "POST", "experiments/create", name=name)
+        found = platform.administrator().request(
+            "GET", "2.0/mlflow/experiments/get-by-name", experiment_name=name
+        )
+        experiment = (found or {})["experiment"]["experiment_id"]
+        status = platform.status(login, *route, experiment_id=experiment, new_name=f"{name} 2")
+        assert status == (403 if other else 200)
+
+
 def test_a_refusal_names_what_was_refused(platform: Platform) -> None:
     def refusal(role: str, path: str, fields: dict[str, object]) -> str:
         response = requests.post(

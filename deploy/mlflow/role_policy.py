@@ -153,8 +153,8 @@ ADDED_LATER = "corruptions.parquet"
 """Of FROZEN, what may be added to a version (registry/robustness.py), once."""
 ARTIFACT_PATH = re.compile(r"(?:[\w-]+/)*([0-9a-f]{32})/artifacts/(.+)", re.DOTALL)
 """Path below the root of the artifacts: the run's id, and the path within the run."""
-FORBIDDEN = re.compile(r"[%\\\x00-\x1f\x7f-\x9f\u2028\u2029]")
-"""What no path of an artifact has."""
+FORBIDDEN = re.compile(r"[%\\;?#\x00-\x1f\x7f-\x9f\u2028\u2029]")
+"""What no path of an artifact has: characters that MLflow removes from it or decodes."""
 MAX_FAILED_LOGINS, MAX_FAILED_OF_ADDRESS, FAILED_LOGINS_S = 10, 100, 60.0
 """Wrong passwords from one address for one user, and for all of them, since each costs a tenth of a
 second of processor; and the time in which they are counted."""
@@ -295,10 +295,15 @@ def _refused_artifact() -> str:
         path = name = request.args.get("path", "")
     else:
         return ""
-    if {"", ".", ".."} & {*path.split("/")} or FORBIDDEN.search(path):
+    parts = path.split("/")
+    if (
+        {"", ".", ".."} & {*parts}
+        or any(part != part.strip() for part in parts)
+        or FORBIDDEN.search(path)
+    ):
         return (
-            f"the path {path[:MAX_NAME]!r} has an empty part, '.', '..', '%', a backslash or a "
-            "character that cannot be printed"
+            f"the path {path[:MAX_NAME]!r} has an empty part, '.', '..', a part that begins or "
+            "ends with a space, one of %;?# or a backslash, or a character that cannot be printed"
         )
     is_frozen = FROZEN.fullmatch(name) and _has_version(run_id)
     if is_frozen and not (name == ADDED_LATER and not _exists(path)):

@@ -125,12 +125,16 @@ def test_a_start_warns_while_mlflows_account_is_a_superuser(
         cursor = connection.cursor()
         cursor.execute("CREATE ROLE mlflow LOGIN SUPERUSER")
         cursor.execute("CREATE DATABASE mlflow OWNER mlflow")
-        assert services._has_database(layout)
-        assert "MLflow's account is a superuser of PostgreSQL" in caplog.text
-        assert "docs/platform.md" in caplog.text
-        caplog.clear()
-        cursor.execute("ALTER ROLE mlflow NOSUPERUSER")
-        assert services._has_database(layout)
+        try:
+            assert services._has_database(layout)
+            assert "MLflow's account is a superuser of PostgreSQL" in caplog.text
+            assert "docs/platform.md" in caplog.text
+            caplog.clear()
+            cursor.execute("ALTER ROLE mlflow NOSUPERUSER")
+            assert services._has_database(layout)
+        finally:  # other tests use the server too
+            cursor.execute("DROP DATABASE mlflow")
+            cursor.execute("DROP ROLE mlflow")
     assert not caplog.records
 
 
